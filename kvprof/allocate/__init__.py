@@ -1,0 +1,1 @@
+"""Arithmetic on records: from Scores and a budget to a BitPlan. No tensors."""

@@ -1,0 +1,69 @@
+"""The error tree: what can go wrong, and the exit code that each kind of failure has.
+
+Every error that a user, a file or a model can cause is a `KvprofError`. Its text says what went wrong, the value seen
+and what to do next. This module knows nothing of where errors are printed.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class KvprofError(Exception):
+    """Something failed in a way that a message can explain. Exit code 1."""
+
+    exit_code = 1
+
+
+class UsageError(KvprofError):
+    """The command line asks for something that does not exist or does not go together. Exit code 2."""
+
+    exit_code = 2
+
+
+class InfeasibleBudget(KvprofError):
+    """No plan of these formats costs what the budget says. Exit code 3."""
+
+    exit_code = 3
+
+
+class Mismatch(KvprofError):
+    """A file belongs to another model, or a resumed run to another setting. Exit code 4."""
+
+    exit_code = 4
+
+
+class InvalidFile(KvprofError):
+    """A Scores, BitPlan or journal file that breaks its contract."""
+
+
+class OutputError(KvprofError):
+    """A result cannot be written where it was asked to go."""
+
+
+class ModelError(KvprofError):
+    """A model, its config, its tokenizer or its checkpoint cannot be used."""
+
+
+class UnknownLayout(ModelError):
+    """A checkpoint's K and V projections are not cut in a way that kvprof knows."""
+
+
+class NonFiniteWeight(ModelError):
+    """A weight holds NaN or infinity."""
+
+
+class NonFiniteGradient(KvprofError):
+    """A gradient overflowed to NaN or infinity."""
+
+
+class CalibrationError(KvprofError):
+    """The calibration text cannot be read, or holds nothing to measure."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return a clause that names the known word nearest to a misspelt one, else all of the known words."""
+    names = list(known)
+    nearest = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f"did you mean {nearest[0]!r}?" if nearest else f"choose from {', '.join(names)}"

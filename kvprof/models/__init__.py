@@ -1,0 +1,1 @@
+"""Where a model comes from: its cache geometry, its K and V weights, the model itself."""

@@ -1,0 +1,1 @@
+"""Measurements: one file, one question; each returns Scores."""

@@ -1,0 +1,1 @@
+"""Plain data, no tensors: what the stages hand each other."""

@@ -1,0 +1,183 @@
+"""A JSON file under a contract: strict reading, one-sentence errors, atomic writing.
+
+Reads and writes the bytes of Scores and BitPlan files; does not know what they mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from typing_extensions import Self
+
+from kvprof.errors import InvalidFile, did_you_mean
+from kvprof.records.runs import write_atomically
+
+Integer = Annotated[int, Field(strict=True)]  # 3, never 3.0, "3" or true
+Count = Annotated[int, Field(strict=True, ge=0)]
+Positive = Annotated[int, Field(strict=True, ge=1)]
+LayerIndex = Annotated[int, Field(strict=True, ge=0, lt=10_000)]
+LayerCount = Annotated[int, Field(strict=True, ge=1, le=10_000)]
+Number = Annotated[float, Field(strict=True)]  # NaN and infinity too: whoever holds one must forbid them
+Text = Annotated[str, Field(strict=True)]
+
+LARGEST_FILE_BYTES = 256 * 2**20
+"""A Scores file of 1,000 layers with 100 formats is 10 MB; more than this is not one of ours."""
+
+
+class Record(BaseModel):
+    """Frozen plain data; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class SparseRecord(Record):
+    """A record whose absent fields are left out of the JSON rather than written as null."""
+
+    @model_serializer(mode="wrap")
+    def _without_nulls(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if value is not None}
+
+
+class ModelInfo(Record):
+    """Which model a file speaks of."""
+
+    id: Text | None = None
+    fingerprint: Text | None = None
+    """sha256 over the signs of W_k and W_v of every layer: the same in every float dtype, another after training."""
+    architecture: Text | None = None
+    num_layers: LayerCount
+
+
+class Document(Record):
+    """A record that is a file of its own, named by its `schema` field."""
+
+    kind: ClassVar[str]
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read and validate a file.
+
+        Raises InvalidFile, in one message, when the file cannot be read, is not JSON, names a key twice, breaks the
+        contract or is of a schema version that this kvprof does not know.
+        """
+        return cls.from_json(read_json(path), str(path))
+
+    @classmethod
+    def from_json(cls, value: object, name: str) -> Self:
+        """Validate an already parsed JSON value; `name` stands for the file in error messages."""
+        schema = schema_of(value, name)
+        if schema != cls.kind:
+            raise InvalidFile(f"{name}: schema is {schema!r}, expected {cls.kind!r}.\n  {_schema_advice(schema)}")
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            raise InvalidFile(_explain(error, name, cls)) from None
+
+    def to_text(self) -> str:
+        """Return the file's exact text: the same record always gives the same bytes."""
+        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=2, allow_nan=False) + "\n"
+
+    def save(self, path: str | Path) -> Path:
+        """Write the file, whole or not at all; raises OutputError when the place cannot be written."""
+        return write_atomically(path, self.to_text())
+
+    @property
+    def digest(self) -> str:
+        """`sha256:...` of the file's text."""
+        return "sha256:" + hashlib.sha256(self.to_text().encode()).hexdigest()
+
+
+def read_json(path: str | Path) -> object:
+    """Parse a JSON file; raises InvalidFile when it is unreadable, not JSON, or names a key twice."""
+    path = Path(path)
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        seen: dict[str, object] = {}
+        for key, value in pairs:
+            if key in seen:
+                raise InvalidFile(f"{path}: the key {key!r} stands twice in one object.\n  Keep one of the two.")
+            seen[key] = value
+        return seen
+
+    try:
+        size = path.stat().st_size
+        if size > LARGEST_FILE_BYTES:
+            raise InvalidFile(f"{path}: {size} bytes is no file of kvprof's (at most {LARGEST_FILE_BYTES}).")
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except FileNotFoundError:
+        raise InvalidFile(f"{path}: no such file.") from None
+    except OSError as error:
+        raise InvalidFile(f"{path}: cannot be read: {error.strerror}.") from None
+    except RecursionError:
+        raise InvalidFile(f"{path}: nested too deeply to be a file of kvprof's.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InvalidFile(f"{path}: not valid JSON: {error}.") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise InvalidFile(f"{path}: not valid JSON: {error}.") from None
+
+
+def schema_of(value: object, name: str) -> str:
+    """Return the `schema` field of a parsed file; raises InvalidFile where there is none."""
+    if not isinstance(value, dict):
+        raise InvalidFile(f"{name}: expected a JSON object, found {type(value).__name__}.")
+    schema = value.get("schema")
+    if not isinstance(schema, str):
+        raise InvalidFile(f"{name}: no `schema` field.\n  A file of kvprof's begins with " + _known_schemas())
+    return schema
+
+
+def _known_schemas() -> str:
+    return '"schema": "kvprof.scores/1" or "schema": "kvprof.plan/1".'
+
+
+def _schema_advice(schema: str) -> str:
+    if schema.startswith("kvprof.") and not schema.endswith("/1"):
+        return "The file was written by another version of kvprof; upgrade, or measure again."
+    return "kvprof reads " + _known_schemas()
+
+
+def _explain(error: ValidationError, name: str, model: type[BaseModel]) -> str:
+    """Turn pydantic's report into lines of: where, what is wrong, the value seen."""
+    lines = []
+    for item in error.errors(include_url=False)[:5]:
+        place = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            known = _known_keys(model, item["loc"][:-1])
+            lines.append(f"unknown key {place}: {did_you_mean(str(item['loc'][-1]), known)}")
+        elif item["type"] == "missing":
+            lines.append(f"missing key {place}")
+        elif item["type"] in ("value_error", "assertion_error"):
+            lines.append(f"{place}: {item['ctx']['error']}" if place else str(item["ctx"]["error"]))
+        else:
+            lines.append(f"{place}: {item['msg'][0].lower()}{item['msg'][1:]}, found {_brief(item['input'])}")
+    more = len(error.errors()) - len(lines)
+    if more > 0:
+        lines.append(f"and {more} more")
+    return f"{name}: " + "\n  ".join(lines)
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Return the keys that the record at a place in `model` may have, by walking the generated JSON Schema."""
+    schema = model.model_json_schema(by_alias=True)
+    node: dict[str, Any] = schema
+
+    def resolve(node: dict[str, Any]) -> dict[str, Any]:
+        if "anyOf" in node:
+            node = next(option for option in node["anyOf"] if option.get("type") != "null")
+        while "$ref" in node:
+            node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
+        return node
+
+    for part in location:
+        node = resolve(node)
+        node = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, {})
+    return list(resolve(node).get("properties", {}))

@@ -1,0 +1,103 @@
+"""What a model caches: KV heads and head dimensions layer by layer, and which layers a plan leaves alone, and why.
+
+Holds shapes only: no weights, no bits. Made by `models.inventory`; carried inside Scores and BitPlan files.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+from typing_extensions import Self
+
+from kvprof.records.document import Count, LayerIndex, Positive, Record, Text
+
+LayerKind = Literal["full", "sliding", "chunked", "shared", "recurrent", "hybrid", "latent", "none", "other"]
+"""full: keys and values of every token. sliding, chunked: of the last `window` tokens only. shared: reads another
+layer's. recurrent: a state of fixed size. hybrid: full attention and a recurrent state side by side. latent: compressed
+keys and values in one (MLA). none: no attention at all. other: a cache that kvprof does not know."""
+
+DType = Literal["float32", "float16", "bfloat16", "float64"]
+ELEMENT_BYTES: dict[str, int] = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+
+class KVLayer(Record):
+    """What one decoder layer caches for each token."""
+
+    layer: LayerIndex
+    kind: LayerKind
+    kv_heads: Count
+    key_head_dim: Count
+    value_head_dim: Count
+    window: Positive | None = None
+    """Tokens that a sliding or chunked layer keeps at most."""
+    skipped: Text | None = None
+    """Why no plan gives this layer bits; null for a layer that every plan must cover."""
+
+    @property
+    def key_width(self) -> int:
+        """Cached key elements a token: kv_heads * key_head_dim."""
+        return self.kv_heads * self.key_head_dim
+
+    @property
+    def value_width(self) -> int:
+        """Cached value elements a token: kv_heads * value_head_dim."""
+        return self.kv_heads * self.value_head_dim
+
+    @property
+    def has_projections(self) -> bool:
+        """Whether the layer projects keys and values of its own, so that it can be scored."""
+        return self.kind in ("full", "sliding", "chunked", "hybrid")
+
+    def tokens_kept(self, context: int) -> int:
+        """Tokens whose keys and values this layer holds once `context` tokens have been read."""
+        if not self.has_projections:
+            return 0
+        return context if self.window is None else min(context, self.window)
+
+
+class CacheGeometry(Record):
+    """The cache of one model, layer by layer."""
+
+    dtype: DType
+    """The dtype of the checkpoint, which an unquantized cache would have."""
+    layers: tuple[KVLayer, ...]
+
+    @model_validator(mode="after")
+    def _layers_ascend(self) -> Self:
+        if not self.layers:
+            raise ValueError("geometry layers is empty; a model has at least one layer")
+        if [layer.layer for layer in self.layers] != list(range(len(self.layers))):
+            raise ValueError("geometry layers must be numbered 0, 1, 2, ... without a gap")
+        for layer in self.layers:
+            if layer.skipped is None and 0 in (layer.key_width, layer.value_width):
+                raise ValueError(f"geometry layer {layer.layer} caches nothing, yet names no reason to be skipped")
+        return self
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers, skipped ones included."""
+        return len(self.layers)
+
+    @property
+    def planned(self) -> tuple[KVLayer, ...]:
+        """The layers that a plan must cover."""
+        return tuple(layer for layer in self.layers if layer.skipped is None)
+
+    @property
+    def scored(self) -> tuple[KVLayer, ...]:
+        """The layers that have K and V projections of their own."""
+        return tuple(layer for layer in self.layers if layer.has_projections)
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one element in the model's dtype."""
+        return ELEMENT_BYTES[self.dtype]
+
+    def bytes_per_token(self, layer: KVLayer) -> int:
+        """Bytes that one more token adds to an unquantized layer, before any window is full."""
+        return (layer.key_width + layer.value_width) * self.element_bytes if layer.has_projections else 0
+
+    def bytes_at(self, context: int, batch: int = 1) -> int:
+        """Bytes of the unquantized cache of `batch` sequences of `context` tokens; recurrent states not counted."""
+        return batch * sum(layer.tokens_kept(context) * self.bytes_per_token(layer) for layer in self.layers)

@@ -1,0 +1,245 @@
+"""BitPlan: how many bits each layer's keys and values get. Read, written, validated, and counted in bytes.
+
+Made by `allocate` or by hand, obeyed by the runtime cache. Knows shapes and bits; never sees a score or a tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from fractions import Fraction
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from kvprof.errors import KvprofError, Mismatch
+from kvprof.records.document import Count, Document, Integer, LayerIndex, ModelInfo, Number, Record, Text
+from kvprof.records.formats import (
+    ASYMMETRIC_GROUP_BITS,
+    ROTATED_GROUP_BITS,
+    TENSORS,
+    Format,
+    TensorName,
+)
+from kvprof.records.geometry import CacheGeometry, KVLayer
+
+
+class TensorPlan(Format):
+    """The format of one layer's keys or values, and how much of the recent past it keeps in full precision."""
+
+    recent_fraction: Annotated[float, Field(strict=True, ge=0, le=1)] = 0.0
+    """Keep at least this fraction of the tokens seen so far in full precision, besides `recent_tokens`."""
+
+
+class LayerPlan(Record):
+    """Both tensors of one layer."""
+
+    layer: LayerIndex
+    key: TensorPlan
+    value: TensorPlan
+
+    def tensor(self, name: TensorName) -> TensorPlan:
+        """Return the key's or the value's entry."""
+        return self.key if name == "key" else self.value
+
+
+class SkippedLayer(Record):
+    """A layer that the plan leaves alone."""
+
+    layer: LayerIndex
+    reason: Text
+
+
+class Quantizer(Record):
+    """What the codes are stored with."""
+
+    scale_dtype: Literal["float16", "bfloat16"] = "float16"
+    zero_dtype: Literal["float16", "bfloat16"] = "float16"
+    rotation_seed: Integer = 0
+
+
+class Window(Record):
+    """Tokens kept in full precision: the first `sink_tokens` and, always, the `recent_tokens` most recent."""
+
+    sink_tokens: Count
+    recent_tokens: Count
+
+
+class Budget(Record):
+    """What was asked for, and what the plan costs in all three units."""
+
+    requested: Number | None = None
+    unit: Literal["nominal", "stored", "bytes"] | None = None
+    nominal_bits: Number | None = None
+    """Bits of code an element, averaged over the cached width."""
+    stored_bits: Number | None = None
+    """Nominal bits and the scales, an element."""
+    bytes_per_token: Number | None = None
+    """Bytes that one more token costs in the long run, of one sequence; null where the geometry is unknown."""
+
+
+class Solver(Record):
+    """How the plan was found."""
+
+    method: Text
+    metric: Text | None = None
+    objective: Number | None = None
+    optimal: bool = False
+    predicted_kl_nats: Number | None = None
+
+
+class Provenance(Record):
+    """What the plan was made from."""
+
+    scores: Text | None = None
+    command: Text | None = None
+
+
+class BitPlan(Document):
+    """A plan file: an entry for each layer of the model, among `layers` or, with the reason, among `skipped`."""
+
+    kind: ClassVar[str] = "kvprof.plan/1"
+
+    schema_: Literal["kvprof.plan/1"] = Field("kvprof.plan/1", alias="schema")
+    kvprof_version: Text | None = None
+    model: ModelInfo
+    budget: Budget | None = None
+    quantizer: Quantizer
+    window: Window
+    geometry: CacheGeometry | None = None
+    layers: tuple[LayerPlan, ...]
+    skipped: tuple[SkippedLayer, ...] | None = None
+    solver: Solver | None = None
+    provenance: Provenance | None = None
+
+    @model_validator(mode="after")
+    def _covers_every_layer_once(self) -> Self:
+        named = [entry.layer for entry in self.layers] + [entry.layer for entry in self.skipped or ()]
+        times = Counter(named)
+        for layer in range(self.model.num_layers):
+            if layer not in times:
+                raise ValueError(f"layer {layer} is missing; add it to `layers`, or to `skipped` with the reason")
+        for layer, count in times.items():
+            if count > 1:
+                raise ValueError(f"layer {layer} stands {count} times; keep one entry")
+            if layer >= self.model.num_layers:
+                raise ValueError(f"layer {layer} does not exist: model.num_layers is {self.model.num_layers}")
+        if not self.layers:
+            raise ValueError("layers is empty; the plan gives bits to nothing")
+        if [entry.layer for entry in self.layers] != sorted(entry.layer for entry in self.layers):
+            raise ValueError("layers must stand in ascending order")
+        return self
+
+    @model_validator(mode="after")
+    def _agrees_with_its_geometry(self) -> Self:
+        if self.geometry is not None and (problem := self.misfit(self.geometry)):
+            raise ValueError(f"the plan contradicts its own geometry: {problem}")
+        return self
+
+    def misfit(self, geometry: CacheGeometry) -> str | None:
+        """Return why the plan cannot serve a model of this geometry, or None when it can."""
+        if geometry.num_layers != self.model.num_layers:
+            return f"it has {self.model.num_layers} layers, the model {geometry.num_layers}"
+        planned = {layer.layer: layer for layer in geometry.planned}
+        for entry in self.layers:
+            if entry.layer not in planned:
+                return f"it gives bits to layer {entry.layer}, which is a {geometry.layers[entry.layer].skipped}"
+            for tensor in TENSORS:
+                form, head_dim = entry.tensor(tensor), head_dim_of(planned[entry.layer], tensor)
+                if form.scheme == "rotated" and form.group_size != head_dim:
+                    return (
+                        f"layer {entry.layer} rotates its {tensor} in groups of {form.group_size}, "
+                        f"but the head dimension is {head_dim}"
+                    )
+        missing = sorted(set(planned) - {entry.layer for entry in self.layers})
+        return f"it gives no bits to layer {missing[0]}" if missing else None
+
+    def check_fits(self, geometry: CacheGeometry, fingerprint: str | None) -> None:
+        """Refuse to serve another model; raises Mismatch that says how the two differ."""
+        problem = self.misfit(geometry)
+        if problem is None and self.geometry is not None:
+            for own, model in zip(self.geometry.layers, geometry.layers, strict=True):
+                if own != model:
+                    problem = f"layer {own.layer} was planned as {_shape(own)}, the model has {_shape(model)}"
+                    break
+        if problem is None and None not in (fingerprint, self.model.fingerprint):
+            if fingerprint != self.model.fingerprint:
+                problem = f"its fingerprint is {self.model.fingerprint}, the model's {fingerprint}"
+        if problem is not None:
+            raise Mismatch(
+                f"the plan is for another model ({self.model.id or 'unnamed'}): {problem}.\n"
+                "  Make one for this model with kvprof norms and kvprof allocate."
+            )
+
+    def bytes_at(self, context: int, batch: int = 1) -> int:
+        """Bytes of the cache of `batch` sequences of `context` tokens: codes, scales, window, sinks, skipped layers.
+
+        A skipped sliding layer counts its own window in the model's dtype; recurrent states are not counted.
+        Raises KvprofError where the plan carries no geometry, or for a negative context or batch.
+        """
+        if self.geometry is None:
+            raise KvprofError(
+                "this plan carries no geometry, so its bytes are unknown.\n  Plan from scores that have one."
+            )
+        if context < 0 or batch < 0:
+            raise KvprofError(f"a cache of {batch} sequences of {context} tokens does not exist.")
+        plans = {entry.layer: entry for entry in self.layers}
+        total = 0
+        for layer in self.geometry.layers:
+            if layer.layer in plans:
+                for tensor in TENSORS:
+                    form = plans[layer.layer].tensor(tensor)
+                    total += tensor_bytes(
+                        form, layer, tensor, self.window, self.geometry.element_bytes, context, form.recent_fraction
+                    )
+            else:
+                total += layer.tokens_kept(context) * self.geometry.bytes_per_token(layer)
+        return batch * total
+
+
+def head_dim_of(layer: KVLayer, tensor: TensorName) -> int:
+    """Return the head dimension of a layer's keys or values."""
+    return layer.key_head_dim if tensor == "key" else layer.value_head_dim
+
+
+def quantized_tokens(form: Format, window: Window, context: int, recent_fraction: float = 0.0) -> int:
+    """Tokens of one sequence that are held as codes once `context` tokens are in the cache.
+
+    Groups start after the sinks; a token (axis `token`) or group of tokens (axis `channel`) is quantized exactly when
+    at least `recent_tokens` tokens follow it, or the larger `recent_fraction` of all tokens.
+    """
+    if form.is_full:
+        return 0
+    recent = max(window.recent_tokens, math.ceil(Fraction(str(recent_fraction)) * context))
+    left = max(0, context - window.sink_tokens - recent)
+    return left if form.axis == "token" else left // form.group_size * form.group_size
+
+
+def tensor_bytes(
+    form: Format,
+    layer: KVLayer,
+    tensor: TensorName,
+    window: Window,
+    element_bytes: int,
+    context: int,
+    recent_fraction: float = 0.0,
+) -> int:
+    """Bytes of one tensor of one layer, of one sequence of `context` tokens: codes, scales and window."""
+    head_dim = head_dim_of(layer, tensor)
+    width = layer.kv_heads * head_dim
+    tokens = quantized_tokens(form, window, context, recent_fraction)
+    full_bytes = (context - tokens) * width * element_bytes
+    if tokens == 0:
+        return full_bytes
+    if form.axis == "channel":
+        groups = tokens // form.group_size * width
+    else:
+        groups = tokens * layer.kv_heads * -(-head_dim // form.group_size)
+    group_bits = ROTATED_GROUP_BITS if form.scheme == "rotated" else ASYMMETRIC_GROUP_BITS
+    return full_bytes + -(-(tokens * width * form.bits + groups * group_bits) // 8)
+
+
+def _shape(layer: KVLayer) -> str:
+    heads = f"{layer.kv_heads} KV heads of {layer.key_head_dim} and {layer.value_head_dim}"
+    return f"{layer.kind} attention, {heads}" + (f", window {layer.window}" if layer.window else "")

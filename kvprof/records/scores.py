@@ -1,0 +1,184 @@
+"""Scores: how sensitive each layer's keys and values are. Read, written, validated.
+
+Made by `profile`, read by `allocate`. Higher means more sensitive. Holds numbers only, no tensors and no bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from kvprof.errors import InvalidFile, UsageError, did_you_mean
+from kvprof.records.document import (
+    Document,
+    Integer,
+    LayerIndex,
+    ModelInfo,
+    Number,
+    Positive,
+    Record,
+    SparseRecord,
+    Text,
+)
+from kvprof.records.formats import TENSORS, TensorName
+from kvprof.records.geometry import CacheGeometry
+
+SCALAR_METRICS = ("gradient_norm", "spectral_norm", "frobenius_norm")
+"""The metrics that are one number a tensor, the one to prefer first."""
+
+FLAT_SPREAD = 0.01
+"""A metric that varies by less than this over all layers carries no information."""
+
+
+class CalibrationInfo(Record):
+    """The text that a measurement read."""
+
+    dataset: Text
+    split: Text | None = None
+    sequences: Positive
+    sequence_length: Positive
+    tokens: Positive
+    seed: Integer
+    fingerprint: Text | None = None
+    """sha256 of the token ids."""
+
+
+class TensorScores(SparseRecord):
+    """What was measured of one layer's keys, or of its values. Every number is finite and not negative."""
+
+    spectral_norm: Number | None = None
+    """Largest singular value of the whole per-layer projection matrix."""
+    frobenius_norm: Number | None = None
+    """Root of the sum of squares of the whole per-layer projection matrix."""
+    stable_rank: Number | None = None
+    """(frobenius_norm / spectral_norm)^2: how many directions share the norm."""
+    head_spectral_norm: tuple[Number, ...] | None = None
+    head_frobenius_norm: tuple[Number, ...] | None = None
+    bias_norm: Number | None = None
+    """L2 norm of the projection's bias."""
+    gain_rms: Number | None = None
+    """Root mean square of the gains of the norm that follows the projection (k_norm): sets the cache's scale."""
+    gain_max: Number | None = None
+    gradient_norm: Number | None = None
+    """Mean over calibration sequences of the L2 norm of dLoss/dW."""
+    gradient_norm_stderr: Number | None = None
+    loss_increase: dict[str, Number] | None = None
+    """Format name to predicted increase of the loss, in nats per token."""
+    loss_increase_stderr: dict[str, Number] | None = None
+
+
+class LayerScores(Record):
+    """Both tensors of one layer."""
+
+    layer: LayerIndex
+    key: TensorScores
+    value: TensorScores
+
+    def tensor(self, name: TensorName) -> TensorScores:
+        """Return the key's or the value's scores."""
+        return self.key if name == "key" else self.value
+
+
+class Scores(Document):
+    """A file of scores: one entry for each layer that has K and V projections of its own, ascending by layer."""
+
+    kind: ClassVar[str] = "kvprof.scores/1"
+
+    schema_: Literal["kvprof.scores/1"] = Field("kvprof.scores/1", alias="schema")
+    source: Text | None = None
+    kvprof_version: Text | None = None
+    model: ModelInfo | None = None
+    calibration: CalibrationInfo | None = None
+    geometry: CacheGeometry | None = None
+    layers: tuple[LayerScores, ...]
+
+    @model_validator(mode="after")
+    def _numbers_are_finite(self) -> Self:
+        for entry in self.layers:
+            for tensor in TENSORS:
+                for metric, number in _numbers(entry.tensor(tensor)):
+                    if not math.isfinite(number) or number < 0:
+                        raise ValueError(
+                            f"layer {entry.layer}: {metric} of the {tensor} is {number}; "
+                            "a metric is a finite, non-negative number"
+                        )
+        return self
+
+    @model_validator(mode="after")
+    def _layers_are_complete(self) -> Self:
+        if not self.layers:
+            raise ValueError("layers is empty; there is nothing to allocate")
+        found = [entry.layer for entry in self.layers]
+        for layer, times in Counter(found).items():
+            if times > 1:
+                raise ValueError(f"layer {layer} stands {times} times; keep one entry")
+        expected = self._expected_layers(max(found))
+        for missing in sorted(set(expected) - set(found)):
+            raise ValueError(f"layer {missing} is missing; add its entry, or measure again")
+        for surplus in sorted(set(found) - set(expected)):
+            raise ValueError(f"layer {surplus} has no K and V projections in this model; remove its entry")
+        if found != sorted(found):
+            raise ValueError("layers must stand in ascending order")
+        if self.geometry and self.model and self.geometry.num_layers != self.model.num_layers:
+            raise ValueError(
+                f"model.num_layers is {self.model.num_layers}, but the geometry has {self.geometry.num_layers} layers"
+            )
+        return self
+
+    def _expected_layers(self, last: int) -> list[int]:
+        if self.geometry is not None:
+            return [layer.layer for layer in self.geometry.scored]
+        return list(range(self.model.num_layers if self.model else last + 1))
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The scalar metrics that every layer has for both tensors, the one to prefer first."""
+        return tuple(
+            metric
+            for metric in SCALAR_METRICS
+            if all(getattr(entry.tensor(tensor), metric) is not None for entry in self.layers for tensor in TENSORS)
+        )
+
+    def metric(self, name: str) -> list[tuple[int, TensorName, float]]:
+        """Return (layer, tensor, score) of every tensor for one metric, in file order, key before value.
+
+        Raises UsageError for a metric that kvprof does not know, InvalidFile for one that a layer here lacks.
+        """
+        if name not in SCALAR_METRICS:
+            raise UsageError(f"unknown metric {name!r}: {did_you_mean(name, SCALAR_METRICS)}")
+        scores = []
+        for entry in self.layers:
+            for tensor in TENSORS:
+                score = getattr(entry.tensor(tensor), name)
+                if score is None:
+                    have = ", ".join(self.metrics) or "none that every layer has"
+                    raise InvalidFile(
+                        f"these scores have no {name} for the {tensor} of layer {entry.layer} (they have: {have}).\n"
+                        f"  Measure it with `kvprof {'gradients' if name == 'gradient_norm' else 'norms'}`, "
+                        "or choose another --metric."
+                    )
+                scores.append((entry.layer, tensor, score))
+        return scores
+
+    def is_flat(self, metric: str, tensor: TensorName) -> bool:
+        """Whether a metric varies by less than 1 % over all layers, and so cannot rank them."""
+        numbers = [score for _, name, score in self.metric(metric) if name == tensor]
+        return len(numbers) > 1 and max(numbers) - min(numbers) < FLAT_SPREAD * max(numbers)
+
+
+def _numbers(scores: TensorScores) -> list[tuple[str, float]]:
+    """Return every number of one tensor's scores with the name it has in the file."""
+    numbers: list[tuple[str, float]] = []
+    for name in TensorScores.model_fields:
+        value = getattr(scores, name)
+        if isinstance(value, dict):
+            numbers += [(f"{name}[{format_name}]", number) for format_name, number in value.items()]
+        elif isinstance(value, tuple):
+            numbers += [(f"{name}[{head}]", number) for head, number in enumerate(value)]
+        elif value is not None:
+            numbers.append((name, value))
+    return numbers
