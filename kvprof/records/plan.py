@@ -163,9 +163,8 @@ class BitPlan(Document):
                 if own != model:
                     problem = f"layer {own.layer} was planned as {_shape(own)}, the model has {_shape(model)}"
                     break
-        if problem is None and None not in (fingerprint, self.model.fingerprint):
-            if fingerprint != self.model.fingerprint:
-                problem = f"its fingerprint is {self.model.fingerprint}, the model's {fingerprint}"
+        if problem is None and fingerprint not in (None, self.model.fingerprint or fingerprint):
+            problem = f"its fingerprint is {self.model.fingerprint}, the model's {fingerprint}"
         if problem is not None:
             raise Mismatch(
                 f"the plan is for another model ({self.model.id or 'unnamed'}): {problem}.\n"
