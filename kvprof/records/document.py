@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -16,13 +17,18 @@ from typing_extensions import Self
 from kvprof.errors import InvalidFile, did_you_mean
 from kvprof.records.runs import write_atomically
 
-Integer = Annotated[int, Field(strict=True)]  # 3, never 3.0, "3" or true
-Count = Annotated[int, Field(strict=True, ge=0)]
-Positive = Annotated[int, Field(strict=True, ge=1)]
+LARGEST_COUNT = 2**53
+"""The largest whole number that every JSON reader holds exactly."""
+
+Integer = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]  # 3, never 3.0, "3" or true; a seed, so 64 bits
+Count = Annotated[int, Field(strict=True, ge=0, le=LARGEST_COUNT)]
+Positive = Annotated[int, Field(strict=True, ge=1, le=LARGEST_COUNT)]
 LayerIndex = Annotated[int, Field(strict=True, ge=0, lt=10_000)]
 LayerCount = Annotated[int, Field(strict=True, ge=1, le=10_000)]
-Number = Annotated[float, Field(strict=True)]  # NaN and infinity too: whoever holds one must forbid them
-Text = Annotated[str, Field(strict=True)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Text = Annotated[
+    str, Field(strict=True, max_length=65_536)
+]  # the bound also makes pydantic refuse half a surrogate pair
 
 LARGEST_FILE_BYTES = 256 * 2**20
 """A Scores file of 1,000 layers with 100 formats is 10 MB; more than this is not one of ours."""
@@ -31,7 +37,7 @@ LARGEST_FILE_BYTES = 256 * 2**20
 class Record(BaseModel):
     """Frozen plain data; an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class SparseRecord(Record):
@@ -71,7 +77,7 @@ class Document(Record):
         """Validate an already parsed JSON value; `name` stands for the file in error messages."""
         schema = schema_of(value, name)
         if schema != cls.kind:
-            raise InvalidFile(f"{name}: schema is {schema!r}, expected {cls.kind!r}.\n  {_schema_advice(schema)}")
+            raise InvalidFile(f"{name}: schema is {_brief(schema)}, expected {cls.kind!r}.\n  {_schema_advice(schema)}")
         try:
             return cls.model_validate(value)
         except ValidationError as error:
@@ -107,16 +113,14 @@ def read_json(path: str | Path) -> object:
         size = path.stat().st_size
         if size > LARGEST_FILE_BYTES:
             raise InvalidFile(f"{path}: {size} bytes is no file of kvprof's (at most {LARGEST_FILE_BYTES}).")
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
     except FileNotFoundError:
         raise InvalidFile(f"{path}: no such file.") from None
     except OSError as error:
         raise InvalidFile(f"{path}: cannot be read: {error.strerror}.") from None
     except RecursionError:
         raise InvalidFile(f"{path}: nested too deeply to be a file of kvprof's.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InvalidFile(f"{path}: not valid JSON: {error}.") from None
-    except ValueError as error:  # an integer of thousands of digits
+    except ValueError as error:  # not UTF-8, not JSON, or an integer of thousands of digits
         raise InvalidFile(f"{path}: not valid JSON: {error}.") from None
 
 
@@ -144,24 +148,34 @@ def _explain(error: ValidationError, name: str, model: type[BaseModel]) -> str:
     """Turn pydantic's report into lines of: where, what is wrong, the value seen."""
     lines = []
     for item in error.errors(include_url=False)[:5]:
-        place = ".".join(str(part) for part in item["loc"])
+        place = _place(item["loc"])
+        where = f"{place}: " if place else ""
         if item["type"] == "extra_forbidden":
             known = _known_keys(model, item["loc"][:-1])
             lines.append(f"unknown key {place}: {did_you_mean(str(item['loc'][-1]), known)}")
         elif item["type"] == "missing":
             lines.append(f"missing key {place}")
         elif item["type"] in ("value_error", "assertion_error"):
-            lines.append(f"{place}: {item['ctx']['error']}" if place else str(item["ctx"]["error"]))
+            lines.append(f"{where}{item['ctx']['error']}")
         else:
-            lines.append(f"{place}: {item['msg'][0].lower()}{item['msg'][1:]}, found {_brief(item['input'])}")
-    more = len(error.errors()) - len(lines)
+            lines.append(f"{where}{item['msg'][0].lower()}{item['msg'][1:]}, found {_brief(item['input'])}")
+    more = error.error_count() - len(lines)
     if more > 0:
         lines.append(f"and {more} more")
     return f"{name}: " + "\n  ".join(lines)
 
 
+def _place(location: tuple[int | str, ...]) -> str:
+    """Return `layers[3].key.bits`: the fourth entry of the file, whichever layer that is."""
+    parts = (
+        f"[{part}]" if isinstance(part, int) else f".{part if part.isidentifier() else _brief(part)}"
+        for part in location
+    )
+    return "".join(parts).removeprefix(".")
+
+
 def _brief(value: object) -> str:
-    text = repr(value)
+    text = reprlib.repr(value)  # of limited depth: a plain repr of deep nesting overflows the stack
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -70,8 +70,15 @@ class CacheGeometry(Record):
         if [layer.layer for layer in self.layers] != list(range(len(self.layers))):
             raise ValueError("geometry layers must be numbered 0, 1, 2, ... without a gap")
         for layer in self.layers:
-            if layer.skipped is None and 0 in (layer.key_width, layer.value_width):
+            if layer.skipped is not None:
+                continue
+            if 0 in (layer.key_width, layer.value_width):
                 raise ValueError(f"geometry layer {layer.layer} caches nothing, yet names no reason to be skipped")
+            if not layer.has_projections or layer.window is not None:
+                raise ValueError(
+                    f"geometry layer {layer.layer} ({layer.kind}) does not keep every token's own keys and values, "
+                    "yet names no reason to be skipped"
+                )
         return self
 
     @property

@@ -5,6 +5,7 @@ Reads and writes files under `outputs/`; does not know what is in them.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,16 +23,25 @@ OUTPUTS = Path("outputs")
 """Results go here, relative to where the command runs, unless `--out` says otherwise."""
 
 
+RESERVED_ON_WINDOWS = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
+"""A file of such a name is a device there, whatever its extension."""
+
+
 def slug(model_id: str) -> str:
     """Return a folder name for a model id: readable, safe on every file system, distinct for distinct ids.
 
     An id of letters, digits, `.`, `_`, `-` with at most one `/` keeps its spelling (`org/name` becomes `org--name`);
-    any other id, a local path among them, is its last part and six digits of its hash.
+    any other id, a local path among them, is its last part and six digits of its hash. Ids that differ in case alone,
+    which the hub takes for one, are distinct where the file system tells them apart.
     """
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", model_id, re.ASCII) and "--" not in model_id:
+    plain = re.fullmatch(r"[a-z0-9][\w.-]*(/[a-z0-9][\w.-]*)?", model_id, re.ASCII | re.IGNORECASE)
+    odd = "--" in model_id or model_id.endswith(".") or len(model_id) > 120 or RESERVED_ON_WINDOWS.match(model_id)
+    if plain and not odd:
         return model_id.replace("/", "--")
-    tail = re.sub(r"[^A-Za-z0-9._-]+", "-", model_id.rstrip("/").rsplit("/", 1)[-1]).strip(".-") or "model"
-    return f"{tail[:80]}-{hashlib.sha256(model_id.encode()).hexdigest()[:6]}"
+    tail = re.sub(r"[^A-Za-z0-9._-]+", "-", model_id.rstrip("/").rsplit("/", 1)[-1]).strip(".-")
+    if not tail or RESERVED_ON_WINDOWS.match(tail):
+        tail = "model"
+    return f"{tail[:80]}-{hashlib.sha256(model_id.encode(errors='surrogatepass')).hexdigest()[:6]}"
 
 
 def output_folder(model_id: str, out: Path | None) -> Path:
@@ -55,7 +65,7 @@ def write_atomically(path: str | Path, text: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
+            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
@@ -75,7 +85,8 @@ class Journal:
     """An append-only record of finished pieces of a long run, so that the same command goes on where it stopped.
 
     The first line holds the run's settings; each further line one finished piece: its key, its result and a checksum.
-    A torn last line (a kill in mid-write) is dropped. Used as a context manager, it holds a lock on the file.
+    A torn last line (a kill in mid-write) is dropped, and so is all that follows an altered one. Results come back as
+    JSON has them, tuples as lists, in the run that made them too. Used as a context manager, it locks the file.
 
     Raises Mismatch on entry when the file's settings differ, naming the field, and OutputError when another process
     holds the lock or the folder cannot be written.
@@ -83,7 +94,7 @@ class Journal:
 
     def __init__(self, path: Path, settings: Mapping[str, Any], restart: bool = False) -> None:
         self.path = path
-        self.settings = dict(settings)
+        self.settings: dict[str, Any] = json.loads(json.dumps(dict(settings)))
         self.restart = restart
         self.done: dict[str, Any] = {}
         self._lock = FileLock(path.with_suffix(path.suffix + ".lock"))
@@ -99,35 +110,41 @@ class Journal:
             if self.restart or not self._read():
                 self.done = {}
                 write_atomically(self.path, _line("settings", self.settings))
-            self._file = open(self.path, "a", encoding="utf-8")
+            self._file = open(self.path, "a", encoding="utf-8", newline="\n")
+        except OSError as error:
+            self._release()
+            raise OutputError(f"cannot write {self.path}: {error.strerror}.") from None
         except BaseException:
             self._release()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what add() could not write, it has said
+            self._file.close()
         self._release()
 
     def add(self, key: str, result: object) -> None:
         """Record one finished piece, on the disk when this returns."""
+        line = _line(key, result)
         try:
-            self._file.write(_line(key, result))
+            self._file.write(line)
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
             raise OutputError(
                 f"cannot write {self.path}: {error.strerror}.\n  Free some space; nothing is lost."
             ) from None
-        self.done[key] = result
+        self.done[key] = json.loads(line.split(" ", 1)[1])[1]
 
     def remove(self) -> None:
         """Delete the file: the run's result is written, nothing is left to resume."""
         self.path.unlink(missing_ok=True)
 
     def _release(self) -> None:
+        with contextlib.suppress(OSError):  # while it is still held, lest another's lock be unlinked
+            Path(self._lock.lock_file).unlink()
         self._lock.release()
-        Path(self._lock.lock_file).unlink(missing_ok=True)
 
     def _read(self) -> bool:
         """Fill `done` from the file; return whether there was a usable one. Leaves the file ending on a whole line."""
@@ -135,20 +152,15 @@ class Journal:
             raw = self.path.read_bytes()
         except FileNotFoundError:
             return False
-        whole = 0
-        settings: Any = None
+        whole, entries = 0, []
         for line in raw.splitlines(keepends=True):
-            entry = _parse(line)
-            if entry is None:
+            if (entry := _parse(line)) is None:
                 break
             whole += len(line)
-            key, result = entry
-            if key == "settings":
-                settings = result
-            else:
-                self.done[key] = result
-        if settings is None:
+            entries.append(entry)
+        if not entries:
             return False
+        (_, settings), *pieces = entries
         for field in sorted(settings.keys() | self.settings.keys()):
             if settings.get(field) != self.settings.get(field):
                 raise Mismatch(
@@ -156,6 +168,7 @@ class Journal:
                     f"this command {self.settings.get(field)!r}.\n"
                     "  Run the first command again to finish it, or add --restart to begin anew."
                 )
+        self.done = dict(pieces)
         os.truncate(self.path, whole)
         return True
 

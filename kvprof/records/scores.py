@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -18,7 +18,6 @@ from kvprof.records.document import (
     Integer,
     LayerIndex,
     ModelInfo,
-    Number,
     Positive,
     Record,
     SparseRecord,
@@ -30,8 +29,10 @@ from kvprof.records.geometry import CacheGeometry
 SCALAR_METRICS = ("gradient_norm", "spectral_norm", "frobenius_norm")
 """The metrics that are one number a tensor, the one to prefer first."""
 
+Metric = Annotated[float, Field(strict=True)]  # NaN too: Scores forbids it in words that name the layer
+
 FLAT_SPREAD = 0.01
-"""A metric that varies by less than this over all layers carries no information."""
+"""A metric that varies by no more than this over all layers carries no information."""
 
 
 class CalibrationInfo(Record):
@@ -50,25 +51,25 @@ class CalibrationInfo(Record):
 class TensorScores(SparseRecord):
     """What was measured of one layer's keys, or of its values. Every number is finite and not negative."""
 
-    spectral_norm: Number | None = None
+    spectral_norm: Metric | None = None
     """Largest singular value of the whole per-layer projection matrix."""
-    frobenius_norm: Number | None = None
+    frobenius_norm: Metric | None = None
     """Root of the sum of squares of the whole per-layer projection matrix."""
-    stable_rank: Number | None = None
+    stable_rank: Metric | None = None
     """(frobenius_norm / spectral_norm)^2: how many directions share the norm."""
-    head_spectral_norm: tuple[Number, ...] | None = None
-    head_frobenius_norm: tuple[Number, ...] | None = None
-    bias_norm: Number | None = None
+    head_spectral_norm: tuple[Metric, ...] | None = None
+    head_frobenius_norm: tuple[Metric, ...] | None = None
+    bias_norm: Metric | None = None
     """L2 norm of the projection's bias."""
-    gain_rms: Number | None = None
+    gain_rms: Metric | None = None
     """Root mean square of the gains of the norm that follows the projection (k_norm): sets the cache's scale."""
-    gain_max: Number | None = None
-    gradient_norm: Number | None = None
+    gain_max: Metric | None = None
+    gradient_norm: Metric | None = None
     """Mean over calibration sequences of the L2 norm of dLoss/dW."""
-    gradient_norm_stderr: Number | None = None
-    loss_increase: dict[str, Number] | None = None
+    gradient_norm_stderr: Metric | None = None
+    loss_increase: dict[Text, Metric] | None = None
     """Format name to predicted increase of the loss, in nats per token."""
-    loss_increase_stderr: dict[str, Number] | None = None
+    loss_increase_stderr: dict[Text, Metric] | None = None
 
 
 class LayerScores(Record):
@@ -165,9 +166,9 @@ class Scores(Document):
         return scores
 
     def is_flat(self, metric: str, tensor: TensorName) -> bool:
-        """Whether a metric varies by less than 1 % over all layers, and so cannot rank them."""
+        """Whether a metric varies by no more than 1 % over all layers, and so cannot rank them."""
         numbers = [score for _, name, score in self.metric(metric) if name == tensor]
-        return len(numbers) > 1 and max(numbers) - min(numbers) < FLAT_SPREAD * max(numbers)
+        return len(numbers) > 1 and max(numbers) - min(numbers) <= FLAT_SPREAD * max(numbers)
 
 
 def _numbers(scores: TensorScores) -> list[tuple[str, float]]:

@@ -1,0 +1,235 @@
+"""What a plan may cost, and what it does cost: nominal bits, stored bits or bytes, exactly.
+
+Reads shapes, formats and a limit; writes integer costs with an integer capacity, and a plan's Budget record.
+Does not know scores, nor how a plan is chosen.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from fractions import Fraction
+from typing import Literal
+
+from kvprof.errors import InfeasibleBudget, UsageError, did_you_mean
+from kvprof.records.formats import CODE_BITS, FULL_BITS, Format, TensorName
+from kvprof.records.geometry import CacheGeometry, KVLayer
+from kvprof.records.plan import Budget, Window, head_dim_of, tensor_bytes
+
+Unit = Literal["nominal", "stored", "bytes"]
+BIT_UNITS = ("nominal", "stored")
+
+BYTES = {"B": 1} | {
+    f"{prefix}{infix}B": base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for infix, base in (("", 1000), ("i", 1024))
+}
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a plan may cost at most.
+
+    bit_limit("2.5")                                        2.5 nominal bits an element
+    bit_limit("3.25", "stored")                             3.25 bits an element, scales counted
+    memory_limit("1.5GiB", context=32768, batch=4)          bytes of cache, window and skipped layers counted
+    """
+
+    amount: Fraction
+    """Bits an element, averaged over the cached width, or bytes."""
+    unit: Unit
+    context: int = 0
+    """Tokens a sequence; bytes only."""
+    batch: int = 1
+    """Sequences; bytes only."""
+
+
+@dataclass(frozen=True)
+class CachedTensor:
+    """The keys or the values of one layer that a plan gives bits to."""
+
+    layer: int
+    name: TensorName
+    shape: KVLayer | None
+    """None where the geometry is unknown: every tensor then counts as one element wide."""
+
+    @property
+    def head_dim(self) -> int | None:
+        """Elements a head, where known."""
+        return None if self.shape is None else head_dim_of(self.shape, self.name)
+
+    @property
+    def width(self) -> int:
+        """Cached elements a token."""
+        return 1 if self.shape is None else self.shape.kv_heads * head_dim_of(self.shape, self.name)
+
+
+def bit_limit(budget: str | float, unit: str | None = None) -> Limit:
+    """Read a budget in bits an element; 2.3 means 23/10, not its nearest binary fraction.
+
+    unit: "nominal" (the width of the codes; the default) or "stored" (scales counted).
+    Raises UsageError for an unknown unit, or a budget that is not a positive number.
+    """
+    if unit not in (None, *BIT_UNITS):
+        raise UsageError(f"unknown unit {unit!r}: {did_you_mean(str(unit), BIT_UNITS)}")
+    try:
+        amount = Decimal(str(budget))
+    except InvalidOperation:
+        amount = Decimal("nan")
+    if not amount.is_finite() or amount <= 0 or abs(amount.adjusted()) > 30:
+        raise UsageError(f"a budget of {budget} is not a positive number of bits.\n  Try --budget 2.5.")
+    return Limit(Fraction(amount), "stored" if unit == "stored" else "nominal")
+
+
+def memory_limit(memory: str, context: int, batch: int = 1) -> Limit:
+    """Read a budget in bytes of cache, for `batch` sequences of `context` tokens; raises UsageError."""
+    if context < 1 or batch < 1:
+        raise UsageError(f"a cache of {batch} sequences of {context} tokens does not exist; both must be positive.")
+    return Limit(Fraction(parse_memory(memory)), "bytes", context, batch)
+
+
+def parse_memory(text: str) -> int:
+    """Return the bytes that a text such as "1.5GiB" or "800 MB" means, rounded down; raises UsageError."""
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]+)", text.strip(), re.ASCII)
+    if match is None:
+        raise UsageError(f"cannot read {text!r} as an amount of memory.\n  Write a number and a unit: 1.5GiB, 800MB.")
+    number, unit = match.groups()
+    sizes = {name.lower(): size for name, size in BYTES.items()}
+    if unit.lower() not in sizes:
+        raise UsageError(f"unknown unit {unit!r} in {text!r}: {did_you_mean(unit, BYTES)}")
+    amount = math.floor(Fraction(number) * sizes[unit.lower()])
+    if amount < 1:
+        raise UsageError(f"{text!r} is less than one byte of memory.\n  Write a number and a unit: 1.5GiB, 800MB.")
+    return amount
+
+
+def parse_bits(text: str) -> tuple[int, ...]:
+    """Return the widths that a text such as "1,2,3,4,6,8,16" lists, ascending, each once; raises UsageError."""
+    return known_bits(word.strip() for word in text.split(","))
+
+
+def known_bits(widths: Iterable[int | str]) -> tuple[int, ...]:
+    """Return widths ascending, each once; raises UsageError for one that no codes are packed to, or for none."""
+    known = {str(bits): bits for bits in (*CODE_BITS, FULL_BITS)}
+    words = [str(width) for width in widths]
+    for word in words:
+        if word not in known:
+            raise UsageError(f"{word!r} is not a width of codes; choose from {', '.join(known)}")
+    if not words:
+        raise UsageError(f"no widths to choose from; name some of {', '.join(known)}")
+    return tuple(sorted({known[word] for word in words}))
+
+
+def price(
+    tensors: Sequence[CachedTensor],
+    formats: Sequence[Sequence[Format]],
+    limit: Limit,
+    window: Window,
+    geometry: CacheGeometry | None,
+) -> tuple[list[list[int]], int]:
+    """Return what each candidate format of each tensor costs, and the capacity, as integers of one common unit.
+
+    In bits, a tensor costs its format's bits times its cached width, and the capacity is the limit times the width of
+    all tensors; in bytes, exactly what `BitPlan.bytes_at` counts, the skipped layers' share taken off the capacity.
+    A plan meets the limit exactly when its integers meet the capacity.
+    Raises InfeasibleBudget where the cheapest plan costs more than the limit or the dearest less, UsageError for a
+    limit in bytes without a geometry.
+    """
+    if limit.unit == "bytes":
+        if geometry is None:
+            raise UsageError(
+                "these scores carry no geometry, so the bytes of a plan are unknown.\n"
+                "  Give --budget in bits an element, or take scores measured by kvprof norms or kvprof gradients."
+            )
+        planned = {tensor.layer for tensor in tensors}
+        fixed = sum(
+            layer.tokens_kept(limit.context) * geometry.bytes_per_token(layer)
+            for layer in geometry.layers
+            if layer.layer not in planned
+        )
+        share, offset = 1, limit.batch * fixed
+    else:
+        share, offset = sum(tensor.width for tensor in tensors), 0
+    exact = [
+        [_cost(tensor, form, limit, window, geometry) for form in candidates]
+        for tensor, candidates in zip(tensors, formats, strict=True)
+    ]
+    cheapest = (sum(map(min, exact)) + offset) / Fraction(share)
+    dearest = (sum(map(max, exact)) + offset) / Fraction(share)
+    if not cheapest <= limit.amount <= dearest:
+        raise _infeasible(limit, cheapest, dearest, formats)
+    denominator = math.lcm(*(cost.denominator for costs in exact for cost in costs))
+    capacity = math.floor((limit.amount * share - offset) * denominator)
+    return [[int(cost * denominator) for cost in costs] for costs in exact], capacity
+
+
+def spent(
+    tensors: Sequence[CachedTensor],
+    formats: Sequence[Format],
+    geometry: CacheGeometry | None,
+    limit: Limit | None = None,
+) -> Budget:
+    """Return a plan's Budget record: what was asked for, and the cost in nominal bits, stored bits and bytes a token.
+
+    formats: the chosen format of each tensor. The averages are weighted by cached width and rounded once, each from
+    its exact value; rounding keeps order, so no average can exceed the limit it met exactly.
+    """
+    chosen = list(zip(tensors, formats, strict=True))
+    width = sum(tensor.width for tensor in tensors)
+    stored = [form.stored_bits(tensor.head_dim) * tensor.width for tensor, form in chosen]
+    in_bytes = None
+    if geometry is not None:
+        in_bytes = float(
+            sum(
+                tensor.width * geometry.element_bytes if form.is_full else bits / 8
+                for (tensor, form), bits in zip(chosen, stored, strict=True)
+            )
+        )
+    return Budget(
+        requested=None if limit is None else float(limit.amount),
+        unit=None if limit is None else limit.unit,
+        nominal_bits=float(Fraction(sum(tensor.width * form.bits for tensor, form in chosen), width)),
+        stored_bits=float(sum(stored) / Fraction(width)),
+        bytes_per_token=in_bytes,
+    )
+
+
+def _cost(
+    tensor: CachedTensor, form: Format, limit: Limit, window: Window, geometry: CacheGeometry | None
+) -> Fraction:
+    if limit.unit == "bytes":
+        assert tensor.shape is not None and geometry is not None
+        one = tensor_bytes(form, tensor.shape, tensor.name, window, geometry.element_bytes, limit.context)
+        return Fraction(limit.batch * one)
+    return tensor.width * (Fraction(form.bits) if limit.unit == "nominal" else form.stored_bits(tensor.head_dim))
+
+
+def _infeasible(
+    limit: Limit, cheapest: Fraction, dearest: Fraction, formats: Sequence[Sequence[Format]]
+) -> InfeasibleBudget:
+    """Return the error with the feasible range, rounded inwards so that every figure it names can be asked for."""
+    low, high = (_written(amount, limit.unit, up) for amount, up in ((cheapest, True), (dearest, False)))
+    option = "--memory" if limit.unit == "bytes" else "--budget"
+    below = limit.amount < cheapest
+    narrowest, widest = (pick(form.bits for forms in formats for form in forms) for pick in (min, max))
+    if below:
+        verdict, nearest, advice = "is below what these formats can reach", low, f"narrower than {narrowest}"
+    else:
+        verdict, nearest, advice = "is more than these formats can use", high, f"wider than {widest}"
+    possible = narrowest > min(CODE_BITS) if below else widest < FULL_BITS
+    unit = "of cache" if limit.unit == "bytes" else f"{limit.unit} bits an element"
+    return InfeasibleBudget(
+        f"{_written(limit.amount, limit.unit, below)} {unit} {verdict}.\n"
+        f"  cheapest plan: {low}    dearest: {high}\n"
+        f"  try {option} {nearest}" + (f", or allow --bits {advice}" if possible else "")
+    )
+
+
+def _written(amount: Fraction, unit: Unit, up: bool) -> str:
+    if unit == "bytes":
+        return f"{math.ceil(amount) if up else math.floor(amount)}B"
+    digits = math.ceil(amount * 10_000) if up else math.floor(amount * 10_000)
+    return f"{digits / 10_000:.4f}".rstrip("0").rstrip(".")

