@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
@@ -22,10 +22,10 @@ from kvprof.records.plan import Budget, Window, head_dim_of, tensor_bytes
 Unit = Literal["nominal", "stored", "bytes"]
 BIT_UNITS = ("nominal", "stored")
 
-BYTES = {"B": 1} | {
-    f"{prefix}{infix}B": base**power
+BYTES: dict[str, int] = {"B": 1} | {
+    prefix + suffix: base**power
     for power, prefix in enumerate("KMGT", start=1)
-    for infix, base in (("", 1000), ("i", 1024))
+    for suffix, base in (("B", 1000), ("iB", 1024))
 }
 
 
@@ -33,13 +33,13 @@ BYTES = {"B": 1} | {
 class Limit:
     """What a plan may cost at most.
 
-    bit_limit("2.5")                                        2.5 nominal bits an element
-    bit_limit("3.25", "stored")                             3.25 bits an element, scales counted
+    bit_limit("2.5")                                        2.5 nominal bits per element
+    bit_limit("3.25", "stored")                             3.25 bits per element, scales counted
     memory_limit("1.5GiB", context=32768, batch=4)          bytes of cache, window and skipped layers counted
     """
 
     amount: Fraction
-    """Bits an element, averaged over the cached width, or bytes."""
+    """Bits per element, averaged over the cached width, or bytes."""
     unit: Unit
     context: int = 0
     """Tokens a sequence; bytes only."""
@@ -68,7 +68,7 @@ class CachedTensor:
 
 
 def bit_limit(budget: str | float, unit: str | None = None) -> Limit:
-    """Read a budget in bits an element; 2.3 means 23/10, not its nearest binary fraction.
+    """Read a budget in bits per element; 2.3 means 23/10, not its nearest binary fraction.
 
     unit: "nominal" (the width of the codes; the default) or "stored" (scales counted).
     Raises UsageError for an unknown unit, or a budget that is not a positive number.
@@ -97,10 +97,10 @@ def parse_memory(text: str) -> int:
     if match is None:
         raise UsageError(f"cannot read {text!r} as an amount of memory.\n  Write a number and a unit: 1.5GiB, 800MB.")
     number, unit = match.groups()
-    sizes = {name.lower(): size for name, size in BYTES.items()}
-    if unit.lower() not in sizes:
+    name = {name.lower(): name for name in BYTES}.get(unit.lower())
+    if name is None:
         raise UsageError(f"unknown unit {unit!r} in {text!r}: {did_you_mean(unit, BYTES)}")
-    amount = math.floor(Fraction(number) * sizes[unit.lower()])
+    amount = math.floor(Fraction(number) * BYTES[name])
     if amount < 1:
         raise UsageError(f"{text!r} is less than one byte of memory.\n  Write a number and a unit: 1.5GiB, 800MB.")
     return amount
@@ -138,25 +138,38 @@ def price(
     Raises InfeasibleBudget where the cheapest plan costs more than the limit or the dearest less, UsageError for a
     limit in bytes without a geometry.
     """
+    pairs = list(zip(tensors, formats, strict=True))
     if limit.unit == "bytes":
         if geometry is None:
             raise UsageError(
                 "these scores carry no geometry, so the bytes of a plan are unknown.\n"
-                "  Give --budget in bits an element, or take scores measured by kvprof norms or kvprof gradients."
+                "  Give --budget in bits per element, or take scores measured by kvprof norms or kvprof gradients."
             )
+        shapes, element_bytes, context = geometry.layers, geometry.element_bytes, limit.context
+        exact = [
+            [
+                Fraction(
+                    limit.batch * tensor_bytes(form, shapes[tensor.layer], tensor.name, window, element_bytes, context)
+                )
+                for form in candidates
+            ]
+            for tensor, candidates in pairs
+        ]
         planned = {tensor.layer for tensor in tensors}
-        fixed = sum(
-            layer.tokens_kept(limit.context) * geometry.bytes_per_token(layer)
-            for layer in geometry.layers
-            if layer.layer not in planned
-        )
-        share, offset = 1, limit.batch * fixed
+        skipped = [shape for shape in shapes if shape.layer not in planned]
+        offset = limit.batch * sum(shape.tokens_kept(context) * geometry.bytes_per_token(shape) for shape in skipped)
+        share = 1
     else:
-        share, offset = sum(tensor.width for tensor in tensors), 0
-    exact = [
-        [_cost(tensor, form, limit, window, geometry) for form in candidates]
-        for tensor, candidates in zip(tensors, formats, strict=True)
-    ]
+        nominal = limit.unit == "nominal"
+        exact = [
+            [
+                tensor.width * (Fraction(form.bits) if nominal else form.stored_bits(tensor.head_dim))
+                for form in candidates
+            ]
+            for tensor, candidates in pairs
+        ]
+        offset = 0
+        share = sum(tensor.width for tensor in tensors)
     cheapest = (sum(map(min, exact)) + offset) / Fraction(share)
     dearest = (sum(map(max, exact)) + offset) / Fraction(share)
     if not cheapest <= limit.amount <= dearest:
@@ -197,39 +210,35 @@ def spent(
     )
 
 
-def _cost(
-    tensor: CachedTensor, form: Format, limit: Limit, window: Window, geometry: CacheGeometry | None
-) -> Fraction:
-    if limit.unit == "bytes":
-        assert tensor.shape is not None and geometry is not None
-        one = tensor_bytes(form, tensor.shape, tensor.name, window, geometry.element_bytes, limit.context)
-        return Fraction(limit.batch * one)
-    return tensor.width * (Fraction(form.bits) if limit.unit == "nominal" else form.stored_bits(tensor.head_dim))
-
-
 def _infeasible(
     limit: Limit, cheapest: Fraction, dearest: Fraction, formats: Sequence[Sequence[Format]]
 ) -> InfeasibleBudget:
-    """Return the error with the feasible range, rounded inwards so that every figure it names can be asked for."""
-    low, high = (_written(amount, limit.unit, up) for amount, up in ((cheapest, True), (dearest, False)))
-    option = "--memory" if limit.unit == "bytes" else "--budget"
+    """Return the error that names the feasible range and what to change."""
     below = limit.amount < cheapest
-    narrowest, widest = (pick(form.bits for forms in formats for form in forms) for pick in (min, max))
-    if below:
-        verdict, nearest, advice = "is below what these formats can reach", low, f"narrower than {narrowest}"
+    low, high = _written(cheapest, limit.unit, math.ceil), _written(dearest, limit.unit, math.floor)
+    widths = [form.bits for candidates in formats for form in candidates]
+    if limit.unit == "bytes":
+        asked, option = f"{limit.amount} bytes of cache", "--memory"
     else:
-        verdict, nearest, advice = "is more than these formats can use", high, f"wider than {widest}"
-    possible = narrowest > min(CODE_BITS) if below else widest < FULL_BITS
-    unit = "of cache" if limit.unit == "bytes" else f"{limit.unit} bits an element"
+        asked, option = f"{float(limit.amount):.15g} {limit.unit} bits per element", "--budget"
+    ways = [f"{option} {low if below else high}"]
+    if below:
+        verdict = "is below what these formats can reach"
+        if min(widths) > min(CODE_BITS):
+            ways.append(f"allow --bits below {min(widths)}")
+        if limit.unit != "nominal" and min(widths) < FULL_BITS:
+            ways.append("take a larger --group-size")
+    else:
+        verdict = "is more than these formats can use"
+        if max(widths) < FULL_BITS:
+            ways.append(f"allow --bits above {max(widths)}")
     return InfeasibleBudget(
-        f"{_written(limit.amount, limit.unit, below)} {unit} {verdict}.\n"
-        f"  cheapest plan: {low}    dearest: {high}\n"
-        f"  try {option} {nearest}" + (f", or allow --bits {advice}" if possible else "")
+        f"{asked} {verdict}.\n  cheapest plan: {low}    dearest: {high}\n  try {', or '.join(ways)}"
     )
 
 
-def _written(amount: Fraction, unit: Unit, up: bool) -> str:
+def _written(amount: Fraction, unit: Unit, rounded: Callable[[Fraction], int]) -> str:
+    """Return an end of the feasible range as an option's value, rounded so that it lies within."""
     if unit == "bytes":
-        return f"{math.ceil(amount) if up else math.floor(amount)}B"
-    digits = math.ceil(amount * 10_000) if up else math.floor(amount * 10_000)
-    return f"{digits / 10_000:.4f}".rstrip("0").rstrip(".")
+        return f"{rounded(amount)}B"
+    return f"{rounded(amount * 10_000) / 10_000:.4f}".rstrip("0").rstrip(".")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -264,7 +265,7 @@ def _hull_steps(choices: list[Choice]) -> list[tuple[int, int, float]]:
         hull.append(pick)
     return [
         (after, choices[after].cost - choices[before].cost, choices[before].loss - choices[after].loss)
-        for before, after in zip(hull, hull[1:], strict=False)
+        for before, after in pairwise(hull)
     ]
 
 

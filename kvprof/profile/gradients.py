@@ -1,7 +1,7 @@
 """How much does the loss feel each layer's W_k and W_v? The norm of its gradient, on calibration text.
 
-Reads a loaded model and calibration sequences; one forward and one backward serve all layers, and give every sequence
-of a batch its own gradient. Does not know bits, nor rounding errors.
+Reads a model and calibration text; writes a journal while it runs, so that a stopped run goes on. One forward and one
+backward serve all layers, and give each sequence of a batch its own gradient. Does not know bits, nor rounding errors.
 Source: arXiv 2506.08018, section 3 (KVmix: layers whose projections have the larger gradient get more bits).
 """
 
@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,118 +20,260 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvprof import __version__
-from kvprof.calibration.sequences import IGNORED, Batch, CalibrationSet, batches
-from kvprof.errors import NonFiniteGradient
+from kvprof.calibration.sequences import IGNORED, Batch, CalibrationSet, batches, tokenize
+from kvprof.calibration.text import BUILTIN, open_text
+from kvprof.errors import CalibrationError, KvprofError, NonFiniteGradient, UsageError
+from kvprof.models.identity import live_fingerprint
 from kvprof.models.inventory import take_inventory
-from kvprof.models.layouts import Projection, choose_layout, cut_rows, find_projections
-from kvprof.models.weights import Fingerprint, take_rows
+from kvprof.models.layouts import Rows, choose_layout, cut_rows, find_projections
+from kvprof.models.load import ModelSource, load_config, load_model, load_tokenizer
+from kvprof.models.weights import take_rows
 from kvprof.records.formats import TENSORS, TensorName
-from kvprof.records.geometry import CacheGeometry, KVLayer
+from kvprof.records.geometry import CacheGeometry
+from kvprof.records.inventory import Inventory
+from kvprof.records.runs import Journal
 from kvprof.records.scores import LayerScores, Scores, TensorScores
 
-Norms = list[tuple[float, float]]
-"""One sequence's gradient norms: (key, value) for each scored layer, ascending."""
+SequenceNorms = list[tuple[float, float]]
+"""One sequence's gradient norms: (key, value) of each scored layer, ascending."""
+
+
+@dataclass(frozen=True)
+class GradientSettings:
+    """What to measure on, and how.
+
+    dtype, device: as `models.load.load_model` takes them. batch_size: sequences in one forward; changes no score.
+    """
+
+    data: str = BUILTIN
+    split: str | None = None
+    sequences: int = 16
+    sequence_length: int = 512
+    batch_size: int = 1
+    seed: int = 0
+    pack: bool = False
+    dtype: str = "auto"
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class GradientRun:
+    """A finished run: its scores, the file they are in, and what a reader of them should know."""
+
+    scores: Scores
+    path: Path
+    remarks: tuple[str, ...]
+
+
+def run_gradients(
+    source: ModelSource,
+    settings: GradientSettings,
+    folder: Path,
+    restart: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> GradientRun:
+    """Load a model, measure its gradients on calibration text and write gradients.json; go on where a stopped run was.
+
+    folder: for the result, and for the journal of finished sequences meanwhile.
+    progress: called with (sequences done, sequences in all).
+    Raises KvprofError in its many kinds: the model, the text, a setting or the journal is not fit.
+    """
+    if settings.batch_size < 1:
+        raise UsageError(f"--batch-size {settings.batch_size}: at least 1 is needed.")
+    whole_config = load_config(source)
+    inventory = take_inventory(whole_config, source.id)
+    config = whole_config.get_text_config(decoder=True)
+    if settings.sequence_length > (getattr(config, "max_position_embeddings", None) or settings.sequence_length):
+        raise UsageError(
+            f"--sequence-length {settings.sequence_length}: the model was made for {config.max_position_embeddings}."
+        )
+    calibration = tokenize(
+        open_text(settings.data, settings.split, settings.seed),
+        load_tokenizer(source),
+        settings.sequences,
+        settings.sequence_length,
+        settings.seed,
+        settings.pack,
+    )
+    largest = max(max(ids) for ids in calibration.sequences)
+    if largest >= config.vocab_size:
+        raise CalibrationError(f"the tokenizer writes token {largest}, but the model's vocabulary has {config.vocab_size}.")
+    model = load_model(source, settings.dtype, settings.device)
+    fingerprint = live_fingerprint(model, inventory.geometry)
+    inventory = inventory.model_copy(
+        update={"model": inventory.model.model_copy(update={"fingerprint": fingerprint})}
+    )
+    identity = {
+        "model": source.id,
+        "model fingerprint": fingerprint,
+        "text": calibration.info.model_dump(mode="json"),
+        "dtype": str(model.dtype),
+        "kvprof version": __version__,
+    }
+    with Journal(folder / "gradients.journal", identity, restart) as log:
+        done = {int(index): norms for index, norms in log.done.items()}
+        progress(len(done), len(calibration.sequences))
+
+        def finished(norms: Mapping[int, SequenceNorms]) -> None:
+            for index, pairs in norms.items():
+                log.add(str(index), pairs)
+            progress(len(log.done), len(calibration.sequences))
+
+        scores = measure_gradients(model, calibration, inventory, settings.batch_size, done, finished)
+        path = scores.save(folder / "gradients.json")
+        log.remove()
+    return GradientRun(scores, path, tuple(_remarks(calibration, settings, len(done))))
 
 
 def measure_gradients(
     model: PreTrainedModel,
     calibration: CalibrationSet,
+    inventory: Inventory,
     batch_size: int = 1,
-    model_id: str | None = None,
-    done: dict[int, Norms] | None = None,
-    finished: Callable[[dict[int, Norms]], None] = lambda norms: None,
+    done: Mapping[int, SequenceNorms] | None = None,
+    finished: Callable[[Mapping[int, SequenceNorms]], None] = lambda norms: None,
 ) -> Scores:
     """Measure the mean over sequences of the L2 norm of dLoss/dW_k and dLoss/dW_v of every layer.
 
-    model: in eval mode; left as it was found. Loss: the mean cross-entropy of each sequence over its own targets.
-    done: norms of sequences measured before, by index; finished: called with each batch's norms as it is done.
-    Returns Scores with gradient_norm and gradient_norm_stderr (0 for a single sequence).
+    model: in eval mode, no parameter asking for a gradient; left as it was found. The loss of a sequence is its mean
+    cross-entropy in nats over its own targets.
+    done: norms of sequences measured before, by index. finished: called with each batch's norms.
+    Returns Scores with gradient_norm and its standard error over sequences (0 for a single one).
     Raises NonFiniteGradient, with advice, where half precision overflows.
     """
-    inventory = take_inventory(model.config, model_id)
-    geometry = inventory.geometry
     measured = dict(done or {})
     todo = [index for index in range(len(calibration.sequences)) if index not in measured]
     for batch in batches(calibration.sequences, batch_size, todo):
-        norms = sequence_gradient_norms(model, geometry, batch)
+        norms = gradient_norms(model, inventory.geometry, batch)
         finished(norms)
-        measured |= norms
-    per_sequence = torch.tensor([measured[index] for index in range(len(calibration.sequences))], dtype=torch.float64)
-    mean, stderr = per_sequence.mean(0), _standard_error(per_sequence)
+        measured.update(norms)
+    # In the order of the sequences, whatever the batches were: the same sum to the last bit.
+    by_sequence = torch.tensor([measured[index] for index in sorted(measured)], dtype=torch.float64)
+    mean = by_sequence.mean(0)
+    stderr = by_sequence.std(0) / math.sqrt(len(measured)) if len(measured) > 1 else torch.zeros_like(mean)
     return Scores(
         source="gradients",
         kvprof_version=__version__,
-        model=inventory.model.model_copy(update={"fingerprint": fingerprint_of(model, geometry)}),
+        model=inventory.model,
         calibration=calibration.info,
-        geometry=geometry,
+        geometry=inventory.geometry,
         layers=tuple(
             LayerScores(
                 layer=layer.layer,
                 key=TensorScores(gradient_norm=float(mean[row, 0]), gradient_norm_stderr=float(stderr[row, 0])),
                 value=TensorScores(gradient_norm=float(mean[row, 1]), gradient_norm_stderr=float(stderr[row, 1])),
             )
-            for row, layer in enumerate(geometry.scored)
+            for row, layer in enumerate(inventory.geometry.scored)
         ),
     )
 
 
-def sequence_gradient_norms(model: PreTrainedModel, geometry: CacheGeometry, batch: Batch) -> dict[int, Norms]:
-    """Return the gradient norms of each sequence of one batch, from one forward and one backward.
+def gradient_norms(model: PreTrainedModel, geometry: CacheGeometry, batch: Batch) -> dict[int, SequenceNorms]:
+    """Return the gradient norms of each sequence of a batch, by index, from one forward and one backward.
 
-    Nothing but the outputs of the K and V projections asks autograd for a gradient. As autograd brings dLoss/dOutput of
-    one, its outer product with the projection's input is each sequence's dLoss/dW, and only the norm of that is kept.
+    Only the outputs of the K and V projections ask autograd for a gradient. When the backward brings dLoss/dOutput of
+    one, its product with the projection's input is each sequence's own dLoss/dW, of which only the norm is kept.
     """
     device = model.get_input_embeddings().weight.device
-    targets = (batch.labels[:, 1:] != IGNORED).sum(1)  # (B,)
-    # transformers averages over the targets of the whole batch; each sequence counts its own.
-    weight = (targets.sum() / targets).to(torch.float64)
-    with _captured(model, geometry) as capture:
-        arguments: dict[str, Any] = {
-            "input_ids": batch.input_ids.to(device),
-            "attention_mask": batch.attention_mask.to(device),
-            "labels": batch.labels.to(device),
-            "use_cache": False,
-        }
-        if batch.attention_mask[:, 0].min() == 0 and "position_ids" in inspect.signature(model.forward).parameters:
-            positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)  # left padding moves no token
-            arguments["position_ids"] = positions.to(device)
-        model(**arguments).loss.backward()
-    norms: dict[int, Norms] = {}
-    for row, index in enumerate(batch.indices):
-        norms[index] = []
+    arguments: dict[str, Any] = {
+        "input_ids": batch.input_ids.to(device),
+        "attention_mask": batch.attention_mask.to(device),
+        "labels": batch.labels.to(device),  # unshifted: the model shifts them itself
+        "use_cache": False,
+    }
+    if not batch.attention_mask[:, 0].all() and "position_ids" in inspect.signature(model.forward).parameters:
+        positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)  # padding on the left moves no token
+        arguments["position_ids"] = positions.to(device)
+    try:
+        with _weight_gradient_norms(model, geometry, len(batch.indices)) as norms:
+            model(**arguments).loss.backward()
+    except torch.OutOfMemoryError:
+        rows, tokens = batch.input_ids.shape
+        raise KvprofError(
+            f"out of memory on {device} with a batch of {rows} sequences of {tokens} tokens.\n"
+            "  Lower --batch-size or --sequence-length; what is measured so far is kept."
+        ) from None
+    # transformers averages the loss over the targets of the whole batch; a sequence's own mean is over its own.
+    targets = (batch.labels[:, 1:] != IGNORED).sum(1)
+    shares = (targets.sum() / targets).tolist()
+    result: dict[int, SequenceNorms] = {}
+    for row, (index, share) in enumerate(zip(batch.indices, shares, strict=True)):
+        result[index] = []
         for layer in geometry.scored:
-            pair = [float(capture.norms[layer.layer, tensor][row] * weight[row]) for tensor in TENSORS]
-            for tensor, norm in zip(TENSORS, pair, strict=True):
-                if not math.isfinite(norm):
-                    raise NonFiniteGradient(_advice(model, layer.layer, tensor, norm))
-            norms[index].append((pair[0], pair[1]))
-    return norms
+            key, value = (share * norms[layer.layer, tensor][row] for tensor in TENSORS)
+            if not (math.isfinite(key) and math.isfinite(value)):
+                raise NonFiniteGradient(_overflow_advice(model, layer.layer))
+            result[index].append((key, value))
+    return result
 
 
-def fingerprint_of(model: PreTrainedModel, geometry: CacheGeometry) -> str | None:
-    """Return the fingerprint of a loaded model; None where its weights are offloaded and cannot be read."""
-    fingerprint = Fingerprint()
-    for site in _sites(model, geometry):
-        if site.module.weight.is_meta:
-            return None
-        fingerprint.add(site.rows(site.module.weight.detach(), "key", dim=1 if site.transposed else 0))
-        other = site.value_module.weight.detach()
-        if other.is_meta:
-            return None
-        fingerprint.add(site.rows(other, "value", dim=1 if site.transposed else 0))
-    return fingerprint.text
+@contextlib.contextmanager
+def _weight_gradient_norms(
+    model: PreTrainedModel, geometry: CacheGeometry, batch_size: int
+) -> Iterator[dict[tuple[int, TensorName], list[float]]]:
+    """Yield a dict that a backward inside the `with` fills: (layer, tensor) to the norm of dLoss/dW of each sequence."""
+    norms: dict[tuple[int, TensorName], list[float]] = {}
+    handles = []
+
+    def capture(layer: int, runs: Mapping[TensorName, tuple[tuple[int, int], ...] | None]) -> Callable[..., Tensor]:
+        def forward_hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            source = inputs[0].detach()
+
+            def backward_hook(gradient: Tensor) -> None:
+                for tensor, rows in runs.items():
+                    part = gradient if rows is None else take_rows(gradient, rows, dim=-1)
+                    norms[layer, tensor] = _outer_norms(part, source, batch_size)
+
+            if output.requires_grad:
+                output.register_hook(backward_hook)
+                return output
+            # The first layer's: nothing before it asks for a gradient. The copy may be changed in place, a leaf not.
+            output.requires_grad_(True).register_hook(backward_hook)
+            return output.clone()
+
+        return forward_hook
+
+    modules = dict(model.named_modules())
+    projections = find_projections(modules, geometry)
+    query_heads = model.config.get_text_config(decoder=True).num_attention_heads
+    try:
+        for layer in geometry.scored:
+            projection = projections[layer.layer]
+            key, value = modules[projection.key], modules[projection.value]
+            if projection.is_fused:
+                layout = choose_layout(projection, tuple(key.get_parameter("weight").shape), layer, query_heads)
+                rows: Rows = cut_rows(layout, layer, query_heads)
+                both = capture(layer.layer, {"key": rows.key, "value": rows.value})
+                handles.append(key.register_forward_hook(both))
+            else:
+                handles.append(key.register_forward_hook(capture(layer.layer, {"key": None})))
+                handles.append(value.register_forward_hook(capture(layer.layer, {"value": None})))
+        yield norms
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-@dataclass(frozen=True)
-class _Site:
-    """Where one layer's K and V are projected in a live model."""
-
-    layer: KVLayer
-    module: nn.Module
-    value_module: nn.Module
-    runs: dict[TensorName, tuple[tuple[int, int], ...]]
-    transposed: bool
+def _outer_norms(gradient: Tensor, source: Tensor, batch_size: int) -> list[float]:
+    """Return, for each sequence, the Frobenius norm of the sum over tokens of gradient (B, T, out) times source (B, T, in)."""
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    gradient = gradient.reshape(batch_size, -1, gradient.shape[-1]).to(dtype)
+    source = source.reshape(batch_size, -1, source.shape[-1]).to(dtype)
+    norms = [torch.linalg.vector_norm(g.T @ x, dtype=torch.float64) for g, x in zip(gradient, source, strict=True)]
+    return torch.stack(norms).tolist()  # type: ignore[no-any-return]
 
 
-class _Capture:
-    """Collects, during one backward, the squared norm of each sequence's dLoss/dW of every layer and tensor."""
+def _remarks(calibration: CalibrationSet, settings: GradientSettings, resumed: int) -> Iterator[str]:
+    found = len(calibration.sequences)
+    if resumed:
+        yield f"went on with a stopped run: {resumed} of {found} sequences were measured before"
+    if calibration.skipped:
+        yield f"skipped {calibration.skipped} rows too short to have a target"
+    if found < settings.sequences:
+        yield f"the text holds only {found} of the {settings.sequences} sequences asked for"
+
+
+def _overflow_advice(model: PreTrainedModel, layer: int) -> str:
+    dtype = str(model.dtype).removeprefix("torch.")
+    advice = "--dtype bfloat16 (the same range as float32) or --dtype float32" if dtype == "float16" else "--dtype float32"
+    return f"the gradient of layer {layer} is not finite in {dtype}.\n  Use {advice}; what is measured so far is kept."

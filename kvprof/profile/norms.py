@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from kvprof import __version__
+from kvprof.models.identity import Fingerprint
 from kvprof.models.inventory import take_inventory
 from kvprof.models.load import ModelSource, load_config
-from kvprof.models.weights import Fingerprint, LayerWeights, open_checkpoint, stream_projections
+from kvprof.models.weights import LayerWeights, open_checkpoint, stream_projections
 from kvprof.records.inventory import Inventory
 from kvprof.records.scores import LayerScores, Scores, TensorScores
 
@@ -27,10 +28,12 @@ _TOLERANCE = 1e-9
 _CHUNK_BYTES = 16 * 2**20
 
 
-def measure_norms(source: ModelSource, advance: Callable[[int], None] = lambda layer: None) -> tuple[Scores, Inventory]:
+def measure_norms(
+    source: ModelSource, progress: Callable[[int, int], None] = lambda done, total: None
+) -> tuple[Scores, Inventory]:
     """Measure every layer's W_k and W_v of a model, in whatever dtype its checkpoint has.
 
-    advance: called with each layer's number once it is measured.
+    progress: called with (layers done, layers in all).
     Returns Scores with spectral_norm, frobenius_norm, stable_rank and their per-head twins, bias_norm and k_norm gains
     where there are any, and the inventory that was taken on the way.
     Raises ModelError, UnknownLayout and NonFiniteWeight as `models.weights` does.
@@ -43,10 +46,9 @@ def measure_norms(source: ModelSource, advance: Callable[[int], None] = lambda l
     fingerprint = Fingerprint()
     layers = []
     for weights in stream_projections(checkpoint, inventory.geometry, config.get_text_config(decoder=True)):
-        fingerprint.add(weights.key)
-        fingerprint.add(weights.value)
+        fingerprint.add(weights)
         layers.append(layer_norms(weights, gain_offset))
-        advance(weights.layer.layer)
+        progress(len(layers), len(inventory.geometry.scored))
     scores = Scores(
         source="norms",
         kvprof_version=__version__,

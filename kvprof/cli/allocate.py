@@ -1,0 +1,3 @@
+"""placeholder"""
+def allocate() -> None:
+    """TODO"""

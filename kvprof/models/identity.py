@@ -1,0 +1,69 @@
+"""Is this the model that a file speaks of? Fingerprints of W_k and W_v, and the check of a file against a model.
+
+Reads projections as `models.weights` streams them, out of a checkpoint or a live model. Writes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvprof.errors import Mismatch
+from kvprof.models.inventory import take_inventory
+from kvprof.models.load import ModelSource, load_config
+from kvprof.models.weights import LayerWeights, LiveCheckpoint, open_checkpoint, stream_projections
+from kvprof.records.geometry import CacheGeometry
+from kvprof.records.plan import BitPlan
+from kvprof.records.scores import Scores
+
+
+class Fingerprint:
+    """The identity of a model's keys and values: a hash over the signs of W_k and W_v, layer by layer.
+
+    A sign survives every cast between float dtypes, so a model has one fingerprint however it is loaded; it does not
+    survive training, so a finetuned model has another.
+    """
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def add(self, weights: LayerWeights) -> None:
+        """Take in the next layer, ascending."""
+        self._add(weights.key)
+        self._add(weights.value)
+
+    def _add(self, weight: Tensor) -> None:
+        self._hash.update(repr(tuple(weight.shape)).encode())
+        self._hash.update(np.packbits(torch.signbit(weight).cpu().numpy()).tobytes())
+
+    @property
+    def text(self) -> str:
+        """`sha256:...` over what was taken in so far."""
+        return "sha256:" + self._hash.hexdigest()
+
+
+def live_fingerprint(model: PreTrainedModel, geometry: CacheGeometry) -> str | None:
+    """Return a loaded model's fingerprint, the same as its checkpoint's; None where accelerate has offloaded weights."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return None
+    fingerprint = Fingerprint()
+    for weights in stream_projections(LiveCheckpoint(model), geometry, model.config.get_text_config(decoder=True)):
+        fingerprint.add(weights)
+    return fingerprint.text
+
+
+def check_fits(document: Scores | BitPlan, source: ModelSource) -> None:
+    """Raise Mismatch, saying how they differ, when a file is for another model than this one."""
+    config = load_config(source)
+    geometry = take_inventory(config, source.id).geometry
+    text_config = config.get_text_config(decoder=True)
+    document.check_fits(geometry, None)  # shapes differ without a look at the weights
+    if document.model is not None and document.model.fingerprint is not None:
+        fingerprint = Fingerprint()
+        for weights in stream_projections(open_checkpoint(source.fetch(weights=True), text_config), geometry, text_config):
+            fingerprint.add(weights)
+        document.check_fits(geometry, fingerprint.text)

@@ -1,0 +1,235 @@
+"""What a Scores file may and may not say, hand-written ones included."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvprof.errors import InvalidFile, UsageError
+from kvprof.records.scores import Scores
+
+
+def read(value: dict[str, Any]) -> Scores:
+    return Scores.from_json(value, "scores.json")
+
+
+def refusal(value: dict[str, Any]) -> str:
+    with pytest.raises(InvalidFile) as caught:
+        read(value)
+    return str(caught.value)
+
+
+def scored_layers(*layers: int) -> list[dict[str, Any]]:
+    return [{"layer": layer, "key": {"spectral_norm": 1.0}, "value": {"spectral_norm": 2.0}} for layer in layers]
+
+
+# Written by hand
+
+
+def test_a_file_of_schema_and_layers_alone_is_valid(scores_json: dict[str, Any]) -> None:
+    scores = read(scores_json)
+    assert scores.metric("spectral_norm") == [(0, "key", 62.03), (0, "value", 3.44), (1, "key", 41.5), (1, "value", 4)]
+    assert (scores.model, scores.geometry, scores.calibration, scores.source) == (None, None, None, None)
+
+
+@pytest.mark.parametrize("field", ["model", "geometry", "calibration", "source", "kvprof_version"])
+def test_a_field_may_be_null_as_well_as_absent(scores_json: dict[str, Any], field: str) -> None:
+    assert read({**scores_json, field: None}) == read(scores_json)
+
+
+def test_a_null_metric_is_an_absent_one(scores_json: dict[str, Any], tmp_path: Path) -> None:
+    scores_json["layers"][0]["key"]["bias_norm"] = None
+    path = read(scores_json).save(tmp_path / "scores.json")
+    assert "bias_norm" not in path.read_text()
+
+
+def test_the_example_of_the_design_is_valid() -> None:
+    scores = read(
+        {
+            "schema": "kvprof.scores/1",
+            "source": "norms",
+            "kvprof_version": "0.1.0",
+            "model": {"id": "m", "fingerprint": "sha256:0", "architecture": "LlamaForCausalLM", "num_layers": 1},
+            "calibration": {
+                "dataset": "builtin",
+                "split": "calibration",
+                "sequences": 16,
+                "sequence_length": 512,
+                "tokens": 8192,
+                "seed": 0,
+                "fingerprint": "sha256:1",
+            },
+            "geometry": None,
+            "layers": [
+                {
+                    "layer": 0,
+                    "key": {"spectral_norm": 62.03, "frobenius_norm": 132.29},
+                    "value": {"spectral_norm": 3.44, "frobenius_norm": 15.57},
+                }
+            ],
+        }
+    )
+    assert scores.metrics == ("spectral_norm", "frobenius_norm")
+
+
+# Layers
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ((1,), "layer 0 is missing"),
+        ((0, 2), "layer 1 is missing"),
+        ((0, 9_999), "layer 1 is missing"),
+        ((0, 1, 1, 2), "layer 1 stands 2 times"),
+        ((0, 0, 0), "layer 0 stands 3 times"),
+        ((1, 0), "ascending"),
+        ((), "empty"),
+    ],
+)
+def test_layers_that_are_missing_or_repeated_are_named(
+    scores_json: dict[str, Any], layers: tuple[int, ...], words: str
+) -> None:
+    assert words in refusal({**scores_json, "layers": scored_layers(*layers)})
+
+
+def test_the_last_layers_are_missed_when_the_model_says_how_many_it_has(scores_json: dict[str, Any]) -> None:
+    assert "layer 2 is missing" in refusal({**scores_json, "model": {"num_layers": 3}})
+    assert "layer 1 has no K and V projections" in refusal({**scores_json, "model": {"num_layers": 1}})
+
+
+def test_a_hybrid_model_is_scored_where_it_has_projections_of_its_own(
+    scores_json: dict[str, Any], hybrid_geometry_json: dict[str, Any]
+) -> None:
+    value = {**scores_json, "geometry": hybrid_geometry_json}
+    assert len(read({**value, "layers": scored_layers(0, 1, 4)}).layers) == 3
+    assert "layer 1 is missing" in refusal({**value, "layers": scored_layers(0, 4)})
+    assert "layer 4 is missing" in refusal({**value, "layers": scored_layers(0, 1)})
+    assert "layer 2 has no K and V projections" in refusal({**value, "layers": scored_layers(0, 1, 2, 4)})
+    assert "layer 7 has no K and V projections" in refusal({**value, "layers": scored_layers(0, 1, 4, 7)})
+
+
+def test_a_geometry_of_another_number_of_layers_than_the_model_is_refused(
+    scores_json: dict[str, Any], hybrid_geometry_json: dict[str, Any]
+) -> None:
+    value = {**scores_json, "layers": scored_layers(0, 1, 4), "geometry": hybrid_geometry_json}
+    assert read({**value, "model": {"num_layers": 5}})
+    assert "num_layers is 6" in refusal({**value, "model": {"num_layers": 6}})
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, -1, -1e-300])
+@pytest.mark.parametrize("tensor", ["key", "value"])
+@pytest.mark.parametrize(
+    ("metric", "place"),
+    [
+        ("spectral_norm", None),
+        ("frobenius_norm", None),
+        ("gradient_norm", None),
+        ("gradient_norm_stderr", None),
+        ("bias_norm", None),
+        ("head_spectral_norm", 1),
+        ("loss_increase", "int2g32"),
+        ("loss_increase_stderr", "int2g32"),
+    ],
+)
+def test_a_number_that_is_no_measurement_is_named_with_its_layer(
+    scores_json: dict[str, Any], number: float, tensor: str, metric: str, place: str | int | None
+) -> None:
+    inner = {None: number, 1: [0.5, number], "int2g32": {"q4_0": 0.5, "int2g32": number}}[place]
+    scores_json["layers"][1][tensor][metric] = inner
+    message = refusal(scores_json)
+    assert "layer 1: " in message
+    assert metric in message
+    assert tensor in message
+    assert place is None or f"[{place}]" in message
+
+
+def test_not_a_number_in_the_text_of_a_file_is_named_with_its_layer(tmp_path: Path) -> None:
+    path = tmp_path / "scores.json"
+    text = '{"schema": "kvprof.scores/1", "layers": [{"layer": 0, "key": {"gradient_norm": NUMBER}, "value": {}}]}'
+    for word in ("NaN", "Infinity", "-Infinity", "1e999"):
+        path.write_text(text.replace("NUMBER", word))
+        with pytest.raises(InvalidFile, match="layer 0: gradient_norm of the key"):
+            Scores.load(path)
+
+
+@pytest.mark.parametrize("wrong", ["1.5", True, [1.5], {"a": 1.5}, 10**400])
+def test_a_metric_is_a_number_and_nothing_that_could_pass_for_one(scores_json: dict[str, Any], wrong: object) -> None:
+    scores_json["layers"][1]["value"]["spectral_norm"] = wrong
+    assert "layers[1].value.spectral_norm" in refusal(scores_json)
+
+
+@given(st.lists(st.floats(min_value=0, allow_infinity=False), min_size=1, max_size=6))
+def test_every_finite_number_survives_the_file_to_the_last_bit(numbers: list[float]) -> None:
+    layers = [
+        {"layer": layer, "key": {"gradient_norm": number}, "value": {"loss_increase": {"int2g32": number}}}
+        for layer, number in enumerate(numbers)
+    ]
+    scores = read({"schema": "kvprof.scores/1", "layers": layers})
+    again = Scores.model_validate_json(scores.to_text())
+    assert again == scores
+    assert [entry.key.gradient_norm for entry in again.layers] == numbers
+
+
+def test_a_format_of_another_runtime_may_have_a_loss_increase(scores_json: dict[str, Any]) -> None:
+    scores_json["layers"][0]["key"]["loss_increase"] = {"q4_0": 0.1, "int2g32": 0.2}
+    assert read(scores_json).layers[0].key.loss_increase == {"q4_0": 0.1, "int2g32": 0.2}
+
+
+def test_an_unknown_metric_is_refused_with_the_nearest_known_one(scores_json: dict[str, Any]) -> None:
+    scores_json["layers"][1]["key"]["spectral_nrom"] = 1.0
+    assert "unknown key layers[1].key.spectral_nrom: did you mean 'spectral_norm'?" in refusal(scores_json)
+
+
+# What allocate asks
+
+
+def test_a_metric_counts_when_every_layer_has_it_for_both_tensors(scores_json: dict[str, Any]) -> None:
+    scores_json["layers"][0]["key"]["gradient_norm"] = 1.0
+    assert read(scores_json).metrics == ("spectral_norm",)
+    for layer in scores_json["layers"]:
+        layer["key"]["gradient_norm"] = layer["value"]["gradient_norm"] = 0
+    assert read(scores_json).metrics == ("gradient_norm", "spectral_norm")
+
+
+def test_asking_for_a_metric_that_a_layer_lacks_names_the_layer_and_the_command(scores_json: dict[str, Any]) -> None:
+    scores_json["layers"][0]["key"]["gradient_norm"] = 1.0
+    with pytest.raises(InvalidFile, match=r"gradient_norm for the value of layer 0(.|\n)*kvprof gradients"):
+        read(scores_json).metric("gradient_norm")
+    with pytest.raises(InvalidFile, match=r"spectral_norm\)(.|\n)*kvprof norms"):
+        read(scores_json).metric("frobenius_norm")
+
+
+def test_asking_for_a_metric_that_does_not_exist_is_a_usage_error(scores_json: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="did you mean 'spectral_norm'") as caught:
+        read(scores_json).metric("spectral")
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("numbers", "flat"),
+    [
+        ((1.0, 1.0, 1.0), True),
+        ((0.0, 0.0, 0.0), True),
+        ((1e-30, 1e-30, 1e-30), True),
+        ((100.0, 100.5, 99.6), True),
+        ((100.0, 100.5, 98.0), False),
+        ((1e-30, 2e-30, 3e-30), False),
+        ((0.0, 0.0, 1.0), False),
+        ((5.0,), False),
+    ],
+)
+def test_a_metric_that_hardly_varies_is_flat_whatever_its_scale(numbers: tuple[float, ...], flat: bool) -> None:
+    layers = [
+        {"layer": layer, "key": {"spectral_norm": number}, "value": {"spectral_norm": 10.0**layer}}
+        for layer, number in enumerate(numbers)
+    ]
+    assert read({"schema": "kvprof.scores/1", "layers": layers}).is_flat("spectral_norm", "key") is flat

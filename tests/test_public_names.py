@@ -1,0 +1,74 @@
+"""What `import kvprof` gives, and what it costs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+
+import kvprof
+
+
+def modules_after(statement: str) -> set[str]:
+    """Return the names of the modules that a fresh interpreter has loaded after a statement."""
+    script = f"import json, sys\n{statement}\nprint(json.dumps(sorted(sys.modules)))"
+    return set(json.loads(subprocess.check_output([sys.executable, "-c", script], text=True)))
+
+
+def test_the_public_names_are_those_of_the_contract() -> None:
+    assert set(kvprof.__all__) == {"BitPlan", "KvprofError", "Scores", "__version__"}
+    assert kvprof.__all__ == sorted(kvprof.__all__)
+
+
+@pytest.mark.parametrize("name", kvprof.__all__)
+def test_every_public_name_can_be_imported(name: str) -> None:
+    namespace: dict[str, object] = {}
+    exec(f"from kvprof import {name}", namespace)
+    assert namespace[name] is getattr(kvprof, name)
+
+
+def test_a_star_import_gives_exactly_the_public_names() -> None:
+    namespace: dict[str, object] = {}
+    exec("from kvprof import *", namespace)
+    assert set(namespace) - {"__builtins__"} == set(kvprof.__all__)
+
+
+def test_nothing_of_kvprofs_own_is_public_beside_the_public_names() -> None:
+    own = {
+        name
+        for name, value in vars(kvprof).items()
+        if not name.startswith("_")
+        and not isinstance(value, types.ModuleType)
+        and str(getattr(value, "__module__", "")).startswith("kvprof")
+    }
+    assert own <= set(kvprof.__all__)
+
+
+def test_a_public_class_is_the_one_that_its_module_defines() -> None:
+    from kvprof.errors import KvprofError
+    from kvprof.records.plan import BitPlan
+    from kvprof.records.scores import Scores
+
+    assert (kvprof.BitPlan, kvprof.KvprofError, kvprof.Scores) == (BitPlan, KvprofError, Scores)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Plan'"):
+        _ = kvprof.Plan
+    with pytest.raises(ImportError):
+        exec("from kvprof import Plan")
+
+
+def test_importing_kvprof_loads_no_library() -> None:
+    loaded = modules_after("import kvprof")
+    assert not loaded & {"torch", "pydantic", "numpy", "transformers", "filelock", "rich", "matplotlib", "typer"}
+    assert {name for name in loaded if name.startswith("kvprof.")} == set()
+
+
+def test_records_load_neither_torch_nor_numpy() -> None:
+    loaded = modules_after("from kvprof import BitPlan, KvprofError, Scores; import kvprof.records.runs")
+    assert "pydantic" in loaded
+    assert not loaded & {"torch", "numpy", "transformers", "rich", "matplotlib", "typer"}
