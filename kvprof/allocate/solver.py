@@ -191,7 +191,7 @@ def _pareto_lists(problem: _Problem) -> tuple[list[_Stage], _Incumbent | None]:
                 bound=best.bound if best else float(np.interp(-problem.capacity, -corner_costs, corner_losses)),
             )
         states += len(costs)
-        if states > MAX_STATES or len(costs) > MAX_LIST:
+        if first > 0 and (states > MAX_STATES or len(costs) > MAX_LIST):
             return stages, best
     return stages, None
 

@@ -1,14 +1,15 @@
-"""Any file of kvprof's, opened by what its `schema` field says it is."""
+"""Which file is which: any file opened by what it says it is, the newest scores, a plan's place and name."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from kvprof.errors import InvalidFile, did_you_mean
+from kvprof.errors import InvalidFile, UsageError, did_you_mean
 from kvprof.records.document import read_json, schema_of
+from kvprof.records.geometry import bytes_text
 from kvprof.records.plan import BitPlan
-from kvprof.records.runs import OUTPUTS
-from kvprof.records.scores import Scores
+from kvprof.records.runs import OUTPUTS, output_folder
+from kvprof.records.scores import SCALAR_METRICS, Scores
 
 KINDS: dict[str, type[Scores] | type[BitPlan]] = {"scores": Scores, "plan": BitPlan}
 """The kinds of file by the word that `kvprof schema` takes."""
@@ -28,13 +29,45 @@ def load_any(path: str | Path) -> Scores | BitPlan:
 def newest_scores(metric: str | None = None, outputs: Path = OUTPUTS) -> Path:
     """Return the newest Scores file in the output folders, of those that have the metric where one is named.
 
-    Raises InvalidFile, saying what to run, where there is none.
+    Raises InvalidFile, saying what to run, where there is none; UsageError for a metric that kvprof does not know.
     """
+    if metric is not None and metric not in SCALAR_METRICS:
+        raise UsageError(f"unknown metric {metric!r}: {did_you_mean(metric, SCALAR_METRICS)}")
     files = sorted(outputs.glob("*/*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
     for path in files:
-        if path.stem in ("norms", "gradients", "divergence") and (metric is None or metric in Scores.load(path).metrics):
+        if path.stem in ("norms", "gradients", "divergence") and (
+            metric is None or metric in Scores.load(path).metrics
+        ):
             return path
     wanted = f"scores with {metric}" if metric else "scores"
     raise InvalidFile(
         f"no {wanted} in {outputs}/.\n  Run `kvprof norms` or `kvprof gradients` first, or name a file with --scores."
     )
+
+
+def plan_path(plan: BitPlan, scores: Path, out: Path | None) -> Path:
+    """Return where a plan goes: `out` where that is a .json file, else a file named after its budget in the folder.
+
+    The folder is `out`, or that of the model in `outputs/`; of a model without an id, that of the scores' file name.
+    Raises OutputError where it cannot be written.
+    """
+    if out is not None and out.suffix == ".json":
+        return out
+    return output_folder(plan.model.id or scores.stem, out) / plan_name(plan)
+
+
+def plan_name(plan: BitPlan) -> str:
+    """Return a plan's file name: plan-2.50.json, plan-2.50-stored.json, plan-1.50GiB.json, plan-kvmix.json."""
+    words = ["plan"]
+    if plan.solver is not None and plan.solver.method != "exact":
+        words.append(plan.solver.method)
+    if plan.budget is not None and plan.budget.requested is not None:
+        amount = plan.budget.requested
+        if plan.budget.unit == "bytes":
+            words.append(bytes_text(amount).replace(" ", ""))
+        else:
+            words.append(f"{amount:.2f}" if float(f"{amount:.2f}") == amount else f"{amount:.6g}")
+            words += ["stored"] if plan.budget.unit == "stored" else []
+    elif plan.solver is not None and plan.solver.method == "uniform":
+        words.append(f"k{plan.layers[0].key.bits}v{plan.layers[0].value.bits}")
+    return "-".join(words) + ".json"

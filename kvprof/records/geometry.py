@@ -108,3 +108,12 @@ class CacheGeometry(Record):
     def bytes_at(self, context: int, batch: int = 1) -> int:
         """Bytes of the unquantized cache of `batch` sequences of `context` tokens; recurrent states not counted."""
         return batch * sum(layer.tokens_kept(context) * self.bytes_per_token(layer) for layer in self.layers)
+
+
+def bytes_text(count: float) -> str:
+    """Return a number of bytes in the largest binary unit that keeps it above 1: 1.50 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(count) < 1024 or unit == "TiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    raise AssertionError

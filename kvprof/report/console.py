@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvprof.records.formats import TENSORS, TensorName
-from kvprof.records.geometry import KVLayer
+from kvprof.records.geometry import KVLayer, bytes_text
 from kvprof.records.inventory import Inventory
 from kvprof.records.plan import BitPlan, TensorPlan
 from kvprof.records.scores import Scores
@@ -63,15 +63,6 @@ def progress(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=err, disable=not err.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def bytes_text(count: float) -> str:
-    """Return a number of bytes in the largest binary unit that keeps it above 1: 1.50 GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(count) < 1024 or unit == "TiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1024
-    raise AssertionError
 
 
 def show_inventory(inventory: Inventory) -> None:
@@ -121,13 +112,26 @@ def show_scores(scores: Scores) -> None:
 
 
 def score_remarks(scores: Scores, metrics: Sequence[str] | None = None) -> list[str]:
-    """Return a sentence for each metric that hardly varies over the layers, so that it cannot rank them."""
-    return [
+    """Return a sentence for each metric that cannot tell which layers need bits, and why."""
+    remarks = [
         f"{metric} of the {tensor}s varies by less than 1 % over all layers: it carries no information to rank them by"
         for metric in metrics or scores.metrics
         for tensor in TENSORS
         if scores.is_flat(metric, tensor)
     ]
+    norms = [metric for metric in metrics or scores.metrics if metric != "gradient_norm"]
+    if norms and any(entry.key.gain_rms is not None for entry in scores.layers):
+        remarks.append("keys are normalised after k_proj: their weight norm says nothing about the cache's scale")
+    return remarks
+
+
+def plan_remarks(plan: BitPlan, scores: Scores) -> list[str]:
+    """Return what a reader of a new plan should know: blind scores, a rule without a budget, layers left alone."""
+    metric = plan.solver.metric if plan.solver else None
+    remarks = score_remarks(scores, [metric]) if metric else []
+    if plan.budget is not None and plan.budget.requested is None and plan.solver is not None:
+        remarks.append(f"the rule {plan.solver.method} takes no budget: its bits are what the rule says")
+    return remarks
 
 
 def norm_verdict(scores: Scores) -> str:
@@ -173,18 +177,18 @@ def plan_lines(plan: BitPlan) -> list[str]:
     lines = []
     budget = plan.budget
     if budget is not None:
-        asked = ""
         if budget.requested is not None:
-            what = bytes_text(budget.requested) if budget.unit == "bytes" else f"{budget.requested:g} {budget.unit} bits"
-            asked = f" (asked for: {what})"
+            in_bytes = budget.unit == "bytes"
+            what = bytes_text(budget.requested) if in_bytes else f"{budget.requested:g} {budget.unit} bits an element"
+            lines.append(f"asked for: {what}")
         parts = []
         if budget.nominal_bits is not None:
             parts.append(f"{budget.nominal_bits:.4g} nominal bits an element")
         if budget.stored_bits is not None:
-            parts.append(f"{budget.stored_bits:.4g} stored bits")
+            parts.append(f"{budget.stored_bits:.4g} stored bits ({16 / budget.stored_bits:.2f} times fewer than 16)")
         if budget.bytes_per_token is not None:
             parts.append(f"{budget.bytes_per_token:g} bytes a token")
-        lines.append(", ".join(parts) + asked)
+        lines.append("costs: " + ", ".join(parts))
     for tensor in TENSORS:
         bits = [entry.tensor(tensor).bits for entry in plan.layers]
         lines.append(f"mean {tensor} bits over {len(bits)} layers: {sum(bits) / len(bits):.4f}")
@@ -205,12 +209,11 @@ def _show_norms(scores: Scores, title: str) -> None:
     table = _table(title)
     table.add_column("layer", justify="right")
     for norm in ("spectral", "frobenius"):
-        table.add_column(f"{norm}\nK", justify="right")
-        table.add_column("\nV", justify="right")
-        table.add_column("\nK/V", justify="right")
-        table.add_column("\nlarger", justify="center")
-    table.add_column("stable rank\nK", justify="right")
-    table.add_column("\nV", justify="right")
+        for heading in (f"{norm[:4]}.\nK", f"{norm[:4]}.\nV", "\nK/V"):
+            table.add_column(heading, justify="right")
+        table.add_column("more\nin", justify="center")
+    for tensor in ("K", "V"):
+        table.add_column(f"rank\n{tensor}", justify="right")
     for entry in scores.layers:
         cells = [str(entry.layer)]
         for metric in ("spectral_norm", "frobenius_norm"):
@@ -222,6 +225,7 @@ def _show_norms(scores: Scores, title: str) -> None:
     out.print(table)
     if any(entry.key.bias_norm or entry.key.gain_rms is not None for entry in scores.layers):
         _show_extras(scores)
+    out.print("spec. and frob.: largest singular value and root sum of squares; rank: the stable rank", style="dim")
     out.print(Text(norm_verdict(scores), style="bold"))
 
 

@@ -1,4 +1,4 @@
-"""What a BitPlan file may and may not say, which models it fits, and its bytes against a cache filled token by token."""
+"""What a BitPlan file may say, which models it fits, and its bytes against a cache filled token by token."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ def test_a_file_of_the_required_fields_alone_is_valid_and_has_the_defaults(plan_
         "asymmetric", 2, 64, "token", "none",
     )  # fmt: skip
     assert key.recent_fraction == value.recent_fraction == 0
-    assert plan.budget is plan.geometry is plan.skipped is plan.solver is plan.provenance is plan.model.id is None
+    absent = (plan.budget, plan.geometry, plan.skipped, plan.solver, plan.provenance, plan.model.id)
+    assert all(field is None for field in absent)
 
 
 @pytest.mark.parametrize("field", ["schema", "model", "quantizer", "window", "layers"])
@@ -477,7 +478,7 @@ def plans(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(plans(), st.integers(0, 4))
 def test_bytes_at_every_context_are_those_of_a_cache_filled_token_by_token(value: dict[str, Any], batch: int) -> None:
     plan = read(value)

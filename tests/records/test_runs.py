@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -40,8 +41,9 @@ def test_a_hub_id_keeps_its_spelling(model_id: str, name: str) -> None:
 
 @pytest.mark.parametrize(
     "model_id",
-    ["", ".", "..", "../..", "/", "//", "/etc/passwd", "a/../b", "a/..", "..\\..", "C:\\models\\x", "~/x", "a\nb", "a\0b",
-     "\udcff", "é", "模型", "x" * 5_000, "org/" + "x" * 300, "/models/" + "x" * 300, "-rf", ".hidden", "a b", "a:b", "a*b"],
+    ["", ".", "..", "../..", "/", "//", "/etc/passwd", "a/../b", "a/..", "..\\..", "C:\\models\\x", "~/x", "a\nb",
+     "a\0b", "\udcff", "é", "模型", "x" * 5_000, "org/" + "x" * 300, "/models/" + "x" * 300,
+     "-rf", ".hidden", "a b", "a:b", "a*b"],
 )  # fmt: skip
 def test_an_odd_id_becomes_one_plain_folder_name(model_id: str, tmp_path: Path) -> None:
     name = slug(model_id)
@@ -134,7 +136,7 @@ PIECES: dict[str, Any] = {
 }
 
 
-def journal(path: Path, restart: bool = False, **changed: object) -> Journal:
+def journal(path: Path, restart: bool = False, **changed: Any) -> Journal:
     return Journal(path, {**SETTINGS, **changed}, restart)
 
 
@@ -225,7 +227,7 @@ def test_a_journal_that_is_none_is_begun_anew(stopped: Path, content: bytes) -> 
     ("field", "changed"),
     [("model", "org/other"), ("formats", ["int2g32"]), ("tokens", 513), ("pack", True), ("out", "x"), ("seed", 1)],
 )
-def test_a_run_of_other_settings_is_refused_and_the_field_named(stopped: Path, field: str, changed: object) -> None:
+def test_a_run_of_other_settings_is_refused_and_the_field_named(stopped: Path, field: str, changed: Any) -> None:
     before = stopped.read_bytes()
     with (
         pytest.raises(Mismatch, match=rf"another {field}: it has .*, this command (.|\n)*--restart") as caught,
@@ -255,7 +257,7 @@ def test_restart_begins_anew_whatever_the_settings_were(stopped: Path) -> None:
 
 def test_an_error_inside_the_run_keeps_its_pieces_and_lets_go_of_the_lock(tmp_path: Path) -> None:
     path = tmp_path / "run.journal"
-    with pytest.raises(KeyboardInterrupt), journal(path) as run:
+    with contextlib.suppress(KeyboardInterrupt), journal(path) as run:
         run.add("layer 0", 0)
         raise KeyboardInterrupt
     with journal(path) as run:
@@ -270,8 +272,8 @@ def test_nothing_is_left_of_a_run_that_removes_its_journal(tmp_path: Path) -> No
 
 
 @pytest.fixture
-def held(stopped: Path) -> Iterator[Path]:
-    """Yield a journal that another process holds."""
+def holder(stopped: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Yield another process, which holds the journal."""
     script = (
         "import json, sys, pathlib\n"
         "from kvprof.records.runs import Journal\n"
@@ -279,18 +281,17 @@ def held(stopped: Path) -> Iterator[Path]:
         "    print('held', flush=True)\n"
         "    sys.stdin.read()\n"
     )
-    other = subprocess.Popen(
-        [sys.executable, "-c", script, str(stopped), json.dumps(SETTINGS)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert other.stdout is not None
-    try:
-        assert other.stdout.readline() == b"held\n"
-        yield stopped
-    finally:
-        other.kill()  # as the kernel kills: nothing of it cleans up
-        other.communicate()
+    command = [sys.executable, "-c", script, str(stopped), json.dumps(SETTINGS)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        yield process
+        process.kill()
+
+
+@pytest.fixture
+def held(stopped: Path, holder: subprocess.Popen[bytes]) -> Path:
+    return stopped
 
 
 @pytest.mark.parametrize("restart", [False, True])
@@ -302,13 +303,16 @@ def test_a_journal_that_another_process_holds_is_refused_again_and_again(held: P
     assert held.read_bytes() == before
 
 
-def test_a_journal_whose_holder_was_killed_is_free(held: Path, request: pytest.FixtureRequest) -> None:
-    assert (held.parent / "run.journal.lock").exists()
-    generator_end = request.node.funcargs["held"]
-    assert generator_end == held
+def test_a_journal_whose_holder_was_killed_can_be_resumed(held: Path, holder: subprocess.Popen[bytes]) -> None:
+    holder.kill()  # as the kernel kills: nothing of it cleans up
+    holder.wait()
+    assert held.with_name("run.journal.lock").exists()
+    with journal(held) as run:
+        assert run.done == PIECES
+    assert os.listdir(held.parent) == [held.name]
 
 
-@pytest.mark.parametrize("place", ["file/run.journal", "folder", "/proc/kvprof/run.journal", "/proc/run.journal"])
+@pytest.mark.parametrize("place", ["file/run.journal", "folder", "/proc/kvprof/run.journal"])
 def test_a_journal_that_cannot_be_written_is_refused(place: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()

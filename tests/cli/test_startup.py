@@ -1,0 +1,47 @@
+"""Commands that need no model answer without one library too many."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_commands import handmade_scores
+
+HEAVY = ("torch", "transformers", "datasets", "accelerate", "safetensors")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["gradients", "--help"],
+        ["allocate", "--budget", "3", "--scores", "mine.json", "--out", "plan.json"],
+        ["show", "mine.json"],
+        ["validate", "mine.json"],
+        ["schema", "plan"],
+    ],
+    ids=" ".join,
+)
+def test_no_torch_is_imported(in_tmp: Path, arguments: list[str]) -> None:
+    handmade_scores(in_tmp / "mine.json")
+    code = f"""
+import sys
+sys.argv = ["kvprof", *{arguments!r}]
+from kvprof.__main__ import main
+try:
+    main()
+except SystemExit as exit:
+    assert not exit.code, exit.code
+found = [name for name in {HEAVY!r} if name in sys.modules]
+assert not found, found
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_module_runs_as_the_script_does() -> None:
+    done = subprocess.run([sys.executable, "-m", "kvprof", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("kvprof ")

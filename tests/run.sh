@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Makes what the checks need in .venv, then runs lint, types, import contracts and tests. Arguments go to pytest.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../recipes/setup.sh"
+install_kvprof dev
+cd "$ROOT"
+export PATH="$ROOT/.venv/bin:$PATH"
+
+ruff format --check .
+ruff check .
+mypy
+lint-imports --no-logo
+python -m pytest "$@"
