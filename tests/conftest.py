@@ -1,78 +1,18 @@
-"""Tiny random models of every architecture, and the demo model: what the tests run on.
+"""Fixtures for every test. No test writes outside its own temporary folder, or asks a hub for anything.
 
-No test writes outside its own temporary folder; the demo model's conversion is shared through KVPROF_CACHE or the
-user's cache folder.
+The demo model's conversion is shared through KVPROF_CACHE, or the user's cache folder.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from tiny import TINY, tiny_model
+from transformers import PreTrainedModel
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-
-_SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96, "pad_token_id": 0}
-_WIDE = _SMALL | {"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}
-_GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 96, "pad_token_id": 0}
-
-
-def _config(name: str, **settings: object) -> Callable[[], PretrainedConfig]:
-    return lambda: getattr(transformers, name + "Config")(**settings)
-
-
-TINY: dict[str, Callable[[], PretrainedConfig]] = {
-    "llama": _config("Llama", **_WIDE),
-    "llama-mha": _config("Llama", **_WIDE | {"num_key_value_heads": 4}),
-    "llama-mqa": _config("Llama", **_WIDE | {"num_key_value_heads": 1}),
-    "mistral": _config("Mistral", **_WIDE, head_dim=8, sliding_window=None),
-    "mistral-sliding": _config("Mistral", **_WIDE, head_dim=8, sliding_window=16),
-    "mixtral": _config("Mixtral", **_WIDE, num_local_experts=4, sliding_window=None),
-    "qwen2": _config("Qwen2", **_WIDE),
-    "qwen3": _config("Qwen3", **_WIDE, head_dim=16),
-    "qwen3-moe": _config("Qwen3Moe", **_WIDE, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
-    "gemma": _config("Gemma", **_WIDE, head_dim=16),
-    "gemma2": _config("Gemma2", **_WIDE, head_dim=8, sliding_window=16, query_pre_attn_scalar=8),
-    "gemma3": _config("Gemma3Text", **_WIDE, head_dim=8, sliding_window=16, layer_types=["sliding_attention", "full_attention"]),
-    "phi": _config("Phi", **_WIDE),
-    "phi3": _config("Phi3", **_WIDE),
-    "gpt2": _config("GPT2", **_GPT),
-    "gpt-bigcode-mqa": _config("GPTBigCode", **_GPT, multi_query=True),
-    "gpt-bigcode-mha": _config("GPTBigCode", **_GPT, multi_query=False),
-    "gpt-neox": _config("GPTNeoX", **_SMALL, intermediate_size=48, max_position_embeddings=64),
-    "gptj": _config("GPTJ", **_GPT, rotary_dim=4),
-    "codegen": _config("CodeGen", **_GPT, rotary_dim=4),
-    "bloom": _config("Bloom", hidden_size=32, n_layer=2, n_head=4, vocab_size=96, pad_token_id=0),
-    "opt": _config("OPT", **_SMALL, ffn_dim=48, max_position_embeddings=64, word_embed_proj_dim=32),
-    "falcon-mqa": _config("Falcon", **_SMALL, multi_query=True, new_decoder_architecture=False, alibi=False),
-    "falcon-mha": _config("Falcon", **_SMALL, multi_query=False, new_decoder_architecture=False, alibi=True),
-    "falcon-grouped": _config("Falcon", **_SMALL, new_decoder_architecture=True, num_kv_heads=2, alibi=False),
-    "mpt": _config("Mpt", d_model=32, n_heads=4, n_layers=2, vocab_size=96, max_seq_len=64, pad_token_id=0),
-    "starcoder2": _config("Starcoder2", **_WIDE, sliding_window=None),
-    "olmo2": _config("Olmo2", **_WIDE),
-    "cohere": _config("Cohere", **_WIDE, use_qk_norm=True),
-    "stablelm": _config("StableLm", **_WIDE),
-    "gpt-oss": _config("GptOss", **_WIDE, head_dim=8, num_local_experts=4, sliding_window=16, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}),
-    "jetmoe": _config("JetMoe", **_SMALL, num_key_value_heads=2, kv_channels=8, intermediate_size=48, max_position_embeddings=64, num_local_experts=4),
-    "persimmon": _config("Persimmon", **_SMALL, intermediate_size=48, max_position_embeddings=64),
-    "dbrx": _config("Dbrx", d_model=32, n_heads=4, n_layers=2, vocab_size=96, max_seq_len=64, attn_config={"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}, ffn_config={"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2}),
-}  # fmt: skip
-"""Two layers of each architecture, by name; head dimension 8 or 16, a vocabulary of 96."""
-
-
-def tiny_model(name: str) -> PreTrainedModel:
-    """Build a tiny model with weights large enough for every path to matter, biases and gains included."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(TINY[name](), dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape) * 0.1)
-    return model.eval().requires_grad_(False)
 
 
 @pytest.fixture(params=sorted(TINY))
@@ -82,7 +22,7 @@ def any_tiny(request: pytest.FixtureRequest) -> tuple[str, PreTrainedModel]:
 
 
 @pytest.fixture
-def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder, so that outputs/ is the test's own."""
     monkeypatch.chdir(tmp_path)
-    yield tmp_path
+    return tmp_path

@@ -16,15 +16,20 @@ from kvprof.report import console
 
 def allocate(
     budget: Annotated[
-        str | None, typer.Option(help="Bits an element of the cache may cost on average, such as 2.5.", show_default=False)
+        str | None,
+        typer.Option(help="Bits an element of the cache may cost on average, such as 2.5.", show_default=False),
     ] = None,
     unit: Annotated[
         str | None,
-        typer.Option(help="What --budget counts: `nominal` (the codes) or `stored` (the scales too).", show_default="nominal"),
+        typer.Option(
+            help="What --budget counts: `nominal` (the codes) or `stored` (the scales too).", show_default="nominal"
+        ),
     ] = None,
     memory: Annotated[
         str | None,
-        typer.Option(help="Bytes of cache instead of bits, window and all: 1.5GiB. Needs --context.", show_default=False),
+        typer.Option(
+            help="Bytes of cache instead of bits, window and all: 1.5GiB. Needs --context.", show_default=False
+        ),
     ] = None,
     context: Annotated[
         int | None, typer.Option(help="Tokens a sequence that --memory must hold.", show_default=False)
@@ -36,7 +41,8 @@ def allocate(
     metric: Annotated[
         str | None,
         typer.Option(
-            help="Score to spend by: gradient_norm, spectral_norm or frobenius_norm.", show_default="the scores' first of these"
+            help="Score to spend by: gradient_norm, spectral_norm or frobenius_norm.",
+            show_default="the scores' first of these",
         ),
     ] = None,
     bits: Annotated[
@@ -60,7 +66,8 @@ def allocate(
         Path | None, typer.Option(help="A Scores file.", show_default="the newest in outputs/ that has the metric")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the plan, or a file that ends in .json.", show_default="outputs/<model>")
+        Path | None,
+        typer.Option(help="Folder for the plan, or a file that ends in .json.", show_default="outputs/<model>"),
     ] = None,
 ) -> None:
     """Spend a budget of bits where they buy the most; write the plan. Reads scores, never a model."""

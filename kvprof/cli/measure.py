@@ -21,7 +21,7 @@ def inspect(
     model: Model = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the inventory as JSON instead of a table.")] = False,
 ) -> None:
-    """What does this model cache? Heads, widths and bytes layer by layer, from the config alone."""
+    """What does this model cache? Heads, widths and bytes layer by layer, from the config."""
     from kvprof.models.inventory import take_inventory
     from kvprof.models.load import load_config, resolve
 
@@ -68,11 +68,12 @@ def gradients(
     pack: Annotated[bool, typer.Option("--pack", help="Join rows and cut windows of the full length.")] = False,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")] = "auto",
     device: Annotated[
-        str, typer.Option(help="auto (the GPU; layers spread over all where one is too small; else the CPU), cpu, cuda:1.")
+        str,
+        typer.Option(help="auto (the GPU; layers spread over all where one is too small; else the CPU), cpu, cuda:1."),
     ] = "auto",
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew instead of resuming a stopped run.")] = False,
 ) -> None:
-    """How much does the loss feel each layer's keys and values? One forward and backward a sequence serve all layers."""
+    """How much does the loss feel each layer's keys and values? One forward and backward serve all."""
     from kvprof.models.load import resolve
     from kvprof.profile.gradients import GradientSettings, run_gradients
 

@@ -34,8 +34,8 @@ def validate(
     """Exit with 0, or say what is wrong with a file (1), or that it is for another model than the one named (4)."""
     document = load_any(file)
     if model is not None:
-        from kvprof.models.load import resolve
         from kvprof.models.identity import check_fits
+        from kvprof.models.load import resolve
 
         check_fits(document, resolve(model))
     console.print_plain(f"{file}: a valid {document.kind} file" + (f", and it fits {model}" if model else ""))

@@ -64,6 +64,8 @@ def check_fits(document: Scores | BitPlan, source: ModelSource) -> None:
     document.check_fits(geometry, None)  # shapes differ without a look at the weights
     if document.model is not None and document.model.fingerprint is not None:
         fingerprint = Fingerprint()
-        for weights in stream_projections(open_checkpoint(source.fetch(weights=True), text_config), geometry, text_config):
+        for weights in stream_projections(
+            open_checkpoint(source.fetch(weights=True), text_config), geometry, text_config
+        ):
             fingerprint.add(weights)
         document.check_fits(geometry, fingerprint.text)

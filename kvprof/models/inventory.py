@@ -14,18 +14,29 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    DynamicCache,
+    PretrainedConfig,
+)
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
 from kvprof.errors import ModelError, UnknownLayout
 from kvprof.models.layouts import Projection, cut_rows, find_projections
+from kvprof.models.load import reason
 from kvprof.records.document import ModelInfo
 from kvprof.records.geometry import ELEMENT_BYTES, CacheGeometry, DType, KVLayer, LayerKind
 from kvprof.records.inventory import Inventory, RedFlag
 
 NORM_ON_KEYS = re.compile(r"^(k|key|qk|kv)_?(layer_?norm|norm)$")
 """Names of the module that normalises keys after k_proj: k_norm, k_layernorm, key_layernorm, qk_norm."""
+
+PROJECTING = ("full", "sliding", "chunked", "hybrid")
+"""The kinds of layer that project keys and values of their own."""
 
 WHY = {
     "key_norm": "keys are normalised after k_proj: the weight norm says nothing about the cache's scale",
@@ -56,33 +67,41 @@ class Skeleton:
     def key_norm(self, layer: int) -> tuple[str, nn.Module] | None:
         """Return the module that normalises a layer's keys after k_proj, with its name in the attention module."""
         for name, module in self.attention(layer).named_children():
-            if NORM_ON_KEYS.match(name) and any(True for _ in module.parameters()):
+            if NORM_ON_KEYS.match(name) and not isinstance(module, nn.Identity):
                 return name, module
         return None
 
 
 def build_skeleton(config: PretrainedConfig) -> Skeleton:
     """Build the module tree that a config describes, on the meta device; raises ModelError where it cannot be built."""
+    name = type(config).__name__
+    if config.is_encoder_decoder:
+        raise ModelError(f"{name} describes an encoder-decoder; kvprof measures decoder-only language models.")
     text_config = config.get_text_config(decoder=True)
+    # The text decoder of most multimodal models is no causal language model of its own.
+    multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    alone = type(text_config) in MODEL_FOR_CAUSAL_LM_MAPPING or not multimodal
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the skeleton is thrown away: its warnings concern nobody
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(text_config)
-    except (ValueError, TypeError, AttributeError, RuntimeError, ImportError, KeyError) as error:
+            model = (AutoModelForCausalLM if alone else AutoModel).from_config(text_config)
+    except Exception as error:  # a config from anywhere, read by the model's own code
         raise ModelError(
-            f"{type(config).__name__} describes no decoder language model that transformers can build: {_first_line(error)}"
+            f"{name} describes no decoder language model that transformers can build: {reason(error)}"
         ) from None
     finally:
         logging.set_verbosity(verbosity)
     modules = dict(model.named_modules())
+    attending = [layer for layer, (kind, _, _) in enumerate(_layer_kinds(text_config)) if kind in PROJECTING]
+    if not attending:
+        return Skeleton(text_config, modules, {})
     try:
-        projections = find_projections(modules)
+        projections = find_projections(modules, layers=attending)
     except UnknownLayout:
-        if not any(kind in ("full", "sliding", "chunked", "hybrid") for kind, _, _ in _layer_kinds(text_config)):
-            projections = {}
-        else:
-            raise
+        if any(getattr(module, "is_causal", True) is False for module in modules.values()):
+            raise ModelError(f"{name} describes an encoder: its attention sees the tokens to come.") from None
+        raise
     return Skeleton(text_config, modules, projections)
 
 
@@ -97,6 +116,8 @@ def take_inventory(config: PretrainedConfig, model_id: str | None = None) -> Inv
         for index, (kind, window, reason) in enumerate(_layer_kinds(skeleton.config))
     )
     geometry = CacheGeometry(dtype=_dtype(config), layers=layers)
+    if not layers:
+        raise ModelError(f"{type(config).__name__} describes a model without layers.")
     architectures = getattr(config, "architectures", None) or [type(config).__name__.replace("Config", "ForCausalLM")]
     return Inventory(
         model=ModelInfo(id=model_id, architecture=architectures[0], num_layers=len(layers)),
@@ -110,17 +131,15 @@ def _layer_kinds(config: PretrainedConfig) -> list[tuple[LayerKind, int | None, 
     """Return (kind, window, reason to skip) of each layer, as transformers' own cache for this config has it."""
     try:
         cache_layers = DynamicCache(config=config).layers
-    except (AttributeError, TypeError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"{type(config).__name__} names no layers that transformers can cache: {_first_line(error)}"
-        ) from None
-    layer_types = getattr(config, "layer_types", None) or []
-    kinds: list[tuple[LayerKind, int | None, str | None]] = []
-    for index in range(config.num_hidden_layers):
-        layer_type = layer_types[index] if index < len(layer_types) else ""
-        # A config without layer types makes no cache layers until the first token: all are plain attention.
-        cache_layer = cache_layers[index] if index < len(cache_layers) else DynamicLayer()
-        kinds.append(_kind(config, cache_layer, layer_type))
+        layer_types = getattr(config, "layer_types", None) or []
+        kinds: list[tuple[LayerKind, int | None, str | None]] = []
+        for index in range(config.num_hidden_layers):
+            layer_type = layer_types[index] if index < len(layer_types) else ""
+            # A config without layer types makes no cache layers until the first token: all are plain attention.
+            cache_layer = cache_layers[index] if index < len(cache_layers) else DynamicLayer()
+            kinds.append(_kind(config, cache_layer, layer_type))
+    except Exception as error:  # a config from anywhere
+        raise ModelError(f"{type(config).__name__} names no layers that transformers can cache: {reason(error)}") from None
     return kinds
 
 
@@ -151,10 +170,12 @@ def _kind(config: PretrainedConfig, cache_layer: Any, layer_type: str) -> tuple[
 
 def _describe(skeleton: Skeleton, index: int, kind: LayerKind, window: int | None, reason: str | None) -> KVLayer:
     """Measure one layer's KV heads and head dimensions on its projections."""
-    if kind not in ("full", "sliding", "chunked", "hybrid"):
+    if kind not in PROJECTING:
         return KVLayer(layer=index, kind=kind, kv_heads=0, key_head_dim=0, value_head_dim=0, skipped=reason)
     if index not in skeleton.projections:
-        raise UnknownLayout(f"layer {index} has attention of kind {kind!r}, but no projection of K and V was found in it.")
+        raise UnknownLayout(
+            f"layer {index} has attention of kind {kind!r}, but no projection of K and V was found in it."
+        )
     projection, config = skeleton.projections[index], skeleton.config
     head_dim = (
         getattr(skeleton.attention(index), "head_dim", None)
@@ -164,7 +185,7 @@ def _describe(skeleton: Skeleton, index: int, kind: LayerKind, window: int | Non
     if projection.is_fused:
         kv_heads, value_head_dim = _fused_kv_heads(config), head_dim
     else:
-        key_rows, value_rows = (_rows(skeleton.modules[name]) for name in (projection.key, projection.value))
+        key_rows, value_rows = (_rows(skeleton, name) for name in (projection.key, projection.value))
         kv_heads = key_rows // head_dim
         if kv_heads == 0 or key_rows % head_dim or value_rows % kv_heads:
             raise UnknownLayout(
@@ -199,8 +220,10 @@ def _fused_kv_heads(config: PretrainedConfig) -> int:
     return heads
 
 
-def _rows(module: nn.Module) -> int:
-    weight = module.get_parameter("weight")
+def _rows(skeleton: Skeleton, name: str) -> int:
+    weight = getattr(skeleton.modules[name], "weight", None)
+    if not isinstance(weight, nn.Parameter):
+        raise UnknownLayout(f"{name} is no plain matrix, but a {type(skeleton.modules[name]).__name__}.")
     return int(weight.shape[0])
 
 
@@ -227,15 +250,19 @@ def _key_norm_offset(skeleton: Skeleton, geometry: CacheGeometry) -> float | Non
     """Ask the norm itself what gain a stored weight of zero means: 0 for most, 1 for Gemma's."""
     for layer in geometry.scored:
         found = skeleton.key_norm(layer.layer)
-        if found is not None:
-            norm = copy.deepcopy(found[1]).to_empty(device="cpu").float()
-            for parameter in norm.parameters():
-                nn.init.zeros_(parameter)
-            shape = next(norm.parameters()).shape
-            probe = torch.ones(shape).flatten()
-            probe[1::2] = -1  # mean 0, root mean square 1: what comes out is the gain
+        if found is None or not (parameters := list(found[1].parameters())):
+            continue
+        norm = copy.deepcopy(found[1]).to_empty(device="cpu").float()
+        for parameter in norm.parameters():
+            nn.init.zeros_(parameter)
+        shape = parameters[0].shape
+        probe = torch.ones(shape).flatten()
+        probe[1::2] = -1  # mean 0, root mean square 1: what comes out is the gain
+        try:
             with torch.no_grad():
                 return round(float(norm(probe.reshape(shape)).abs().mean()), 3)
+        except Exception:  # a module of this name that is no norm of one tensor
+            return None
     return None
 
 
@@ -243,7 +270,3 @@ def _dtype(config: PretrainedConfig) -> DType:
     dtype = getattr(config, "dtype", None) or config.get_text_config(decoder=True).dtype
     name = str(dtype or "float32").removeprefix("torch.")
     return name if name in ELEMENT_BYTES else "float32"  # type: ignore[return-value]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,6 +46,9 @@ LAYOUTS = (
 
 _NAMED = re.compile(r"^(?P<stack>.*?)(?:^|(?<=\.))(?:layers|layer|h|blocks|block|blk)\.(?P<layer>\d+)\.(?P<module>.+)$")
 
+_TOWER = re.compile(r"vision|visual|image|audio|speech|tower|encoder")
+"""Names of the stacks beside the decoder of a multimodal model."""
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -78,12 +81,14 @@ class Rows:
     value: tuple[tuple[int, int], ...]
 
 
-def find_projections(names: Iterable[str], geometry: CacheGeometry | None = None) -> dict[int, Projection]:
+def find_projections(
+    names: Iterable[str], geometry: CacheGeometry | None = None, layers: Collection[int] = ()
+) -> dict[int, Projection]:
     """Find the K and V projections among module names, one for each layer, by layer.
 
     names: every module (or tensor, without `.weight`) of a model.
-    geometry: where given, each scored layer must be found: of several stacks (a vision tower, a draft head) the one
-    that covers them is taken.
+    geometry, layers: which layers must be found, as a geometry's scored ones or by number. Of several stacks that have
+    them (a vision tower, the linear attention of a hybrid) the decoder's is taken.
     Raises UnknownLayout when none does, with the attention-like names that were seen.
     """
     stacks: dict[tuple[str, str, Layout], dict[int, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
@@ -99,24 +104,21 @@ def find_projections(names: Iterable[str], geometry: CacheGeometry | None = None
                 if module == wanted or module.endswith("." + wanted):
                     parent = module[: len(module) - len(wanted)]
                     stacks[match["stack"], parent, layout][int(match["layer"])][wanted] = name
-    candidates = [
-        {
-            layer: Projection(layer, layout, found[layout.names[0]], found[layout.names[-1]])
-            for layer, found in sorted(layers.items())
-            if len(found) == len(layout.names)
+    candidates = {
+        stack: {
+            layer: Projection(layer, stack[2], found[stack[2].names[0]], found[stack[2].names[-1]])
+            for layer, found in sorted(by_layer.items())
+            if len(found) == len(stack[2].names)
         }
-        for (_, _, layout), layers in stacks.items()
-    ]
-    wanted_layers = {layer.layer for layer in geometry.scored} if geometry else set()
-    covering = [candidate for candidate in candidates if candidate and wanted_layers <= candidate.keys()]
+        for stack, by_layer in stacks.items()
+    }
+    needed = {layer.layer for layer in geometry.scored} if geometry else set(layers)
+    covering = {stack: found for stack, found in candidates.items() if found and needed <= found.keys()}
     if not covering:
-        attention_like = sorted(name for name in seen if re.search(r"att|qkv|query|key|proj", name, re.IGNORECASE))
-        raise UnknownLayout(
-            "cannot tell which matrices project keys and values.\n"
-            f"  layers look like: {', '.join(attention_like[:8]) or 'nothing with attention in its name'}\n"
-            f"  known layouts: {', '.join(sorted({'/'.join(layout.names) for layout in LAYOUTS}))}"
-        )
-    return max(covering, key=len)
+        raise UnknownLayout(_nothing_found(seen, candidates.values(), needed))
+    # A tower may have as many layers as the decoder, or more.
+    stack = max(covering, key=lambda stack: (_TOWER.search(stack[0]) is None, len(covering[stack])))
+    return covering[stack]
 
 
 def choose_layout(projection: Projection, shape: tuple[int, ...], layer: KVLayer, query_heads: int) -> Layout:
@@ -161,3 +163,20 @@ def cut_rows(layout: Layout, layer: KVLayer, query_heads: int) -> Rows:
 def _fused_rows(layout: Layout, layer: KVLayer, query_heads: int) -> int:
     sizes = {"q": query_heads * layer.key_head_dim, "k": layer.key_width, "v": layer.value_width}
     return sum(sizes[part] for part in layout.parts)
+
+
+def _nothing_found(seen: set[str], candidates: Iterable[dict[int, Projection]], needed: set[int]) -> str:
+    """Say why no stack will do: the best of them lacks layers, or there is none."""
+    best = max(candidates, key=lambda found: len(needed & found.keys()), default={})
+    if found := needed & best.keys():
+        return (
+            f"{len(found)} of {len(needed)} layers have projections of keys and values ({'/'.join(best[min(found)].layout.names)}), "
+            f"but layer {min(needed - found)} has none.\n"
+            "  The checkpoint is incomplete, or its layers are not alike in a way that kvprof knows."
+        )
+    attention_like = sorted(name for name in seen if re.search(r"att|qkv|query|key|proj", name, re.IGNORECASE))
+    return (
+        "cannot tell which matrices project keys and values.\n"
+        f"  layers look like: {', '.join(attention_like[:8]) or 'nothing with attention in its name'}\n"
+        f"  known layouts: {', '.join(sorted({'/'.join(layout.names) for layout in LAYOUTS}))}"
+    )

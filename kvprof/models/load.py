@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,9 +23,17 @@ import torch
 import transformers
 from filelock import FileLock
 from platformdirs import user_cache_path
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
-from kvprof.errors import ModelError, UsageError, did_you_mean
+from kvprof.errors import KvprofError, ModelError, UsageError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +44,14 @@ DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+SAFETENSORS = "model.safetensors"
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+
 _CONFIG_FILES = ["*.json", "*.jinja", "*.model", "tokenizer*", "vocab*", "merges*"]
-_WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
+_WEIGHT_FILES = ["model*.safetensors"]  # some models keep the same weights beside them under a second name
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_HUB_SECONDS = 10.0
+"""How long the hub may take to say that it knows a model."""
 
 
 @dataclass(frozen=True)
@@ -61,17 +74,7 @@ class ModelSource:
         if self.path is not None:
             return self.path
         assert self.hub_id is not None
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-        patterns = _CONFIG_FILES + (_WEIGHT_FILES if weights else [])
-        try:
-            return Path(snapshot_download(self.hub_id, allow_patterns=patterns))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            raise ModelError(
-                f"cannot get the model {self.hub_id!r} from the hub: {_reason(error)}\n"
-                "  Check the spelling, log in if it is gated, or name a local folder (./name) or a .gguf file."
-            ) from None
+        return _fetch(self.hub_id, weights)
 
 
 def resolve(model: str | None) -> ModelSource:
@@ -81,14 +84,18 @@ def resolve(model: str | None) -> ModelSource:
     """
     if model is None or model == DEMO:
         return _demo_source()
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(model))
+    if os.path.isdir(path):  # unlike Path.is_dir, no name is too long for it
         if not (path / "config.json").is_file():
             ggufs = sorted(file.name for file in path.glob("*.gguf"))
-            advice = f"Name a file in it: {path / ggufs[0]}" if ggufs else "A model folder holds config.json and *.safetensors."
+            advice = (
+                f"Name a file in it: {path / ggufs[0]}"
+                if ggufs
+                else "A model folder holds config.json and *.safetensors."
+            )
             raise ModelError(f"the folder {path} has no config.json.\n  {advice}")
         return ModelSource(str(path.resolve()), "folder", path.resolve())
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix != ".gguf":
             raise ModelError(f"{path} is a file, but not a .gguf one.\n  Name the folder that holds its config.json.")
         return ModelSource(str(path.resolve()), "gguf", path.resolve())
@@ -102,7 +109,7 @@ def resolve(model: str | None) -> ModelSource:
 def load_config(source: ModelSource) -> PretrainedConfig:
     """Load a model's config; of a GGUF file, the one that its metadata describes."""
     place = source.fetch(weights=False)
-    with _explained(source), _quiet():
+    with _explained(source, "config"), _quiet():
         return AutoConfig.from_pretrained(**_arguments(place))
 
 
@@ -123,30 +130,88 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto") -
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise UsageError(f"unknown --dtype {dtype!r}: {did_you_mean(dtype, ['auto', *DTYPES])}")
-    place = source.fetch(weights=True)
-    refuse_pickles(place)
     target = _device(device)
-    torch_dtype = DTYPES.get(dtype, "auto")
+    place = source.fetch(weights=True)
+    if place.is_dir():
+        refuse_pickles((file.name for file in place.iterdir()), str(place))
+    config = load_config(source)
+    spread = {"device_map": "auto"} if target is None else {}
     with _explained(source), _quiet():
-        if target is None:
-            model = AutoModelForCausalLM.from_pretrained(**_arguments(place), dtype=torch_dtype, device_map="auto")
-        else:
-            model = AutoModelForCausalLM.from_pretrained(**_arguments(place), dtype=torch_dtype)
+        # The text decoder of most multimodal models is no causal language model of its own.
+        auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+        model = auto.from_pretrained(**_arguments(place), dtype=DTYPES.get(dtype, "auto"), **spread)
+        if target is not None:
             model = model.to(target)
     return model.eval().requires_grad_(False)
 
 
-def refuse_pickles(place: Path) -> None:
-    """Raise ModelError where a checkpoint has no safetensors (or GGUF), saying why a pickle is not opened."""
-    if place.is_file() or any(place.glob("*.safetensors")):
+def refuse_pickles(names: Iterable[str], where: str) -> None:
+    """Raise ModelError where none of a folder's or a repository's files is a safetensors one, saying what was found.
+
+    names: the files in `where`. A pickle is never opened, nor downloaded: opening one can run any code in it.
+    """
+    files = sorted(names)
+    if any(name.endswith(".safetensors") for name in files):
         return
-    pickles = sorted(file.name for file in place.iterdir() if file.suffix in _PICKLES)
-    if pickles:
+    if pickles := [name for name in files if name.endswith(_PICKLES)]:
         raise ModelError(
-            f"{place} holds only pickled weights ({pickles[0]}), and opening a pickle can run any code in it.\n"
+            f"{where} holds only pickled weights ({pickles[0]}), and opening a pickle can run any code in it.\n"
             "  Convert it once, where you trust it: AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)"
         )
-    raise ModelError(f"{place} holds no weights: no *.safetensors file in it.")
+    if ggufs := [name for name in files if name.endswith(".gguf")]:
+        raise ModelError(f"{where} holds GGUF files only.\n  Download one of them and name it: {', '.join(ggufs[:3])}")
+    raise ModelError(f"{where} holds no weights: no *.safetensors file in it.")
+
+
+def need_gguf() -> None:
+    """Raise ModelError, saying what to install, where the package that reads GGUF files is missing."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise ModelError(
+            "reading a .gguf file needs the package gguf.\n  Install it: pip install 'kvprof-bits[gguf]'"
+        ) from None
+
+
+def _fetch(hub_id: str, weights: bool) -> Path:
+    """Bring a hub id's config and tokenizer, and its safetensors where asked, into the hub's cache; return the folder.
+
+    Where the hub does not answer, the cache serves alone.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    files = _CONFIG_FILES + (_WEIGHT_FILES if weights else [])
+    wanted: dict[str, Any] = {"repo_id": hub_id, "allow_patterns": files, "ignore_patterns": ["*/*"]}
+    try:
+        # Asked first, because snapshot_download waits for an answer for ever.
+        siblings = HfApi().model_info(hub_id, timeout=_HUB_SECONDS).siblings or []
+        if weights:
+            refuse_pickles((file.rfilename for file in siblings if "/" not in file.rfilename), f"{hub_id} on the hub")
+        return Path(snapshot_download(**wanted))
+    except ModelError:
+        raise
+    except Exception as error:  # the hub's client lets through whatever its HTTP library raises
+        with contextlib.suppress(Exception):
+            return Path(snapshot_download(**wanted, local_files_only=True))
+        raise ModelError(f"cannot get the model {hub_id!r} from the hub: {_hub_reason(error)}") from None
+
+
+def _hub_reason(error: Exception) -> str:
+    """Say why the hub gave nothing, and what to do about it."""
+    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    log_in = "log in (hf auth login, or HF_TOKEN)"
+    local = "name a local folder (./name) or a .gguf file"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, GatedRepoError):
+        return f"it is gated.\n  Ask for access on its page there and {log_in}, or {local}."
+    if isinstance(error, RepositoryNotFoundError):
+        return f"there is none of this name, or it is private.\n  Check the spelling, {log_in}, or {local}."
+    if status in (401, 403):
+        return f"access is refused (HTTP {status}).\n  Look at its page there, {log_in}, or {local}."
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"HF_HUB_OFFLINE is set, and the hub's cache does not hold it.\n  Unset HF_HUB_OFFLINE, or {local}."
+    return f"{reason(error)}\n  Look at your network and try again, or {local}."
 
 
 def _device(name: str) -> torch.device | None:
@@ -159,13 +224,14 @@ def _device(name: str) -> torch.device | None:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"--device {name} cannot be used here: {_reason(error)}") from None
+        raise UsageError(f"--device {name} cannot be used here: {reason(error)}") from None
     return device
 
 
 def _arguments(place: Path) -> dict[str, Any]:
     """Return the from_pretrained arguments for a folder or a GGUF file. Nothing from a checkpoint is ever run."""
     if place.is_file():
+        need_gguf()
         return {"pretrained_model_name_or_path": str(place.parent), "gguf_file": place.name}
     return {"pretrained_model_name_or_path": str(place), "trust_remote_code": False}
 
@@ -199,7 +265,7 @@ def _converted(gguf: Path) -> Path:
                     shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise ModelError(
-            f"cannot convert the demo model into {cache}: {_reason(error)}\n  Name another folder in KVPROF_CACHE."
+            f"cannot convert the demo model into {cache}: {reason(error)}\n  Name another folder in KVPROF_CACHE."
         ) from None
     return folder
 
@@ -224,14 +290,21 @@ def _explained(source: ModelSource, what: str = "model") -> Iterator[None]:
     """Turn the many ways in which transformers fails to load into one message."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError) as error:
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-            raise
-        raise ModelError(f"cannot load the {what} of {source.id}: {_reason(error)}") from None
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise ModelError(f"the checkpoint of {source.id} is truncated or corrupt: {_reason(error)}") from None
+    except (KvprofError, MemoryError):
+        raise
+    except torch.OutOfMemoryError:
+        raise ModelError(
+            f"out of memory while loading the {what} of {source.id}.\n  Try --dtype bfloat16, or --device cpu."
+        ) from None
+    except Exception as error:  # files from anywhere, parsed by a dozen libraries
+        if type(error).__name__ == "SafetensorError":
+            raise ModelError(f"the checkpoint of {source.id} is truncated or corrupt: {reason(error)}") from None
+        if "custom code" in str(error):
+            raise ModelError(
+                f"{source.id} brings Python code of its own, which kvprof never runs.\n"
+                "  Only architectures that transformers has built in can be measured."
+            ) from None
+        raise ModelError(f"cannot load the {what} of {source.id}: {reason(error)}") from None
 
 
 @contextlib.contextmanager
@@ -250,6 +323,7 @@ def _quiet() -> Iterator[None]:
             transformers.logging.enable_progress_bar()
 
 
-def _reason(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines or [type(error).__name__])[0][:300]
+def reason(error: BaseException) -> str:
+    """Return the part of a library's error message that fits on a line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 1 + lines[0].endswith(":")])[:300]

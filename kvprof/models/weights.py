@@ -6,6 +6,7 @@ Does not know what is done with them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,8 +22,13 @@ from transformers import PretrainedConfig
 from kvprof.errors import ModelError, NonFiniteWeight
 from kvprof.models.inventory import NORM_ON_KEYS
 from kvprof.models.layouts import Projection, Rows, choose_layout, cut_rows, find_projections
-from kvprof.models.load import refuse_pickles
+from kvprof.models.load import SAFETENSORS, SAFETENSORS_INDEX, need_gguf, refuse_pickles
 from kvprof.records.geometry import CacheGeometry, KVLayer
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_PACKED = (".qweight", ".weight_packed", ".weight.quant_state.bitsandbytes__nf4", ".weight.quant_state.bitsandbytes__fp4")
+"""How the names end of tensors that only quantized checkpoints have: GPTQ and AWQ, compressed-tensors, bitsandbytes."""
+_BEFORE_QUANTIZED = "Name the checkpoint that it was quantized from: its weights are what is measured."
 
 
 @dataclass(frozen=True)
@@ -56,21 +62,28 @@ class Checkpoint(Protocol):
 
 
 class SafetensorsCheckpoint:
-    """A folder of safetensors shards, with or without an index.
+    """A folder of safetensors: one file, shards with an index, or shards alone.
 
-    Raises ModelError for a folder without weights, a shard that is missing, truncated or corrupt.
+    Raises ModelError for a folder without weights, a shard that is missing, truncated, corrupt or not what the index
+    says.
     """
 
     def __init__(self, folder: Path) -> None:
-        refuse_pickles(folder)
-        self._folder = folder
+        refuse_pickles((file.name for file in folder.iterdir()), str(folder))
         self._shard_of: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        for shard in self._shards():
+        promised = _promised(folder)
+        for shard in sorted({folder / name for name in promised.values()} or folder.glob("*.safetensors")):
             with _opened(shard) as file:
                 for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
                     self._shard_of[name] = shard
                     self._shapes[name] = tuple(file.get_slice(name).get_shape())
+        for name, shard_name in promised.items():
+            if name not in self._shard_of:
+                raise ModelError(
+                    f"{folder / SAFETENSORS_INDEX} says that {name} is in {shard_name}, but it is not.\n"
+                    "  The index and the shards are of two different models, or of two versions: download both again."
+                )
 
     @property
     def names(self) -> list[str]:
@@ -86,21 +99,6 @@ class SafetensorsCheckpoint:
         with _opened(self._shard_of[name]) as file:
             return file.get_tensor(name)
 
-    def _shards(self) -> list[Path]:
-        index = self._folder / "model.safetensors.index.json"
-        if not index.is_file():
-            return sorted(self._folder.glob("*.safetensors"))
-        try:
-            shard_names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise ModelError(f"{index} is not an index of safetensors shards.\n  Download it again.") from None
-        for name in shard_names:
-            if not isinstance(name, str) or Path(name).name != name:
-                raise ModelError(f"{index} names the shard {name!r}, which is outside its folder.")
-            if not (self._folder / name).is_file():
-                raise ModelError(f"{index} names the shard {name}, but it is not there.\n  Finish the download.")
-        return [self._folder / name for name in shard_names]
-
 
 class GGUFCheckpoint:
     """A GGUF file, dequantized tensor by tensor; K rows are put back in the order that transformers uses.
@@ -109,12 +107,9 @@ class GGUFCheckpoint:
     """
 
     def __init__(self, path: Path, config: PretrainedConfig) -> None:
-        try:
-            from gguf import GGUFReader
-        except ImportError:
-            raise ModelError(
-                "reading a .gguf file needs the package gguf.\n  Install it: pip install 'kvprof-bits[gguf]'"
-            ) from None
+        need_gguf()
+        from gguf import GGUFReader
+
         try:
             reader = GGUFReader(path)
             architecture = reader.fields["general.architecture"].contents()
@@ -178,9 +173,10 @@ def stream_projections(
     config: the text decoder's. Raises UnknownLayout where the tensors cannot be cut, NonFiniteWeight, naming the tensor,
     for NaN or infinity, ModelError for a shape that is not what the config says.
     """
-    stem = {name.removesuffix(".weight") for name in checkpoint.names if name.endswith(".weight")}
-    projections = find_projections(stem, geometry)
     names = set(checkpoint.names)
+    if packed := sorted(name for name in names if name.endswith(_PACKED)):
+        raise ModelError(f"the checkpoint is quantized: it holds {packed[0]}.\n  {_BEFORE_QUANTIZED}")
+    projections = find_projections({name.removesuffix(".weight") for name in names if name.endswith(".weight")}, geometry)
     for layer in geometry.scored:
         projection = projections[layer.layer]
         if projection.is_fused:
@@ -228,12 +224,9 @@ def _read(checkpoint: Checkpoint, name: str, rows: int | None = None) -> Tensor:
             "  The weights and the config.json are of two different models, or the weights are quantized."
         )
     tensor = checkpoint.read(name)
-    if not tensor.is_floating_point():
-        raise ModelError(
-            f"{name} is stored as {str(tensor.dtype).removeprefix('torch.')}, not as floating point numbers.\n"
-            "  Profile the checkpoint before it was quantized."
-        )
-    finite = torch.isfinite(tensor if tensor.itemsize > 1 else tensor.to(torch.bfloat16))
+    if tensor.dtype not in _FLOATS:  # float8 among them: its scales stand in tensors of their own
+        raise ModelError(f"{name} is quantized to {str(tensor.dtype).removeprefix('torch.')}.\n  {_BEFORE_QUANTIZED}")
+    finite = torch.isfinite(tensor)
     if not finite.all():
         raise NonFiniteWeight(
             f"{name} holds {int((~finite).sum())} NaN or infinite entries, so nothing can be measured on it.\n"
@@ -257,8 +250,28 @@ def _key_gain(checkpoint: Checkpoint, names: set[str], projection: Projection) -
     return None
 
 
-def _opened(shard: Path) -> safe_open:
+def _promised(folder: Path) -> dict[str, str]:
+    """Return what the index of a sharded checkpoint says: the shard of each tensor. Nothing where there is no index."""
+    index = folder / SAFETENSORS_INDEX
+    if (folder / SAFETENSORS).is_file() or not index.is_file():
+        return {}
     try:
-        return safe_open(shard, framework="pt")
+        promised = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(promised.values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
+        raise ModelError(f"{index} is not an index of safetensors shards.\n  Download it again.") from None
+    for shard in shards:
+        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard:
+            raise ModelError(f"{index} names the shard {shard!r}, which is outside its folder.")
+        if not (folder / shard).is_file():
+            raise ModelError(f"{index} names the shard {shard}, but it is not there.\n  Finish the download.")
+    return dict(promised)
+
+
+@contextlib.contextmanager
+def _opened(shard: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(shard, framework="pt") as file:
+            yield file
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{shard} is truncated or corrupt: {error}.\n  Download it again.") from None

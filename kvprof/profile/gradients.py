@@ -97,12 +97,12 @@ def run_gradients(
     )
     largest = max(max(ids) for ids in calibration.sequences)
     if largest >= config.vocab_size:
-        raise CalibrationError(f"the tokenizer writes token {largest}, but the model's vocabulary has {config.vocab_size}.")
+        raise CalibrationError(
+            f"the tokenizer writes token {largest}, but the model's vocabulary has {config.vocab_size}."
+        )
     model = load_model(source, settings.dtype, settings.device)
     fingerprint = live_fingerprint(model, inventory.geometry)
-    inventory = inventory.model_copy(
-        update={"model": inventory.model.model_copy(update={"fingerprint": fingerprint})}
-    )
+    inventory = inventory.model_copy(update={"model": inventory.model.model_copy(update={"fingerprint": fingerprint})})
     identity = {
         "model": source.id,
         "model fingerprint": fingerprint,
@@ -275,5 +275,7 @@ def _remarks(calibration: CalibrationSet, settings: GradientSettings, resumed: i
 
 def _overflow_advice(model: PreTrainedModel, layer: int) -> str:
     dtype = str(model.dtype).removeprefix("torch.")
-    advice = "--dtype bfloat16 (the same range as float32) or --dtype float32" if dtype == "float16" else "--dtype float32"
+    advice = (
+        "--dtype bfloat16 (the same range as float32) or --dtype float32" if dtype == "float16" else "--dtype float32"
+    )
     return f"the gradient of layer {layer} is not finite in {dtype}.\n  Use {advice}; what is measured so far is kept."

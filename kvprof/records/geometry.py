@@ -10,7 +10,8 @@ from typing import Literal
 from pydantic import model_validator
 from typing_extensions import Self
 
-from kvprof.records.document import Count, LayerIndex, Positive, Record, Text
+from kvprof.errors import Mismatch
+from kvprof.records.document import Count, LayerIndex, ModelInfo, Positive, Record, Text
 
 LayerKind = Literal["full", "sliding", "chunked", "shared", "recurrent", "hybrid", "latent", "none", "other"]
 """full: keys and values of every token. sliding, chunked: of the last `window` tokens only. shared: reads another
@@ -108,6 +109,43 @@ class CacheGeometry(Record):
     def bytes_at(self, context: int, batch: int = 1) -> int:
         """Bytes of the unquantized cache of `batch` sequences of `context` tokens; recurrent states not counted."""
         return batch * sum(layer.tokens_kept(context) * self.bytes_per_token(layer) for layer in self.layers)
+
+
+def check_same_model(
+    what: str,
+    model: ModelInfo | None,
+    own: CacheGeometry | None,
+    geometry: CacheGeometry,
+    fingerprint: str | None = None,
+) -> None:
+    """Raise Mismatch when a file (`what`) that names `model` and its `own` geometry is not of the model at hand.
+
+    geometry, fingerprint: of the model at hand; what either side does not know is not compared. The wording of a reason
+    to skip a layer does not count.
+    """
+    problem = None
+    if own is not None:
+        if own.num_layers != geometry.num_layers:
+            problem = f"it has {own.num_layers} layers, this model {geometry.num_layers}"
+        for was, now in zip(own.layers, geometry.layers):  # noqa: B905 - a difference in length is named above
+            if problem is None and _shape(was) != _shape(now):
+                problem = f"its layer {was.layer} is {_shape(was)}, this model's {_shape(now)}"
+    elif model is not None and model.num_layers != geometry.num_layers:
+        problem = f"it has {model.num_layers} layers, this model {geometry.num_layers}"
+    known = None if model is None else model.fingerprint
+    if problem is None and None not in (known, fingerprint) and known != fingerprint:
+        problem = f"its fingerprint is {known}, this model's {fingerprint}"
+    if problem is not None:
+        name = model.id if model is not None and model.id else "unnamed"
+        raise Mismatch(
+            f"the {what} is for another model ({name}): {problem}.\n"
+            "  Measure this one: kvprof norms, kvprof gradients, kvprof allocate."
+        )
+
+
+def _shape(layer: KVLayer) -> str:
+    heads = f"{layer.kv_heads} KV heads of {layer.key_head_dim} and {layer.value_head_dim}"
+    return f"{layer.kind} attention, {heads}" + (f", window {layer.window}" if layer.window else "")
 
 
 def bytes_text(count: float) -> str:

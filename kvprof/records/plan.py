@@ -22,7 +22,7 @@ from kvprof.records.formats import (
     Format,
     TensorName,
 )
-from kvprof.records.geometry import CacheGeometry, KVLayer
+from kvprof.records.geometry import CacheGeometry, KVLayer, check_same_model
 
 
 class TensorPlan(Format):
@@ -155,21 +155,15 @@ class BitPlan(Document):
         missing = sorted(set(planned) - {entry.layer for entry in self.layers})
         return f"it gives no bits to layer {missing[0]}" if missing else None
 
-    def check_fits(self, geometry: CacheGeometry, fingerprint: str | None) -> None:
-        """Refuse to serve another model; raises Mismatch that says how the two differ."""
+    def check_fits(self, geometry: CacheGeometry, fingerprint: str | None = None) -> None:
+        """Raise Mismatch, saying how they differ, when the plan is for another model than this one.
+
+        fingerprint: of the model; None where it is not known, and then shapes alone decide.
+        """
         problem = self.misfit(geometry)
-        if problem is None and self.geometry is not None:
-            for own, model in zip(self.geometry.layers, geometry.layers, strict=True):
-                if _shape(own) != _shape(model):  # the reason to skip a layer may be worded otherwise
-                    problem = f"layer {own.layer} was planned as {_shape(own)}, the model has {_shape(model)}"
-                    break
-        if problem is None and fingerprint not in (None, self.model.fingerprint or fingerprint):
-            problem = f"its fingerprint is {self.model.fingerprint}, the model's {fingerprint}"
         if problem is not None:
-            raise Mismatch(
-                f"the plan is for another model ({self.model.id or 'unnamed'}): {problem}.\n"
-                "  Make one for this model with kvprof norms and kvprof allocate."
-            )
+            raise Mismatch(f"the plan is for another model ({self.model.id or 'unnamed'}): {problem}.")
+        check_same_model("plan", self.model, self.geometry, geometry, fingerprint)
 
     def bytes_at(self, context: int, batch: int = 1) -> int:
         """Bytes of the cache of `batch` sequences of `context` tokens: codes, scales, window, sinks, skipped layers.
@@ -237,8 +231,3 @@ def tensor_bytes(
         groups = tokens * layer.kv_heads * -(-head_dim // form.group_size)
     group_bits = ROTATED_GROUP_BITS if form.scheme == "rotated" else ASYMMETRIC_GROUP_BITS
     return full_bytes + -(-(tokens * width * form.bits + groups * group_bits) // 8)
-
-
-def _shape(layer: KVLayer) -> str:
-    heads = f"{layer.kv_heads} KV heads of {layer.key_head_dim} and {layer.value_head_dim}"
-    return f"{layer.kind} attention, {heads}" + (f", window {layer.window}" if layer.window else "")

@@ -24,7 +24,7 @@ from kvprof.records.document import (
     Text,
 )
 from kvprof.records.formats import TENSORS, TensorName
-from kvprof.records.geometry import CacheGeometry
+from kvprof.records.geometry import CacheGeometry, check_same_model
 
 SCALAR_METRICS = ("gradient_norm", "spectral_norm", "frobenius_norm")
 """The metrics that are one number a tensor, the one to prefer first."""
@@ -164,6 +164,10 @@ class Scores(Document):
                     )
                 scores.append((entry.layer, tensor, score))
         return scores
+
+    def check_fits(self, geometry: CacheGeometry, fingerprint: str | None = None) -> None:
+        """Raise Mismatch, saying how they differ, when the scores are of another model than this one."""
+        check_same_model("scores", self.model, self.geometry, geometry, fingerprint)
 
     def is_flat(self, metric: str, tensor: TensorName) -> bool:
         """Whether a metric varies by no more than 1 % over all layers, and so cannot rank them."""

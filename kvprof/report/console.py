@@ -72,12 +72,16 @@ def show_inventory(inventory: Inventory) -> None:
     for heading in ("layer", "kind", "KV heads", "head dim K", "V", "width K", "V", "bytes/token"):
         table.add_column(heading, justify="left" if heading == "kind" else "right")
     for layer in geometry.layers:
-        table.add_row(*_cells(layer), str(geometry.bytes_per_token(layer)), style=None if layer.skipped is None else "dim")
+        table.add_row(
+            *_cells(layer), str(geometry.bytes_per_token(layer)), style=None if layer.skipped is None else "dim"
+        )
     out.print(table)
     growing = [layer for layer in geometry.layers if layer.has_projections and layer.window is None]
     total = sum(geometry.bytes_per_token(layer) for layer in growing)
     out.print(f"each token adds {total} bytes ({bytes_text(total)}) in {len(growing)} of {geometry.num_layers} layers")
-    out.print("  ".join(f"{context // 1024}k context: {bytes_text(geometry.bytes_at(context))}" for context in CONTEXTS))
+    out.print(
+        "  ".join(f"{context // 1024}k context: {bytes_text(geometry.bytes_at(context))}" for context in CONTEXTS)
+    )
     for reason, layers in _by_reason(geometry.layers):
         out.print(f"left alone by a plan: {_layers_text(layers)}: {reason}")
     show_red_flags(inventory)

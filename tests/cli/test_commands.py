@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import tiny_model
+from tiny import tiny_model
 from typer.testing import CliRunner, Result
 
 from kvprof import BitPlan, Scores
@@ -21,12 +21,12 @@ def run(*arguments: str | Path) -> Result:
     return result
 
 
-def handmade_scores(path: Path, layers: int = 4, **changes: object) -> Path:
+def handmade_scores(path: Path, keys: tuple[float, ...] = (8, 7, 6, 5)) -> Path:
     """Write a Scores file as a person would: schema and layers, nothing else."""
-    entries = [
-        {"layer": n, "key": {"spectral_norm": 8.0 - n}, "value": {"spectral_norm": 2.0 + n}} for n in range(layers)
+    layers = [
+        {"layer": n, "key": {"spectral_norm": key}, "value": {"spectral_norm": 2 + n}} for n, key in enumerate(keys)
     ]
-    path.write_text(json.dumps({"schema": "kvprof.scores/1", "layers": entries} | changes))
+    path.write_text(json.dumps({"schema": "kvprof.scores/1", "layers": layers}))
     return path
 
 
@@ -127,8 +127,7 @@ def test_the_same_scores_give_the_same_plan_to_the_byte(in_tmp: Path) -> None:
 
 
 def test_a_flat_metric_is_said_to_carry_no_information(in_tmp: Path) -> None:
-    entries = [{"layer": n, "key": {"spectral_norm": 5.0}, "value": {"spectral_norm": 1.0 + n}} for n in range(3)]
-    scores = handmade_scores(in_tmp / "flat.json", layers=entries)
+    scores = handmade_scores(in_tmp / "flat.json", keys=(5.0, 5.01, 5.0))
     for command in (("show", scores), ("allocate", "--budget", "3", "--scores", scores)):
         output = " ".join(run(*command).output.split())
         assert "spectral_norm of the keys varies by less than 1 %" in output

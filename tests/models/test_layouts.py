@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
 from safetensors.torch import load_file, save_file
+from tiny import tiny_model
 from transformers import DynamicCache, PreTrainedModel
 
 from kvprof.errors import UnknownLayout
