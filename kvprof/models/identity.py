@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvprof.errors import Mismatch
 from kvprof.models.inventory import take_inventory
 from kvprof.models.load import ModelSource, load_config
 from kvprof.models.weights import LayerWeights, LiveCheckpoint, open_checkpoint, stream_projections
@@ -47,7 +46,7 @@ class Fingerprint:
 
 
 def live_fingerprint(model: PreTrainedModel, geometry: CacheGeometry) -> str | None:
-    """Return a loaded model's fingerprint, the same as its checkpoint's; None where accelerate has offloaded weights."""
+    """Return a loaded model's fingerprint, its checkpoint's too; None where accelerate has offloaded weights."""
     if any(parameter.is_meta for parameter in model.parameters()):
         return None
     fingerprint = Fingerprint()

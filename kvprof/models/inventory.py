@@ -75,12 +75,13 @@ class Skeleton:
 def build_skeleton(config: PretrainedConfig) -> Skeleton:
     """Build the module tree that a config describes, on the meta device; raises ModelError where it cannot be built."""
     name = type(config).__name__
-    if config.is_encoder_decoder:
+    if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} describes an encoder-decoder; kvprof measures decoder-only language models.")
     text_config = config.get_text_config(decoder=True)
     # The text decoder of most multimodal models is no causal language model of its own.
-    multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    alone = type(text_config) in MODEL_FOR_CAUSAL_LM_MAPPING or not multimodal
+    alone = type(text_config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if not alone and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ModelError(f"{name} describes no decoder language model that transformers knows.")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the skeleton is thrown away: its warnings concern nobody
     try:
@@ -139,7 +140,8 @@ def _layer_kinds(config: PretrainedConfig) -> list[tuple[LayerKind, int | None, 
             cache_layer = cache_layers[index] if index < len(cache_layers) else DynamicLayer()
             kinds.append(_kind(config, cache_layer, layer_type))
     except Exception as error:  # a config from anywhere
-        raise ModelError(f"{type(config).__name__} names no layers that transformers can cache: {reason(error)}") from None
+        name = type(config).__name__
+        raise ModelError(f"{name} names no layers that transformers can cache: {reason(error)}") from None
     return kinds
 
 

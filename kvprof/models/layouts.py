@@ -169,9 +169,10 @@ def _nothing_found(seen: set[str], candidates: Iterable[dict[int, Projection]], 
     """Say why no stack will do: the best of them lacks layers, or there is none."""
     best = max(candidates, key=lambda found: len(needed & found.keys()), default={})
     if found := needed & best.keys():
+        like = "/".join(best[min(found)].layout.names)
         return (
-            f"{len(found)} of {len(needed)} layers have projections of keys and values ({'/'.join(best[min(found)].layout.names)}), "
-            f"but layer {min(needed - found)} has none.\n"
+            f"{len(found)} of {len(needed)} layers project keys and values ({like}), "
+            f"but layer {min(needed - found)} does not.\n"
             "  The checkpoint is incomplete, or its layers are not alike in a way that kvprof knows."
         )
     attention_like = sorted(name for name in seen if re.search(r"att|qkv|query|key|proj", name, re.IGNORECASE))

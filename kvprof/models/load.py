@@ -1,7 +1,7 @@
 """Where a model comes from: a hub id, a folder, a GGUF file or the demo model -> config, model, tokenizer.
 
-Reads checkpoints and the hub; writes only the demo model's conversion, in the user's cache folder. Does not know what is
-measured on the model.
+Reads checkpoints and the hub; writes only the demo model's conversion, in the user's cache folder. Does not know what
+is measured on the model.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def _fetch(hub_id: str, weights: bool) -> Path:
 
 def _hub_reason(error: Exception) -> str:
     """Say why the hub gave nothing, and what to do about it."""
-    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 
     log_in = "log in (hf auth login, or HF_TOKEN)"
     local = "name a local folder (./name) or a .gguf file"
@@ -209,6 +209,8 @@ def _hub_reason(error: Exception) -> str:
         return f"there is none of this name, or it is private.\n  Check the spelling, {log_in}, or {local}."
     if status in (401, 403):
         return f"access is refused (HTTP {status}).\n  Look at its page there, {log_in}, or {local}."
+    if isinstance(error, HFValidationError):
+        return f"{reason(error)}\n  Check the spelling, or {local}."
     if isinstance(error, OfflineModeIsEnabled):
         return f"HF_HUB_OFFLINE is set, and the hub's cache does not hold it.\n  Unset HF_HUB_OFFLINE, or {local}."
     return f"{reason(error)}\n  Look at your network and try again, or {local}."

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from kvprof.models.load import SAFETENSORS, SAFETENSORS_INDEX, need_gguf, refuse
 from kvprof.records.geometry import CacheGeometry, KVLayer
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_PACKED = (".qweight", ".weight_packed", ".weight.quant_state.bitsandbytes__nf4", ".weight.quant_state.bitsandbytes__fp4")
+_PACKED = (".qweight", ".weight_packed", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
 """How the names end of tensors that only quantized checkpoints have: GPTQ and AWQ, compressed-tensors, bitsandbytes."""
 _BEFORE_QUANTIZED = "Name the checkpoint that it was quantized from: its weights are what is measured."
 
@@ -55,10 +55,10 @@ class Checkpoint(Protocol):
         """Every tensor's name."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, from the header."""
+        """Return a tensor's shape, from the header."""
 
     def read(self, name: str) -> Tensor:
-        """One tensor, read now and kept by nobody."""
+        """Read one tensor, which nobody else keeps."""
 
 
 class SafetensorsCheckpoint:
@@ -73,7 +73,9 @@ class SafetensorsCheckpoint:
         self._shard_of: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         promised = _promised(folder)
-        for shard in sorted({folder / name for name in promised.values()} or folder.glob("*.safetensors")):
+        whole = folder / SAFETENSORS
+        shards = {folder / name for name in promised.values()} or folder.glob("*.safetensors")
+        for shard in [whole] if whole.is_file() else sorted(shards):
             with _opened(shard) as file:
                 for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
                     self._shard_of[name] = shard
@@ -97,7 +99,8 @@ class SafetensorsCheckpoint:
     def read(self, name: str) -> Tensor:
         """Read one tensor. The shard is mapped for this read alone, so that its pages leave memory with the tensor."""
         with _opened(self._shard_of[name]) as file:
-            return file.get_tensor(name)
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
 
 
 class GGUFCheckpoint:
@@ -170,13 +173,16 @@ def stream_projections(
 ) -> Iterator[LayerWeights]:
     """Yield each scored layer's W_k and W_v, ascending by layer.
 
-    config: the text decoder's. Raises UnknownLayout where the tensors cannot be cut, NonFiniteWeight, naming the tensor,
-    for NaN or infinity, ModelError for a shape that is not what the config says.
+    config: the text decoder's. Raises UnknownLayout where the tensors cannot be cut, NonFiniteWeight, naming the
+    tensor, for NaN or infinity, ModelError for quantized weights and for a shape that is not what the config says.
     """
+    if not geometry.scored:
+        raise ModelError(f"no layer keeps keys and values of its own: {geometry.layers[0].skipped}, and so on.")
     names = set(checkpoint.names)
     if packed := sorted(name for name in names if name.endswith(_PACKED)):
         raise ModelError(f"the checkpoint is quantized: it holds {packed[0]}.\n  {_BEFORE_QUANTIZED}")
-    projections = find_projections({name.removesuffix(".weight") for name in names if name.endswith(".weight")}, geometry)
+    modules = {name.removesuffix(".weight") for name in names if name.endswith(".weight")}
+    projections = find_projections(modules, geometry)
     for layer in geometry.scored:
         projection = projections[layer.layer]
         if projection.is_fused:
@@ -269,7 +275,7 @@ def _promised(folder: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _opened(shard: Path) -> Iterator[safe_open]:
+def _opened(shard: Path) -> Iterator[Any]:
     try:
         with safe_open(shard, framework="pt") as file:
             yield file

@@ -106,9 +106,9 @@ def run_gradients(
     identity = {
         "model": source.id,
         "model fingerprint": fingerprint,
-        "text": calibration.info.model_dump(mode="json"),
         "dtype": str(model.dtype),
         "kvprof version": __version__,
+        **_text_identity(calibration),
     }
     with Journal(folder / "gradients.journal", identity, restart) as log:
         done = {int(index): norms for index, norms in log.done.items()}
@@ -181,7 +181,10 @@ def gradient_norms(model: PreTrainedModel, geometry: CacheGeometry, batch: Batch
         "labels": batch.labels.to(device),  # unshifted: the model shifts them itself
         "use_cache": False,
     }
-    if not batch.attention_mask[:, 0].all() and "position_ids" in inspect.signature(model.forward).parameters:
+    accepted = inspect.signature(model.forward).parameters
+    if "output_router_logits" in accepted:
+        arguments["output_router_logits"] = False  # else a mixture of experts may add its balancing loss
+    if not batch.attention_mask[:, 0].all() and "position_ids" in accepted:
         positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)  # padding on the left moves no token
         arguments["position_ids"] = positions.to(device)
     try:
@@ -194,15 +197,14 @@ def gradient_norms(model: PreTrainedModel, geometry: CacheGeometry, batch: Batch
             "  Lower --batch-size or --sequence-length; what is measured so far is kept."
         ) from None
     # transformers averages the loss over the targets of the whole batch; a sequence's own mean is over its own.
-    targets = (batch.labels[:, 1:] != IGNORED).sum(1)
-    shares = (targets.sum() / targets).tolist()
-    result: dict[int, SequenceNorms] = {}
-    for row, (index, share) in enumerate(zip(batch.indices, shares, strict=True)):
-        result[index] = []
-        for layer in geometry.scored:
-            key, value = (share * norms[layer.layer, tensor][row] for tensor in TENSORS)
-            if not (math.isfinite(key) and math.isfinite(value)):
-                raise NonFiniteGradient(_overflow_advice(model, layer.layer))
+    targets = (batch.labels[:, 1:] != IGNORED).sum(1).double()
+    shares = targets.sum() / targets  # (B,)
+    result: dict[int, SequenceNorms] = {index: [] for index in batch.indices}
+    for layer in geometry.scored:
+        keys, values = (shares * norms[layer.layer, tensor].cpu() for tensor in TENSORS)  # (B,)
+        if not (keys.isfinite().all() and values.isfinite().all()):
+            raise NonFiniteGradient(_overflow_advice(model, layer.layer))
+        for index, key, value in zip(batch.indices, keys.tolist(), values.tolist(), strict=True):
             result[index].append((key, value))
     return result
 
@@ -210,9 +212,9 @@ def gradient_norms(model: PreTrainedModel, geometry: CacheGeometry, batch: Batch
 @contextlib.contextmanager
 def _weight_gradient_norms(
     model: PreTrainedModel, geometry: CacheGeometry, batch_size: int
-) -> Iterator[dict[tuple[int, TensorName], list[float]]]:
-    """Yield a dict that a backward inside the `with` fills: (layer, tensor) to the norm of dLoss/dW of each sequence."""
-    norms: dict[tuple[int, TensorName], list[float]] = {}
+) -> Iterator[dict[tuple[int, TensorName], Tensor]]:
+    """Yield a dict that a backward inside the `with` fills: (layer, tensor) to the norms of dLoss/dW, (B,)."""
+    norms: dict[tuple[int, TensorName], Tensor] = {}
     handles = []
 
     def capture(layer: int, runs: Mapping[TensorName, tuple[tuple[int, int], ...] | None]) -> Callable[..., Tensor]:
@@ -225,10 +227,10 @@ def _weight_gradient_norms(
                     norms[layer, tensor] = _outer_norms(part, source, batch_size)
 
             if output.requires_grad:
-                output.register_hook(backward_hook)
+                output.register_hook(backward_hook)  # type: ignore[no-untyped-call]
                 return output
             # The first layer's: nothing before it asks for a gradient. The copy may be changed in place, a leaf not.
-            output.requires_grad_(True).register_hook(backward_hook)
+            output.requires_grad_(True).register_hook(backward_hook)  # type: ignore[no-untyped-call]
             return output.clone()
 
         return forward_hook
@@ -254,13 +256,20 @@ def _weight_gradient_norms(
             handle.remove()
 
 
-def _outer_norms(gradient: Tensor, source: Tensor, batch_size: int) -> list[float]:
-    """Return, for each sequence, the Frobenius norm of the sum over tokens of gradient (B, T, out) times source (B, T, in)."""
+def _outer_norms(gradient: Tensor, source: Tensor, batch_size: int) -> Tensor:
+    """Return the norm of each sequence's sum over tokens of gradient (B, T, out) times source (B, T, in): (B,)."""
     dtype = torch.promote_types(gradient.dtype, torch.float32)
     gradient = gradient.reshape(batch_size, -1, gradient.shape[-1]).to(dtype)
     source = source.reshape(batch_size, -1, source.shape[-1]).to(dtype)
-    norms = [torch.linalg.vector_norm(g.T @ x, dtype=torch.float64) for g, x in zip(gradient, source, strict=True)]
-    return torch.stack(norms).tolist()  # type: ignore[no-any-return]
+    return torch.stack(
+        [torch.linalg.vector_norm(g.T @ x, dtype=torch.float64) for g, x in zip(gradient, source, strict=True)]
+    )
+
+
+def _text_identity(calibration: CalibrationSet) -> dict[str, Any]:
+    """Return what a resumed run must share, one field each, named so that a cause sorts before its consequences."""
+    fields = calibration.info.model_dump(mode="json")
+    return {("text fingerprint" if name == "fingerprint" else name): value for name, value in fields.items()}
 
 
 def _remarks(calibration: CalibrationSet, settings: GradientSettings, resumed: int) -> Iterator[str]:

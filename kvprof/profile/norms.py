@@ -85,9 +85,13 @@ def spectral_norm(weight: Tensor) -> float:
 
 
 def frobenius_norm(weight: Tensor) -> float:
-    """Root of the sum of squares of a matrix, any float dtype, computed in float64 without overflow or underflow."""
-    scale = float(weight.abs().max()) if weight.numel() else 0.0
-    return scale * float((weight.double() / scale).norm()) if scale else 0.0
+    """Root of the sum of squares of a matrix, any float dtype, computed in float64 without overflow or underflow.
+
+    Raises ValueError if any entry is NaN or infinite.
+    """
+    scale = _largest_entry(weight)
+    blocks = torch.split(weight, _chunk(weight.shape[1])) if scale else ()
+    return scale * math.sqrt(sum(float((block.double() / scale).square().sum()) for block in blocks))
 
 
 def largest_eigenvalue(gram: Tensor) -> float:
@@ -146,18 +150,28 @@ def _gram(weight: Tensor) -> tuple[Tensor, float]:
 
     The columns are converted a few at a time, so that W never stands in memory as float64.
     """
-    rows, columns = weight.shape
+    rows = weight.shape[0]
     gram = torch.zeros(rows, rows, dtype=torch.float64)
-    scale = float(weight.abs().max()) if weight.numel() else 0.0
-    if not math.isfinite(scale):
-        raise ValueError("a matrix with NaN or infinite entries has no spectral norm")
+    scale = _largest_entry(weight)
     if scale == 0.0:
         return gram, 0.0
-    width = max(256, _CHUNK_BYTES // (8 * max(1, rows)))
-    for start in range(0, columns, width):
-        block = weight[:, start : start + width].to(torch.float64) / scale
+    for block in torch.split(weight, _chunk(rows), dim=1):
+        block = block.double() / scale
         gram.addmm_(block, block.T)
     return gram, scale
+
+
+def _largest_entry(weight: Tensor) -> float:
+    """Largest absolute value of a matrix, 0 for an empty one; raises ValueError for NaN or infinity."""
+    low, high = (float(end) for end in weight.aminmax()) if weight.numel() else (0.0, 0.0)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("a matrix with NaN or infinite entries has no norm")
+    return max(-low, high)
+
+
+def _chunk(length: int) -> int:
+    """How many rows (or columns) of this length stand in memory as float64 at a time."""
+    return max(256, _CHUNK_BYTES // (8 * max(1, length)))
 
 
 def _length(bias: Tensor | None) -> float | None:

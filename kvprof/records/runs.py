@@ -161,7 +161,7 @@ class Journal:
         if not entries:
             return False
         (_, settings), *pieces = entries
-        for field in sorted(settings.keys() | self.settings.keys()):
+        for field in dict.fromkeys([*self.settings, *settings]):  # in the order they were given
             if settings.get(field) != self.settings.get(field):
                 raise Mismatch(
                     f"{self.path} is a stopped run with another {field}: it has {settings.get(field)!r}, "

@@ -40,12 +40,12 @@ def print_note(text: str) -> None:
 
 def print_written(path: Path) -> None:
     """Say where a result went."""
-    out.print(Text(f"written to {path}"), soft_wrap=True)
+    print_plain(f"written to {path}")
 
 
-def print_plain(text: str) -> None:
-    """Print text as it is."""
-    out.print(Text(text), soft_wrap=True)
+def print_plain(text: str | Text, style: str = "") -> None:
+    """Print a line of prose as it is: the terminal may wrap it, a pipe gets it whole."""
+    out.print(text if isinstance(text, Text) else Text(text, style=style), soft_wrap=True)
 
 
 @contextmanager
@@ -78,15 +78,17 @@ def show_inventory(inventory: Inventory) -> None:
     out.print(table)
     growing = [layer for layer in geometry.layers if layer.has_projections and layer.window is None]
     total = sum(geometry.bytes_per_token(layer) for layer in growing)
-    out.print(f"each token adds {total} bytes ({bytes_text(total)}) in {len(growing)} of {geometry.num_layers} layers")
-    out.print(
+    print_plain(
+        f"each token adds {total} bytes ({bytes_text(total)}) in {len(growing)} of {geometry.num_layers} layers"
+    )
+    print_plain(
         "  ".join(f"{context // 1024}k context: {bytes_text(geometry.bytes_at(context))}" for context in CONTEXTS)
     )
     for reason, layers in _by_reason(geometry.layers):
-        out.print(f"left alone by a plan: {_layers_text(layers)}: {reason}")
+        print_plain(f"left alone by a plan: {_layers_text(layers)}: {reason}")
     show_red_flags(inventory)
     if not inventory.red_flags:
-        out.print("no red flags")
+        print_plain("no red flags")
 
 
 def show_red_flags(inventory: Inventory) -> None:
@@ -94,7 +96,7 @@ def show_red_flags(inventory: Inventory) -> None:
     for flag in inventory.red_flags:
         everywhere = len(flag.layers) == len(inventory.geometry.scored)
         where = "every layer" if everywhere else _layers_text(flag.layers)
-        out.print(Text.assemble(("red flag ", "bold red"), (flag.name, "bold"), f" ({where}): {flag.why}"))
+        print_plain(Text.assemble(("red flag ", "bold red"), (flag.name, "bold"), f" ({where}): {flag.why}"))
 
 
 def show_scores(scores: Scores) -> None:
@@ -108,7 +110,7 @@ def show_scores(scores: Scores) -> None:
     if "gradient_norm" in scores.metrics:
         _show_gradients(scores, title)
     if not scores.metrics:
-        out.print(f"{title}: {len(scores.layers)} layers; no metric that every layer has")
+        print_plain(f"{title}: {len(scores.layers)} layers; no metric that every layer has")
     elif set(scores.metrics) < {"spectral_norm", "frobenius_norm"}:
         _show_single(scores, scores.metrics[0], title)
     for remark in score_remarks(scores):
@@ -173,7 +175,7 @@ def show_plan(plan: BitPlan) -> None:
         table.add_row(str(layer), *cells)
     out.print(table)
     for line in plan_lines(plan):
-        out.print(Text(line))
+        print_plain(line)
 
 
 def plan_lines(plan: BitPlan) -> list[str]:
@@ -222,15 +224,15 @@ def _show_norms(scores: Scores, title: str) -> None:
         cells = [str(entry.layer)]
         for metric in ("spectral_norm", "frobenius_norm"):
             key, value = getattr(entry.key, metric), getattr(entry.value, metric)
-            ratio = f"{key / value:.3g}" if value else "-"
+            ratio = f"{key / value:#.3g}" if value else "-"
             cells += [_number(key), _number(value), ratio, "=" if key == value else "K" if key > value else "V"]
         cells += [_number(entry.key.stable_rank), _number(entry.value.stable_rank)]
         table.add_row(*cells)
     out.print(table)
     if any(entry.key.bias_norm or entry.key.gain_rms is not None for entry in scores.layers):
         _show_extras(scores)
-    out.print("spec. and frob.: largest singular value and root sum of squares; rank: the stable rank", style="dim")
-    out.print(Text(norm_verdict(scores), style="bold"))
+    print_plain("spec.: largest singular value; frob.: root of the sum of squares; rank: stable rank", style="dim")
+    print_plain(norm_verdict(scores), style="bold")
 
 
 def _show_extras(scores: Scores) -> None:
@@ -290,7 +292,7 @@ def _plan_cells(form: TensorPlan) -> list[str]:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}" if value < 1e5 else f"{value:.3e}"
+    return "-" if value is None else f"{value:#.4g}"
 
 
 def _numbers(scores: Scores, metric: str, tensor: TensorName) -> list[float]:

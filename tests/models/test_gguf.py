@@ -1,0 +1,164 @@
+"""A GGUF file against the checkpoint that it was made from.
+
+The file is written as llama.cpp's converter writes it, with its own reordering of the rotary heads of Q and K.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from folders import save_folder
+from gguf import GGMLQuantizationType as Type
+from tiny import tiny_model
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from typer.testing import CliRunner
+
+from kvprof import Scores
+from kvprof.cli.app import app
+from kvprof.errors import ModelError
+from kvprof.models.identity import Fingerprint, live_fingerprint
+from kvprof.models.inventory import take_inventory
+from kvprof.models.load import ModelSource, load_config, resolve
+from kvprof.models.weights import LayerWeights, open_checkpoint, stream_projections
+
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Reorder rotary rows as llama.cpp does: the two halves of a head become pairs."""
+    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+    return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(path: Path, model: PreTrainedModel, kind: Type = Type.F32) -> Path:
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    outside = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    for full_name, parameter in model.state_dict().items():
+        name, array = full_name.removesuffix(".weight"), parameter.numpy()
+        if name.endswith(("q_proj", "k_proj")):
+            array = interleaved(
+                array, config.num_attention_heads if name.endswith("q_proj") else config.num_key_value_heads
+            )
+        stored = outside.get(name)
+        if stored is None:
+            _, _, layer, rest = name.split(".", 3)
+            stored = f"blk.{layer}.{NAMES[rest]}"
+        if array.ndim == 2 and kind != Type.F32 and array.shape[1] % 32 == 0:
+            writer.add_tensor(f"{stored}.weight", gguf.quants.quantize(array, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(f"{stored}.weight", np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def streamed(source: ModelSource) -> tuple[list[LayerWeights], str]:
+    config = load_config(source)
+    fingerprint = Fingerprint()
+    layers = []
+    for weights in stream_projections(
+        open_checkpoint(source.fetch(weights=True), config), take_inventory(config).geometry, config
+    ):
+        fingerprint.add(weights)
+        layers.append(weights)
+    return layers, fingerprint.text
+
+
+def test_a_gguf_file_holds_the_checkpoints_own_projections(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    layers, fingerprint = streamed(resolve(str(write_gguf(tmp_path / "tiny.gguf", model))))
+    for weights, live in zip(layers, model.model.layers, strict=True):
+        assert torch.equal(weights.key, live.self_attn.k_proj.weight)
+        assert torch.equal(weights.value, live.self_attn.v_proj.weight)
+    assert fingerprint == live_fingerprint(model, take_inventory(model.config).geometry)
+    assert fingerprint == streamed(resolve(str(save_folder(tmp_path / "folder"))))[1]
+
+
+@pytest.mark.parametrize("kind", [Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q5_1])
+def test_a_quantized_gguf_file_is_what_transformers_makes_of_it(tmp_path: Path, kind: Type) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), kind)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
+    layers, fingerprint = streamed(resolve(str(path)))
+    for weights, live in zip(layers, loaded.model.layers, strict=True):
+        torch.testing.assert_close(weights.key, live.self_attn.k_proj.weight.detach())
+        torch.testing.assert_close(weights.value, live.self_attn.v_proj.weight.detach())
+    assert fingerprint == live_fingerprint(loaded, take_inventory(loaded.config).geometry)
+
+
+def test_the_inventory_of_a_gguf_file_is_its_checkpoints(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    inventory = take_inventory(load_config(resolve(str(write_gguf(tmp_path / "tiny.gguf", model)))))
+    assert inventory.geometry.layers == take_inventory(model.config).geometry.layers
+    assert inventory.model.architecture == "LlamaForCausalLM"
+
+
+def test_norms_take_a_gguf_file(in_tmp: Path) -> None:
+    model = tiny_model("llama")
+    write_gguf(in_tmp / "tiny.gguf", model)
+    result = CliRunner().invoke(app, ["norms", "tiny.gguf", "--out", "result"])
+    assert result.exit_code == 0, result.output
+    for measured, live in zip(Scores.load("result/norms.json").layers, model.model.layers, strict=True):
+        truth = np.linalg.svd(live.self_attn.k_proj.weight.double().numpy(), compute_uv=False)
+        assert measured.key.spectral_norm == pytest.approx(truth[0], rel=1e-6)
+        assert measured.key.frobenius_norm == pytest.approx(np.linalg.norm(truth), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:3],
+        lambda content: content[:100],
+        lambda content: content[: len(content) // 2],
+        lambda content: content[:-64],
+        lambda content: b"\x7fELF" + content[4:],
+        lambda content: content[:16] + b"\xff" * 8 + content[24:],
+        lambda content: b"not a model at all, but text" * 100,
+    ],
+    ids=["empty", "stub", "header cut", "half", "last bytes", "magic", "counts", "text"],
+)
+def test_a_damaged_gguf_file_is_one_message(in_tmp: Path, damage) -> None:  # type: ignore[no-untyped-def]
+    path = write_gguf(in_tmp / "tiny.gguf", tiny_model("llama"))
+    path.write_bytes(damage(path.read_bytes()))
+    result = CliRunner().invoke(app, ["norms", "tiny.gguf", "--out", "result"])
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == 1
+    assert "tiny.gguf" in result.output
+    assert not Path("result/norms.json").exists()
+
+
+def test_a_missing_gguf_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = resolve(str(write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ModelError, match=r"pip install 'kvprof-bits\[gguf\]'"):
+        load_config(source)
+    with pytest.raises(ModelError, match=r"pip install 'kvprof-bits\[gguf\]'"):
+        open_checkpoint(source.fetch(weights=True), tiny_model("llama").config)

@@ -1,0 +1,225 @@
+"""A model from the hub: what is fetched, what is refused, and what the user reads when there is nothing to fetch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_hub import FakeHub, point_here, running_hub
+from folders import save_folder, save_text
+from typer.testing import CliRunner, Result
+
+from kvprof import Scores
+from kvprof.calibration.text import open_text
+from kvprof.cli.app import app
+from kvprof.errors import CalibrationError, ModelError, UsageError
+from kvprof.models import load
+from kvprof.models.load import load_config, load_model, load_tokenizer, resolve
+
+REMOTE = "org/tiny"
+
+
+@pytest.fixture
+def hub(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A hub that has one tiny Llama, and a client that asks it."""
+    with running_hub() as hub:
+        point_here(hub.url, in_tmp / "hub-cache", monkeypatch)
+        hub.models[REMOTE] = save_folder(in_tmp / "served")
+        yield hub
+
+
+def kvprof(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def assert_fails(result: Result, *words: str, code: int = 1) -> None:
+    """The command ended with one message that has these words, and no traceback."""
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == code, result.output
+    text = " ".join(result.output.split())
+    for word in words:
+        assert word in text
+    assert "Traceback" not in text
+
+
+def test_every_measuring_command_takes_a_hub_id(hub: FakeHub, in_tmp: Path) -> None:
+    text = save_text(in_tmp / "text.txt")
+    for command in (
+        ["inspect", REMOTE],
+        ["norms", REMOTE],
+        ["gradients", REMOTE, "--data", str(text), "--sequences", "3", "--sequence-length", "12"],
+    ):
+        result = kvprof(*command)
+        assert result.exit_code == 0, result.output
+    remote = Scores.load(in_tmp / "outputs" / "org--tiny" / "norms.json")
+    assert kvprof("norms", str(hub.models[REMOTE]), "--out", "local").exit_code == 0
+    local = Scores.load("local/norms.json")
+    assert remote.layers == local.layers
+    assert remote.model.fingerprint == local.model.fingerprint
+    assert remote.model.id == REMOTE
+
+
+def test_a_new_process_finds_the_hub_by_its_environment(hub: FakeHub, in_tmp: Path) -> None:
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(in_tmp / "home")}
+    environment.pop("HF_HUB_OFFLINE", None)
+    command = [sys.executable, "-m", "kvprof", "norms"]
+    result = subprocess.run([*command, REMOTE], env=environment, capture_output=True, text=True, cwd=in_tmp)
+    assert result.returncode == 0, result.stderr
+    assert (in_tmp / "outputs" / "org--tiny" / "norms.json").is_file()
+
+
+def test_inspecting_fetches_no_weights(hub: FakeHub) -> None:
+    assert kvprof("inspect", REMOTE).exit_code == 0
+    assert "config.json" in hub.downloads()
+    assert not any(name.endswith(".safetensors") for name in hub.downloads())
+
+
+def test_only_what_is_read_is_fetched(hub: FakeHub, in_tmp: Path) -> None:
+    (served := hub.models[REMOTE]).joinpath("original").mkdir()
+    for extra in ("pytorch_model.bin", "consolidated.safetensors", "original/model.safetensors", "modeling_own.py"):
+        (served / extra).write_bytes(b"never read")
+    assert kvprof("norms", REMOTE).exit_code == 0
+    assert hub.downloads() >= {"config.json", "model.safetensors"}
+    assert not {"pytorch_model.bin", "consolidated.safetensors", "modeling_own.py"} & hub.downloads()
+    assert sum(line.startswith("GET") and line.endswith("/model.safetensors") for line in hub.log) == 1
+
+
+def test_a_sharded_model_has_the_norms_of_the_whole_one(hub: FakeHub, in_tmp: Path) -> None:
+    hub.models["org/sharded"] = save_folder(in_tmp / "sharded", max_shard_size="10KB")
+    assert len(list((in_tmp / "sharded").glob("*.safetensors"))) > 1
+    assert kvprof("norms", "org/sharded").exit_code == 0
+    assert kvprof("norms", REMOTE).exit_code == 0
+    sharded, whole = (Scores.load(in_tmp / "outputs" / name / "norms.json") for name in ("org--sharded", "org--tiny"))
+    assert sharded.layers == whole.layers
+    assert sharded.model.fingerprint == whole.model.fingerprint
+
+
+@pytest.mark.parametrize("command", ["norms", "gradients --sequence-length 32 --sequences 1"])
+def test_a_model_of_pickles_is_refused_and_no_pickle_fetched(hub: FakeHub, command: str) -> None:
+    served = hub.models[REMOTE]
+    (served / "model.safetensors").rename(served / "pytorch_model.bin")
+    assert_fails(kvprof(*command.split(), REMOTE), "only pickled weights (pytorch_model.bin)", "can run any code")
+    assert "pytorch_model.bin" not in hub.downloads()
+    assert kvprof("inspect", REMOTE).exit_code == 0  # which needs no weights
+
+
+def test_a_repository_of_gguf_files_says_to_name_one(hub: FakeHub) -> None:
+    served = hub.models[REMOTE]
+    (served / "model.safetensors").rename(served / "tiny-q4_0.gguf")
+    assert_fails(kvprof("norms", REMOTE), "tiny-q4_0.gguf")
+
+
+def test_an_unknown_model_is_one_message(hub: FakeHub) -> None:
+    assert_fails(kvprof("norms", "org/tyni"), "'org/tyni'", "none of this name", "Check the spelling")
+
+
+def test_an_id_that_no_hub_can_have_is_one_message(hub: FakeHub) -> None:
+    assert_fails(kvprof("norms", "org/a--b"), "org/a--b")
+    assert_fails(kvprof("norms", "a model"), "'a model'", code=2)
+
+
+def test_a_gated_model_says_how_to_get_access(hub: FakeHub) -> None:
+    hub.gated.add(REMOTE)
+    assert_fails(kvprof("norms", REMOTE), "gated", "log in")
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refused_model_says_to_log_in(hub: FakeHub, status: int) -> None:
+    hub.failing[REMOTE] = (status, "")
+    assert_fails(kvprof("norms", REMOTE), "log in")
+
+
+def test_a_hub_in_trouble_says_what_it_answered(hub: FakeHub) -> None:
+    hub.failing[REMOTE] = (503, "")
+    assert_fails(kvprof("norms", REMOTE), "503", "try again")
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "_HUB_SECONDS", 0.3)
+    hub.silent.add(REMOTE)
+    assert_fails(kvprof("norms", REMOTE), "timed out")
+
+
+def test_a_hub_out_of_reach_is_one_message_and_a_model_in_the_cache_needs_none(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running_hub() as hub:
+        point_here(hub.url, in_tmp / "hub-cache", monkeypatch)
+        hub.models[REMOTE] = save_folder(in_tmp / "served")
+        assert kvprof("inspect", REMOTE).exit_code == 0
+    assert kvprof("inspect", REMOTE).exit_code == 0
+    assert_fails(kvprof("norms", REMOTE), "refused", "network")  # its weights were never fetched
+    assert_fails(kvprof("inspect", "org/other"), "refused", "network")
+
+
+def test_offline_is_named_as_the_reason(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert_fails(kvprof("norms", REMOTE), "HF_HUB_OFFLINE is set")
+    assert hub.log == []
+
+
+def test_a_hub_dataset_is_calibration_text(hub: FakeHub, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", hub.url)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_OFFLINE", False, raising=False)
+    (served := in_tmp / "dataset").mkdir()
+    (served / "train.jsonl").write_text('{"text": "one row"}\n{"text": "another row"}\n')
+    hub.datasets["org/words"] = served
+    assert sorted(open_text("org/words").rows) == ["another row", "one row"]
+    with pytest.raises(CalibrationError, match="org/none"):
+        list(open_text("org/none").rows)
+    with pytest.raises(CalibrationError, match="org/words"):
+        list(open_text("org/words", split="martian").rows)
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "./missing", "/missing", "~/missing-model", "missing.gguf"])
+def test_a_path_that_is_not_there_is_not_taken_for_a_hub_id(name: str, in_tmp: Path) -> None:
+    with pytest.raises(ModelError, match="no such folder or file"):
+        resolve(name)
+
+
+@pytest.mark.parametrize("name", ["", "a" * 5000 + "!", "a\0b", "org/na me", "~nobody-of-this-name", "ünï/cödé"])
+def test_no_word_is_too_odd_for_a_message(name: str, in_tmp: Path) -> None:
+    with pytest.raises((ModelError, UsageError)):
+        resolve(name)
+
+
+def test_a_folder_without_a_config_says_what_a_model_folder_holds(in_tmp: Path) -> None:
+    with pytest.raises(ModelError, match=r"no config\.json.*\n.*safetensors"):
+        resolve(str(in_tmp))
+    (in_tmp / "tiny.gguf").touch()
+    with pytest.raises(ModelError, match=r"Name a file in it: .*tiny\.gguf"):
+        resolve(str(in_tmp))
+    (in_tmp / "notes.txt").touch()
+    with pytest.raises(ModelError, match="folder that holds its config"):
+        resolve(str(in_tmp / "notes.txt"))
+
+
+def test_a_folder_loads_frozen_in_eval_mode_in_the_dtype_asked_for(in_tmp: Path) -> None:
+    source = resolve(str(save_folder(in_tmp / "model")))
+    model = load_model(source, dtype="bfloat16", device="cpu")
+    assert str(model.dtype) == "torch.bfloat16"
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert str(load_model(source, device="cpu").dtype) == "torch.float32"
+    assert load_tokenizer(source)("the cat")["input_ids"]
+    assert load_config(source).num_hidden_layers == 2
+
+
+def test_a_misspelt_dtype_or_device_is_a_usage_error(in_tmp: Path) -> None:
+    source = resolve(str(save_folder(in_tmp / "model")))
+    with pytest.raises(UsageError, match="did you mean 'bfloat16'"):
+        load_model(source, dtype="bflaot16")
+    with pytest.raises(UsageError, match="cannot be used here"):
+        load_model(source, device="martian:0")
+
+
+def test_the_demo_comes_from_the_hub_where_its_package_is_absent(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "DEMO_PACKAGE", "no_such_package")
+    monkeypatch.setattr(load, "DEMO_HUB_ID", REMOTE)
+    assert resolve(None).hub_id == REMOTE
+    assert kvprof("inspect").exit_code == 0

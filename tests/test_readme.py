@@ -1,0 +1,87 @@
+"""Every command in the README runs, in the order it stands there, as a new user would type it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import save_tiny_with_tokenizer
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+ELSEWHERE = {
+    "bash recipes/quickstart.sh": "tests/test_recipes.py runs it",
+    "bash tests/run.sh": "it is what runs these tests",
+}
+
+
+def commands() -> list[str]:
+    """Return every command line of the README's shell blocks, in order."""
+    found = []
+    for language, body in BLOCKS:
+        if language == "sh":
+            found += body.strip().splitlines()
+        elif language == "console":
+            found += [line.removeprefix("$ ") for line in body.splitlines() if line.startswith("$ ")]
+    return found
+
+
+def test_the_readme_has_the_three_commands() -> None:
+    for command in ("kvprof norms", "kvprof gradients", "kvprof allocate --budget 2.5", *ELSEWHERE):
+        assert command in commands()
+
+
+@pytest.mark.demo
+def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
+    save_tiny_with_tokenizer("llama", tmp_path / "my-model")
+    rows = [{"text": f"The key of layer {n} is longer than its value, and both are cached."} for n in range(8)]
+    (tmp_path / "my-text.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    scripts = str(Path(sys.executable).parent)
+    environment = os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "KVPROF_BENCH_SMOKE": "1"}
+    for command in commands():
+        if command in ELSEWHERE:
+            continue
+        words = shlex.split(command)
+        folder = tmp_path
+        if words[0] == "pip":  # what pip would do, without doing it to the environment under test
+            words, folder = [sys.executable, "-m", *words[:2], "--dry-run", "--quiet", *words[2:]], ROOT
+        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in done.stderr
+
+
+def test_the_json_files_in_the_readme_are_valid(tmp_path: Path) -> None:
+    from kvprof.records.files import load_any
+
+    kinds = []
+    for number, body in enumerate(body for language, body in BLOCKS if language == "json"):
+        path = tmp_path / f"{number}.json"
+        path.write_text(body)
+        kinds.append(type(load_any(path)).__name__)
+    assert kinds == ["Scores", "BitPlan"]
+
+
+def test_every_flag_named_in_the_readme_exists() -> None:
+    help_texts = "".join(
+        subprocess.run(
+            [sys.executable, "-m", "kvprof", command, "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | {"COLUMNS": "200"},
+        ).stdout
+        for command in ("inspect", "norms", "gradients", "allocate", "validate")
+    )
+    prose = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", prose)):
+        assert flag in help_texts, flag

@@ -1,0 +1,54 @@
+"""The two scripts that a newcomer runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from kvprof import BitPlan
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.demo
+@pytest.mark.skipif(not (ROOT / ".venv").exists(), reason="the checkout has no .venv: bash tests/run.sh makes one")
+def test_quickstart_runs_from_any_folder_and_ends_with_a_plan(tmp_path: Path) -> None:
+    plan = ROOT / "outputs" / "demo" / "plan-2.50.json"
+    plan.unlink(missing_ok=True)
+    done = subprocess.run(
+        ["bash", str(ROOT / "recipes" / "quickstart.sh")], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "written to outputs/demo/plan-2.50.json"
+    assert len(BitPlan.load(plan).layers) == 30
+
+
+def test_a_python_that_is_too_old_or_absent_is_named(tmp_path: Path) -> None:
+    for script in ("recipes/quickstart.sh", "tests/run.sh"):
+        done = subprocess.run(
+            ["bash", str(ROOT / script)],
+            env=os.environ | {"PYTHON": "no-such-python"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode != 0
+        assert "no-such-python" in done.stderr
+
+
+def test_ci_runs_the_test_script() -> None:
+    assert "tests/run.sh" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_constraints_pin_every_declared_dependency() -> None:
+    import re
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = project["dependencies"] + project["optional-dependencies"]["dev"]
+    names = {re.split(r"[^\w-]", requirement)[0].lower() for requirement in declared}
+    pinned = {line.split("==")[0].lower() for line in (ROOT / "recipes" / "constraints.txt").read_text().splitlines()}
+    assert names <= pinned
