@@ -59,7 +59,8 @@ def tokenize(
         raise UsageError(f"--sequences {sequences}: at least 1 is needed.")
     if sequence_length < 2:
         raise UsageError(f"--sequence-length {sequence_length}: at least 2 tokens are needed to have a target.")
-    cut = _windows if pack or source.packed else _rows
+    packed = pack or source.packed
+    cut = _windows if packed else _rows
     found: list[tuple[int, ...]] = []
     skipped = 0
     for ids in cut(source.rows, tokenizer, sequence_length):
@@ -70,10 +71,7 @@ def tokenize(
         if len(found) == sequences:
             break
     if not found:
-        raise CalibrationError(
-            f"{source.name} ({source.split}) holds no sequence with a target: {skipped} rows were too short.\n"
-            "  Give it rows of at least 2 tokens, add --pack to join them, or lower --sequence-length."
-        )
+        raise CalibrationError(_nothing_found(source, sequence_length, skipped, packed))
     text = ";".join(",".join(map(str, ids)) for ids in found)
     info = CalibrationInfo(
         dataset=source.name,
@@ -124,8 +122,20 @@ def _windows(rows: Iterator[str], tokenizer: Any, length: int) -> Iterator[list[
     buffer: list[int] = []
     for row in rows:
         buffer += tokenizer(row, truncation=False, verbose=False)["input_ids"]
-        if tokenizer.eos_token_id is not None:
+        if tokenizer.eos_token_id is not None and buffer[-1:] != [tokenizer.eos_token_id]:
             buffer.append(tokenizer.eos_token_id)
         while len(buffer) >= length:
             yield buffer[:length]
             del buffer[:length]
+
+
+def _nothing_found(source: TextSource, length: int, skipped: int, packed: bool) -> str:
+    where = f"{source.name} ({source.split})"
+    if packed:
+        return f"{where} is shorter than one window of {length} tokens.\n  Lower --sequence-length, or add text."
+    if not skipped:
+        return f"{where} holds no text."
+    return (
+        f"{where} holds no sequence with a target: {skipped} rows were too short.\n"
+        "  Give it rows of at least 2 tokens, or add --pack to join them."
+    )

@@ -5,7 +5,10 @@ Reads text; does not know tokens. Two splits of one source never share a row.
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import hashlib
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +23,8 @@ LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parqu
 TEXT_COLUMNS = ("text", "content", "prompt", "document")
 SHUFFLE_ROWS = 10_000
 """Rows of a file or dataset that are shuffled at a time."""
+_HUB_SECONDS = 10.0
+"""How long the hub may take to say that it knows a dataset."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +52,10 @@ def open_text(data: str = BUILTIN, split: str | None = None, seed: int = 0) -> T
     """
     if data == BUILTIN:
         return _builtin(split or "calibration", seed)
-    path = Path(data).expanduser()
+    path = Path(os.path.expanduser(data))
     if path.suffix.lower() in LOADERS:
         return _file(path, split or "all", seed)
-    if path.exists():
+    if os.path.exists(path):  # unlike Path.exists, no name is too long for it
         raise UsageError(f"{data} is no text that kvprof reads: name a file that ends in {', '.join(LOADERS)}.")
     if "/" not in data and did_you_mean(data, [BUILTIN]).startswith("did"):
         raise UsageError(f"unknown --data {data!r}: {did_you_mean(data, [BUILTIN])}")
@@ -73,13 +78,20 @@ def _builtin(split: str, seed: int) -> TextSource:
 
 def _file(path: Path, split: str, seed: int) -> TextSource:
     _check_split(split)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CalibrationError(f"{path}: no such file.")
-    rows = _load(LOADERS[path.suffix.lower()], {"data_files": str(path.resolve()), "split": "train"}, str(path), seed)
+    if path.stat().st_size == 0:
+        raise CalibrationError(f"{path}: the file is empty.")
+    files = {"data_files": glob.escape(str(path.resolve())), "split": "train"}
+    rows = _load(LOADERS[path.suffix.lower()], files, str(path), seed)
     return TextSource(str(path), split, (row for row in rows if split in ("all", split_of(row))))
 
 
 def _hub(name: str, split: str, seed: int) -> TextSource:
+    from huggingface_hub import HfApi
+
+    with _explained(name):
+        HfApi().dataset_info(name, timeout=_HUB_SECONDS)  # asked first, because datasets tries for half a minute
     return TextSource(name, split, _load(name, {"split": split}, name, seed))
 
 
@@ -92,16 +104,27 @@ def _load(builder: str, arguments: dict[str, Any], name: str, seed: int) -> Iter
     """Stream the text column of a dataset, empty rows left out."""
     import datasets
 
-    try:
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else every reading of a local file is told to a server
+    with _explained(name):
         stream = datasets.load_dataset(builder, streaming=True, **arguments)
-        rows = iter(stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS))
-        while (row := next(rows, None)) is not None:
-            text = row[_text_column(row, name)]
-            if text.strip():
+        column = None
+        for row in stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS):
+            column = column or _text_column(row, name)
+            text = row[column]
+            if text is not None and not isinstance(text, str):
+                raise CalibrationError(f"{name}: the column {column!r} holds {type(text).__name__}, not text.")
+            if text and text.strip():
                 yield text
-    except (CalibrationError, UsageError):
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn whatever datasets and the hub raise, the errors of a dozen libraries, into one message."""
+    try:
+        yield
+    except CalibrationError:
         raise
-    except Exception as error:  # datasets raises the errors of a dozen parsers, many of them bare Exceptions
+    except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise CalibrationError(
             f"cannot read calibration text from {name}: {reason}\n"
@@ -110,10 +133,10 @@ def _load(builder: str, arguments: dict[str, Any], name: str, seed: int) -> Iter
 
 
 def _text_column(row: dict[str, Any], name: str) -> str:
-    """Return the column to read: the usual name for one, else the only column of text."""
-    columns = [column for column, value in row.items() if isinstance(value, str)]
+    """Return the column to read, by the first row: the usual name for one, else the only column of text."""
+    columns = [column for column, value in row.items() if value is None or isinstance(value, str)]
     for usual in TEXT_COLUMNS:
-        if usual in columns:
+        if usual in row:
             return usual
     if len(columns) == 1:
         return columns[0]

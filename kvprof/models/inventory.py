@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from kvprof.errors import ModelError, UnknownLayout
 from kvprof.models.layouts import Projection, cut_rows, find_projections
-from kvprof.models.load import reason
+from kvprof.models.load import first_line
 from kvprof.records.document import ModelInfo
 from kvprof.records.geometry import ELEMENT_BYTES, CacheGeometry, DType, KVLayer, LayerKind
 from kvprof.records.inventory import Inventory, RedFlag
@@ -89,7 +89,7 @@ def build_skeleton(config: PretrainedConfig) -> Skeleton:
             model = (AutoModelForCausalLM if alone else AutoModel).from_config(text_config)
     except Exception as error:  # a config from anywhere, read by the model's own code
         raise ModelError(
-            f"{name} describes no decoder language model that transformers can build: {reason(error)}"
+            f"{name} describes no decoder language model that transformers can build: {first_line(error)}"
         ) from None
     finally:
         logging.set_verbosity(verbosity)
@@ -116,9 +116,9 @@ def take_inventory(config: PretrainedConfig, model_id: str | None = None) -> Inv
         _describe(skeleton, index, kind, window, reason)
         for index, (kind, window, reason) in enumerate(_layer_kinds(skeleton.config))
     )
-    geometry = CacheGeometry(dtype=_dtype(config), layers=layers)
     if not layers:
         raise ModelError(f"{type(config).__name__} describes a model without layers.")
+    geometry = CacheGeometry(dtype=_dtype(config), layers=layers)
     architectures = getattr(config, "architectures", None) or [type(config).__name__.replace("Config", "ForCausalLM")]
     return Inventory(
         model=ModelInfo(id=model_id, architecture=architectures[0], num_layers=len(layers)),
@@ -141,7 +141,7 @@ def _layer_kinds(config: PretrainedConfig) -> list[tuple[LayerKind, int | None, 
             kinds.append(_kind(config, cache_layer, layer_type))
     except Exception as error:  # a config from anywhere
         name = type(config).__name__
-        raise ModelError(f"{name} names no layers that transformers can cache: {reason(error)}") from None
+        raise ModelError(f"{name} names no layers that transformers can cache: {first_line(error)}") from None
     return kinds
 
 

@@ -210,10 +210,10 @@ def _hub_reason(error: Exception) -> str:
     if status in (401, 403):
         return f"access is refused (HTTP {status}).\n  Look at its page there, {log_in}, or {local}."
     if isinstance(error, HFValidationError):
-        return f"{reason(error)}\n  Check the spelling, or {local}."
+        return f"{first_line(error)}\n  Check the spelling, or {local}."
     if isinstance(error, OfflineModeIsEnabled):
         return f"HF_HUB_OFFLINE is set, and the hub's cache does not hold it.\n  Unset HF_HUB_OFFLINE, or {local}."
-    return f"{reason(error)}\n  Look at your network and try again, or {local}."
+    return f"{first_line(error)}\n  Look at your network and try again, or {local}."
 
 
 def _device(name: str) -> torch.device | None:
@@ -226,7 +226,7 @@ def _device(name: str) -> torch.device | None:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"--device {name} cannot be used here: {reason(error)}") from None
+        raise UsageError(f"--device {name} cannot be used here: {first_line(error)}") from None
     return device
 
 
@@ -267,7 +267,7 @@ def _converted(gguf: Path) -> Path:
                     shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise ModelError(
-            f"cannot convert the demo model into {cache}: {reason(error)}\n  Name another folder in KVPROF_CACHE."
+            f"cannot convert the demo model into {cache}: {first_line(error)}\n  Name another folder in KVPROF_CACHE."
         ) from None
     return folder
 
@@ -300,13 +300,13 @@ def _explained(source: ModelSource, what: str = "model") -> Iterator[None]:
         ) from None
     except Exception as error:  # files from anywhere, parsed by a dozen libraries
         if type(error).__name__ == "SafetensorError":
-            raise ModelError(f"the checkpoint of {source.id} is truncated or corrupt: {reason(error)}") from None
+            raise ModelError(f"the checkpoint of {source.id} is truncated or corrupt: {first_line(error)}") from None
         if "custom code" in str(error):
             raise ModelError(
                 f"{source.id} brings Python code of its own, which kvprof never runs.\n"
                 "  Only architectures that transformers has built in can be measured."
             ) from None
-        raise ModelError(f"cannot load the {what} of {source.id}: {reason(error)}") from None
+        raise ModelError(f"cannot load the {what} of {source.id}: {first_line(error)}") from None
 
 
 @contextlib.contextmanager
@@ -325,7 +325,7 @@ def _quiet() -> Iterator[None]:
             transformers.logging.enable_progress_bar()
 
 
-def reason(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """Return the part of a library's error message that fits on a line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[: 1 + lines[0].endswith(":")])[:300]

@@ -174,6 +174,7 @@ def gradient_norms(model: PreTrainedModel, geometry: CacheGeometry, batch: Batch
     Only the outputs of the K and V projections ask autograd for a gradient. When the backward brings dLoss/dOutput of
     one, its product with the projection's input is each sequence's own dLoss/dW, of which only the norm is kept.
     """
+    batch = _padded_on_the_right(batch)
     device = model.get_input_embeddings().weight.device
     arguments: dict[str, Any] = {
         "input_ids": batch.input_ids.to(device),
@@ -181,12 +182,8 @@ def gradient_norms(model: PreTrainedModel, geometry: CacheGeometry, batch: Batch
         "labels": batch.labels.to(device),  # unshifted: the model shifts them itself
         "use_cache": False,
     }
-    accepted = inspect.signature(model.forward).parameters
-    if "output_router_logits" in accepted:
+    if "output_router_logits" in inspect.signature(model.forward).parameters:
         arguments["output_router_logits"] = False  # else a mixture of experts may add its balancing loss
-    if not batch.attention_mask[:, 0].all() and "position_ids" in accepted:
-        positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)  # padding on the left moves no token
-        arguments["position_ids"] = positions.to(device)
     try:
         with _weight_gradient_norms(model, geometry, len(batch.indices)) as norms:
             model(**arguments).loss.backward()
@@ -256,6 +253,13 @@ def _weight_gradient_norms(
             handle.remove()
 
 
+def _padded_on_the_right(batch: Batch) -> Batch:
+    """Move the padding of each sequence to its right, where it shifts no position and no token attends to it."""
+    order = batch.attention_mask.argsort(dim=1, descending=True, stable=True)
+    tensors = (batch.input_ids, batch.attention_mask, batch.labels)
+    return Batch(batch.indices, *(tensor.gather(1, order) for tensor in tensors))
+
+
 def _outer_norms(gradient: Tensor, source: Tensor, batch_size: int) -> Tensor:
     """Return the norm of each sequence's sum over tokens of gradient (B, T, out) times source (B, T, in): (B,)."""
     dtype = torch.promote_types(gradient.dtype, torch.float32)
@@ -284,7 +288,10 @@ def _remarks(calibration: CalibrationSet, settings: GradientSettings, resumed: i
 
 def _overflow_advice(model: PreTrainedModel, layer: int) -> str:
     dtype = str(model.dtype).removeprefix("torch.")
-    advice = (
-        "--dtype bfloat16 (the same range as float32) or --dtype float32" if dtype == "float16" else "--dtype float32"
+    advice = {
+        "float16": "Use --dtype bfloat16 (the same range as float32) or --dtype float32.",
+        "bfloat16": "Use --dtype float32.",
+    }.get(
+        dtype, "No wider dtype would help: the model's own loss is not finite on this text, or its weights are damaged."
     )
-    return f"the gradient of layer {layer} is not finite in {dtype}.\n  Use {advice}; what is measured so far is kept."
+    return f"the gradient of layer {layer} is not finite in {dtype}.\n  {advice}"

@@ -72,7 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
             etag = hashlib.sha1(content).hexdigest()
             self._answer(200, content, {"X-Repo-Commit": COMMIT, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"})
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815 - http.server calls it so
 
     def do_POST(self) -> None:
         wanted = self.rfile.read(int(self.headers["Content-Length"])).decode()
@@ -137,7 +137,7 @@ def running_hub() -> Iterator[FakeHub]:
 
 
 def point_here(url: str, cache: Path, patch: pytest.MonkeyPatch) -> None:
-    """Make the hub's client, which reads its environment only when imported, ask `url` and keep its files in `cache`."""
+    """Make the hub's client, which reads its environment on import alone, ask `url` and keep its files in `cache`."""
     constants = huggingface_hub.constants
     patch.setattr(constants, "ENDPOINT", url)
     patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")

@@ -12,7 +12,25 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-WORDS = "the cat sat on a mat and saw another cat that sat on no mat at all".split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "saw",
+    "another",
+    "cat",
+    "that",
+    "sat",
+    "on",
+    "no",
+    "mat",
+    "at",
+    "all",
+]
 
 
 def save_folder(folder: Path, name: str = "llama", **arguments: object) -> Path:

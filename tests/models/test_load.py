@@ -11,14 +11,20 @@ from pathlib import Path
 import pytest
 from fake_hub import FakeHub, point_here, running_hub
 from folders import save_folder, save_text
+from tiny import tiny_model
+from transformers import AutoModelForImageTextToText, LlavaConfig
 from typer.testing import CliRunner, Result
 
 from kvprof import Scores
+from kvprof.calibration.sequences import batches
 from kvprof.calibration.text import open_text
 from kvprof.cli.app import app
 from kvprof.errors import CalibrationError, ModelError, UsageError
 from kvprof.models import load
+from kvprof.models.identity import live_fingerprint
 from kvprof.models.load import load_config, load_model, load_tokenizer, resolve
+from kvprof.profile.gradients import gradient_norms
+from kvprof.profile.norms import measure_norms
 
 REMOTE = "org/tiny"
 
@@ -208,6 +214,24 @@ def test_a_folder_loads_frozen_in_eval_mode_in_the_dtype_asked_for(in_tmp: Path)
     assert str(load_model(source, device="cpu").dtype) == "torch.float32"
     assert load_tokenizer(source)("the cat")["input_ids"]
     assert load_config(source).num_hidden_layers == 2
+
+
+def test_of_a_multimodal_model_the_text_decoder_is_measured_and_not_the_deeper_tower(in_tmp: Path) -> None:
+    tower = {"num_hidden_layers": 5, "num_attention_heads": 4, "image_size": 8, "patch_size": 4}
+    sizes = {"hidden_size": 32, "intermediate_size": 48}
+    config = LlavaConfig(
+        text_config=tiny_model("llama").config.to_dict(),
+        vision_config={"model_type": "clip_vision_model"} | sizes | tower,
+    )
+    live = AutoModelForImageTextToText.from_config(config)
+    live.save_pretrained(in_tmp / "seeing")
+    scores, inventory = measure_norms(resolve("seeing"))
+    for measured, layer in zip(scores.layers, live.model.language_model.layers, strict=True):
+        assert measured.key.frobenius_norm == pytest.approx(layer.self_attn.k_proj.weight.norm().item(), rel=1e-5)
+    loaded = load_model(resolve("seeing"), device="cpu")
+    assert live_fingerprint(loaded, inventory.geometry) == scores.model.fingerprint
+    batch = next(batches([[5, 6, 7, 8]], 1))
+    assert len(gradient_norms(loaded, inventory.geometry, batch)[0]) == 2
 
 
 def test_a_misspelt_dtype_or_device_is_a_usage_error(in_tmp: Path) -> None:

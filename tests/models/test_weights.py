@@ -123,9 +123,20 @@ def test_a_folder_of_pickles_is_refused_unopened(tmp_path: Path) -> None:
         lambda content: (2**64 - 1).to_bytes(8, "little") + content[8:],
         lambda content: content[:8] + b"\xff" * 64 + content[72:],
         lambda content: (2).to_bytes(8, "little") + b"[]",
-        lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n",
+        lambda content: b"version 1\noid sha256:00\nsize 12345\n",
     ],
-    ids=["empty", "stub", "header cut", "a byte short", "longer", "huge header", "header", "no JSON", "list", "LFS pointer"],
+    ids=[
+        "empty",
+        "stub",
+        "header cut",
+        "a byte short",
+        "longer",
+        "huge header",
+        "header",
+        "no JSON",
+        "list",
+        "LFS pointer",
+    ],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, damage) -> None:  # type: ignore[no-untyped-def]
     folder = save_folder(tmp_path)
@@ -145,18 +156,20 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "weight_map",
-    [{KEY: "../model.safetensors"}, {KEY: "/etc/passwd"}, {KEY: "a\\b"}, {KEY: ".."}, {KEY: ""}, {KEY: 7}, {KEY: ["a"]}, [], None],
+    [*({KEY: shard} for shard in ("../model.safetensors", "/model.safetensors", "a\\b", "..", "", 7, ["a"])), [], None],
     ids=str,
-)  # fmt: skip
+)
 def test_an_index_cannot_lead_out_of_its_folder(tmp_path: Path, weight_map: object) -> None:
     folder = save_folder(tmp_path / "inner", max_shard_size="10KB")
     save_folder(tmp_path)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(ModelError, match="outside its folder|is not an index|is not there"):
+    with pytest.raises(ModelError, match=r"outside its folder|is not an index|is not there"):
         streamed(folder)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "[" * 100_000, "\xff"], ids=["empty", "cut", "list", "deep", "binary"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", "[" * 100_000, "\xff"], ids=["empty", "cut", "list", "deep", "binary"]
+)
 def test_a_broken_index_is_named(tmp_path: Path, text: str) -> None:
     folder = save_folder(tmp_path, max_shard_size="10KB")
     (folder / "model.safetensors.index.json").write_text(text, encoding="latin-1")
@@ -211,7 +224,7 @@ def test_quantized_weights_are_refused_by_their_dtype(tmp_path: Path, dtype: tor
 def test_packed_weights_are_refused(tmp_path: Path) -> None:
     folder = save_folder(tmp_path)
     edit_weights(folder, lambda state: state.update({KEY: torch.zeros(256, 1, dtype=torch.uint8)}))
-    with pytest.raises(ModelError, match="256x1, but the config says 16 rows.*\n.*quantized"):
+    with pytest.raises(ModelError, match=r"256x1, but the config says 16 rows.*\n.*quantized"):
         streamed(folder)
     edit_weights(folder, lambda state: state.update({KEY.replace("weight", "qweight"): state.pop(KEY)}))
     with pytest.raises(ModelError, match=r"the checkpoint is quantized: it holds .*qweight"):

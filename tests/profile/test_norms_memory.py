@@ -1,4 +1,4 @@
-"""Does `norms` read a large checkpoint as a stream? The peak memory of a process that measures Llama-3.1-8B's shapes."""
+"""Does `norms` read a checkpoint as a stream? The peak memory of a process that measures Llama-3.1-8B's shapes."""
 
 from __future__ import annotations
 

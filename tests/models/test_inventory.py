@@ -1,0 +1,306 @@
+"""What a config alone says of a model's cache. The truth is what each architecture's paper and model card say of it."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tiny import TINY, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from typer.testing import CliRunner
+
+from kvprof.cli.app import app
+from kvprof.errors import KvprofError, ModelError, UnknownLayout
+from kvprof.models.inventory import take_inventory
+from kvprof.records.inventory import Inventory
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "pad_token_id": 0,
+    "max_position_embeddings": 64,
+}
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "image_size": 8, "patch_size": 4}
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def config(name: str, layers: int = 4, **settings: object) -> PretrainedConfig:
+    made: PretrainedConfig = getattr(transformers, name + "Config")(**SIZES | {"num_hidden_layers": layers} | settings)
+    return made
+
+
+def kinds(inventory: Inventory) -> list[str]:
+    return [layer.kind for layer in inventory.geometry.layers]
+
+
+def flags(inventory: Inventory) -> dict[str, tuple[int, ...]]:
+    return {flag.name: flag.layers for flag in inventory.red_flags}
+
+
+def test_a_plain_decoder_caches_every_layer_and_raises_no_flag() -> None:
+    inventory = take_inventory(config("Llama"), "org/plain")
+    assert kinds(inventory) == ["full"] * 4
+    assert flags(inventory) == {}
+    assert inventory.model.id == "org/plain"
+    assert inventory.model.num_layers == 4
+    for layer in inventory.geometry.layers:
+        assert (layer.kv_heads, layer.key_head_dim, layer.value_head_dim, layer.window) == (2, 8, 8, None)
+
+
+def test_a_bias_of_k_proj_is_flagged() -> None:
+    assert flags(take_inventory(config("Qwen2"))) == {"key_bias": (0, 1, 2, 3)}
+    assert flags(take_inventory(config("Llama", attention_bias=True))) == {"key_bias": (0, 1, 2, 3)}
+
+
+@pytest.mark.parametrize(
+    ("name", "offset"), [("Qwen3", 0), ("Gemma3Text", 1), ("Olmo2", 0), ("Qwen3Moe", 0)], ids=lambda value: str(value)
+)
+def test_a_norm_after_k_proj_is_flagged_with_what_its_gain_means(name: str, offset: int) -> None:
+    extra = {"Gemma3Text": {"head_dim": 8}, "Qwen3Moe": {"num_experts": 4, "moe_intermediate_size": 16}}.get(name, {})
+    inventory = take_inventory(config(name, **extra))
+    assert flags(inventory) == {"key_norm": (0, 1, 2, 3)}
+    assert inventory.key_norm_offset == offset
+
+
+def test_a_norm_without_gains_is_flagged_too() -> None:
+    inventory = take_inventory(
+        config("Llama4Text", head_dim=8, use_qk_norm=True, no_rope_layers=[1, 1, 1, 0], intermediate_size_mlp=48)
+    )
+    assert flags(inventory) == {"key_norm": (0, 1, 2)}  # where there are rotary embeddings
+    assert inventory.key_norm_offset is None
+    assert kinds(inventory) == ["full", "full", "full", "full"]  # chunks of 8192 never end within 64 tokens
+
+
+def test_chunked_layers_are_skipped_with_the_chunk_as_the_reason() -> None:
+    inventory = take_inventory(
+        config("Llama4Text", head_dim=8, no_rope_layers=[1, 1, 1, 0], attention_chunk_size=16, intermediate_size_mlp=48)
+    )
+    assert kinds(inventory) == ["chunked"] * 3 + ["full"]
+    assert inventory.geometry.layers[0].skipped == "attention chunk of 16 tokens"
+
+
+def test_gemma_2_alternates_windows_and_caps_its_logits() -> None:
+    inventory = take_inventory(config("Gemma2", head_dim=8, sliding_window=16))
+    assert kinds(inventory) == ["sliding", "full"] * 2
+    assert inventory.geometry.layers[0].skipped == "sliding window of 16 tokens"
+    assert inventory.geometry.layers[0].window == 16
+    assert [layer.layer for layer in inventory.geometry.planned] == [1, 3]
+    assert flags(inventory) == {"softcap": (0, 1, 2, 3)}
+    assert flags(take_inventory(config("Gemma2", head_dim=8, attn_logit_softcapping=None))) == {}
+
+
+def test_every_layer_of_a_sliding_mistral_is_skipped() -> None:
+    inventory = take_inventory(config("Mistral", sliding_window=16))
+    assert kinds(inventory) == ["sliding"] * 4
+    assert inventory.geometry.planned == ()
+    assert kinds(take_inventory(config("Mistral", sliding_window=None))) == ["full"] * 4
+
+
+def test_a_window_as_long_as_the_context_is_no_window() -> None:
+    assert kinds(take_inventory(config("Mistral", sliding_window=64))) == ["full"] * 4
+    assert kinds(take_inventory(config("Mistral", sliding_window=63))) == ["sliding"] * 4
+
+
+def test_a_window_that_is_switched_off_is_no_window() -> None:
+    inventory = take_inventory(config("Qwen2", use_sliding_window=False, sliding_window=16))
+    assert kinds(inventory) == ["full"] * 4
+
+
+def test_gpt_oss_has_sinks_windows_and_biases() -> None:
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    inventory = take_inventory(
+        config("GptOss", head_dim=8, num_local_experts=4, sliding_window=16, rope_parameters=rope)
+    )
+    assert kinds(inventory) == ["sliding", "full"] * 2
+    assert flags(inventory) == {"attention_sinks": (0, 1, 2, 3), "key_bias": (0, 1, 2, 3)}
+
+
+def test_layers_that_read_another_layers_cache_have_none_of_their_own() -> None:
+    inventory = take_inventory(
+        config(
+            "Gemma3nText",
+            6,
+            head_dim=8,
+            num_kv_shared_layers=2,
+            layer_types=[SLIDING, FULL] * 3,
+            sliding_window=16,
+            intermediate_size=[48] * 6,
+            activation_sparsity_pattern=[0.0] * 6,
+            hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=96,
+            laurel_rank=4,
+        )
+    )
+    assert kinds(inventory) == ["sliding", "full", "sliding", "full", "shared", "shared"]
+    assert "another layer's keys and values" in str(inventory.geometry.layers[4].skipped)
+    assert inventory.key_norm_offset == 0
+
+
+def test_a_layer_without_a_value_projection_is_an_error_that_names_it() -> None:
+    with pytest.raises(UnknownLayout, match="layer 1 does not"):
+        take_inventory(
+            config(
+                "Gemma4Text",
+                attention_k_eq_v=True,
+                head_dim=8,
+                global_head_dim=8,
+                num_global_key_value_heads=2,
+                layer_types=[SLIDING, FULL, SLIDING, FULL],
+                sliding_window=16,
+                hidden_size_per_layer_input=8,
+                vocab_size_per_layer_input=96,
+                num_kv_shared_layers=0,
+            )
+        )
+
+
+RECURRENT = {
+    "Jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_d_state": 4, "mamba_dt_rank": 4},
+    "RecurrentGemma": {"head_dim": 8, "attention_window_size": 16, "block_types": ["recurrent", "attention"]},
+    "Qwen3Next": {
+        "head_dim": 8,
+        "layer_types": ["linear_attention", FULL] * 2,
+        "num_experts": 4,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+    "Bamba": {
+        "attn_layer_indices": [1, 3],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 1,
+    },
+    "Lfm2": {"full_attn_idxs": [1, 3], "layer_types": ["conv", FULL] * 2},
+    "OlmoHybrid": {"layer_types": ["linear_attention", FULL] * 2},
+    "MiniMax": {"head_dim": 8, "layer_types": ["linear_attention", FULL] * 2, "num_local_experts": 2},
+}
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(RECURRENT) if hasattr(transformers, name + "Config")])
+def test_recurrent_layers_are_skipped_with_a_reason_and_attention_beside_them_is_measured(name: str) -> None:
+    inventory = take_inventory(config(name, **RECURRENT[name]))
+    attention = "sliding" if name == "RecurrentGemma" else "full"
+    assert kinds(inventory) == ["recurrent", attention] * 2
+    assert "state of fixed size" in str(inventory.geometry.layers[0].skipped)
+    assert inventory.geometry.layers[0].key_width == 0
+    assert inventory.geometry.layers[1].key_width > 0
+
+
+def test_attention_beside_a_recurrent_state_is_hybrid_and_skipped() -> None:
+    inventory = take_inventory(
+        config("FalconH1", head_dim=8, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_d_ssm=64)
+    )
+    assert kinds(inventory) == ["hybrid"] * 4
+    assert all(layer.skipped and layer.key_width == 16 for layer in inventory.geometry.layers)
+
+
+@pytest.mark.parametrize("name", ["Mamba", "FalconMamba"])
+def test_a_model_without_attention_has_nothing_to_plan(name: str) -> None:
+    inventory = take_inventory(config(name, state_size=4))
+    assert kinds(inventory) == ["recurrent"] * 4
+    assert inventory.geometry.bytes_at(1000) == 0
+
+
+@pytest.mark.parametrize("name", ["DeepseekV2", "DeepseekV3"])
+def test_latent_attention_is_skipped_with_its_name(name: str) -> None:
+    mla = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    experts = {
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    }
+    inventory = take_inventory(config(name, **mla | experts, num_key_value_heads=4))
+    assert kinds(inventory) == ["latent"] * 4
+    assert "MLA" in str(inventory.geometry.layers[0].skipped)
+
+
+def test_keys_and_values_may_be_of_two_widths() -> None:
+    if not hasattr(transformers, "MiMoV2FlashConfig"):
+        pytest.skip("this transformers has no MiMo-V2")
+    layer = take_inventory(transformers.MiMoV2FlashConfig()).geometry.layers[0]
+    assert (layer.key_head_dim, layer.value_head_dim) == (192, 128)
+
+
+def text_of(name: str, model_type: str) -> dict[str, object]:
+    return config(name).to_dict() | {"model_type": model_type}
+
+
+MULTIMODAL = {
+    "Gemma3": lambda: transformers.Gemma3Config(
+        text_config=config("Gemma3Text", head_dim=8, sliding_window=16).to_dict(), vision_config=VISION
+    ),
+    "Llava": lambda: transformers.LlavaConfig(
+        text_config=config("Llama").to_dict(), vision_config={"model_type": "clip_vision_model"} | VISION
+    ),
+    "Qwen2VL": lambda: transformers.Qwen2VLConfig(text_config=text_of("Qwen2", "qwen2_vl_text")),
+    "Qwen3VL": lambda: transformers.Qwen3VLConfig(text_config=text_of("Qwen3", "qwen3_vl_text")),
+}
+
+
+@pytest.mark.parametrize("name", sorted(MULTIMODAL))
+def test_of_a_multimodal_model_the_text_decoder_is_taken(name: str) -> None:
+    inventory = take_inventory(MULTIMODAL[name]())
+    assert inventory.model.num_layers == 4
+    assert {layer.kind for layer in inventory.geometry.layers} <= {"full", "sliding"}
+    assert {layer.kv_heads for layer in inventory.geometry.layers} == {2}
+
+
+@pytest.mark.parametrize("name", ["Bert", "Roberta", "Electra", "T5", "Bart", "Whisper", "ViT", "CLIP", "Wav2Vec2"])
+def test_a_model_that_is_no_decoder_is_one_message(name: str) -> None:
+    with pytest.raises(ModelError, match=r"describes (no decoder|an encoder)"):
+        take_inventory(getattr(transformers, name + "Config")())
+
+
+def test_every_architecture_that_transformers_can_build_gives_an_inventory_or_one_message() -> None:
+    mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    unexplained = []
+    for config_class in mapping:
+        try:
+            made = config_class()
+        except Exception:
+            continue
+        if getattr(made.get_text_config(decoder=True), "num_hidden_layers", 0) > 32:
+            continue  # it takes seconds
+        try:
+            take_inventory(made)
+        except KvprofError:
+            pass
+        except Exception as error:
+            unexplained.append(f"{config_class.__name__}: {error!r}")
+    assert unexplained == []
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_the_dtype_is_the_configs(name: str) -> None:
+    made = TINY[name]()
+    assert take_inventory(made).geometry.dtype == "float32"
+    made.dtype = torch.bfloat16
+    assert take_inventory(made).geometry.dtype == "bfloat16"
+
+
+def test_inspecting_needs_a_config_and_nothing_else(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config("Gemma2", head_dim=8, sliding_window=16).save_pretrained(in_tmp / "bare")
+    assert [file.name for file in (in_tmp / "bare").iterdir()] == ["config.json"]
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    monkeypatch.setattr(socket, "socket", None)
+    result = CliRunner().invoke(app, ["inspect", "bare", "--json"])
+    assert result.exit_code == 0, result.output
+    assert Inventory.model_validate_json(result.output).geometry.layers[0].window == 16
+    assert CliRunner().invoke(app, ["inspect", "bare"]).exit_code == 0
+
+
+def test_a_saved_config_gives_the_live_models_inventory(tmp_path: Path) -> None:
+    model = tiny_model("gemma3")
+    model.config.save_pretrained(tmp_path)
+    assert take_inventory(AutoConfig.from_pretrained(tmp_path)).geometry == take_inventory(model.config).geometry
