@@ -67,3 +67,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     names = list(known)
     nearest = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     return f"did you mean {nearest[0]!r}?" if nearest else f"choose from {', '.join(names)}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the part of a library's error message that fits on a line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 1 + lines[0].endswith(":")])[:300]

@@ -9,10 +9,11 @@ import os
 from pathlib import Path
 
 import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when transformers is first imported
+
 from tiny import TINY, tiny_model
 from transformers import PreTrainedModel
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(params=sorted(TINY))

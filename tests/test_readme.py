@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import save_tiny_with_tokenizer
+from folders import save_folder, save_text
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,8 +41,8 @@ def test_the_readme_has_the_three_commands() -> None:
 
 @pytest.mark.demo
 def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
-    save_tiny_with_tokenizer("llama", tmp_path / "my-model")
-    rows = [{"text": f"The key of layer {n} is longer than its value, and both are cached."} for n in range(8)]
+    save_folder(tmp_path / "my-model")
+    rows = [{"text": row} for row in save_text(tmp_path / "rows.txt").read_text().splitlines()]
     (tmp_path / "my-text.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "tests").symlink_to(ROOT / "tests")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -44,9 +45,7 @@ def test_ci_runs_the_test_script() -> None:
 
 
 def test_the_constraints_pin_every_declared_dependency() -> None:
-    import re
-    import tomllib
-
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = project["dependencies"] + project["optional-dependencies"]["dev"]
     names = {re.split(r"[^\w-]", requirement)[0].lower() for requirement in declared}

@@ -55,16 +55,18 @@ def live_fingerprint(model: PreTrainedModel, geometry: CacheGeometry) -> str | N
     return fingerprint.text
 
 
+def checkpoint_fingerprint(source: ModelSource, geometry: CacheGeometry) -> str:
+    """Return the fingerprint of a model's checkpoint, its K and V projections streamed from the disk."""
+    config = load_config(source).get_text_config(decoder=True)
+    fingerprint = Fingerprint()
+    for weights in stream_projections(open_checkpoint(source.fetch(weights=True), config), geometry, config):
+        fingerprint.add(weights)
+    return fingerprint.text
+
+
 def check_fits(document: Scores | BitPlan, source: ModelSource) -> None:
     """Raise Mismatch, saying how they differ, when a file is for another model than this one."""
-    config = load_config(source)
-    geometry = take_inventory(config, source.id).geometry
-    text_config = config.get_text_config(decoder=True)
-    document.check_fits(geometry, None)  # shapes differ without a look at the weights
+    geometry = take_inventory(load_config(source), source.id).geometry
+    document.check_fits(geometry)  # shapes differ without a look at the weights
     if document.model is not None and document.model.fingerprint is not None:
-        fingerprint = Fingerprint()
-        for weights in stream_projections(
-            open_checkpoint(source.fetch(weights=True), text_config), geometry, text_config
-        ):
-            fingerprint.add(weights)
-        document.check_fits(geometry, fingerprint.text)
+        document.check_fits(geometry, checkpoint_fingerprint(source, geometry))

@@ -25,9 +25,8 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
-from kvprof.errors import ModelError, UnknownLayout
+from kvprof.errors import ModelError, UnknownLayout, first_line
 from kvprof.models.layouts import Projection, cut_rows, find_projections
-from kvprof.models.load import first_line
 from kvprof.records.document import ModelInfo
 from kvprof.records.geometry import ELEMENT_BYTES, CacheGeometry, DType, KVLayer, LayerKind
 from kvprof.records.inventory import Inventory, RedFlag

@@ -33,7 +33,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from kvprof.errors import KvprofError, ModelError, UsageError, did_you_mean
+from kvprof.errors import KvprofError, ModelError, UsageError, did_you_mean, first_line
+from kvprof.models.inventory import build_skeleton
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
+
+GPU_SHARE = 0.7
+"""Of a GPU's free memory, what the weights may fill; the rest is for activations and gradients."""
 
 _CONFIG_FILES = ["*.json", "*.jinja", "*.model", "tokenizer*", "vocab*", "merges*"]
 _WEIGHT_FILES = ["model*.safetensors"]  # some models keep the same weights beside them under a second name
@@ -124,17 +128,17 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto") -
     """Load a model in eval mode, no parameter asking for a gradient.
 
     dtype: auto (the checkpoint's own), float32, bfloat16 or float16.
-    device: auto (the first GPU; all of them, with layers spread by accelerate, where one is too small; else the CPU),
-    or a torch device such as cpu, cuda:1, mps.
+    device: auto (the first GPU; where the model does not fit it, accelerate spreads the layers over all GPUs and the
+    CPU; the CPU where there is no GPU), or a torch device such as cpu, cuda:1, mps.
     Raises UsageError for an unknown dtype or device, ModelError for a checkpoint that cannot be loaded.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise UsageError(f"unknown --dtype {dtype!r}: {did_you_mean(dtype, ['auto', *DTYPES])}")
-    target = _device(device)
+    config = load_config(source)
+    target = _placement(device, config, dtype)
     place = source.fetch(weights=True)
     if place.is_dir():
         refuse_pickles((file.name for file in place.iterdir()), str(place))
-    config = load_config(source)
     spread = {"device_map": "auto"} if target is None else {}
     with _explained(source), _quiet():
         # The text decoder of most multimodal models is no causal language model of its own.
@@ -216,18 +220,26 @@ def _hub_reason(error: Exception) -> str:
     return f"{first_line(error)}\n  Look at your network and try again, or {local}."
 
 
-def _device(name: str) -> torch.device | None:
-    """Return the device to load on, or None for all GPUs through accelerate."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda") if torch.cuda.device_count() == 1 else None
-        return torch.device("cpu")
+def _placement(device: str, config: PretrainedConfig, dtype: str) -> torch.device | None:
+    """Return the device to load on, or None where accelerate must spread the layers over all there are."""
+    if device == "auto":
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        free_bytes, _ = torch.cuda.mem_get_info(0)
+        return torch.device("cuda:0") if weight_bytes(config, dtype) <= GPU_SHARE * free_bytes else None
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        target = torch.device(device)
+        torch.empty(1, device=target)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"--device {name} cannot be used here: {first_line(error)}") from None
-    return device
+        raise UsageError(f"--device {device} cannot be used here: {first_line(error)}") from None
+    return target
+
+
+def weight_bytes(config: PretrainedConfig, dtype: str = "auto") -> int:
+    """Return the bytes that a model's weights take in a dtype, counted on its module tree without any storage."""
+    modules = build_skeleton(config).modules.values()
+    elements = sum(parameter.numel() for module in modules for parameter in module.parameters(recurse=False))
+    return elements * DTYPES.get(dtype, config.dtype or torch.float32).itemsize
 
 
 def _arguments(place: Path) -> dict[str, Any]:
@@ -323,9 +335,3 @@ def _quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(verbosity)
         if bar:
             transformers.logging.enable_progress_bar()
-
-
-def first_line(error: BaseException) -> str:
-    """Return the part of a library's error message that fits on a line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[: 1 + lines[0].endswith(":")])[:300]

@@ -23,7 +23,7 @@ from kvprof import __version__
 from kvprof.calibration.sequences import IGNORED, Batch, CalibrationSet, batches, tokenize
 from kvprof.calibration.text import BUILTIN, open_text
 from kvprof.errors import CalibrationError, KvprofError, NonFiniteGradient, UsageError
-from kvprof.models.identity import live_fingerprint
+from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
 from kvprof.models.inventory import take_inventory
 from kvprof.models.layouts import Rows, choose_layout, cut_rows, find_projections
 from kvprof.models.load import ModelSource, load_config, load_model, load_tokenizer
@@ -101,7 +101,8 @@ def run_gradients(
             f"the tokenizer writes token {largest}, but the model's vocabulary has {config.vocab_size}."
         )
     model = load_model(source, settings.dtype, settings.device)
-    fingerprint = live_fingerprint(model, inventory.geometry)
+    geometry = inventory.geometry
+    fingerprint = live_fingerprint(model, geometry) or checkpoint_fingerprint(source, geometry)
     inventory = inventory.model_copy(update={"model": inventory.model.model_copy(update={"fingerprint": fingerprint})})
     identity = {
         "model": source.id,

@@ -1,7 +1,7 @@
 """Is what kvprof cuts out of a checkpoint what the model puts into its cache?
 
-The truth is the model itself: at position 0 a rotary embedding turns nothing, so the keys and values that a model caches
-for a single token are its projections of that token, and nothing else (but for a norm on the keys).
+The truth is the model itself: at position 0 a rotary embedding turns nothing, so the keys and values that a model
+caches for a single token are its projections of that token, and nothing else (but for a norm on the keys).
 """
 
 from __future__ import annotations

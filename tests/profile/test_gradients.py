@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, tiny_model
+from tiny import TINY, tiny_model
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 

@@ -12,25 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "and",
-    "saw",
-    "another",
-    "cat",
-    "that",
-    "sat",
-    "on",
-    "no",
-    "mat",
-    "at",
-    "all",
-]
+WORDS = "the cat sat on a mat and saw another cat that sat on no mat at all".split()  # noqa: SIM905
 
 
 def save_folder(folder: Path, name: str = "llama", **arguments: object) -> Path:
