@@ -8,11 +8,6 @@ from typing import Annotated
 
 import typer
 
-from kvprof.records.files import newest_scores, plan_path
-from kvprof.records.plan import Window
-from kvprof.records.scores import Scores
-from kvprof.report import console
-
 
 def allocate(
     budget: Annotated[
@@ -73,6 +68,12 @@ def allocate(
     """Spend a budget of bits where they buy the most; write the plan. Reads scores, never a model."""
     from kvprof.allocate import allocate as make_plan
     from kvprof.allocate.budget import parse_bits
+    from kvprof.records.files import newest_scores, plan_path
+    from kvprof.records.plan import Window
+    from kvprof.records.scores import Scores
+    from kvprof.report.console import print_note, print_plain, print_written
+    from kvprof.report.sentences import plan_remarks
+    from kvprof.report.tables import show_plan
 
     wanted = "gradient_norm" if rule == "kvmix" else metric
     path = scores if scores is not None else newest_scores(wanted)
@@ -96,8 +97,8 @@ def allocate(
         command=" ".join(["kvprof", *sys.argv[1:]]),
     )
     written = plan.save(plan_path(plan, path, out))
-    console.show_plan(plan)
-    console.print_plain(f"from {path}")
-    for remark in console.plan_remarks(plan, found):
-        console.print_note(remark)
-    console.print_written(written)
+    show_plan(plan)
+    print_plain(f"from {path}")
+    for remark in plan_remarks(plan, found):
+        print_note(remark)
+    print_written(written)

@@ -10,7 +10,6 @@ from typing import ParamSpec
 import typer
 
 from kvprof.errors import KvprofError
-from kvprof.report.console import print_error, print_note
 
 P = ParamSpec("P")
 
@@ -22,6 +21,8 @@ class _Notes(logging.Handler):
     """Shows what the library logs as notes."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        from kvprof.report.console import print_note
+
         print_note(record.getMessage())
 
 
@@ -37,9 +38,13 @@ def explains_errors(command: Callable[P, None]) -> Callable[P, None]:
         try:
             command(*args, **kwargs)
         except KvprofError as error:
+            from kvprof.report.console import print_error
+
             print_error(error)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
+            from kvprof.report.console import print_note
+
             print_note("\nstopped; nothing is lost: run the same command again to go on")
             raise typer.Exit(INTERRUPTED) from None
 

@@ -7,9 +7,6 @@ from typing import Annotated
 
 import typer
 
-from kvprof.records.runs import output_folder
-from kvprof.report import console
-
 Model = Annotated[
     str | None,
     typer.Argument(help="A hub id, a folder, a .gguf file, or `demo`.", show_default="the demo model"),
@@ -24,28 +21,33 @@ def inspect(
     """What does this model cache? Heads, widths and bytes layer by layer, from the config."""
     from kvprof.models.inventory import take_inventory
     from kvprof.models.load import load_config, resolve
+    from kvprof.report.console import print_plain
+    from kvprof.report.tables import show_inventory
 
     source = resolve(model)
     inventory = take_inventory(load_config(source), source.id)
     if as_json:
-        console.print_plain(inventory.model_dump_json(indent=2))
+        print_plain(inventory.model_dump_json(indent=2))
     else:
-        console.show_inventory(inventory)
+        show_inventory(inventory)
 
 
 def norms(model: Model = None, out: Out = None) -> None:
     """How large are W_k and W_v, layer by layer? Spectral and Frobenius norm, stable rank. Never loads the model."""
     from kvprof.models.load import resolve
     from kvprof.profile.norms import measure_norms
+    from kvprof.records.runs import output_folder
+    from kvprof.report.console import print_written, progress
+    from kvprof.report.tables import show_red_flags, show_scores
 
     source = resolve(model)
     folder = output_folder(source.id, out)
-    with console.progress("norms", "layers") as progress:
-        scores, inventory = measure_norms(source, progress)
+    with progress("norms", "layers") as advance:
+        scores, inventory = measure_norms(source, advance)
     path = scores.save(folder / "norms.json")
-    console.show_scores(scores)
-    console.show_red_flags(inventory)
-    console.print_written(path)
+    show_scores(scores)
+    show_red_flags(inventory)
+    print_written(path)
 
 
 def gradients(
@@ -76,13 +78,16 @@ def gradients(
     """How much does the loss feel each layer's keys and values? One forward and backward serve all."""
     from kvprof.models.load import resolve
     from kvprof.profile.gradients import GradientSettings, run_gradients
+    from kvprof.records.runs import output_folder
+    from kvprof.report.console import print_note, print_written, progress
+    from kvprof.report.tables import show_scores
 
     source = resolve(model)
     folder = output_folder(source.id, out)
     settings = GradientSettings(data, split, sequences, sequence_length, batch_size, seed, pack, dtype, device)
-    with console.progress("gradients", "sequences") as progress:
-        run = run_gradients(source, settings, folder, restart, progress)
-    console.show_scores(run.scores)
+    with progress("gradients", "sequences") as advance:
+        run = run_gradients(source, settings, folder, restart, advance)
+    show_scores(run.scores)
     for remark in run.remarks:
-        console.print_note(remark)
-    console.print_written(run.path)
+        print_note(remark)
+    print_written(run.path)

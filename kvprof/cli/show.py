@@ -9,20 +9,21 @@ from typing import Annotated
 import typer
 
 from kvprof.errors import UsageError, did_you_mean
-from kvprof.records.files import KINDS, load_any
-from kvprof.records.plan import BitPlan
-from kvprof.report import console
 
 File = Annotated[Path, typer.Argument(help="A Scores or BitPlan file.")]
 
 
 def show(file: File) -> None:
     """Print any Scores or BitPlan file as a table."""
+    from kvprof.records.files import load_any
+    from kvprof.records.plan import BitPlan
+    from kvprof.report.tables import show_plan, show_scores
+
     document = load_any(file)
     if isinstance(document, BitPlan):
-        console.show_plan(document)
+        show_plan(document)
     else:
-        console.show_scores(document)
+        show_scores(document)
 
 
 def validate(
@@ -32,17 +33,23 @@ def validate(
     ] = None,
 ) -> None:
     """Exit with 0, or say what is wrong with a file (1), or that it is for another model than the one named (4)."""
+    from kvprof.records.files import load_any
+    from kvprof.report.console import print_plain
+
     document = load_any(file)
     if model is not None:
         from kvprof.models.identity import check_fits
         from kvprof.models.load import resolve
 
         check_fits(document, resolve(model))
-    console.print_plain(f"{file}: a valid {document.kind} file" + (f", and it fits {model}" if model else ""))
+    print_plain(f"{file}: a valid {document.kind} file" + (f", and it fits {model}" if model else ""))
 
 
 def schema(kind: Annotated[str, typer.Argument(help="`scores` or `plan`.")]) -> None:
     """Print the JSON Schema of Scores or BitPlan files."""
+    from kvprof.records.files import KINDS
+    from kvprof.report.console import print_plain
+
     if kind not in KINDS:
         raise UsageError(f"unknown kind of file {kind!r}: {did_you_mean(kind, KINDS)}")
-    console.print_plain(json.dumps(KINDS[kind].model_json_schema(by_alias=True), indent=2))
+    print_plain(json.dumps(KINDS[kind].model_json_schema(by_alias=True), indent=2))

@@ -177,6 +177,8 @@ def gradient_norms(model: PreTrainedModel, geometry: CacheGeometry, batch: Batch
     """
     batch = _padded_on_the_right(batch)
     device = model.get_input_embeddings().weight.device
+    if device.type == "meta":  # offloaded: accelerate moves what comes in to where it computes
+        device = torch.device("cpu")
     arguments: dict[str, Any] = {
         "input_ids": batch.input_ids.to(device),
         "attention_mask": batch.attention_mask.to(device),

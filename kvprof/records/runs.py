@@ -15,8 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from kvprof.errors import Mismatch, OutputError
 
 OUTPUTS = Path("outputs")
@@ -97,9 +95,13 @@ class Journal:
         self.settings: dict[str, Any] = json.loads(json.dumps(dict(settings)))
         self.restart = restart
         self.done: dict[str, Any] = {}
+        from filelock import FileLock  # here, for commands that need no journal and must answer at once
+
         self._lock = FileLock(path.with_suffix(path.suffix + ".lock"))
 
     def __enter__(self) -> Journal:
+        from filelock import Timeout
+
         try:
             self._lock.acquire(timeout=0)
         except Timeout:

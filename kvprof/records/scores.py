@@ -165,13 +165,17 @@ class Scores(Document):
                 scores.append((entry.layer, tensor, score))
         return scores
 
+    def column(self, metric: str, tensor: TensorName) -> list[float]:
+        """Return one metric of all keys, or of all values, in layer order; raises as `metric` does."""
+        return [score for _, name, score in self.metric(metric) if name == tensor]
+
     def check_fits(self, geometry: CacheGeometry, fingerprint: str | None = None) -> None:
         """Raise Mismatch, saying how they differ, when the scores are of another model than this one."""
         check_same_model("scores", self.model, self.geometry, geometry, fingerprint)
 
     def is_flat(self, metric: str, tensor: TensorName) -> bool:
         """Whether a metric varies by no more than 1 % over all layers, and so cannot rank them."""
-        numbers = [score for _, name, score in self.metric(metric) if name == tensor]
+        numbers = self.column(metric, tensor)
         return len(numbers) > 1 and max(numbers) - min(numbers) <= FLAT_SPREAD * max(numbers)
 
 

@@ -66,7 +66,7 @@ def test_gradients_of_an_offloaded_model_are_those_of_a_whole_one(tmp_path: Path
     places = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"), "cpu")
     offloaded = AutoModelForCausalLM.from_pretrained(
         tmp_path / "model",
-        device_map=places | {"model.layers.0": "disk", "model.layers.1": "disk"},
+        device_map=places | dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.layers.1"), "disk"),
         offload_folder=tmp_path / "offload",
     ).eval()
     offloaded.requires_grad_(False)

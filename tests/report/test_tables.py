@@ -9,7 +9,7 @@ from kvprof.records.geometry import CacheGeometry, KVLayer
 from kvprof.records.inventory import Inventory, RedFlag
 from kvprof.records.plan import BitPlan, ModelInfo
 from kvprof.records.scores import LayerScores, Scores, TensorScores
-from kvprof.report import console
+from kvprof.report import sentences, tables
 
 
 def norms(keys: list[float], values: list[float], gain: float | None = None) -> Scores:
@@ -35,25 +35,25 @@ def norms(keys: list[float], values: list[float], gain: float | None = None) -> 
     ],
 )
 def test_the_verdict_counts_layers_in_each_norm(keys: list[float], values: list[float], words: list[str]) -> None:
-    verdict = console.norm_verdict(norms(keys, values))
+    verdict = sentences.norm_verdict(norms(keys, values))
     assert all(word in verdict for word in words), verdict
     assert "\n" not in verdict
 
 
 def test_a_norm_that_hardly_varies_is_remarked_on_and_one_that_does_is_not() -> None:
-    remarks = console.score_remarks(norms([5.0, 5.04], [1.0, 2.0]))
+    remarks = sentences.score_remarks(norms([5.0, 5.04], [1.0, 2.0]))
     assert any("spectral_norm of the keys" in remark for remark in remarks)
     assert any("frobenius_norm of the values" in remark for remark in remarks)  # 9 everywhere
     assert not any("spectral_norm of the values" in remark for remark in remarks)
 
 
 def test_gains_after_k_proj_are_remarked_on() -> None:
-    assert any("normalised after k_proj" in remark for remark in console.score_remarks(norms([5.0], [1.0], gain=1.5)))
-    assert not any("normalised" in remark for remark in console.score_remarks(norms([5.0], [1.0])))
+    assert any("normalised after k_proj" in remark for remark in sentences.score_remarks(norms([5.0], [1.0], gain=1.5)))
+    assert not any("normalised" in remark for remark in sentences.score_remarks(norms([5.0], [1.0])))
 
 
 def test_a_table_in_a_pipe_holds_no_control_codes(capsys: pytest.CaptureFixture[str]) -> None:
-    console.show_scores(norms([5.0, 1.0], [1.0, 2.0]))
+    tables.show_scores(norms([5.0, 1.0], [1.0, 2.0]))
     printed = capsys.readouterr().out
     assert "\x1b" not in printed
     rows = [line.split() for line in printed.splitlines() if line.split()[:1] in (["0"], ["1"])]
@@ -72,7 +72,7 @@ def test_an_inventory_names_every_skipped_layer_and_every_flag(capsys: pytest.Ca
         geometry=CacheGeometry(dtype="bfloat16", layers=(full, slides, state)),
         red_flags=(RedFlag(name="key_bias", layers=(0, 1), why="because"),),
     )
-    console.show_inventory(inventory)
+    tables.show_inventory(inventory)
     printed = capsys.readouterr().out
     assert "each token adds 64 bytes" in printed  # one growing layer: (16 + 16) x 2 bytes
     assert "4k context: 257.00 KiB" in printed  # 4096 x 64 + 16 x 64
@@ -95,7 +95,7 @@ def test_a_plan_prints_its_bits_and_costs_in_every_unit(capsys: pytest.CaptureFi
         },
         "plan.json",
     )
-    console.show_plan(plan)
+    tables.show_plan(plan)
     printed = capsys.readouterr().out
     assert "int3g32" in printed
     assert "sliding window of 16 tokens" in " ".join(printed.split())
@@ -105,4 +105,4 @@ def test_a_plan_prints_its_bits_and_costs_in_every_unit(capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize(("layers", "text"), [([3], "layer 3"), ([0, 1, 2, 5, 7, 8], "layers 0-2, 5, 7-8")])
 def test_runs_of_layers_are_shortened(layers: list[int], text: str) -> None:
-    assert console._layers_text(layers) == text
+    assert sentences.layers_text(layers) == text

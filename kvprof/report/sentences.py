@@ -1,0 +1,99 @@
+"""What can be said of scores and plans in a sentence: verdicts, remarks, costs.
+
+Reads records, returns text; does not know where it is printed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from kvprof.records.formats import TENSORS
+from kvprof.records.geometry import bytes_text
+from kvprof.records.plan import BitPlan
+from kvprof.records.scores import Scores
+
+CONTEXTS = (4096, 32768, 131072)
+"""Tokens of context that the size of a cache is told at."""
+
+
+def norm_verdict(scores: Scores) -> str:
+    """Return one line on the key-value norm disparity: in how many layers K exceeds V, in each norm."""
+    counts = {}
+    for metric in ("spectral_norm", "frobenius_norm"):
+        keys, values = (scores.column(metric, tensor) for tensor in TENSORS)
+        counts[metric] = sum(key > value for key, value in zip(keys, values, strict=True))
+    total = len(scores.layers)
+    spectral, frobenius = counts["spectral_norm"], counts["frobenius_norm"]
+    if spectral == frobenius == total:
+        moral = "keys are larger everywhere, as arXiv 2502.15075 expects"
+    elif spectral == frobenius == 0:
+        moral = "values are larger everywhere, against arXiv 2502.15075"
+    else:
+        moral = "the key-value norm disparity is not universal"
+    return f"spectral K > V in {spectral} of {total} layers, Frobenius K > V in {frobenius} of {total}: {moral}"
+
+
+def score_remarks(scores: Scores, metrics: Sequence[str] | None = None) -> list[str]:
+    """Return a sentence for each metric that cannot tell which layers need bits, and why."""
+    remarks = [
+        f"{metric} of the {tensor}s varies by less than 1 % over all layers: it carries no information to rank them by"
+        for metric in metrics or scores.metrics
+        for tensor in TENSORS
+        if scores.is_flat(metric, tensor)
+    ]
+    norms = [metric for metric in metrics or scores.metrics if metric != "gradient_norm"]
+    if norms and any(entry.key.gain_rms is not None for entry in scores.layers):
+        remarks.append("keys are normalised after k_proj: their weight norm says nothing about the cache's scale")
+    return remarks
+
+
+def plan_remarks(plan: BitPlan, scores: Scores) -> list[str]:
+    """Return what a reader of a new plan should know: blind scores, a rule without a budget, layers left alone."""
+    metric = plan.solver.metric if plan.solver else None
+    remarks = score_remarks(scores, [metric]) if metric else []
+    if plan.budget is not None and plan.budget.requested is None and plan.solver is not None:
+        remarks.append(f"the rule {plan.solver.method} takes no budget: its bits are what the rule says")
+    return remarks
+
+
+def plan_lines(plan: BitPlan) -> list[str]:
+    """Return what a plan costs, in sentences: all three units of its budget, and its bytes at some contexts."""
+    lines = []
+    budget = plan.budget
+    if budget is not None:
+        if budget.requested is not None:
+            in_bytes = budget.unit == "bytes"
+            what = bytes_text(budget.requested) if in_bytes else f"{budget.requested:g} {budget.unit} bits an element"
+            lines.append(f"asked for: {what}")
+        parts = []
+        if budget.nominal_bits is not None:
+            parts.append(f"{budget.nominal_bits:.4g} nominal bits an element")
+        if budget.stored_bits is not None:
+            parts.append(f"{budget.stored_bits:.4g} stored bits ({16 / budget.stored_bits:.2f} times fewer than 16)")
+        if budget.bytes_per_token is not None:
+            parts.append(f"{budget.bytes_per_token:g} bytes a token")
+        lines.append("costs: " + ", ".join(parts))
+    for tensor in TENSORS:
+        bits = [entry.tensor(tensor).bits for entry in plan.layers]
+        lines.append(f"mean {tensor} bits over {len(bits)} layers: {sum(bits) / len(bits):.4f}")
+    window = plan.window
+    lines.append(f"in full precision: the first {window.sink_tokens} tokens and the last {window.recent_tokens}")
+    if plan.geometry is not None:
+        for context in CONTEXTS:
+            planned, full = plan.bytes_at(context), plan.geometry.bytes_at(context)
+            smaller = f"{full / planned:.2f} times smaller than {plan.geometry.dtype}" if planned else ""
+            lines.append(f"{context // 1024}k context: {bytes_text(planned)}, {smaller}")
+    if plan.solver is not None and plan.solver.objective is not None:
+        proof = "the least of all plans within the budget" if plan.solver.optimal else "not claimed to be the least"
+        lines.append(f"objective {plan.solver.objective:.6g} ({plan.solver.metric}): {proof}")
+    return lines
+
+
+def layers_text(layers: Sequence[int]) -> str:
+    """Return layer numbers with their runs shortened: layers 0-4, 6."""
+    runs = []
+    for _, group in groupby(enumerate(layers), key=lambda pair: pair[1] - pair[0]):
+        run = [layer for _, layer in group]
+        runs.append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(runs)}"

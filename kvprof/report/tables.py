@@ -1,0 +1,165 @@
+"""Records as tables: an inventory, Scores, a BitPlan. They fit 80 columns.
+
+Reads records, prints them through `console`; knows nothing of how they were made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvprof.records.formats import TENSORS
+from kvprof.records.geometry import KVLayer, bytes_text
+from kvprof.records.inventory import Inventory
+from kvprof.records.plan import BitPlan, TensorPlan
+from kvprof.records.scores import Scores
+from kvprof.report.console import Table, print_flag, print_note, print_plain
+from kvprof.report.sentences import CONTEXTS, layers_text, norm_verdict, plan_lines, score_remarks
+
+
+def show_inventory(inventory: Inventory) -> None:
+    """Print the cache of every layer, its bytes, the layers a plan leaves alone and the red flags."""
+    geometry = inventory.geometry
+    table = Table(
+        f"KV cache of {inventory.model.id} ({inventory.model.architecture}, {geometry.dtype})",
+        ("layer", "kind", "KV heads", "head dim K", "V", "width K", "V", "bytes/token"),
+        left=[1],
+    )
+    for layer in geometry.layers:
+        style = "" if layer.skipped is None else "dim"
+        table.add(*_shape_cells(layer), str(geometry.bytes_per_token(layer)), style=style)
+    table.print()
+    growing = [layer for layer in geometry.layers if layer.has_projections and layer.window is None]
+    total = sum(geometry.bytes_per_token(layer) for layer in growing)
+    where = f"{len(growing)} of {geometry.num_layers} layers"
+    print_plain(f"each token adds {total} bytes ({bytes_text(total)}) in {where}")
+    print_plain("  ".join(f"{tokens // 1024}k context: {bytes_text(geometry.bytes_at(tokens))}" for tokens in CONTEXTS))
+    reasons: dict[str, list[int]] = {}
+    for layer in geometry.layers:
+        if layer.skipped is not None:
+            reasons.setdefault(layer.skipped, []).append(layer.layer)
+    for reason, layers in reasons.items():
+        print_plain(f"left alone by a plan: {layers_text(layers)}: {reason}")
+    show_red_flags(inventory)
+    if not inventory.red_flags:
+        print_plain("no red flags")
+
+
+def show_red_flags(inventory: Inventory) -> None:
+    """Print each red flag with the layers it concerns and one line of why it matters."""
+    for flag in inventory.red_flags:
+        everywhere = len(flag.layers) == len(inventory.geometry.scored)
+        print_flag(flag.name, f"({'every layer' if everywhere else layers_text(flag.layers)}): {flag.why}")
+
+
+def show_scores(scores: Scores) -> None:
+    """Print every metric of a Scores file, layer by layer, and what can be said of it."""
+    title = f"{scores.source or 'scores'} of {scores.model.id if scores.model and scores.model.id else 'a model'}"
+    if scores.calibration is not None:
+        text = scores.calibration
+        title += f" on {text.sequences} sequences, {text.tokens} tokens of {text.dataset}"
+    norms = {"spectral_norm", "frobenius_norm"} & set(scores.metrics)
+    if len(norms) == 2:
+        _show_norms(scores, title)
+    for metric in norms if len(norms) == 1 else ():
+        _show_single(scores, metric, title)
+    if "gradient_norm" in scores.metrics:
+        _show_gradients(scores, title)
+    if not scores.metrics:
+        print_plain(f"{title}: {len(scores.layers)} layers; no metric that every layer has")
+    for remark in score_remarks(scores):
+        print_note(remark)
+
+
+def show_plan(plan: BitPlan) -> None:
+    """Print a plan: the format of every layer's K and V, then what it costs in every unit."""
+    title = f"bit plan for {plan.model.id or 'a model'}" + (f" by {plan.solver.method}" if plan.solver else "")
+    headings = ("layer", "key bits", "format", "", "value bits", "format", "")
+    table = Table(title, headings, left=[2, 3, 5, 6])
+    skipped = {entry.layer: entry.reason for entry in plan.skipped or ()}
+    entries = {entry.layer: entry for entry in plan.layers}
+    for layer in range(plan.model.num_layers):
+        if layer in skipped:
+            table.add(str(layer), "16", "full", skipped[layer], style="dim")
+        else:
+            cells = [cell for tensor in TENSORS for cell in _format_cells(entries[layer].tensor(tensor))]
+            table.add(str(layer), *cells)
+    table.print()
+    for line in plan_lines(plan):
+        print_plain(line)
+
+
+def _show_norms(scores: Scores, title: str) -> None:
+    norm_headings = [heading for norm in ("spec.", "frob.") for heading in (f"{norm}\nK", f"{norm}\nV", "K/V", "in")]
+    table = Table(title, ("layer", *norm_headings, "rank\nK", "rank\nV"))
+    for entry in scores.layers:
+        cells = [str(entry.layer)]
+        for metric in ("spectral_norm", "frobenius_norm"):
+            key, value = getattr(entry.key, metric), getattr(entry.value, metric)
+            ratio = f"{key / value:#.3g}" if value else "-"
+            cells += [_number(key), _number(value), ratio, "=" if key == value else "K" if key > value else "V"]
+        table.add(*cells, _number(entry.key.stable_rank), _number(entry.value.stable_rank))
+    table.print()
+    if any(entry.key.bias_norm is not None or entry.key.gain_rms is not None for entry in scores.layers):
+        _show_extras(scores)
+    print_plain(
+        "spec.: largest singular value; frob.: root of the sum of squares; in: larger one; rank: stable rank",
+        style="dim",
+    )
+    print_plain(norm_verdict(scores), style="bold")
+
+
+def _show_extras(scores: Scores) -> None:
+    """Print biases and gains, which the weight norm does not see."""
+    table = Table(
+        "beside the weights", ("layer", "K bias\nnorm", "V bias\nnorm", "k_norm gain\nrms", "k_norm gain\nlargest")
+    )
+    for entry in scores.layers:
+        numbers = (entry.key.bias_norm, entry.value.bias_norm, entry.key.gain_rms, entry.key.gain_max)
+        table.add(str(entry.layer), *map(_number, numbers))
+    table.print()
+
+
+def _show_gradients(scores: Scores, title: str) -> None:
+    headings = [heading for name in ("K", "V") for heading in (f"{name} gradient norm", "± stderr", "rank")]
+    table = Table(title, ("layer", *headings))
+    ranks = {tensor: _ranks(scores.column("gradient_norm", tensor)) for tensor in TENSORS}
+    for row, entry in enumerate(scores.layers):
+        cells = [str(entry.layer)]
+        for tensor in TENSORS:
+            found = entry.tensor(tensor)
+            cells += [_number(found.gradient_norm), _number(found.gradient_norm_stderr), str(ranks[tensor][row])]
+        table.add(*cells)
+    table.print()
+
+
+def _show_single(scores: Scores, metric: str, title: str) -> None:
+    table = Table(title, ("layer", f"{metric} K", f"{metric} V"))
+    for entry in scores.layers:
+        table.add(str(entry.layer), _number(getattr(entry.key, metric)), _number(getattr(entry.value, metric)))
+    table.print()
+
+
+def _shape_cells(layer: KVLayer) -> list[str]:
+    kind = layer.kind + (f" {layer.window}" if layer.window else "")
+    if not layer.has_projections:
+        return [str(layer.layer), kind, "-", "-", "-", "-", "-"]
+    numbers = (layer.kv_heads, layer.key_head_dim, layer.value_head_dim, layer.key_width, layer.value_width)
+    return [str(layer.layer), kind, *map(str, numbers)]
+
+
+def _format_cells(form: TensorPlan) -> list[str]:
+    recent = f" recent {form.recent_fraction:.0%}" if form.recent_fraction else ""
+    return [str(form.bits), form.name + recent, "█" * form.bits if form.bits <= 8 else "█" * 8 + "…"]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:#.4g}"
+
+
+def _ranks(numbers: Sequence[float]) -> list[int]:
+    """Return the rank of each number, 1 for the largest."""
+    order = sorted(range(len(numbers)), key=lambda index: -numbers[index])
+    ranks = [0] * len(numbers)
+    for rank, index in enumerate(order, start=1):
+        ranks[index] = rank
+    return ranks
