@@ -47,7 +47,7 @@ def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     scripts = str(Path(sys.executable).parent)
-    environment = os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "KVPROF_BENCH_SMOKE": "1"}
+    environment = os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
     for command in commands():
         if command in ELSEWHERE:
             continue
@@ -56,7 +56,10 @@ def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
         if words[0] == "pip":  # what pip would do, without doing it to the environment under test
             words, folder = [sys.executable, "-m", *words[:2], "--dry-run", "--quiet", *words[2:]], ROOT
         done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        if "/benchmarks/" in command:  # how fast this machine is just now decides nothing
+            assert "holds" in done.stdout or "does not hold" in done.stdout, f"{command}\n{done.stderr}"
+        else:
+            assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
 
 

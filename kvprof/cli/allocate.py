@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -66,6 +67,9 @@ def allocate(
     ] = None,
 ) -> None:
     """Spend a budget of bits where they buy the most; write the plan. Reads scores, never a model."""
+    # For arrays as small as these, starting numpy's pool of threads would cost more than all of the arithmetic.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
     from kvprof.allocate import allocate as make_plan
     from kvprof.allocate.budget import parse_bits
     from kvprof.records.files import newest_scores, plan_path
