@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from kvprof.errors import KvprofError, ModelError, UsageError, did_you_mean, first_line
+from kvprof.models.hub import fetch_from_hub, refuse_pickles
 from kvprof.models.inventory import build_skeleton
 
 logger = logging.getLogger(__name__)
@@ -45,17 +46,8 @@ DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-SAFETENSORS = "model.safetensors"
-SAFETENSORS_INDEX = "model.safetensors.index.json"
-
 GPU_SHARE = 0.7
 """Of a GPU's free memory, what the weights may fill; the rest is for activations and gradients."""
-
-_CONFIG_FILES = ["*.json", "*.jinja", "*.model", "tokenizer*", "vocab*", "merges*"]
-_WEIGHT_FILES = ["model*.safetensors"]  # some models keep the same weights beside them under a second name
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_HUB_SECONDS = 10.0
-"""How long the hub may take to say that it knows a model."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +70,7 @@ class ModelSource:
         if self.path is not None:
             return self.path
         assert self.hub_id is not None
-        return _fetch(self.hub_id, weights)
+        return fetch_from_hub(self.hub_id, weights)
 
 
 def resolve(model: str | None) -> ModelSource:
@@ -149,24 +141,6 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto") -
     return model.eval().requires_grad_(False)
 
 
-def refuse_pickles(names: Iterable[str], where: str) -> None:
-    """Raise ModelError where none of a folder's or a repository's files is a safetensors one, saying what was found.
-
-    names: the files in `where`. A pickle is never opened, nor downloaded: opening one can run any code in it.
-    """
-    files = sorted(names)
-    if any(name.endswith(".safetensors") for name in files):
-        return
-    if pickles := [name for name in files if name.endswith(_PICKLES)]:
-        raise ModelError(
-            f"{where} holds only pickled weights ({pickles[0]}), and opening a pickle can run any code in it.\n"
-            "  Convert it once, where you trust it: AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)"
-        )
-    if ggufs := [name for name in files if name.endswith(".gguf")]:
-        raise ModelError(f"{where} holds GGUF files only.\n  Download one of them and name it: {', '.join(ggufs[:3])}")
-    raise ModelError(f"{where} holds no weights: no *.safetensors file in it.")
-
-
 def need_gguf() -> None:
     """Raise ModelError, saying what to install, where the package that reads GGUF files is missing."""
     try:
@@ -175,49 +149,6 @@ def need_gguf() -> None:
         raise ModelError(
             "reading a .gguf file needs the package gguf.\n  Install it: pip install 'kvprof-bits[gguf]'"
         ) from None
-
-
-def _fetch(hub_id: str, weights: bool) -> Path:
-    """Bring a hub id's config and tokenizer, and its safetensors where asked, into the hub's cache; return the folder.
-
-    Where the hub does not answer, the cache serves alone.
-    """
-    from huggingface_hub import HfApi, snapshot_download
-
-    files = _CONFIG_FILES + (_WEIGHT_FILES if weights else [])
-    wanted: dict[str, Any] = {"repo_id": hub_id, "allow_patterns": files, "ignore_patterns": ["*/*"]}
-    try:
-        # Asked first, because snapshot_download waits for an answer for ever.
-        siblings = HfApi().model_info(hub_id, timeout=_HUB_SECONDS).siblings or []
-        if weights:
-            refuse_pickles((file.rfilename for file in siblings if "/" not in file.rfilename), f"{hub_id} on the hub")
-        return Path(snapshot_download(**wanted))
-    except ModelError:
-        raise
-    except Exception as error:  # the hub's client lets through whatever its HTTP library raises
-        with contextlib.suppress(Exception):
-            return Path(snapshot_download(**wanted, local_files_only=True))
-        raise ModelError(f"cannot get the model {hub_id!r} from the hub: {_hub_reason(error)}") from None
-
-
-def _hub_reason(error: Exception) -> str:
-    """Say why the hub gave nothing, and what to do about it."""
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
-
-    log_in = "log in (hf auth login, or HF_TOKEN)"
-    local = "name a local folder (./name) or a .gguf file"
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, GatedRepoError):
-        return f"it is gated.\n  Ask for access on its page there and {log_in}, or {local}."
-    if isinstance(error, RepositoryNotFoundError):
-        return f"there is none of this name, or it is private.\n  Check the spelling, {log_in}, or {local}."
-    if status in (401, 403):
-        return f"access is refused (HTTP {status}).\n  Look at its page there, {log_in}, or {local}."
-    if isinstance(error, HFValidationError):
-        return f"{first_line(error)}\n  Check the spelling, or {local}."
-    if isinstance(error, OfflineModeIsEnabled):
-        return f"HF_HUB_OFFLINE is set, and the hub's cache does not hold it.\n  Unset HF_HUB_OFFLINE, or {local}."
-    return f"{first_line(error)}\n  Look at your network and try again, or {local}."
 
 
 def _placement(device: str, config: PretrainedConfig, dtype: str) -> torch.device | None:

@@ -20,15 +20,19 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from kvprof.errors import ModelError, NonFiniteWeight
+from kvprof.models.hub import refuse_pickles
 from kvprof.models.inventory import NORM_ON_KEYS
 from kvprof.models.layouts import Projection, Rows, choose_layout, cut_rows, find_projections
-from kvprof.models.load import SAFETENSORS, SAFETENSORS_INDEX, need_gguf, refuse_pickles
+from kvprof.models.load import need_gguf
 from kvprof.records.geometry import CacheGeometry, KVLayer
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _PACKED = (".qweight", ".weight_packed", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
 """How the names end of tensors that only quantized checkpoints have: GPTQ and AWQ, compressed-tensors, bitsandbytes."""
 _BEFORE_QUANTIZED = "Name the checkpoint that it was quantized from: its weights are what is measured."
+
+SAFETENSORS = "model.safetensors"
+SAFETENSORS_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from kvprof.calibration.sequences import batches
 from kvprof.calibration.text import open_text
 from kvprof.cli.app import app
 from kvprof.errors import CalibrationError, ModelError, UsageError
+from kvprof.models import hub as hub_client
 from kvprof.models import load
 from kvprof.models.identity import live_fingerprint
 from kvprof.models.load import load_config, load_model, load_tokenizer, resolve
@@ -145,7 +146,7 @@ def test_a_hub_in_trouble_says_what_it_answered(hub: FakeHub) -> None:
 
 
 def test_a_hub_that_does_not_answer_is_not_waited_for(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "_HUB_SECONDS", 0.3)
+    monkeypatch.setattr(hub_client, "_HUB_SECONDS", 0.3)
     hub.silent.add(REMOTE)
     assert_fails(kvprof("norms", REMOTE), "timed out")
 
