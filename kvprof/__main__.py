@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 
 from kvprof.cli.app import app
 
@@ -10,6 +12,9 @@ from kvprof.cli.app import app
 def main() -> None:
     """Run the command line."""
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # kvprof has none, and looking for them takes time
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without Unicode shows ? for a bar, and no traceback
     app(prog_name="kvprof")
 
 

@@ -48,6 +48,8 @@ def test_the_constraints_pin_every_declared_dependency() -> None:
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = project["dependencies"] + project["optional-dependencies"]["dev"]
-    names = {re.split(r"[^\w-]", requirement)[0].lower() for requirement in declared}
-    pinned = {line.split("==")[0].lower() for line in (ROOT / "recipes" / "constraints.txt").read_text().splitlines()}
+    lines = (ROOT / "recipes" / "constraints.txt").read_text().splitlines()
+    names, pinned = (
+        {re.split(r"[^\w-]", line)[0].lower().replace("_", "-") for line in group} for group in (declared, lines)
+    )
     assert names <= pinned

@@ -71,7 +71,7 @@ def bit_limit(budget: str | float, unit: str | None = None) -> Limit:
     """Read a budget in bits per element; 2.3 means 23/10, not its nearest binary fraction.
 
     unit: "nominal" (the width of the codes; the default) or "stored" (scales counted).
-    Raises UsageError for an unknown unit, or a budget that is not a positive number.
+    Raises UsageError for an unknown unit, or a budget that is not a finite number.
     """
     if unit not in (None, *BIT_UNITS):
         raise UsageError(f"unknown unit {unit!r}: {did_you_mean(str(unit), BIT_UNITS)}")
@@ -79,8 +79,8 @@ def bit_limit(budget: str | float, unit: str | None = None) -> Limit:
         amount = Decimal(str(budget))
     except InvalidOperation:
         amount = Decimal("nan")
-    if not amount.is_finite() or amount <= 0 or abs(amount.adjusted()) > 30:
-        raise UsageError(f"a budget of {budget} is not a positive number of bits.\n  Try --budget 2.5.")
+    if not amount.is_finite() or abs(amount.adjusted()) > 30:
+        raise UsageError(f"a budget of {budget} is not a number of bits.\n  Try --budget 2.5.")
     return Limit(Fraction(amount), "stored" if unit == "stored" else "nominal")
 
 
@@ -230,8 +230,10 @@ def _infeasible(
             ways.append("take a larger --group-size")
     else:
         verdict = "is more than these formats can use"
-        if max(widths) < FULL_BITS:
+        if max(widths) < FULL_BITS and not all(len(candidates) == 1 for candidates in formats):
             ways.append(f"allow --bits above {max(widths)}")
+    if len({len(candidates) for candidates in formats}) > 1 or len(formats[0]) == 1:  # pinned to one
+        ways.append("loosen a --pin")
     return InfeasibleBudget(
         f"{asked} {verdict}.\n  cheapest plan: {low}    dearest: {high}\n  try {', or '.join(ways)}"
     )

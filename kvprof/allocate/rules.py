@@ -34,6 +34,7 @@ USUAL_BITS = (1, 2, 3, 4, 6, 8)
 USUAL_GROUP_SIZE = 32
 USUAL_WINDOW = Window(sink_tokens=4, recent_tokens=128)
 KVMIX_FRACTION = 0.2
+LARGEST_GROUP = 2**31
 
 
 def exact(
@@ -170,8 +171,16 @@ def uniform(
 
 
 def default_metric(scores: Scores) -> str:
-    """Return the metric to plan by when none is named: the first that every layer has."""
-    return next(iter(scores.metrics), SCALAR_METRICS[0])
+    """Return the metric to plan by when none is named: the first that every layer has, else that any layer has.
+
+    The latter will not do, but the error then names the layer that lacks it.
+    """
+    partly = (
+        metric
+        for metric in SCALAR_METRICS
+        if any(getattr(entry.tensor(name), metric) is not None for entry in scores.layers for name in TENSORS)
+    )
+    return next(iter(scores.metrics), next(partly, SCALAR_METRICS[0]))
 
 
 class _Task:
@@ -180,7 +189,7 @@ class _Task:
     def __init__(
         self, scores: Scores, group_size: int, pins: Sequence[str], window: Window, command: str | None
     ) -> None:
-        if group_size < 1:
+        if not 1 <= group_size <= LARGEST_GROUP:
             raise UsageError(f"a group size of {group_size} does not exist; try {USUAL_GROUP_SIZE}.")
         self.scores = scores
         self.group_size = group_size

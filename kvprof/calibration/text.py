@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
+import logging
 import os
 import random
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvprof.errors import CalibrationError, UsageError, did_you_mean
+from kvprof.errors import CalibrationError, UsageError, did_you_mean, first_line
 
 BUILTIN = "builtin"
 SPLITS = ("calibration", "held-out")
@@ -104,6 +105,7 @@ def _load(builder: str, arguments: dict[str, Any], name: str, seed: int) -> Iter
     """Stream the text column of a dataset, empty rows left out."""
     import datasets
 
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said once, below
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else every reading of a local file is told to a server
     with _explained(name):
         stream = datasets.load_dataset(builder, streaming=True, **arguments)
@@ -125,10 +127,9 @@ def _explained(name: str) -> Iterator[None]:
     except CalibrationError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise CalibrationError(
-            f"cannot read calibration text from {name}: {reason}\n"
-            f"  Name a file that ends in {', '.join(LOADERS)}, or `builtin`, which needs no network."
+            f"cannot read calibration text from {name}: {first_line(error)}\n"
+            f"  Text is a file in UTF-8 of one of the kinds {', '.join(LOADERS)}, a hub dataset, or `builtin`."
         ) from None
 
 

@@ -45,14 +45,14 @@ def allocate(
         str | None, typer.Option(help="Widths to choose from, of 1,2,3,4,5,6,8,16.", show_default="1,2,3,4,6,8")
     ] = None,
     group_size: Annotated[
-        int, typer.Option(min=1, help="Elements that share a scale: tokens for keys, channels for values.")
+        int, typer.Option(min=1, max=2**31, help="Elements that share a scale: tokens for keys, channels for values.")
     ] = 32,
     pin: Annotated[
         list[str] | None,
         typer.Option(help="Fix a tensor's bits: key:0=8, value:3-5=4, key:*=4. Can be repeated.", show_default=False),
     ] = None,
-    recent_tokens: Annotated[int, typer.Option(min=0, help="Most recent tokens kept in full precision.")] = 128,
-    sink_tokens: Annotated[int, typer.Option(min=0, help="First tokens kept in full precision.")] = 4,
+    recent_tokens: Annotated[int, typer.Option(min=0, max=2**31, help="Last tokens kept in full precision.")] = 128,
+    sink_tokens: Annotated[int, typer.Option(min=0, max=2**31, help="First tokens kept in full precision.")] = 4,
     top_fraction: Annotated[
         str | None, typer.Option(help="kvmix: the share of layers that get more bits.", show_default="0.2")
     ] = None,
@@ -73,6 +73,7 @@ def allocate(
     from kvprof.allocate import allocate as make_plan
     from kvprof.allocate.budget import parse_bits
     from kvprof.records.files import newest_scores, plan_path
+    from kvprof.records.geometry import bytes_text
     from kvprof.records.plan import Window
     from kvprof.records.scores import Scores
     from kvprof.report.console import print_note, print_plain, print_written
@@ -102,6 +103,9 @@ def allocate(
     )
     written = plan.save(plan_path(plan, path, out))
     show_plan(plan)
+    if context is not None:
+        held = plan.bytes_at(context, batch or 1)
+        print_plain(f"{held} bytes ({bytes_text(held)}) at {context} tokens x {batch or 1}, of {memory} asked for")
     print_plain(f"from {path}")
     for remark in plan_remarks(plan, found):
         print_note(remark)

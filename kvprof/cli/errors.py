@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
+import sys
 from collections.abc import Callable
 from typing import ParamSpec
 
@@ -42,10 +44,19 @@ def explains_errors(command: Callable[P, None]) -> Callable[P, None]:
 
             print_error(error)
             raise typer.Exit(error.exit_code) from None
+        except BrokenPipeError:  # whoever read the output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        except OSError as error:
+            from kvprof.report.console import print_error
+
+            where = f"{error.filename}: " if error.filename else ""
+            print_error(KvprofError(f"{where}{error.strerror or error}."))
+            raise typer.Exit(1) from None
         except KeyboardInterrupt:
             from kvprof.report.console import print_note
 
-            print_note("\nstopped; nothing is lost: run the same command again to go on")
+            print_note("\nstopped. The same command goes on from the last finished sequence, or begins again.")
             raise typer.Exit(INTERRUPTED) from None
 
     return wrapped

@@ -64,7 +64,9 @@ def gradients(
         ),
     ] = None,
     sequences: Annotated[int, typer.Option(help="Calibration sequences. Time grows with them.")] = 16,
-    sequence_length: Annotated[int, typer.Option(help="Tokens a sequence has at most.")] = 512,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens a sequence has at most.", show_default="512, or the model's own limit")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences in one forward; changes memory, no score.")] = 1,
     seed: Annotated[int, typer.Option(help="Which rows of the text are taken, and in what order.")] = 0,
     pack: Annotated[bool, typer.Option("--pack", help="Join rows and cut windows of the full length.")] = False,

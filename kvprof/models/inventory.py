@@ -161,7 +161,7 @@ def _kind(config: PretrainedConfig, cache_layer: Any, layer_type: str) -> tuple[
         name = "attention chunk" if kind == "chunked" else "sliding window"
         return kind, window, f"{name} of {window} tokens"
     if recurrent:
-        return "hybrid", None, "layer of attention beside a recurrent state"
+        return "hybrid", None, None
     if getattr(config, "kv_lora_rank", None) is not None:
         return "latent", None, "layer of latent attention (MLA): K and V share one compressed vector"
     if type(cache_layer) is not DynamicLayer:

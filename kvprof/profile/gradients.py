@@ -38,17 +38,22 @@ SequenceNorms = list[tuple[float, float]]
 """One sequence's gradient norms: (key, value) of each scored layer, ascending."""
 
 
+USUAL_LENGTH = 512
+"""Tokens of a calibration sequence, where nothing else is said."""
+
+
 @dataclass(frozen=True)
 class GradientSettings:
     """What to measure on, and how.
 
+    sequence_length: None is USUAL_LENGTH, or what the model was made for where that is less.
     dtype, device: as `models.load.load_model` takes them. batch_size: sequences in one forward; changes no score.
     """
 
     data: str = BUILTIN
     split: str | None = None
     sequences: int = 16
-    sequence_length: int = 512
+    sequence_length: int | None = None
     batch_size: int = 1
     seed: int = 0
     pack: bool = False
@@ -83,15 +88,12 @@ def run_gradients(
     whole_config = load_config(source)
     inventory = take_inventory(whole_config, source.id)
     config = whole_config.get_text_config(decoder=True)
-    if settings.sequence_length > (getattr(config, "max_position_embeddings", None) or settings.sequence_length):
-        raise UsageError(
-            f"--sequence-length {settings.sequence_length}: the model was made for {config.max_position_embeddings}."
-        )
+    length = _sequence_length(settings.sequence_length, getattr(config, "max_position_embeddings", None))
     calibration = tokenize(
         open_text(settings.data, settings.split, settings.seed),
         load_tokenizer(source),
         settings.sequences,
-        settings.sequence_length,
+        length,
         settings.seed,
         settings.pack,
     )
@@ -271,6 +273,15 @@ def _outer_norms(gradient: Tensor, source: Tensor, batch_size: int) -> Tensor:
     return torch.stack(
         [torch.linalg.vector_norm(g.T @ x, dtype=torch.float64) for g, x in zip(gradient, source, strict=True)]
     )
+
+
+def _sequence_length(asked: int | None, positions: int | None) -> int:
+    """Return the length to cut sequences to, for a model made for so many positions (None: no limit)."""
+    if asked is None:
+        return min(USUAL_LENGTH, positions or USUAL_LENGTH)
+    if asked > (positions or asked):
+        raise UsageError(f"--sequence-length {asked}: the model was made for {positions}.\n  Try {positions}.")
+    return asked
 
 
 def _text_identity(calibration: CalibrationSet) -> dict[str, Any]:

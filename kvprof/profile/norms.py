@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,7 +103,7 @@ def largest_eigenvalue(gram: Tensor) -> float:
     """
     size = len(gram)
     if size <= _SMALL:
-        return max(0.0, float(torch.linalg.eigvalsh(gram)[-1])) if size else 0.0
+        return max(0.0, float(np.linalg.eigvalsh(gram.numpy())[-1])) if size else 0.0
     start = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     basis = torch.empty(min(_STEPS, size) + 1, size, dtype=torch.float64)
     basis[0] = start / start.norm()

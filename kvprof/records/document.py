@@ -63,6 +63,9 @@ class Document(Record):
 
     kind: ClassVar[str]
 
+    # Python code need not name the schema of the class it calls; a file must.
+    model_config = ConfigDict(json_schema_extra=lambda schema: schema["required"].insert(0, "schema"))
+
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read and validate a file.
@@ -113,7 +116,11 @@ def read_json(path: str | Path) -> object:
         size = path.stat().st_size
         if size > LARGEST_FILE_BYTES:
             raise InvalidFile(f"{path}: {size} bytes is no file of kvprof's (at most {LARGEST_FILE_BYTES}).")
-        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
+        with open(path, "rb") as file:
+            raw = file.read(LARGEST_FILE_BYTES + 1)
+        if len(raw) > LARGEST_FILE_BYTES:  # a pipe or a device, whose size nobody knows before
+            raise InvalidFile(f"{path}: no file of kvprof's has more than {LARGEST_FILE_BYTES} bytes.")
+        return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique)
     except FileNotFoundError:
         raise InvalidFile(f"{path}: no such file.") from None
     except OSError as error:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import mode
 
 from kvprof.errors import InvalidFile, UsageError, did_you_mean
 from kvprof.records.document import read_json, schema_of
+from kvprof.records.formats import TENSORS
 from kvprof.records.geometry import bytes_text
 from kvprof.records.plan import BitPlan
 from kvprof.records.runs import OUTPUTS, output_folder
@@ -29,16 +31,23 @@ def load_any(path: str | Path) -> Scores | BitPlan:
 def newest_scores(metric: str | None = None, outputs: Path = OUTPUTS) -> Path:
     """Return the newest Scores file in the output folders, of those that have the metric where one is named.
 
-    Raises InvalidFile, saying what to run, where there is none; UsageError for a metric that kvprof does not know.
+    A broken file is passed over where another serves. Raises InvalidFile, saying what to run or what is broken, where
+    none does; UsageError for a metric that cannot be allocated by.
     """
     if metric is not None and metric not in SCALAR_METRICS:
         raise UsageError(f"unknown metric {metric!r}: {did_you_mean(metric, SCALAR_METRICS)}")
-    files = sorted(outputs.glob("*/*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    for path in files:
-        if path.stem in ("norms", "gradients", "divergence") and (
-            metric is None or metric in Scores.load(path).metrics
-        ):
+    files = [path for name in ("norms", "gradients", "divergence") for path in outputs.glob(f"*/{name}.json")]
+    broken: InvalidFile | None = None
+    for path in sorted(filter(Path.is_file, files), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        try:
+            metrics = Scores.load(path).metrics
+        except InvalidFile as error:
+            broken = broken or error
+            continue
+        if metrics and metric in (None, *metrics):
             return path
+    if broken is not None:
+        raise broken
     wanted = f"scores with {metric}" if metric else "scores"
     raise InvalidFile(
         f"no {wanted} in {outputs}/.\n  Run `kvprof norms` or `kvprof gradients` first, or name a file with --scores."
@@ -66,8 +75,9 @@ def plan_name(plan: BitPlan) -> str:
         if plan.budget.unit == "bytes":
             words.append(bytes_text(amount).replace(" ", ""))
         else:
-            words.append(f"{amount:.2f}" if float(f"{amount:.2f}") == amount else f"{amount:.6g}")
+            words.append(f"{amount:.2f}" if float(f"{amount:.2f}") == amount else f"{amount:.15g}")
             words += ["stored"] if plan.budget.unit == "stored" else []
     elif plan.solver is not None and plan.solver.method == "uniform":
-        words.append(f"k{plan.layers[0].key.bits}v{plan.layers[0].value.bits}")
+        keys, values = (mode(entry.tensor(tensor).bits for entry in plan.layers) for tensor in TENSORS)
+        words.append(f"k{keys}v{values}")  # what most layers have: some may be pinned
     return "-".join(words) + ".json"

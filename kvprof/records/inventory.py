@@ -5,8 +5,13 @@ Plain data made by `models.inventory` and printed by `report`.
 
 from __future__ import annotations
 
+from pydantic import computed_field
+
 from kvprof.records.document import Count, ModelInfo, Number, Record, Text
 from kvprof.records.geometry import CacheGeometry
+
+CONTEXTS = (4096, 32768, 131072)
+"""Tokens of context that the size of a cache is told at."""
 
 
 class RedFlag(Record):
@@ -26,6 +31,15 @@ class Inventory(Record):
     key_norm_offset: Number | None = None
     """What the norm after k_proj adds to its stored gains (1 in Gemma); null where there is no such norm."""
 
-    def has_flag(self, name: str) -> bool:
-        """Whether a red flag of this name was raised."""
-        return any(flag.name == name for flag in self.red_flags)
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that each token adds for good: to the layers whose cache grows with the context."""
+        growing = (layer for layer in self.geometry.layers if layer.window is None)
+        return sum(map(self.geometry.bytes_per_token, growing))
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def bytes_at(self) -> dict[int, int]:
+        """Bytes of the unquantized cache of one sequence, by its tokens of context."""
+        return {tokens: self.geometry.bytes_at(tokens) for tokens in CONTEXTS}

@@ -43,12 +43,18 @@ def slug(model_id: str) -> str:
 
 
 def output_folder(model_id: str, out: Path | None) -> Path:
-    """Return the folder for a model's results, made and known to be writable; raises OutputError."""
+    """Return the folder for a model's results, known to be writable; raises OutputError. It is made with the first."""
     folder = out if out is not None else OUTPUTS / slug(model_id)
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        finally:
+            for place in missing:  # a run that fails leaves nothing behind
+                with contextlib.suppress(OSError):
+                    place.rmdir()
     except OSError as error:
         raise OutputError(
             f"cannot write to {folder}: {error.strerror}.\n  Name another folder with --out DIR."
@@ -103,6 +109,7 @@ class Journal:
         from filelock import Timeout
 
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
             raise OutputError(f"another kvprof is writing {self.path}; wait for it, or use another --out.") from None

@@ -16,14 +16,19 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 
+def clean(text: str) -> str:
+    """Return text without the control codes that a file could smuggle into a terminal."""
+    return "".join(mark if mark.isprintable() or mark == "\n" else "\N{REPLACEMENT CHARACTER}" for mark in text)
+
+
 def print_error(error: BaseException) -> None:
     """Print what went wrong, plainly."""
-    err.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+    err.print(Text.assemble(("error: ", "bold red"), clean(str(error))), soft_wrap=True)
 
 
 def print_note(text: str) -> None:
     """Print a remark that is no result: to stderr, so that it never mixes with one."""
-    err.print(Text(text, style="yellow"), soft_wrap=True)
+    err.print(Text(clean(text), style="yellow"), soft_wrap=True)
 
 
 def print_written(path: Path) -> None:
@@ -33,12 +38,12 @@ def print_written(path: Path) -> None:
 
 def print_plain(text: str, style: str = "") -> None:
     """Print a line of prose as it is: the terminal may wrap it, a pipe gets it whole."""
-    out.print(Text(text, style=style), soft_wrap=True)
+    out.print(Text(clean(text), style=style), soft_wrap=True)
 
 
 def print_flag(name: str, text: str) -> None:
     """Print a red flag: a result, and a warning."""
-    out.print(Text.assemble(("red flag ", "bold red"), (name, "bold"), f" {text}"), soft_wrap=True)
+    out.print(Text.assemble(("red flag ", "bold red"), (name, "bold"), f" {clean(text)}"), soft_wrap=True)
 
 
 class Table:
@@ -67,12 +72,12 @@ class Table:
         rows = [(cells + [""] * (width - len(cells)), style) for cells, style in self._rows]
         columns = zip(*self._head, *(cells for cells, _ in rows), strict=True)
         widths = [max(map(len, column)) for column in columns]
-        text = Text(self._title + "\n", style="bold")
+        text = Text(clean(self._title) + "\n", style="bold")
         for cells in self._head:
             text.append(self._line(cells, widths) + "\n")
         text.append(" " + "─" * (sum(widths) + 2 * len(widths) - 1) + "\n", style="dim")
         for cells, style in rows:
-            text.append(self._line(cells, widths) + "\n", style=style or "not bold")
+            text.append(clean(self._line(cells, widths)) + "\n", style=style or "not bold")
         out.print(text, soft_wrap=True)
 
     def _line(self, cells: Sequence[str], widths: Sequence[int]) -> str:

@@ -5,16 +5,20 @@ Reads records, returns text; does not know where it is printed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 
 from kvprof.records.formats import TENSORS
 from kvprof.records.geometry import bytes_text
+from kvprof.records.inventory import CONTEXTS
 from kvprof.records.plan import BitPlan
 from kvprof.records.scores import Scores
 
-CONTEXTS = (4096, 32768, 131072)
-"""Tokens of context that the size of a cache is told at."""
+
+def larger(key: float, value: float) -> str:
+    """Return which of two norms is larger, K or V, or = where they differ by no more than rounding."""
+    return "=" if math.isclose(key, value, rel_tol=1e-6) else "K" if key > value else "V"
 
 
 def norm_verdict(scores: Scores) -> str:
@@ -22,7 +26,7 @@ def norm_verdict(scores: Scores) -> str:
     counts = {}
     for metric in ("spectral_norm", "frobenius_norm"):
         keys, values = (scores.column(metric, tensor) for tensor in TENSORS)
-        counts[metric] = sum(key > value for key, value in zip(keys, values, strict=True))
+        counts[metric] = sum(larger(key, value) == "K" for key, value in zip(keys, values, strict=True))
     total = len(scores.layers)
     spectral, frobenius = counts["spectral_norm"], counts["frobenius_norm"]
     if spectral == frobenius == total:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvprof.records.formats import TENSORS
+from kvprof.records.formats import TENSORS, TensorName
 from kvprof.records.geometry import KVLayer, bytes_text
 from kvprof.records.inventory import Inventory
 from kvprof.records.plan import BitPlan, TensorPlan
-from kvprof.records.scores import Scores
+from kvprof.records.scores import SCALAR_METRICS, Scores
 from kvprof.report.console import Table, print_flag, print_note, print_plain
-from kvprof.report.sentences import CONTEXTS, layers_text, norm_verdict, plan_lines, score_remarks
+from kvprof.report.sentences import larger, layers_text, norm_verdict, plan_lines, score_remarks
 
 
 def show_inventory(inventory: Inventory) -> None:
@@ -29,14 +29,20 @@ def show_inventory(inventory: Inventory) -> None:
         table.add(*_shape_cells(layer), str(geometry.bytes_per_token(layer)), style=style)
     table.print()
     growing = [layer for layer in geometry.layers if layer.has_projections and layer.window is None]
-    total = sum(geometry.bytes_per_token(layer) for layer in growing)
     where = f"{len(growing)} of {geometry.num_layers} layers"
-    print_plain(f"each token adds {total} bytes ({bytes_text(total)}) in {where}")
-    print_plain("  ".join(f"{tokens // 1024}k context: {bytes_text(geometry.bytes_at(tokens))}" for tokens in CONTEXTS))
+    print_plain(
+        f"each token adds {inventory.bytes_per_token} bytes ({bytes_text(inventory.bytes_per_token)}) in {where}"
+    )
+    print_plain(
+        "  ".join(f"{tokens // 1024}k context: {bytes_text(size)}" for tokens, size in inventory.bytes_at.items())
+    )
     reasons: dict[str, list[int]] = {}
     for layer in geometry.layers:
         if layer.skipped is not None:
             reasons.setdefault(layer.skipped, []).append(layer.layer)
+    uncounted = [layer.layer for layer in geometry.layers if layer.kind in ("latent", "recurrent", "hybrid", "other")]
+    if uncounted:
+        print_note(f"not counted above: the latents or states of fixed shape of {layers_text(uncounted)}")
     for reason, layers in reasons.items():
         print_plain(f"left alone by a plan: {layers_text(layers)}: {reason}")
     show_red_flags(inventory)
@@ -57,15 +63,17 @@ def show_scores(scores: Scores) -> None:
     if scores.calibration is not None:
         text = scores.calibration
         title += f" on {text.sequences} sequences, {text.tokens} tokens of {text.dataset}"
-    norms = {"spectral_norm", "frobenius_norm"} & set(scores.metrics)
+    norms = [metric for metric in ("spectral_norm", "frobenius_norm") if metric in scores.metrics]
     if len(norms) == 2:
         _show_norms(scores, title)
-    for metric in norms if len(norms) == 1 else ():
-        _show_single(scores, metric, title)
+    elif norms:
+        _show_single(scores, norms[0], title)
     if "gradient_norm" in scores.metrics:
         _show_gradients(scores, title)
+    for tensor in TENSORS:
+        _show_losses(scores, tensor, title)
     if not scores.metrics:
-        print_plain(f"{title}: {len(scores.layers)} layers; no metric that every layer has")
+        print_plain(f"{title}: {len(scores.layers)} layers, and none of the metrics {', '.join(SCALAR_METRICS)} in all")
     for remark in score_remarks(scores):
         print_note(remark)
 
@@ -96,7 +104,7 @@ def _show_norms(scores: Scores, title: str) -> None:
         for metric in ("spectral_norm", "frobenius_norm"):
             key, value = getattr(entry.key, metric), getattr(entry.value, metric)
             ratio = f"{key / value:#.3g}" if value else "-"
-            cells += [_number(key), _number(value), ratio, "=" if key == value else "K" if key > value else "V"]
+            cells += [_number(key), _number(value), ratio, larger(key, value)]
         table.add(*cells, _number(entry.key.stable_rank), _number(entry.value.stable_rank))
     table.print()
     if any(entry.key.bias_norm is not None or entry.key.gain_rms is not None for entry in scores.layers):
@@ -130,6 +138,18 @@ def _show_gradients(scores: Scores, title: str) -> None:
             cells += [_number(found.gradient_norm), _number(found.gradient_norm_stderr), str(ranks[tensor][row])]
         table.add(*cells)
     table.print()
+
+
+def _show_losses(scores: Scores, tensor: TensorName, title: str) -> None:
+    """Print the predicted increase of the loss in each format that was scored, a few formats beside each other."""
+    losses = [entry.tensor(tensor).loss_increase or {} for entry in scores.layers]
+    formats = list(dict.fromkeys(name for loss in losses for name in loss))
+    for start in range(0, len(formats), 6):
+        chosen = formats[start : start + 6]
+        table = Table(f"{title}: predicted loss increase of each {tensor}, nats a token", ("layer", *chosen))
+        for entry, loss in zip(scores.layers, losses, strict=True):
+            table.add(str(entry.layer), *(_number(loss.get(name)) for name in chosen))
+        table.print()
 
 
 def _show_single(scores: Scores, metric: str, title: str) -> None:

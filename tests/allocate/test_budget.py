@@ -74,10 +74,24 @@ def test_a_budget_is_the_decimal_number_it_is_written_as(budget: str | float) ->
     assert plan.budget.nominal_bits == plan.budget.requested == 2.3
 
 
-@pytest.mark.parametrize("budget", ["two", "nan", "inf", "0", "-1", "", "1e999999999", "1e-999999999"])
-def test_a_budget_that_is_no_positive_number_is_refused(budget: str) -> None:
-    with pytest.raises(UsageError, match="not a positive number"):
+@pytest.mark.parametrize("budget", ["two", "nan", "inf", "", "2,5", "1e999999999", "1e-999999999"])
+def test_a_budget_that_is_no_number_is_refused(budget: str) -> None:
+    with pytest.raises(UsageError, match="is not a number of bits"):
         bit_limit(budget)
+
+
+@pytest.mark.parametrize("budget", ["0", "-1", "1e-3"])
+def test_a_number_that_no_plan_can_meet_is_infeasible(budget: str) -> None:
+    with pytest.raises(InfeasibleBudget, match="cheapest plan: 1 "):
+        allocate(scores([1.0] * 5, [1.0] * 5), budget=budget)
+
+
+def test_the_advice_for_a_budget_that_pins_make_infeasible_names_the_pins() -> None:
+    with pytest.raises(InfeasibleBudget, match="loosen a --pin"):
+        allocate(scores([1.0] * 5, [1.0] * 5), budget="2.5", pins=["key:*=8"])
+    with pytest.raises(InfeasibleBudget) as caught:
+        allocate(scores([1.0] * 5, [1.0] * 5), budget="5", pins=["key:*=8", "value:*=1"])
+    assert "--bits" not in str(caught.value)
 
 
 def test_an_unknown_unit_is_refused_with_the_nearest() -> None:

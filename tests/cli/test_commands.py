@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -229,3 +232,95 @@ def test_validate_says_what_is_wrong_with_a_file(in_tmp: Path, text: str) -> Non
         assert result.exit_code == 1
         assert "file.json" in result.output
         assert "Traceback" not in result.output
+
+
+def test_the_newest_scores_that_can_be_allocated_are_taken_whatever_lies_beside_them(in_tmp: Path) -> None:
+    for folder in "abcde":
+        Path("outputs", folder).mkdir(parents=True)
+    handmade_scores(Path("outputs/a/norms.json"))
+    Path("outputs/b/norms.json").write_text("{")
+    losses = [{"layer": 0, "key": {"loss_increase": {"int2g32": 0.1}}, "value": {"loss_increase": {"int2g32": 0.2}}}]
+    Path("outputs/c/divergence.json").write_text(json.dumps({"schema": "kvprof.scores/1", "layers": losses}))
+    Path("outputs/d/gradients.json").symlink_to("nowhere")
+    Path("outputs/e/norms.json").mkdir()
+    result = run("allocate", "--budget", "3")
+    assert result.exit_code == 0, result.output
+    assert "from outputs/a/norms.json" in result.output
+    Path("outputs/a/norms.json").unlink()
+    result = run("allocate", "--budget", "3")
+    assert result.exit_code == 1
+    assert "outputs/b/norms.json: not valid JSON" in result.output
+
+
+def test_show_prints_every_metric_that_a_file_has(in_tmp: Path) -> None:
+    tensor = {"gradient_norm": 0.25, "spectral_norm": 7.5, "loss_increase": {"int2g32": 0.125, "rot2": 0.0625}}
+    layers = [{"layer": 0, "key": tensor, "value": tensor}]
+    Path("all.json").write_text(json.dumps({"schema": "kvprof.scores/1", "layers": layers}))
+    output = run("show", "all.json").output
+    for number in ("0.2500", "7.500", "int2g32", "0.1250", "rot2", "0.06250"):
+        assert number in output
+
+
+def test_a_metric_that_one_layer_lacks_is_named_with_the_layer(in_tmp: Path) -> None:
+    layers = [{"layer": n, "key": {"spectral_norm": 1.0}, "value": {"spectral_norm": 1.0}} for n in range(2)]
+    del layers[1]["key"]["spectral_norm"]
+    Path("gap.json").write_text(json.dumps({"schema": "kvprof.scores/1", "layers": layers}))
+    result = run("allocate", "--budget", "3", "--scores", "gap.json")
+    assert result.exit_code == 1
+    assert "no spectral_norm for the key of layer 1" in result.output
+
+
+@pytest.mark.parametrize("option", ["--group-size", "--recent-tokens", "--sink-tokens"])
+def test_an_absurd_number_is_a_usage_error(in_tmp: Path, option: str) -> None:
+    scores = handmade_scores(in_tmp / "mine.json")
+    assert run("allocate", "--budget", "3", option, str(10**20), "--scores", scores).exit_code == 2
+
+
+def test_a_memory_budget_says_what_the_plan_holds_at_that_context_and_batch(in_tmp: Path) -> None:
+    tiny_model("llama").save_pretrained("model")
+    assert run("norms", "./model").exit_code == 0
+    result = run("allocate", "--memory", "180KiB", "--context", "1000", "--batch", "2", "--out", "plan.json")
+    assert result.exit_code == 0, result.output
+    held = BitPlan.load("plan.json").bytes_at(1000, 2)
+    assert held <= 180 * 1024
+    assert f"{held} bytes" in result.output
+
+
+def test_a_file_cannot_send_control_codes_to_the_terminal(in_tmp: Path) -> None:
+    layers = [{"layer": 0, "key": {"spectral_norm": 1.0}, "value": {"spectral_norm": 1.0}}]
+    model = {"id": "\x1b[31mred\u202e", "num_layers": 1}
+    Path("red.json").write_text(json.dumps({"schema": "kvprof.scores/1", "model": model, "layers": layers}))
+    output = run("show", "red.json").output
+    assert "red" in output
+    assert "\x1b" not in output
+    assert "\u202e" not in output
+
+
+def test_a_terminal_without_unicode_gets_a_table_and_no_traceback(in_tmp: Path) -> None:
+    scores = handmade_scores(in_tmp / "mine.json")
+    assert run("allocate", "--budget", "3", "--scores", scores, "--out", "plan.json").exit_code == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "kvprof", "show", "plan.json"],
+        env=os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "int" in done.stdout
+
+
+def test_an_endless_device_is_no_file_of_kvprofs(in_tmp: Path) -> None:
+    result = run("show", "/dev/zero")
+    assert result.exit_code == 1
+    assert "/dev/zero" in result.output
+
+
+def test_plans_of_different_budgets_have_different_names(in_tmp: Path) -> None:
+    scores = handmade_scores(in_tmp / "mine.json")
+    for budget in ("2", "2.0000001", "2.5"):
+        assert run("allocate", "--budget", budget, "--scores", scores, "--out", "plans").exit_code == 0
+    pinned = ("--rule", "uniform", "--bits-key", "4", "--bits-value", "2", "--pin", "key:0=8")
+    assert run("allocate", *pinned, "--scores", scores, "--out", "plans").exit_code == 0
+    names = {path.name for path in Path("plans").iterdir()}
+    assert names == {"plan-2.00.json", "plan-2.0000001.json", "plan-2.50.json", "plan-uniform-k4v2.json"}

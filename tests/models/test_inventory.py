@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
 
@@ -195,12 +196,13 @@ def test_recurrent_layers_are_skipped_with_a_reason_and_attention_beside_them_is
     assert inventory.geometry.layers[1].key_width > 0
 
 
-def test_attention_beside_a_recurrent_state_is_hybrid_and_skipped() -> None:
+def test_attention_beside_a_recurrent_state_is_hybrid_and_planned() -> None:
     inventory = take_inventory(
         config("FalconH1", head_dim=8, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_d_ssm=64)
     )
     assert kinds(inventory) == ["hybrid"] * 4
-    assert all(layer.skipped and layer.key_width == 16 for layer in inventory.geometry.layers)
+    assert inventory.geometry.planned == inventory.geometry.layers
+    assert all(layer.key_width == 16 for layer in inventory.geometry.layers)
 
 
 @pytest.mark.parametrize("name", ["Mamba", "FalconMamba"])
@@ -296,7 +298,11 @@ def test_inspecting_needs_a_config_and_nothing_else(in_tmp: Path, monkeypatch: p
     monkeypatch.setattr(socket, "socket", None)
     result = CliRunner().invoke(app, ["inspect", "bare", "--json"])
     assert result.exit_code == 0, result.output
-    assert Inventory.model_validate_json(result.output).geometry.layers[0].window == 16
+    printed = json.loads(result.output)
+    assert printed["geometry"]["layers"][0]["window"] == 16
+    per_token = 2 * (16 + 16) * 4  # of four layers two grow; float32
+    assert printed["bytes_per_token"] == per_token
+    assert printed["bytes_at"]["4096"] == per_token * (4096 + 16)
     assert CliRunner().invoke(app, ["inspect", "bare"]).exit_code == 0
 
 
