@@ -5,6 +5,7 @@ python tests/benchmarks/bench_solver.py
 
 from __future__ import annotations
 
+import sys
 import time
 
 import numpy as np
@@ -16,7 +17,8 @@ from kvprof.allocate.solver import solve
 ITEMS, CHOICES = 252, 20
 
 
-def main() -> None:
+def main() -> int:
+    holds = True
     print("seed   solver s   milp s   milp / solver   loss, solver / milp - 1")
     for seed in range(5):
         rng = np.random.default_rng(seed)
@@ -43,8 +45,11 @@ def main() -> None:
         milp_seconds = time.perf_counter() - start
         excess = solution.loss / (result.fun / 1e3) - 1
         ratio = milp_seconds / solver_seconds
+        holds = holds and ratio > 1 and abs(excess) < 1e-9
         print(f"{seed:4}   {solver_seconds:8.3f}   {milp_seconds:6.2f}   {ratio:13.1f}   {excess:23.1e}")
+    print(f"faster than milp, at the same loss - {'holds' if holds else 'does not hold'}")
+    return 0 if holds else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
