@@ -24,7 +24,7 @@ from kvprof.errors import CalibrationError, UsageError
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the seconds that datasets waits behind every parquet file."""
-    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
 
 
 ROWS = [f"row {number}: the quick brown fox, the lazy dog" for number in range(40)]
