@@ -58,9 +58,7 @@ def exact(
     """
     task = _Task(scores, group_size, pins, window, command)
     metric = metric or default_metric(scores)
-    formats = task.candidates(bits)
-    costs, capacity = price(task.tensors, formats, limit, window, scores.geometry)
-    losses = _losses(task.scores_of(metric), formats)
+    formats, costs, losses, capacity = task.choices(metric, bits, limit)
     solution = solve([list(zip(*choices, strict=True)) for choices in zip(costs, losses, strict=True)], capacity)
     chosen = [forms[choice] for forms, choice in zip(formats, solution.choices, strict=True)]
     return task.plan(chosen, "exact", metric, limit, optimal=solution.optimal)
@@ -86,9 +84,7 @@ def norm_greedy(
     """
     task = _Task(scores, group_size, pins, window, command)
     metric = metric or default_metric(scores)
-    formats = task.candidates(bits)
-    costs, spare = price(task.tensors, formats, limit, window, scores.geometry)
-    losses = _losses(task.scores_of(metric), formats)
+    formats, costs, losses, spare = task.choices(metric, bits, limit)
     ladders = [
         [rung for rung in range(len(prices)) if all(prices[rung] < wider for wider in prices[rung + 1 :])]
         for prices in costs
@@ -210,6 +206,14 @@ class _Task:
             [self.format(tensor, width) for width in (widths[:1] if self._is_pinned(tensor) else widths)]
             for tensor in self.tensors
         ]
+
+    def choices(
+        self, metric: str, bits: Sequence[int], limit: Limit
+    ) -> tuple[list[list[Format]], list[list[int]], list[list[float]], int]:
+        """Return each tensor's candidate formats, their costs and their losses, and the capacity for all costs."""
+        formats = self.candidates(bits)
+        costs, capacity = price(self.tensors, formats, limit, self.window, self.scores.geometry)
+        return formats, costs, _losses(self.scores_of(metric), formats), capacity
 
     def scores_of(self, metric: str) -> list[float]:
         """Return the score of each tensor to plan."""

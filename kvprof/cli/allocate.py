@@ -81,8 +81,7 @@ def allocate(
     from kvprof.report.tables import show_plan
 
     wanted = "gradient_norm" if rule == "kvmix" else metric
-    path = scores if scores is not None else newest_scores(wanted)
-    found = Scores.load(path)
+    path, found = newest_scores(wanted) if scores is None else (scores, Scores.load(scores))
     plan = make_plan(
         found,
         rule=rule,

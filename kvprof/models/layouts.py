@@ -126,7 +126,7 @@ def choose_layout(projection: Projection, shape: tuple[int, ...], layer: KVLayer
 
     shape: of the stored weight. Raises UnknownLayout when no layout of that name has this shape.
     """
-    expected = _fused_rows(projection.layout, layer, query_heads)
+    expected = sum(_part_rows(layer, query_heads)[part] for part in projection.layout.parts)
     for layout in LAYOUTS:
         if layout.names == projection.layout.names:
             rows = shape[1 if layout.transposed else 0]
@@ -145,7 +145,7 @@ def cut_rows(layout: Layout, layer: KVLayer, query_heads: int) -> Rows:
     Raises UnknownLayout where the heads do not divide into the layout's blocks.
     """
     blocks = {"one": 1, "kv_heads": layer.kv_heads, "four": 4}[layout.blocks]
-    sizes = {"q": query_heads * layer.key_head_dim, "k": layer.key_width, "v": layer.value_width}
+    sizes = _part_rows(layer, query_heads)
     if any(size % blocks for size in sizes.values()):
         raise UnknownLayout(
             f"layer {layer.layer}: {query_heads} query and {layer.kv_heads} KV heads do not cut into {blocks} blocks."
@@ -160,9 +160,9 @@ def cut_rows(layout: Layout, layer: KVLayer, query_heads: int) -> Rows:
     return Rows(tuple(runs["k"]), tuple(runs["v"]))
 
 
-def _fused_rows(layout: Layout, layer: KVLayer, query_heads: int) -> int:
-    sizes = {"q": query_heads * layer.key_head_dim, "k": layer.key_width, "v": layer.value_width}
-    return sum(sizes[part] for part in layout.parts)
+def _part_rows(layer: KVLayer, query_heads: int) -> dict[str, int]:
+    """Return how many output rows are queries, keys and values."""
+    return {"q": query_heads * layer.key_head_dim, "k": layer.key_width, "v": layer.value_width}
 
 
 def _nothing_found(seen: set[str], candidates: Iterable[dict[int, Projection]], needed: set[int]) -> str:

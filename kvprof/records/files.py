@@ -28,8 +28,8 @@ def load_any(path: str | Path) -> Scores | BitPlan:
     raise InvalidFile(f"{path}: schema is {schema!r}, which is no file of kvprof's: {did_you_mean(schema, known)}")
 
 
-def newest_scores(metric: str | None = None, outputs: Path = OUTPUTS) -> Path:
-    """Return the newest Scores file in the output folders, of those that have the metric where one is named.
+def newest_scores(metric: str | None = None, outputs: Path = OUTPUTS) -> tuple[Path, Scores]:
+    """Find the newest Scores file in the output folders, of those that have the metric where one is named; read it.
 
     A broken file is passed over where another serves. Raises InvalidFile, saying what to run or what is broken, where
     none does; UsageError for a metric that cannot be allocated by.
@@ -40,12 +40,12 @@ def newest_scores(metric: str | None = None, outputs: Path = OUTPUTS) -> Path:
     broken: InvalidFile | None = None
     for path in sorted(filter(Path.is_file, files), key=lambda path: path.stat().st_mtime_ns, reverse=True):
         try:
-            metrics = Scores.load(path).metrics
+            scores = Scores.load(path)
         except InvalidFile as error:
             broken = broken or error
             continue
-        if metrics and metric in (None, *metrics):
-            return path
+        if scores.metrics and metric in (None, *scores.metrics):
+            return path, scores
     if broken is not None:
         raise broken
     wanted = f"scores with {metric}" if metric else "scores"

@@ -98,6 +98,11 @@ class CacheGeometry(Record):
         return tuple(layer for layer in self.layers if layer.has_projections)
 
     @property
+    def growing(self) -> tuple[KVLayer, ...]:
+        """The layers that keep the keys and values of every token."""
+        return tuple(layer for layer in self.scored if layer.window is None)
+
+    @property
     def element_bytes(self) -> int:
         """Bytes of one element in the model's dtype."""
         return ELEMENT_BYTES[self.dtype]

@@ -35,8 +35,7 @@ class Inventory(Record):
     @property
     def bytes_per_token(self) -> int:
         """Bytes that each token adds for good: to the layers whose cache grows with the context."""
-        growing = (layer for layer in self.geometry.layers if layer.window is None)
-        return sum(map(self.geometry.bytes_per_token, growing))
+        return sum(map(self.geometry.bytes_per_token, self.geometry.growing))
 
     @computed_field  # type: ignore[prop-decorator]
     @property

@@ -23,15 +23,16 @@ def larger(key: float, value: float) -> str:
 
 def norm_verdict(scores: Scores) -> str:
     """Return one line on the key-value norm disparity: in how many layers K exceeds V, in each norm."""
-    counts = {}
-    for metric in ("spectral_norm", "frobenius_norm"):
-        keys, values = (scores.column(metric, tensor) for tensor in TENSORS)
-        counts[metric] = sum(larger(key, value) == "K" for key, value in zip(keys, values, strict=True))
+    winners = {
+        metric: [larger(*pair) for pair in zip(*(scores.column(metric, tensor) for tensor in TENSORS), strict=True)]
+        for metric in ("spectral_norm", "frobenius_norm")
+    }
     total = len(scores.layers)
-    spectral, frobenius = counts["spectral_norm"], counts["frobenius_norm"]
-    if spectral == frobenius == total:
+    spectral, frobenius = (found.count("K") for found in winners.values())
+    seen = {winner for found in winners.values() for winner in found}
+    if seen == {"K"}:
         moral = "keys are larger everywhere, as arXiv 2502.15075 expects"
-    elif spectral == frobenius == 0:
+    elif seen == {"V"}:
         moral = "values are larger everywhere, against arXiv 2502.15075"
     else:
         moral = "the key-value norm disparity is not universal"

@@ -28,8 +28,7 @@ def show_inventory(inventory: Inventory) -> None:
         style = "" if layer.skipped is None else "dim"
         table.add(*_shape_cells(layer), str(geometry.bytes_per_token(layer)), style=style)
     table.print()
-    growing = [layer for layer in geometry.layers if layer.has_projections and layer.window is None]
-    where = f"{len(growing)} of {geometry.num_layers} layers"
+    where = f"{len(geometry.growing)} of {geometry.num_layers} layers"
     print_plain(
         f"each token adds {inventory.bytes_per_token} bytes ({bytes_text(inventory.bytes_per_token)}) in {where}"
     )
@@ -42,7 +41,7 @@ def show_inventory(inventory: Inventory) -> None:
             reasons.setdefault(layer.skipped, []).append(layer.layer)
     uncounted = [layer.layer for layer in geometry.layers if layer.kind in ("latent", "recurrent", "hybrid", "other")]
     if uncounted:
-        print_note(f"not counted above: the latents or states of fixed shape of {layers_text(uncounted)}")
+        print_plain(f"not counted above: the latents or states of fixed shape of {layers_text(uncounted)}")
     for reason, layers in reasons.items():
         print_plain(f"left alone by a plan: {layers_text(layers)}: {reason}")
     show_red_flags(inventory)

@@ -6,7 +6,7 @@ The truth is a loss that the test computes itself in float64: the mean over a se
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -23,15 +23,6 @@ from kvprof.profile.gradients import SequenceNorms, gradient_norms, measure_grad
 from kvprof.records.scores import CalibrationInfo, Scores
 
 MIXTURES = ("mixtral", "qwen3-moe", "gpt-oss", "jetmoe", "dbrx")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small matrices: on a busy machine, waiting for a second core costs more than it brings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def ragged(lengths: Sequence[int] = (17, 5, 24, 9)) -> CalibrationSet:

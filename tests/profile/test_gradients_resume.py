@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,15 +19,6 @@ from kvprof.profile.gradients import GradientSettings, run_gradients
 from kvprof.records.scores import Scores
 
 SETTINGS = GradientSettings(sequences=6, sequence_length=24, dtype="float32", device="cpu")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small matrices: on a busy machine, waiting for a second core costs more than it brings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def save_tiny(folder: Path, seed: int = 0) -> ModelSource:

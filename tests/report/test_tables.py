@@ -32,6 +32,7 @@ def norms(keys: list[float], values: list[float], gain: float | None = None) -> 
         ([5.0, 1.0], [1.0, 2.0], ["spectral K > V in 1 of 2", "Frobenius K > V in 1 of 2", "not universal"]),
         ([1.0, 1.0], [2.0, 2.0], ["spectral K > V in 0 of 2", "Frobenius K > V in 0 of 2", "against"]),
         ([5.0, 5.0], [5.0, 5.0], ["spectral K > V in 0 of 2"]),
+        ([4.5, 4.5], [4.5, 4.5], ["spectral K > V in 0 of 2", "Frobenius K > V in 0 of 2", "not universal"]),  # ties
     ],
 )
 def test_the_verdict_counts_layers_in_each_norm(keys: list[float], values: list[float], words: list[str]) -> None:
