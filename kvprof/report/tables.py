@@ -41,7 +41,7 @@ def show_inventory(inventory: Inventory) -> None:
             reasons.setdefault(layer.skipped, []).append(layer.layer)
     uncounted = [layer.layer for layer in geometry.layers if layer.kind in ("latent", "recurrent", "hybrid", "other")]
     if uncounted:
-        print_plain(f"not counted above: the latents or states of fixed shape of {layers_text(uncounted)}")
+        print_plain(f"not counted above: compressed latents and recurrent states, {layers_text(uncounted)}")
     for reason, layers in reasons.items():
         print_plain(f"left alone by a plan: {layers_text(layers)}: {reason}")
     show_red_flags(inventory)
