@@ -1,0 +1,1 @@
+"""Bit plans as other tools write them: one file a tool."""
