@@ -34,8 +34,14 @@ class Mismatch(KvprofError):
     exit_code = 4
 
 
+class NotBetter(KvprofError):
+    """A plan is no better than a rival that stores no more bits. Exit code 5."""
+
+    exit_code = 5
+
+
 class InvalidFile(KvprofError):
-    """A Scores, BitPlan or journal file that breaks its contract."""
+    """A Scores, BitPlan, Evaluation or journal file that breaks its contract."""
 
 
 class OutputError(KvprofError):
@@ -50,8 +56,16 @@ class UnknownLayout(ModelError):
     """A checkpoint's K and V projections are not cut in a way that kvprof knows."""
 
 
+class UnsupportedAttention(ModelError):
+    """A model computes attention in a way that cannot be replaced by one that reads a quantized cache."""
+
+
 class NonFiniteWeight(ModelError):
     """A weight holds NaN or infinity."""
+
+
+class CacheError(KvprofError):
+    """A cache is asked for what it cannot do as its plan promises; it is left as it was."""
 
 
 class NonFiniteGradient(KvprofError):

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,24 +65,35 @@ def output_folder(model_id: str, out: Path | None) -> Path:
 def write_atomically(path: str | Path, text: str) -> Path:
     """Write a text file so that no reader ever sees half of it; raises OutputError, leaving the old file as it was."""
     path = Path(path)
+    with replaced_when_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+    return path
+
+
+@contextlib.contextmanager
+def replaced_when_whole(path: Path) -> Iterator[Path]:
+    """Yield a file beside `path` to write; it takes that place when the `with` ends well, and is gone otherwise.
+
+    Raises OutputError where the place cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-                file.flush()
+            yield temporary
+            with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             umask = os.umask(0)
             os.umask(umask)
             os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would hide the result from the user's group
             os.replace(temporary, path)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}.\n  Name another folder with --out DIR.") from None
-    return path
 
 
 class Journal:

@@ -1,7 +1,7 @@
 """Keys and values -> codes, scales and zero points, and back. The one place where a cached number is rounded.
 
 Knows the two schemes, `asymmetric` and `rotated`; does not know layers, windows, nor how codes are packed. What a token
-becomes depends on its own group alone: the same bits come out whatever is encoded with it, in one call or in many.
+becomes depends on its own group alone: the same bits come out whatever is encoded or decoded with it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ USUAL = Quantizer()
 
 @dataclass(frozen=True)
 class Encoded:
-    """A tensor in codes.
+    """Keys or values in codes. A unit is what is quantized at once: a group of tokens (axis `channel`), else a token.
 
-    codes: (B, H, T, D), uint8. scale, zero: axis `channel` (B, H, T / group_size, D), axis `token` (B, H, T, groups a
-    head); `rotated` has no zero.
+    codes: (B, H, units, tokens a unit, D), uint8.
+    scale, zero: (B, H, units, S): S is D for axis `channel`, the groups a head for axis `token`; `rotated` has no zero.
     """
 
     codes: Tensor
@@ -35,11 +35,16 @@ class Encoded:
     zero: Tensor | None
 
 
+def unit_tokens(form: Format) -> int:
+    """Return how many tokens are quantized together."""
+    return form.group_size if form.axis == "channel" else 1
+
+
 def fake_quantize(x_BHTD: Tensor, form: Format, quantizer: Quantizer = USUAL) -> Tensor:
     """Return what a cache that stores keys or values in this format gives back.
 
-    x_BHTD: (B, H, T, D), any float dtype, which the result has too. Axis `channel`: T is a multiple of the group size;
-    groups start at the first token. Arithmetic is float32, of float64 tensors float64.
+    x_BHTD: (B, H, T, D), any float dtype, which the result has too. Axis `channel`: T is a multiple of the group size,
+    and groups start at the first token. Arithmetic is float32, of float64 tensors float64.
     quantizer: the dtypes of scale and zero, and the seed of the rotation.
     """
     if form.is_full:
@@ -48,52 +53,41 @@ def fake_quantize(x_BHTD: Tensor, form: Format, quantizer: Quantizer = USUAL) ->
 
 
 def encode(x_BHTD: Tensor, form: Format, quantizer: Quantizer = USUAL) -> Encoded:
-    """Return the codes of keys or values, (B, H, T, D), T a multiple of the group size where the axis is `channel`."""
-    x_BHTD = x_BHTD.to(_arithmetic(x_BHTD.dtype))
+    """Return the codes of keys or values, (B, H, T, D), T a multiple of the tokens in a unit."""
     if form.scheme == "rotated":
         return _encode_rotated(x_BHTD, form, quantizer)
+    units = torch.unflatten(x_BHTD.to(_arithmetic(x_BHTD.dtype)), 2, (-1, unit_tokens(form)))
     if form.axis == "channel":
-        groups = x_BHTD.unflatten(2, (-1, form.group_size))  # (B, H, groups, group_size, D)
-        codes, scale, zero = _encode_groups(groups, 3, form, quantizer)
-        return Encoded(codes.flatten(2, 3), scale.squeeze(3), zero.squeeze(3))
+        codes, scale, zero = _encode_groups(units, 3, form, quantizer)
+        return Encoded(codes, scale.squeeze(3), zero.squeeze(3))
     parts = []
-    for part, group_size in _channel_parts(x_BHTD, form.group_size):
-        groups = part.unflatten(3, (-1, group_size))  # (B, H, T, groups, group_size)
-        codes, scale, zero = _encode_groups(groups, 4, form, quantizer)
-        parts.append((codes.flatten(3, 4), scale.squeeze(4), zero.squeeze(4)))
-    if len(parts) == 1:
-        return Encoded(*parts[0])
-    return Encoded(*(torch.cat(pieces, dim=3) for pieces in zip(*parts, strict=True)))
+    for part in _head_parts(units, form.group_size):  # (B, H, T, 1, groups, channels of a group)
+        codes, scale, zero = _encode_groups(part, 5, form, quantizer)
+        parts.append((codes.flatten(4), scale.flatten(3), zero.flatten(3)))
+    codes, scale, zero = (torch.cat(pieces, dim=-1) for pieces in zip(*parts, strict=True))
+    return Encoded(codes, scale, zero)
 
 
 def decode(encoded: Encoded, form: Format, quantizer: Quantizer, out_BHTD: Tensor) -> Tensor:
     """Write the numbers that codes stand for into `out_BHTD`, (B, H, T, D), which may be strided; return it."""
     work = _arithmetic(out_BHTD.dtype)
-    # A strided or narrower result is computed beside it and rounded once, when it is copied.
+    # A narrower result is computed beside it, and rounded once when it is copied.
     place = out_BHTD if out_BHTD.dtype == work else torch.empty(out_BHTD.shape, dtype=work, device=out_BHTD.device)
-    scale = encoded.scale.to(work)
+    units = torch.unflatten(place, 2, tuple(encoded.codes.shape[2:4]))  # (B, H, units, tokens a unit, D)
     if form.scheme == "rotated":
-        levels = lloyd_max_levels(form.bits).to(work).to(place.device)
-        y = levels[encoded.codes.int()].mul_(scale)
-        place.copy_(_hadamard(y).mul_(_signs(quantizer.rotation_seed, y.shape[-1], y.device)))
+        _decode_rotated(encoded, form, quantizer, units)
     else:
         assert encoded.zero is not None
-        zero = encoded.zero.to(work)
+        scale, zero = encoded.scale.to(work).unsqueeze(3), encoded.zero.to(work).unsqueeze(3)
+        units.copy_(encoded.codes)
         # Multiplied, then added: one fused operation would round differently at the ends of a vector.
         if form.axis == "channel":
-            groups = place.unflatten(2, (-1, form.group_size))
-            torch.mul(encoded.codes.unflatten(2, (-1, form.group_size)), scale.unsqueeze(3), out=groups)
-            groups.add_(zero.unsqueeze(3))
+            units.mul_(scale).add_(zero)
         else:
             first = 0
-            pairs = zip(
-                _channel_parts(place, form.group_size), _channel_parts(encoded.codes, form.group_size), strict=True
-            )
-            for (part, group_size), (codes, _) in pairs:
-                groups = part.unflatten(3, (-1, group_size))
-                last = first + groups.shape[3]
-                torch.mul(codes.unflatten(3, (-1, group_size)), scale[..., first:last, None], out=groups)
-                groups.add_(zero[..., first:last, None])
+            for part in _head_parts(units, form.group_size):
+                last = first + part.shape[4]
+                part.mul_(scale[..., first:last, None]).add_(zero[..., first:last, None])
                 first = last
     if place is not out_BHTD:
         out_BHTD.copy_(place)
@@ -108,7 +102,7 @@ def lloyd_max_levels(bits: int) -> Tensor:
     on the positive half; the other half mirrors it. 1 bit: 0.7979; 2 bits: 0.4528, 1.5104.
     """
     half = 2 ** (bits - 1)
-    # High-rate levels lie like the quantiles of a normal with the variance 3 (Panter and Dite 1951): a start nearby.
+    # At many levels they lie like the quantiles of a normal of variance 3 (Panter and Dite 1951): a start nearby.
     position = (torch.arange(half, dtype=torch.float64) + half + 0.5) / (2 * half)
     levels = math.sqrt(3) * torch.special.ndtri(position)
     infinity = torch.tensor([math.inf], dtype=torch.float64)
@@ -120,10 +114,10 @@ def lloyd_max_levels(bits: int) -> Tensor:
         mean = (density_low - density_high) / mass
         # How a cell's mean moves with its edges; an edge moves by half of what either neighbour does.
         by_low = density_low * (mean - low) / mass / 2
-        by_high = torch.where(density_high > 0, density_high * (high - mean) / mass / 2, 0.0)
+        by_high = density_high[:-1] * (high - mean)[:-1] / mass[:-1] / 2
         by_low[0] = 0.0  # the edge at 0 stays
-        by_high[-1] = 0.0
-        jacobian = torch.diag(1 - by_low - by_high) - torch.diag(by_low[1:], -1) - torch.diag(by_high[:-1], 1)
+        jacobian = torch.diag(1 - by_low) - torch.diag(by_low[1:], -1) - torch.diag(by_high, 1)
+        jacobian[range(half - 1), range(half - 1)] -= by_high
         step = torch.linalg.solve(jacobian, levels - mean)
         while bool(((levels - step).diff() <= 0).any()) or bool(levels[0] <= step[0]):
             step = step / 2  # the levels stay ascending and positive
@@ -137,12 +131,15 @@ def _arithmetic(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _channel_parts(x: Tensor, group_size: int) -> list[tuple[Tensor, int]]:
-    """Cut the last dimension where whole groups end; the rest is a shorter group of its own."""
-    head_dim = x.shape[-1]
+def _head_parts(units: Tensor, group_size: int) -> list[Tensor]:
+    """View the last dimension as (groups, channels of a group); what whole groups leave is a shorter group of its own.
+
+    units: (..., D). Returns one or two views, (..., groups, channels).
+    """
+    head_dim = units.shape[-1]
     whole = head_dim // group_size * group_size
-    parts = [(x[..., :whole], group_size), (x[..., whole:], head_dim - whole)]
-    return [(part, size) for part, size in parts if part.shape[-1] > 0]
+    parts = [] if whole == 0 else [torch.unflatten(units[..., :whole], -1, (-1, group_size))]
+    return parts if whole == head_dim else [*parts, units[..., whole:].unsqueeze(-2)]
 
 
 def _encode_groups(groups: Tensor, dim: int, form: Format, quantizer: Quantizer) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,9 +169,8 @@ def _encode_range(
     scale = _stored((high - low) / top, quantizer.scale_dtype)
     zero = _stored(low, quantizer.zero_dtype)
     step = scale.to(groups.dtype)
-    steps = (groups - zero.to(groups.dtype)) / torch.where(step == 0, torch.ones_like(step), step)
-    codes = torch.where(step == 0, torch.zeros_like(steps), steps.round_()).clamp_(0, top)
-    return codes.to(torch.uint8), scale, zero
+    codes = ((groups - zero.to(groups.dtype)) / _nonzero(step)).round_().clamp_(0, top)
+    return codes.masked_fill_(step == 0, 0).to(torch.uint8), scale, zero
 
 
 def _squared_error(groups: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, dim: int) -> Tensor:
@@ -183,44 +179,56 @@ def _squared_error(groups: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, d
 
 
 def _encode_rotated(x_BHTD: Tensor, form: Format, quantizer: Quantizer) -> Encoded:
+    """Encode in the rotated basis, in float64: there no order of summing moves a number across a code's edge."""
     head_dim = x_BHTD.shape[-1]
-    y = _hadamard(x_BHTD * _signs(quantizer.rotation_seed, head_dim, x_BHTD.device))
-    scale = _stored(_mean_of_squares(y).sqrt_(), quantizer.scale_dtype)  # (B, H, T, 1)
-    step = scale.to(y.dtype)
+    work = torch.float32 if x_BHTD.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    y = x_BHTD.to(work) @ _rotation(head_dim, quantizer.rotation_seed, work, x_BHTD.device).T / math.sqrt(head_dim)
+    scale = _stored(y.square().mean(-1, keepdim=True).sqrt_(), quantizer.scale_dtype)  # (B, H, T, 1)
     levels = lloyd_max_levels(form.bits)
-    edges = ((levels[1:] + levels[:-1]) / 2).to(y.dtype).to(y.device)
-    codes = torch.bucketize(y.div_(torch.where(step == 0, torch.ones_like(step), step)), edges, out_int32=True)
-    return Encoded(codes.to(torch.uint8), scale, None)
+    edges = ((levels[1:] + levels[:-1]) / 2).to(device=y.device, dtype=work)
+    codes = torch.bucketize(y / _nonzero(scale.to(work)), edges, out_int32=True)
+    return Encoded(codes.to(torch.uint8).unsqueeze(3), scale, None)
 
 
-def _mean_of_squares(y: Tensor) -> Tensor:
-    """Return the mean of squares over the last dimension, a power of two, added up pairwise in a fixed order."""
-    total = y.square()
-    while total.shape[-1] > 1:
-        total = total[..., ::2] + total[..., 1::2]
-    return total / y.shape[-1]
+def _decode_rotated(encoded: Encoded, form: Format, quantizer: Quantizer, units: Tensor) -> None:
+    """Write what codes stand for into `units`, (B, H, T, 1, D), back in the basis of the model."""
+    head_dim, work, device = units.shape[-1], units.dtype, units.device
+    levels = _exact_levels(form.bits, head_dim).to(device=device, dtype=work)
+    codes = encoded.codes.reshape(-1, head_dim)
+    y = levels.expand(codes.shape[0], -1).gather(1, codes.long())
+    x = y @ _rotation(head_dim, quantizer.rotation_seed, work, device)
+    torch.mul(x.view(units.shape), (encoded.scale.to(work) / math.sqrt(head_dim)).unsqueeze(3), out=units)
 
 
-def _hadamard(x: Tensor) -> Tensor:
-    """Multiply the last dimension, a power of two, by Sylvester's Hadamard matrix over its root.
+@functools.cache
+def _exact_levels(bits: int, head_dim: int) -> Tensor:
+    """Return the Lloyd-Max levels, rounded so that float32 holds any sum of `head_dim` of them exactly.
 
-    Sums and differences of pairs, with the head's channels in front so that the arithmetic runs along the tokens: no
-    matrix product, whose last bits may depend on how many tokens there are.
+    With 24 bits of which a sum needs log2(head_dim) and the largest level its own, 17 are left behind the point for 2
+    bits and 64 channels: 4e-6 at most is lost. In return the rotation is exact, so that what a token comes back as
+    depends on no order of summing: on no batch, no block and no device.
     """
-    head_dim = x.shape[-1]
-    y = x.reshape(-1, head_dim).t().contiguous()  # (D, tokens)
-    span = 1
-    while span < head_dim:
-        pairs = y.view(head_dim // (2 * span), 2, span, -1)
-        y = torch.stack((pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]), dim=1)
-        span *= 2
-    return y.view(head_dim, -1).t().contiguous().mul_(1 / math.sqrt(head_dim)).view(x.shape)
+    levels = lloyd_max_levels(bits)
+    places = 24 - math.ceil(math.log2(head_dim * float(levels[-1])))
+    return (levels * 2.0**places).round() / 2.0**places
 
 
 @functools.lru_cache(maxsize=64)
-def _signs(seed: int, head_dim: int, device: torch.device) -> Tensor:
+def _rotation(head_dim: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return H diag(s), entries 1 and -1: Sylvester's Hadamard matrix, its columns with the signs that the seed draws.
+
+    x diag(s) H / sqrt(D) rotates, and y H diag(s) / sqrt(D) rotates back.
+    """
+    hadamard = torch.ones(1, 1)
+    while hadamard.shape[0] < head_dim:
+        hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randint(0, 2, (head_dim,), generator=generator) * 2 - 1).to(device)
+    signs = torch.randint(0, 2, (head_dim,), generator=generator) * 2 - 1
+    return (hadamard * signs).to(device=device, dtype=dtype)
+
+
+def _nonzero(step: Tensor) -> Tensor:
+    return step.masked_fill(step == 0, 1)
 
 
 def _stored(number: Tensor, dtype: str) -> Tensor:

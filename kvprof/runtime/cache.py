@@ -1,0 +1,364 @@
+"""PlanCache: the transformers cache that obeys a bit plan.
+
+Reads a BitPlan and the model it is for; holds keys and values as the plan says, in the bytes that it promised, and
+hands attention plain tensors for the length of one layer's step. Does not know scores, nor how a plan was found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
+
+from kvprof.errors import CacheError, Mismatch
+from kvprof.models.identity import live_fingerprint
+from kvprof.models.inventory import take_inventory
+from kvprof.records.geometry import ELEMENT_BYTES, CacheGeometry, KVLayer
+from kvprof.records.plan import BitPlan, LayerPlan
+from kvprof.runtime.storage import TensorStore
+
+RECORDED_TOKENS = 128
+"""After `activate_past_recording`, how many tokens `crop` can always take back: they wait for it in full precision."""
+
+
+class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer's keys and values, each in the format that the plan gives it.
+
+    Between two steps nothing of the history exists unpacked: `update` returns plain tensors and keeps no hold of them.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, plan: BitPlan, entry: LayerPlan, shape: KVLayer) -> None:
+        super().__init__()
+        self.shape = shape
+        self.record_past = False
+        self.key = TensorStore(entry.key, plan.window, plan.quantizer, shape.kv_heads, shape.key_head_dim)
+        self.value = TensorStore(entry.value, plan.window, plan.quantizer, shape.kv_heads, shape.value_head_dim)
+        self.stores = (self.key, self.value)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Learn dtype, device and batch from the first keys, and how often the model repeats each of its KV heads."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch = key_states.shape[0]
+        self.repeats = max(1, key_states.shape[1] // self.shape.kv_heads)
+        self._check(key_states, value_states)
+        for states in (key_states, value_states):  # Falcon's grouped layout caches a KV head once for each query head
+            if self.repeats > 1 and not torch.equal(states, self._repeated(self._distinct(states))):
+                raise Mismatch(
+                    f"layer {self.shape.layer} brings {states.shape[1]} KV heads that differ, "
+                    f"the plan counts {self.shape.kv_heads}."
+                )
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """Add new tokens, (B, H, T, D) each; return what they read: all of the history, and themselves unrounded.
+
+        Raises CacheError, or Mismatch where it is the first, for tokens of another shape than the cache's; nothing is
+        added then.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._check(key_states, value_states)
+        if key_states.device != self.device:  # loaded from a file, which knows no device
+            self.device = key_states.device
+            self.change_batch(lambda x: x.to(self.device))
+        read = []
+        for store, states in zip(self.stores, (key_states, value_states), strict=True):
+            new = self._distinct(states)
+            read.append(self._repeated(store.read(new)))
+            store.append(new.detach())
+            store.settle(store.tokens - RECORDED_TOKENS if self.record_past else None)
+        return read[0], read[1]
+
+    def get_seq_length(self) -> int:
+        """Tokens of one sequence held."""
+        return self.key.tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the keys that a query of this length will see, and where they begin."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Return -1: there is no limit."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.20
+
+    def activate_past_recording(self) -> None:
+        """Hold tokens in full precision until `crop` says how many of them stay."""
+        self.record_past = True
+
+    def check_crop(self, tokens: int) -> None:
+        """Raise CacheError where the layer cannot go back to so many tokens."""
+        for store in self.stores:
+            store.check_crop(tokens)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens, by a negative number as transformers counts; raises CacheError, changing nothing.
+
+        The layer is then what it would be had it never seen them.
+        """
+        tokens = max(0, self.get_seq_length() - abs(tokens_to_remove))
+        self.check_crop(tokens)
+        for store in self.stores:
+            store.crop(tokens)
+            store.settle()
+
+    def reset(self) -> None:
+        """Forget every token."""
+        for store in self.stores:
+            store.clear()
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let sequence i go on with the past of sequence beam_idx[i]."""
+        self.change_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        self.change_batch(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some sequences."""
+        self.change_batch(lambda x: x[indices])
+
+    def change_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply a change of dimension 0 to every tensor."""
+        if self.is_initialized:
+            for store in self.stores:
+                store.change_batch(change)
+            self.batch = change(torch.empty(self.batch, 0, device=self.device)).shape[0]
+
+    def tensors(self) -> list[Tensor]:
+        """Return every tensor held."""
+        return [tensor for store in self.stores for _, tensor in store.named_tensors()]
+
+    def offload(self) -> None:
+        """Refuse: a cache that is small enough stays where it is."""
+        raise CacheError("a PlanCache does not offload its layers; lower the plan's bits instead.")
+
+    def _check(self, key_states: Tensor, value_states: Tensor) -> None:
+        shape, layer = self.shape, self.shape.layer
+        for name, states, head_dim in (
+            ("keys", key_states, shape.key_head_dim),
+            ("values", value_states, shape.value_head_dim),
+        ):
+            if states.shape[1] != shape.kv_heads * self.repeats or states.shape[3] != head_dim:
+                raise Mismatch(
+                    f"layer {layer} brings {name} of {states.shape[1]} heads of {states.shape[3]}, "
+                    f"the plan is for {shape.kv_heads} heads of {head_dim}."
+                )
+            if states.shape[0] != self.batch:
+                raise CacheError(
+                    f"layer {layer} brings {states.shape[0]} sequences, the cache holds {self.batch}.\n"
+                    "  Call cache.reset(), or cache.batch_repeat_interleave(n), first."
+                )
+
+    def _distinct(self, states: Tensor) -> Tensor:
+        return states[:, :: self.repeats] if self.repeats > 1 else states
+
+    def _repeated(self, states: Tensor) -> Tensor:
+        return states.repeat_interleave(self.repeats, dim=1) if self.repeats > 1 else states
+
+
+class PlannedHybridLayer(LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]
+    """A layer with attention and a recurrent state side by side: the plan's keys and values, transformers' state."""
+
+    def __init__(self, planned: PlannedLayer, number_of_states: int) -> None:
+        super().__init__(number_of_states=number_of_states)
+        self.planned = planned
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Prepare the recurrent state, where named arguments ask for it, or the keys and values."""
+        if args:
+            self.planned.lazy_initialization(*args)
+        else:
+            LinearAttentionLayer.lazy_initialization(self, **kwargs)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """Add new tokens as `PlannedLayer.update` does."""
+        return self.planned.update(key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        """Tokens of one sequence held."""
+        return self.planned.get_seq_length()
+
+    def reset(self) -> None:
+        """Forget every token and the state."""
+        LinearAttentionLayer.reset(self)
+        self.planned.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let sequence i go on with the past of sequence beam_idx[i]."""
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        self.planned.reorder_cache(beam_idx)
+
+    def activate_past_recording(self) -> None:
+        """Hold what `crop` may take back."""
+        LinearAttentionLayer.activate_past_recording(self)
+        self.planned.activate_past_recording()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens."""
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        self.planned.crop(tokens_to_remove)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence's keys and values; `PlanCache` repeats the states."""
+        self.planned.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some sequences' keys and values; `PlanCache` keeps the states."""
+        self.planned.batch_select_indices(indices)
+
+
+class PlanCache(Cache):  # type: ignore[misc]
+    """A key-value cache that stores what a bit plan says.
+
+        cache = PlanCache.from_plan(BitPlan.load("plan.json"), model)
+        model.generate(**inputs, past_key_values=cache)
+
+    A query that arrives alone reads the cache as it stands, with its own key and value unrounded; a block of queries
+    (a prompt) reads the block itself unrounded. Layers that the plan skips (sliding window, shared, recurrent) are
+    transformers' own. Positions are those of the tensors: in a left-padded batch the padding counts as tokens.
+    """
+
+    def __init__(self, plan: BitPlan, layers: list[Any]) -> None:
+        super().__init__(layers=layers)
+        self.plan = plan
+        """The plan, its geometry that of the model in the dtype that it is loaded in: so its bytes are the cache's."""
+
+    @classmethod
+    def from_plan(cls, plan: BitPlan, model: PreTrainedModel) -> PlanCache:
+        """Return an empty cache for this model; raises Mismatch for a plan of another."""
+        geometry, fingerprint = _identity(model)
+        plan.check_fits(geometry, fingerprint)
+        dtype = str(model.dtype).removeprefix("torch.")
+        if dtype in ELEMENT_BYTES:
+            geometry = geometry.model_copy(update={"dtype": dtype})
+        plan = plan.model_copy(update={"geometry": geometry})
+        layers = list(DynamicCache(config=model.config).layers)
+        layers += [DynamicLayer() for _ in range(geometry.num_layers - len(layers))]
+        for entry in plan.layers:
+            planned = PlannedLayer(plan, entry, geometry.layers[entry.layer])
+            own = layers[entry.layer]
+            if isinstance(own, LinearAttentionCacheLayerMixin):
+                layers[entry.layer] = PlannedHybridLayer(planned, own.number_of_states)
+            else:
+                layers[entry.layer] = planned
+        return cls(plan, layers)
+
+    def nbytes(self) -> int:
+        """Return the bytes of all keys and values held: codes, scales, zero points, sinks and windows.
+
+        Equal to `plan.bytes_at(tokens, batch)`, which counts no recurrent state either; a sliding layer of transformers
+        lets its oldest token go one step before its window is full of newer ones, so from there on it holds one less.
+        """
+        return sum(tensor.numel() * tensor.element_size() for layer in self.layers for tensor in _tensors(layer))
+
+    def save(self, path: str | Path) -> Path:
+        """Write the cache to a .safetensors file, whole or not at all: the plan, every token, every state."""
+        from kvprof.runtime.snapshot import save_cache
+
+        return save_cache(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path, model: PreTrainedModel) -> PlanCache:
+        """Read a cache that `save` wrote, to go on where it was.
+
+        Raises InvalidFile for a file that is none or is damaged, Mismatch for one of another model or dtype.
+        """
+        from kvprof.runtime.snapshot import load_cache
+
+        return load_cache(Path(path), model)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens, by a negative number, of every layer; a positive one is the length to keep.
+
+        The cache is then what it would be had it never seen them. Raises CacheError where numbers would be needed that
+        were rounded away, or that transformers' own layers let go; nothing is changed then. After
+        `activate_past_recording`, at least RECORDED_TOKENS can always be taken back.
+        """
+        held = self.get_seq_length()
+        remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, held - tokens_to_remove)
+        for layer in self.layers:
+            planned = planned_layer(layer)
+            if planned is not None:
+                planned.check_crop(max(0, held - remove))
+            slid = isinstance(layer, DynamicSlidingWindowLayer) and layer.get_seq_length() >= layer.sliding_window
+            if slid or isinstance(layer, LinearAttentionCacheLayerMixin):
+                if not layer.record_past:
+                    raise CacheError(
+                        "the cache has layers of a sliding window or a recurrent state, which keep no past to go back "
+                        "to.\n  Call cache.activate_past_recording() before the tokens that may be taken back; "
+                        "nothing was changed."
+                    )
+                if isinstance(layer, LinearAttentionCacheLayerMixin) and not layer.is_croppable:
+                    raise CacheError("the cache has layers with a recurrent state, which cannot go back.")
+        super().crop(-remove)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence `repeats` times, next to each other."""
+        self._change_batch(
+            lambda layer: layer.batch_repeat_interleave(repeats), lambda x: x.repeat_interleave(repeats, 0)
+        )
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences of these indices, in their order."""
+        self._change_batch(lambda layer: layer.batch_select_indices(indices), lambda x: x[indices])
+
+    def _change_batch(self, change_layer: Callable[[Any], None], change: Callable[[Tensor], Tensor]) -> None:
+        for layer in self.layers:
+            if isinstance(layer, LinearAttentionCacheLayerMixin):  # transformers changes no batch of theirs
+                for states in (layer.conv_states, layer.recurrent_states):
+                    states.update({index: change(x) for index, x in states.items() if x is not None})
+            if hasattr(layer, "batch_select_indices"):
+                change_layer(layer)
+
+
+def planned_layer(layer: Any) -> PlannedLayer | None:
+    """Return the part of a cache's layer that the plan speaks of, or None where it skips the layer."""
+    return layer if isinstance(layer, PlannedLayer) else getattr(layer, "planned", None)
+
+
+def _tensors(layer: Any) -> Iterable[Tensor]:
+    planned = planned_layer(layer)
+    if planned is not None:
+        return planned.tensors()
+    return [x for x in (getattr(layer, "keys", None), getattr(layer, "values", None)) if x is not None]
+
+
+_IDENTITIES: weakref.WeakKeyDictionary[PreTrainedModel, tuple[object, CacheGeometry, str | None]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _identity(model: PreTrainedModel) -> tuple[CacheGeometry, str | None]:
+    """Return a model's geometry and fingerprint; asked again, without reading weights that have not changed."""
+    state = None
+    with contextlib.suppress(RuntimeError):  # weights made in inference mode count no changes
+        state = [(id(parameter), parameter._version) for parameter in model.parameters()]
+    known = _IDENTITIES.get(model)
+    if known is not None and state is not None and known[0] == state:
+        return known[1:]
+    geometry = take_inventory(model.config).geometry
+    fingerprint = live_fingerprint(model, geometry)
+    _IDENTITIES[model] = (state, geometry, fingerprint)
+    return geometry, fingerprint
