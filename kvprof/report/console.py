@@ -46,6 +46,19 @@ def print_flag(name: str, text: str) -> None:
     out.print(Text.assemble(("red flag ", "bold red"), (name, "bold"), f" {clean(text)}"), soft_wrap=True)
 
 
+def print_side_by_side(left: Sequence[str], right: Sequence[str]) -> None:
+    """Print two columns of paragraphs, row by row, the first of each as its heading; long lines wrap in their half."""
+    from rich.table import Table as Grid
+
+    grid = Grid(box=None, expand=True, padding=(0, 2, 0, 1))
+    for heading in (left[0], right[0]):
+        grid.add_column(Text(clean(heading), style="bold"), ratio=1, overflow="fold")
+    for cells in zip(left[1:], right[1:], strict=True):
+        grid.add_row(*(Text(clean(cell)) for cell in cells))
+        grid.add_row("", "")
+    out.print(grid)
+
+
 class Table:
     """Aligned columns under a title.
 

@@ -1,0 +1,47 @@
+"""The command that lets a person read what a plan does to a model's words."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to go on from; `-` reads it from standard input.")],
+    plan: Annotated[Path, typer.Option(help="A BitPlan file.", show_default=False)],
+    model: Annotated[
+        str | None,
+        typer.Option(help="A hub id, a folder, a .gguf file, or `demo`.", show_default="the model that the plan names"),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="Randomness of the choice; 0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Where the randomness begins, the same for both.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto (the GPU, else the CPU), cpu, cuda:1.")] = "auto",
+) -> None:
+    """What does the plan do to the model's words? The same prompt continued in full precision and as planned."""
+    from kvprof.records.plan import BitPlan
+
+    obeyed = BitPlan.load(plan)
+
+    from kvprof.evaluate.continuation import GenerationSettings, compare_continuations
+    from kvprof.models.load import resolve
+    from kvprof.report.console import print_note, progress
+    from kvprof.report.continuations import Written, show_continuations
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    settings = GenerationSettings(max_new_tokens, temperature, seed, chat, dtype, device)
+    with progress("generate", "tokens") as advance:
+        found = compare_continuations(resolve(model or obeyed.model.id), obeyed, text, settings, advance)
+    show_continuations(
+        Written(f"full precision, {found.dtype}", found.full.text, len(found.full.tokens), found.full.cache_bytes),
+        Written(str(plan), found.planned.text, len(found.planned.tokens), found.planned.cache_bytes),
+        found.prompt_tokens,
+        found.shared_tokens,
+    )
+    if found.is_vacuous:
+        print_note("nothing was quantized: all was within the window. Give a longer prompt, or more --max-new-tokens")
