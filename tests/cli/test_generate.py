@@ -82,6 +82,6 @@ def test_another_models_plan_exits_with_4(model: Path, plan: Path) -> None:
     document = json.loads(plan.read_text())
     document["model"]["fingerprint"] = "sha256:another"
     plan.write_text(json.dumps(document))
-    result = generate("--plan", plan, "--model", model, PROMPT)
+    result = generate("--plan", plan, "--model", model, "--max-new-tokens", "4", PROMPT)
     assert result.exit_code == 4
     assert "for another model" in result.output
