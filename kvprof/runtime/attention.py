@@ -11,7 +11,7 @@ import functools
 import itertools
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,10 +92,10 @@ class _Reads:
         # A layer that shares keys is given the very tensor that another layer attended with.
         return next((self.layers[source] for source, made in self._keys.items() if made() is key_BHTD), None)
 
-    def check_complete(self, *_: Any) -> None:
-        """Raise UnsupportedAttention where a forward has ended in which a planned layer never attended."""
+    def check_complete(self, decoder: nn.Module, *_: Any) -> None:
+        """Raise UnsupportedAttention where a forward of the decoder ends in which a planned layer never attended."""
         missing = [layer for layer in self.layers if layer not in self._keys]
-        if missing:
+        if missing and _active[id(decoder.config)] is self:  # within another `with` it is that one's layers that attend
             raise UnsupportedAttention(
                 f"layer {missing[0]} of {self.model_name} attends in a way of its own, which kvprof cannot replace."
             )
@@ -167,7 +167,7 @@ def _attend(
     outputs = []
     for first in range(0, tokens, QUERIES_AT_ONCE):
         queries = slice(first, min(tokens, first + QUERIES_AT_ONCE))
-        pieces = list(_pieces(keys, values, queries))
+        pieces = _pieces(keys.counts[queries], values.counts[queries], keys.sinks, queries.stop)
         if bias is not None:
             kwargs["position_bias"] = _joined(bias[:, :, queries, piece.start : piece.stop] for piece in pieces)
         output, _ = own(
@@ -244,33 +244,27 @@ def _counts(form: TensorPlan, window: Window, tokens: int) -> tuple[int, ...]:
     return tuple(quantized_tokens(form, window, before, form.recent_fraction) for before in range(tokens))
 
 
-def _pieces(keys: _Copies, values: _Copies, queries: slice) -> Iterator[_Piece]:
-    """Cut what a chunk of queries reads where exact and restored meet, so that each pair has one piece in one copy.
+@functools.lru_cache(maxsize=256)
+def _pieces(key_counts: tuple[int, ...], value_counts: tuple[int, ...], sinks: int, tokens: int) -> tuple[_Piece, ...]:
+    """Cut the tokens that a chunk of queries reads so that each query finds each token in one piece and one copy.
 
-    As queries go on, a token turns from exact to restored: where that happens within the chunk, it is there in both.
+    key_counts, value_counts: of the chunk's queries. As queries go on, a token turns from exact to restored; where that
+    happens within the chunk, the token is in several pieces.
     """
-    key_counts, value_counts = keys.counts[queries], values.counts[queries]
-    turns = sorted({0, key_counts[0], key_counts[-1], value_counts[0], value_counts[-1]})
-    edges = [0, *(min(queries.stop, keys.sinks + turn) for turn in turns), queries.stop]
-    pairs = list(zip(key_counts, value_counts, strict=True))
-    for start, stop in itertools.pairwise(edges):
-        if start == stop:
-            continue
-        key_choices, value_choices = (_choices(counts, start - keys.sinks) for counts in (key_counts, value_counts))
-        for_all = len(key_choices) == len(value_choices) == 1
-        for key_restored, value_restored in itertools.product(key_choices, value_choices):
-            if not for_all and key_restored and not value_restored and all(key <= value for key, value in pairs):
-                continue  # nobody's: where the values lead, no key is restored alone
-            if not for_all and value_restored and not key_restored and all(value <= key for key, value in pairs):
-                continue
-            yield _Piece(start, stop, key_restored, value_restored, for_all)
-
-
-def _choices(counts: Sequence[int], token: int) -> tuple[bool, ...]:
-    """Return in which copies the token, counted after the sinks, is read: restored, exact or, by some each, both."""
-    if token < 0 or token >= counts[-1]:
-        return (False,)
-    return (True,) if token < counts[0] else (True, False)
+    turns = sorted({0, key_counts[0], key_counts[-1], value_counts[0], value_counts[-1], tokens - sinks})
+    pieces = [_Piece(0, min(sinks, tokens), key_restored=False, value_restored=False, for_all=True)]
+    for start, stop in itertools.pairwise(turn for turn in turns if turn >= 0):
+        read = set()
+        for keys, values in zip(key_counts, value_counts, strict=True):
+            copies = {  # (of the key, of the value), and the tokens that this query reads so
+                (True, True): (start, min(keys, values, stop)),
+                (True, False): (max(start, values), min(keys, stop)),
+                (False, True): (max(start, keys), min(values, stop)),
+                (False, False): (max(start, keys, values), stop),
+            }
+            read |= {copy for copy, (first, last) in copies.items() if first < last}
+        pieces += [_Piece(sinks + start, sinks + stop, *copy, for_all=len(read) == 1) for copy in sorted(read)]
+    return tuple(piece for piece in pieces if piece.start < piece.stop)
 
 
 def _masked(mask: Tensor, piece: _Piece, keys: _Copies, values: _Copies, queries: slice) -> Tensor:
@@ -297,6 +291,6 @@ def _additive(mask: Tensor | None, tokens: int, query: Tensor) -> Tensor:
     )
 
 
-def _joined(parts: Iterator[Tensor], dim: int = 3) -> Tensor:
+def _joined(parts: Iterable[Tensor], dim: int = 3) -> Tensor:
     found = list(parts)
     return found[0] if len(found) == 1 else torch.cat(found, dim)

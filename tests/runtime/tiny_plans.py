@@ -1,0 +1,195 @@
+"""Plans for tiny models, and a slow cache that is right on sight: it keeps full precision, and rounds all anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import transformers
+from handplans import tensor_plan
+from reference import tokens_in_codes
+from tiny import TINY
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from kvprof.models.identity import live_fingerprint
+from kvprof.models.inventory import take_inventory
+from kvprof.records.document import ModelInfo
+from kvprof.records.plan import BitPlan, LayerPlan, Quantizer, SkippedLayer, Window
+from kvprof.runtime.cache import RECORDED_TOKENS
+from kvprof.runtime.quantizer import fake_quantize
+
+MIXED = [("int2g4c", "rot2"), ("int3g8", "int4g8"), ("rot3", "int1g4"), ("int4g4", "full")]
+"""Formats of keys and values, layer by layer and over again: both schemes, clipped and plain, and one in 16 bits."""
+FULL = [("full", "full")]
+
+_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "pad_token_id": 0,
+    "max_position_embeddings": 256,
+}
+_MAMBA = {"mamba_n_heads": 4, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8}
+_ALTERNATING = ["sliding_attention", "full_attention"] * 2
+
+
+def _config(name: str, layers: int, **settings: object) -> Callable[[], PretrainedConfig]:
+    return lambda: getattr(transformers, name + "Config")(**_SIZES, num_hidden_layers=layers, **settings)
+
+
+UNUSUAL: dict[str, Callable[[], PretrainedConfig]] = {
+    "falcon-h1": _config("FalconH1", 2, head_dim=8, mamba_d_ssm=32, mamba_d_head=8, **_MAMBA),
+    "bamba": _config("Bamba", 3, attn_layer_indices=[1], mamba_d_head=16, **_MAMBA),
+    "jamba": _config(
+        "Jamba", 4, attn_layer_period=2, attn_layer_offset=1, num_experts=2, mamba_d_state=8, use_mamba_kernels=False
+    ),
+    "qwen3-next": _config(
+        "Qwen3Next",
+        4,
+        head_dim=16,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+    ),
+    "lfm2": _config("Lfm2", 3, layer_types=["conv", "full_attention", "conv"], block_multiple_of=8),
+    "gemma3n": _config(
+        "Gemma3nText",
+        4,
+        head_dim=8,
+        sliding_window=16,
+        num_kv_shared_layers=1,
+        vocab_size_per_layer_input=96,
+        hidden_size_per_layer_input=8,
+        laurel_rank=4,
+        altup_num_inputs=2,
+        activation_sparsity_pattern=[0.0] * 4,
+        layer_types=_ALTERNATING,
+    ),
+    "gemma4": _config(
+        "Gemma4Text",
+        4,
+        head_dim=8,
+        global_head_dim=16,
+        sliding_window=16,
+        num_kv_shared_layers=2,
+        vocab_size_per_layer_input=96,
+        hidden_size_per_layer_input=8,
+        layer_types=_ALTERNATING,
+    ),
+}
+"""Layers with a recurrent state beside attention or in its place, and layers that read another layer's cache."""
+
+
+def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **settings: object) -> PreTrainedModel:
+    """Build a tiny model of a named architecture, some settings of its config changed."""
+    config = (TINY | UNUSUAL)[name]()
+    for setting, value in settings.items():
+        setattr(config, setting, value)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def plan_for(
+    model: PreTrainedModel,
+    formats: Sequence[tuple[str, str]] = MIXED,
+    window: tuple[int, int] = (2, 6),
+    fraction: float = 0.0,
+    fingerprint: bool = False,
+) -> BitPlan:
+    """Return a plan for a model. window: (sink tokens, recent tokens); fraction: the recent fraction of keys."""
+    geometry = take_inventory(model.config).geometry
+    entries = []
+    for number, layer in enumerate(geometry.planned):
+        key, value = formats[number % len(formats)]
+        entries.append(
+            LayerPlan(
+                layer=layer.layer,
+                key=tensor_plan(key, "channel", layer.key_head_dim, fraction),
+                value=tensor_plan(value, "token", layer.value_head_dim),
+            )
+        )
+    return BitPlan(
+        model=ModelInfo(
+            num_layers=geometry.num_layers, fingerprint=live_fingerprint(model, geometry) if fingerprint else None
+        ),
+        quantizer=Quantizer(),
+        window=Window(sink_tokens=window[0], recent_tokens=window[1]),
+        geometry=geometry,
+        layers=tuple(entries),
+        skipped=tuple(
+            SkippedLayer(layer=layer.layer, reason=layer.skipped) for layer in geometry.layers if layer.skipped
+        ),
+    )
+
+
+def prompt(length: int, batch: int = 1, seed: int = 1) -> Tensor:
+    """Return random token ids, none of them padding: (B, T)."""
+    return torch.randint(1, 96, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def step(model: PreTrainedModel, ids: Tensor, cache: Cache, **settings: Tensor) -> Tensor:
+    """Return the logits of some more tokens, (B, T, V)."""
+    with torch.no_grad():
+        logits: Tensor = model(ids, past_key_values=cache, use_cache=True, **settings).logits
+    return logits
+
+
+class NaiveLayer(DynamicLayer):
+    """Everything in full precision; what the plan would have rounded is rounded on the way out."""
+
+    def __init__(self, plan: BitPlan, entry: LayerPlan) -> None:
+        super().__init__()
+        self.plan = plan
+        self.forms = (entry.key, entry.value)
+        self.coded = [0, 0]
+        self.record_past = False
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        past = (self.keys, self.values) if self.is_initialized else (key_states[:, :, :0], value_states[:, :, :0])
+        read = [
+            torch.cat([self.rounded(states, number), new], dim=2)
+            for number, (states, new) in enumerate(zip(past, (key_states, value_states), strict=True))
+        ]
+        super().update(key_states, value_states)
+        self.settle(RECORDED_TOKENS if self.record_past else 0)
+        return read[0], read[1]
+
+    def rounded(self, states: Tensor, number: int) -> Tensor:
+        first, coded = self.plan.window.sink_tokens, self.coded[number]
+        if coded == 0:
+            return states
+        restored = fake_quantize(states[:, :, first : first + coded], self.forms[number], self.plan.quantizer)
+        return torch.cat([states[:, :, :first], restored, states[:, :, first + coded :]], dim=2)
+
+    def settle(self, recorded: int) -> None:
+        tokens = max(0, self.get_seq_length() - recorded)
+        due = [tokens_in_codes(tokens, form, self.plan.window) for form in self.forms]
+        self.coded = [max(old, new) for old, new in zip(self.coded, due, strict=True)]
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self.coded = [tokens_in_codes(self.get_seq_length(), form, self.plan.window) for form in self.forms]
+
+
+def naive_cache(plan: BitPlan, model: PreTrainedModel) -> Cache:
+    """Return the slow cache of a plan, for a model whose cache grows layer by layer."""
+    layers = list(DynamicCache(config=model.config).layers)
+    for entry in plan.layers:
+        layers[entry.layer] = NaiveLayer(plan, entry)
+    return Cache(layers=layers)
