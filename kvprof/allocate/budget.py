@@ -179,6 +179,14 @@ def price(
     return [[int(cost * denominator) for cost in costs] for costs in exact], capacity
 
 
+def stored_bits_per_element(tensors: Sequence[CachedTensor], formats: Sequence[Format]) -> Fraction:
+    """Return what an element of the cache stores, scales counted, averaged over the cached width: exactly."""
+    chosen = zip(tensors, formats, strict=True)
+    return sum(form.stored_bits(tensor.head_dim) * tensor.width for tensor, form in chosen) / Fraction(
+        sum(tensor.width for tensor in tensors)
+    )
+
+
 def spent(
     tensors: Sequence[CachedTensor],
     formats: Sequence[Format],
@@ -205,7 +213,7 @@ def spent(
         requested=None if limit is None else float(limit.amount),
         unit=None if limit is None else limit.unit,
         nominal_bits=float(Fraction(sum(tensor.width * form.bits for tensor, form in chosen), width)),
-        stored_bits=float(sum(stored) / Fraction(width)),
+        stored_bits=float(stored_bits_per_element(tensors, formats)),
         bytes_per_token=in_bytes,
     )
 

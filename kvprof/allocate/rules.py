@@ -10,24 +10,15 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-from kvprof import __version__
-from kvprof.allocate.budget import CachedTensor, Limit, known_bits, price, spent
+from kvprof.allocate.assemble import assemble, tensors_of
+from kvprof.allocate.budget import CachedTensor, Limit, known_bits, price
 from kvprof.allocate.pins import parse_pins
 from kvprof.allocate.solver import TIE, solve
 from kvprof.errors import InvalidFile, UsageError
 from kvprof.records.document import ModelInfo
 from kvprof.records.formats import TENSORS, Format, TensorName, usual_format
 from kvprof.records.geometry import KVLayer
-from kvprof.records.plan import (
-    BitPlan,
-    LayerPlan,
-    Provenance,
-    Quantizer,
-    SkippedLayer,
-    Solver,
-    TensorPlan,
-    Window,
-)
+from kvprof.records.plan import BitPlan, Provenance, Quantizer, Solver, Window
 from kvprof.records.scores import SCALAR_METRICS, Scores
 
 USUAL_BITS = (1, 2, 3, 4, 6, 8)
@@ -230,26 +221,13 @@ class _Task:
     ) -> BitPlan:
         """Return the plan that stores each tensor in its chosen format."""
         scores, geometry = self.scores, self.scores.geometry
-        form_of = {
-            (tensor.layer, tensor.name): TensorPlan(**form.model_dump())
-            for tensor, form in zip(self.tensors, chosen, strict=True)
-        }
-        return BitPlan(
-            kvprof_version=__version__,
+        return assemble(
+            self.tensors,
+            chosen,
             model=scores.model or ModelInfo(num_layers=geometry.num_layers if geometry else len(scores.layers)),
-            budget=spent(self.tensors, chosen, geometry, limit),
+            geometry=geometry,
             quantizer=Quantizer(),
             window=self.window,
-            geometry=geometry,
-            layers=tuple(
-                LayerPlan(layer=layer, key=form_of[layer, "key"], value=form_of[layer, "value"])
-                for layer in sorted({tensor.layer for tensor in self.tensors})
-            ),
-            skipped=tuple(
-                SkippedLayer(layer=layer.layer, reason=layer.skipped)
-                for layer in (geometry.layers if geometry else ())
-                if layer.skipped is not None
-            ),
             solver=Solver(
                 method=method,
                 metric=metric,
@@ -257,6 +235,7 @@ class _Task:
                 optimal=optimal,
             ),
             provenance=Provenance(scores=scores.digest, command=self.command),
+            limit=limit,
         )
 
     def _is_pinned(self, tensor: CachedTensor) -> bool:
@@ -264,14 +243,14 @@ class _Task:
 
 
 def _planned_tensors(scores: Scores) -> list[CachedTensor]:
-    """Return the keys of every layer to plan, then the values: where all else is equal, keys need the bits more."""
+    """Return the tensors of every layer to plan, in the order that ties favour."""
     if scores.geometry is None:
         shapes: dict[int, KVLayer | None] = {entry.layer: None for entry in scores.layers}
     else:
         shapes = {shape.layer: shape for shape in scores.geometry.planned}
     if not shapes:
         raise InvalidFile("every layer of this model is skipped, so there is nothing to give bits to.")
-    return [CachedTensor(layer, name, shape) for name in TENSORS for layer, shape in shapes.items()]
+    return tensors_of(shapes)
 
 
 def _losses(scores: Sequence[float], formats: Sequence[Sequence[Format]]) -> list[list[float]]:

@@ -1,0 +1,281 @@
+"""The plans that a plan must beat at the same stored bits: plain pairs of formats, the published rules, and chance.
+
+Reads a BitPlan with its geometry, and Scores; writes BitPlans. Does not know how good any of them is.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from bisect import bisect_right
+from collections.abc import Sequence
+from fractions import Fraction
+from statistics import mode
+from typing import NamedTuple
+
+from kvprof.allocate.assemble import assemble, tensors_of
+from kvprof.allocate.budget import CachedTensor, Limit, stored_bits_per_element
+from kvprof.allocate.rules import LARGEST_GROUP, USUAL_GROUP_SIZE, kvmix, norm_greedy
+from kvprof.errors import KvprofError, Mismatch
+from kvprof.records.formats import CODE_BITS, FULL_BITS, TENSORS, USUAL_AXIS, Axis, Format, TensorName, usual_format
+from kvprof.records.geometry import CacheGeometry
+from kvprof.records.plan import BitPlan, Provenance, Solver, TensorPlan
+from kvprof.records.scores import Scores
+
+GREEDY_BITS = (2, 3, 4, 6, 8)
+"""What norm-greedy chooses from: without 1 bit it does far better, so that with it the rival would be made of straw."""
+GROUP_SIZES = (32, 64, 128)
+
+
+def rival_plans(
+    plan: BitPlan, norms: Scores, gradients: Scores | None = None, seed: int = 0
+) -> tuple[tuple[str, tuple[BitPlan, ...]], ...]:
+    """Return the rivals of a plan, each a name and the plans that it may put forward, the best of which counts.
+
+    "uniform"                 one format for all keys and one for all values: see `_uniform`
+    "kvmix"                   the rule of arXiv 2506.08018; left out where there are no gradients
+    "norm-greedy spectral"    the rule of arXiv 2502.15075 by the spectral norm
+    "norm-greedy frobenius"   the same by the Frobenius norm
+    "random"                  the plan's own formats, dealt to other tensors
+
+    All have the plan's window, recent fractions and quantizer, and store at most its bits an element, counted exactly,
+    and as many of them as the rule can spend. Where a rule cannot be as cheap as the plan, its cheapest plan stands.
+    norms: with `spectral_norm` and `frobenius_norm`. gradients: with `gradient_norm`. seed: of "random".
+    Raises KvprofError for a plan without a geometry, Mismatch for scores of another model, InvalidFile for scores that
+    lack a metric.
+    """
+    if plan.geometry is None:
+        raise KvprofError(
+            "this plan carries no geometry, so what its rivals may store is unknown.\n  Name the model that it is for."
+        )
+    plan.check_fits(plan.geometry)
+    contest = _Contest(plan, plan.geometry)
+    rivals = [("uniform", tuple(_uniform(contest)))]
+    if gradients is not None:
+        rivals.append(("kvmix", (_kvmix(contest, gradients),)))
+    for norm in ("spectral", "frobenius"):
+        rivals.append((f"norm-greedy {norm}", (_norm_greedy(contest, norms, f"{norm}_norm"),)))
+    rivals.append(("random", (_random(contest, seed),)))
+    return tuple(rivals)
+
+
+class _Contest:
+    """What all rivals share: the plan, its tensors and their formats, and the bits that they may store."""
+
+    def __init__(self, plan: BitPlan, geometry: CacheGeometry) -> None:
+        self.plan = plan
+        self.geometry = geometry
+        self.tensors = tensors_of({shape.layer: shape for shape in geometry.planned})
+        self.width = sum(tensor.width for tensor in self.tensors)
+        self.own = self.formats_of(plan)
+        self.allowed_bits = self.bits_of(self.own)
+
+    def formats_of(self, plan: BitPlan) -> list[TensorPlan]:
+        """Return what a plan has for each tensor."""
+        entries = {entry.layer: entry for entry in plan.layers}
+        return [entries[tensor.layer].tensor(tensor.name) for tensor in self.tensors]
+
+    def bits_of(self, formats: Sequence[Format]) -> Fraction:
+        """Return the stored bits an element, averaged over the cached width."""
+        return stored_bits_per_element(self.tensors, formats)
+
+    def distance(self, bits: Fraction) -> tuple[bool, Fraction]:
+        """Return how far stored bits are from those allowed: more than allowed is farther than any fewer."""
+        return bits > self.allowed_bits, abs(bits - self.allowed_bits)
+
+    def scores(self, scores: Scores) -> Scores:
+        """Return scores with the plan's geometry, known to cover its layers."""
+        scores.check_fits(self.geometry, self.plan.model.fingerprint)
+        missing = {tensor.layer for tensor in self.tensors} - {entry.layer for entry in scores.layers}
+        if missing:
+            raise Mismatch(f"the scores are for another model: the plan covers layer {min(missing)}, which they lack.")
+        return scores.model_copy(update={"geometry": self.geometry})
+
+    def rival(self, formats: Sequence[Format], solver: Solver | None, scores: Scores | None = None) -> BitPlan:
+        """Return the plan of these formats, all else as the plan itself has it."""
+        return assemble(
+            self.tensors,
+            [
+                TensorPlan(**form.model_dump() | {"recent_fraction": own.recent_fraction})
+                for form, own in zip(formats, self.own, strict=True)
+            ],
+            model=self.plan.model,
+            geometry=self.geometry,
+            quantizer=self.plan.quantizer,
+            window=self.plan.window,
+            solver=solver,
+            provenance=Provenance(scores=None if scores is None else scores.digest),
+            limit=Limit(self.allowed_bits, "stored") if self.bits_of(formats) <= self.allowed_bits else None,
+        )
+
+
+class _Rung(NamedTuple):
+    """All keys, or all values, in one format."""
+
+    form: Format
+    formats: tuple[Format, ...]
+    """For each of these tensors, as its head dimension has it."""
+    stored_bits: Fraction
+    """Of all these tensors together, a token."""
+
+    def is_above(self, other: _Rung) -> bool:
+        """Whether this is the same way to store a tensor, with more bits or finer groups and no less of either."""
+        mine, its = self.form, other.form
+        if mine.is_full or its.is_full:
+            return not its.is_full
+        alike = (mine.scheme, mine.axis, mine.clip) == (its.scheme, its.axis, its.clip)
+        return alike and mine != its and mine.bits >= its.bits and mine.group_size <= its.group_size
+
+
+def _uniform(contest: _Contest) -> list[BitPlan]:
+    """Return the pairs of one format for all keys and one for all values that leave no bits to better either with.
+
+    The formats are those that the plan itself has for keys and for values, at any bits. Which pair is the best, only a
+    measurement can tell; those of nearly equal bits come first. A plan that is such a pair is among them.
+    """
+    keys, values = (_rungs(contest, name) for name in TENSORS)
+    allowed = contest.allowed_bits * contest.width
+
+    def fits(key: _Rung, value: _Rung) -> bool:
+        return key.stored_bits + value.stored_bits <= allowed
+
+    better_keys, better_values = (
+        [[better for better in rungs if better.is_above(rung)] for rung in rungs] for rungs in (keys, values)
+    )
+    pairs = [
+        (key, value)
+        for (key, other_keys), (value, other_values) in itertools.product(
+            zip(keys, better_keys, strict=True), zip(values, better_values, strict=True)
+        )
+        if fits(key, value)
+        and not any(fits(other, value) for other in other_keys)
+        and not any(fits(key, other) for other in other_values)
+    ]
+    pairs = pairs or [min(itertools.product(keys, values), key=lambda pair: pair[0].stored_bits + pair[1].stored_bits)]
+    pairs.sort(key=lambda pair: abs(pair[0].form.bits - pair[1].form.bits))
+    return [contest.rival((*key.formats, *value.formats), Solver(method="uniform")) for key, value in pairs]
+
+
+def _rungs(contest: _Contest, name: TensorName) -> list[_Rung]:
+    """Return all ways to store all keys, or all values, in one format: of the plan's kinds, at any bits.
+
+    16 bits are among them where the plan has them. A plan that has nothing else is met by the usual formats.
+    """
+    mine = [(tensor, form) for tensor, form in zip(contest.tensors, contest.own, strict=True) if tensor.name == name]
+    full = usual_format(name, FULL_BITS, USUAL_GROUP_SIZE)
+    rotatable = all(_can_rotate(tensor) for tensor, _ in mine)
+    kinds: list[Format] = [form for _, form in mine if not form.is_full and (rotatable or form.scheme != "rotated")]
+    forms = dict.fromkeys(_plain(form, bits) for form in (kinds or [full]) for bits in CODE_BITS)
+    if any(form.is_full for _, form in mine):
+        forms[full] = None
+    rungs: dict[tuple[Format, ...], _Rung] = {}
+    for form in forms:
+        formats = tuple(_fitted(form, tensor, form.axis) for tensor, _ in mine)
+        if formats not in rungs:  # groups may be capped to the same
+            stored = (
+                fitted.stored_bits(tensor.head_dim) * tensor.width
+                for fitted, (tensor, _) in zip(formats, mine, strict=True)
+            )
+            rungs[formats] = _Rung(form, formats, sum(stored, Fraction(0)))
+    return list(rungs.values())
+
+
+def _kvmix(contest: _Contest, gradients: Scores) -> BitPlan:
+    """Return KVmix's plan at the top fraction and group size whose bits come the nearest: the rule knows no budget."""
+    scores = contest.scores(gradients)
+    layers = len(contest.geometry.planned)
+
+    def made(top: int, group_size: int) -> BitPlan:
+        return kvmix(scores, top_fraction=f"{top}/{layers}", group_size=group_size, window=contest.plan.window)
+
+    def bits(plan: BitPlan) -> Fraction:
+        return contest.bits_of(contest.formats_of(plan))
+
+    plans = []
+    for group_size in GROUP_SIZES:  # each top layer adds bits
+        allowed = bisect_right(range(layers + 1), contest.allowed_bits, key=lambda top: bits(made(top, group_size)))
+        plans.append(made(max(allowed - 1, 0), group_size))
+    nearest = min(plans, key=lambda plan: contest.distance(bits(plan)))
+    return contest.rival(contest.formats_of(nearest), nearest.solver, gradients)
+
+
+def _norm_greedy(contest: _Contest, norms: Scores, metric: str) -> BitPlan:
+    """Return the greedy rule's plan within the plan's stored bits.
+
+    It has GREEDY_BITS, and groups of the size that most of the plan's keys have; where that is too dear, larger groups,
+    and then all widths.
+    """
+    scores = contest.scores(norms)
+    entries = [entry.key for entry in contest.plan.layers]
+    sizes = [key.group_size for key in entries if key.scheme == "asymmetric" and not key.is_full]
+    usual = min(mode(sizes or [USUAL_GROUP_SIZE]), LARGEST_GROUP)
+    groups = sorted({usual, *(size for size in GROUP_SIZES if size > usual)})
+    options: list[tuple[tuple[int, ...], int]] = [(GREEDY_BITS, size) for size in groups]
+    options += [((*CODE_BITS, FULL_BITS), size) for size in reversed(groups)]
+
+    def reached(option: tuple[tuple[int, ...], int]) -> Fraction:
+        """Return the stored bits nearest to those allowed that a plan of these widths and groups can have."""
+        widths, group_size = option
+        costs = [
+            sorted(
+                tensor.width * usual_format(tensor.name, bits, group_size, tensor.head_dim).stored_bits(tensor.head_dim)
+                for bits in widths
+            )
+            for tensor in contest.tensors
+        ]
+        low, high = (sum(cost[end] for cost in costs) / Fraction(contest.width) for end in (0, -1))
+        return min(max(contest.allowed_bits, low), high)
+
+    widths, group_size = best = min(options, key=lambda option: contest.distance(reached(option)))
+    limit = Limit(reached(best), "stored")
+    found = norm_greedy(scores, limit, metric=metric, bits=widths, group_size=group_size, window=contest.plan.window)
+    return contest.rival(contest.formats_of(found), found.solver, norms)
+
+
+def _random(contest: _Contest, seed: int) -> BitPlan:
+    """Return the plan with its formats dealt anew: over all tensors where that keeps the stored bits, exactly.
+
+    Where it does not, since heads differ or keys have larger groups than a value can, keys are dealt to keys and
+    values to values, of the same heads.
+    """
+    dealer = random.Random(seed)
+    hands = list(zip(dealer.sample(contest.own, len(contest.own)), contest.own, contest.tensors, strict=True))
+    formats = None
+    if all(_can_rotate(tensor) for form, _, tensor in hands if form.scheme == "rotated"):
+        formats = [
+            _fitted(form, tensor, own.axis if own.scheme == "asymmetric" else USUAL_AXIS[tensor.name])
+            for form, own, tensor in hands
+        ]
+    if formats is None or contest.bits_of(formats) != contest.allowed_bits:
+        formats = list(contest.own)
+        alike: dict[object, list[int]] = {}
+        for place, tensor in enumerate(contest.tensors):
+            alike.setdefault((tensor.name, tensor.width, tensor.head_dim), []).append(place)
+        for places in alike.values():
+            for place, source in zip(places, dealer.sample(places, len(places)), strict=True):
+                formats[place] = contest.own[source]
+    return contest.rival(formats, Solver(method="random"))
+
+
+def _can_rotate(tensor: CachedTensor) -> bool:
+    """Whether the heads have a power of two as dimension."""
+    head_dim = _head_dim(tensor)
+    return head_dim & (head_dim - 1) == 0
+
+
+def _head_dim(tensor: CachedTensor) -> int:
+    assert tensor.head_dim is not None  # a rival's geometry is known
+    return tensor.head_dim
+
+
+def _plain(form: Format, bits: int) -> Format:
+    """Return a plan's format at other bits, less its recent fraction."""
+    return Format(scheme=form.scheme, bits=bits, group_size=form.group_size, axis=form.axis, clip=form.clip)
+
+
+def _fitted(form: Format, tensor: CachedTensor, axis: Axis) -> Format:
+    """Return a format as a tensor has it whose groups go along an axis: rotated over whole heads, groups capped."""
+    if form.scheme == "rotated" and not form.is_full:
+        return Format(scheme="rotated", bits=form.bits, group_size=_head_dim(tensor), axis="token")
+    group_size = min(form.group_size, _head_dim(tensor)) if axis == "token" else form.group_size
+    return Format(bits=form.bits, group_size=group_size, axis=axis, clip=form.clip)

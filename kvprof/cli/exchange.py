@@ -1,0 +1,75 @@
+"""Commands that trade plans with other tools: import."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvprof.errors import UsageError, did_you_mean
+
+TOOLS = ("kvtuner",)
+"""Whose files can be imported."""
+
+
+def import_(
+    file: Annotated[Path, typer.Argument(help="The other tool's file.")],
+    tool: Annotated[str, typer.Option("--from", help="Whose file it is: `kvtuner`.", show_default=False)],
+    model: Annotated[
+        str | None,
+        typer.Option(help="The model it is for: a hub id, a folder, a .gguf file, or `demo`.", show_default=False),
+    ] = None,
+    group_size: Annotated[
+        int, typer.Option(min=1, max=2**31, help="Elements that share a scale: tokens for keys, channels for values.")
+    ] = 32,
+    recent_tokens: Annotated[int, typer.Option(min=0, max=2**31, help="Last tokens kept in full precision.")] = 32,
+    sink_tokens: Annotated[int, typer.Option(min=0, max=2**31, help="First tokens kept in full precision.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the plan, or a file that ends in .json.", show_default="outputs/<model, or file's name>"
+        ),
+    ] = None,
+) -> None:
+    """Make a plan of another tool's bits. With --model the plan says for which model it is, and is checked against it.
+
+    KVTuner's files do not say how to run them; the defaults are those of its KIVI presets (`residual_length=32,
+    q_group_size=32` in its `sh_gen_presets.py`): keys per channel, values per token.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's pool of threads would cost more than it saves
+
+    from kvprof.export.kvtuner import kvtuner_plan, read_kvtuner
+    from kvprof.records.plan import Window
+    from kvprof.records.runs import output_folder, slug
+    from kvprof.report.console import print_plain, print_written
+    from kvprof.report.tables import show_plan
+
+    if tool not in TOOLS:
+        raise UsageError(f"kvprof cannot import from {tool!r}: {did_you_mean(tool, TOOLS)}")
+    layers = read_kvtuner(file)
+    window = Window(sink_tokens=sink_tokens, recent_tokens=recent_tokens)
+    command = " ".join(["kvprof", *sys.argv[1:]])
+    if model is None:
+        plan = kvtuner_plan(layers, group_size=group_size, window=window, command=command)
+    else:
+        from kvprof.models.identity import checkpoint_fingerprint
+        from kvprof.models.inventory import take_inventory
+        from kvprof.models.load import load_config, resolve
+
+        source = resolve(model)
+        found = take_inventory(load_config(source), source.id)
+        plan = kvtuner_plan(
+            layers, model=found.model, geometry=found.geometry, group_size=group_size, window=window, command=command
+        )
+        # Only now: a file for another model should not cost a look at the weights.
+        known = found.model.model_copy(update={"fingerprint": checkpoint_fingerprint(source, found.geometry)})
+        plan = plan.model_copy(update={"model": known})
+    if out is None or out.suffix != ".json":
+        out = output_folder(plan.model.id or file.stem, out) / f"plan-{slug(file.stem)}.json"
+    written = plan.save(out)
+    show_plan(plan)
+    print_plain(f"from {file}")
+    print_written(written)
