@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from kvprof import __version__
-from kvprof.cli import allocate, measure, show
+from kvprof.cli import allocate, evaluate, exchange, generate, measure, show
 from kvprof.cli.errors import explains_errors
 
 app = typer.Typer(
@@ -39,8 +39,13 @@ for _command in (
     measure.norms,
     measure.gradients,
     allocate.allocate,
+    evaluate.evaluate,
+    generate.generate,
     show.show,
     show.validate,
     show.schema,
 ):
-    app.command()(explains_errors(_command))
+    several = _command is evaluate.evaluate
+    app.command(cls=evaluate.TakesSeveralFiles if several else None)(explains_errors(_command))
+
+app.command("import")(explains_errors(exchange.import_))  # a function cannot have the name

@@ -10,18 +10,21 @@ import typer
 
 from kvprof.errors import UsageError, did_you_mean
 
-File = Annotated[Path, typer.Argument(help="A Scores or BitPlan file.")]
+File = Annotated[Path, typer.Argument(help="A Scores, BitPlan or Evaluation file.")]
 
 
 def show(file: File) -> None:
-    """Print any Scores or BitPlan file as a table."""
+    """Print any Scores, BitPlan or Evaluation file as a table."""
+    from kvprof.records.evaluation import Evaluation
     from kvprof.records.files import load_any
     from kvprof.records.plan import BitPlan
-    from kvprof.report.tables import show_plan, show_scores
+    from kvprof.report.tables import show_evaluation, show_plan, show_scores
 
     document = load_any(file)
     if isinstance(document, BitPlan):
         show_plan(document)
+    elif isinstance(document, Evaluation):
+        show_evaluation(document)
     else:
         show_scores(document)
 
@@ -45,8 +48,8 @@ def validate(
     print_plain(f"{file}: a valid {document.kind} file" + (f", and it fits {model}" if model else ""))
 
 
-def schema(kind: Annotated[str, typer.Argument(help="`scores` or `plan`.")]) -> None:
-    """Print the JSON Schema of Scores or BitPlan files."""
+def schema(kind: Annotated[str, typer.Argument(help="`scores`, `plan` or `evaluation`.")]) -> None:
+    """Print the JSON Schema of Scores, BitPlan or Evaluation files."""
     from kvprof.records.files import KINDS
     from kvprof.report.console import print_plain
 

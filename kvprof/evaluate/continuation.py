@@ -62,7 +62,6 @@ class Comparison:
             min(len(self.full.tokens), len(self.planned.tokens)),
         )
 
-
     @property
     def is_vacuous(self) -> bool:
         """Whether every token was within the plan's window, so that nothing was ever rounded."""

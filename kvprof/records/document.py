@@ -142,7 +142,7 @@ def schema_of(value: object, name: str) -> str:
 
 
 def _known_schemas() -> str:
-    return '"schema": "kvprof.scores/1" or "schema": "kvprof.plan/1".'
+    return '"schema": "kvprof.scores/1", "schema": "kvprof.plan/1" or "schema": "kvprof.evaluation/1".'
 
 
 def _schema_advice(schema: str) -> str:

@@ -7,17 +7,22 @@ from statistics import mode
 
 from kvprof.errors import InvalidFile, UsageError, did_you_mean
 from kvprof.records.document import read_json, schema_of
+from kvprof.records.evaluation import Evaluation
 from kvprof.records.formats import TENSORS
 from kvprof.records.geometry import bytes_text
 from kvprof.records.plan import BitPlan
 from kvprof.records.runs import OUTPUTS, output_folder
 from kvprof.records.scores import SCALAR_METRICS, Scores
 
-KINDS: dict[str, type[Scores] | type[BitPlan]] = {"scores": Scores, "plan": BitPlan}
+KINDS: dict[str, type[Scores] | type[BitPlan] | type[Evaluation]] = {
+    "scores": Scores,
+    "plan": BitPlan,
+    "evaluation": Evaluation,
+}
 """The kinds of file by the word that `kvprof schema` takes."""
 
 
-def load_any(path: str | Path) -> Scores | BitPlan:
+def load_any(path: str | Path) -> Scores | BitPlan | Evaluation:
     """Read and validate a file of whatever kind it says it is; raises InvalidFile."""
     value = read_json(path)
     schema = schema_of(value, str(path))

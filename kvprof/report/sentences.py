@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from itertools import groupby
 
+from kvprof.records.evaluation import Evaluation
 from kvprof.records.formats import TENSORS
 from kvprof.records.geometry import bytes_text
 from kvprof.records.inventory import CONTEXTS
@@ -93,6 +94,53 @@ def plan_lines(plan: BitPlan) -> list[str]:
         proof = "the least of all plans within the budget" if plan.solver.optimal else "not claimed to be the least"
         lines.append(f"objective {plan.solver.objective:.6g} ({plan.solver.metric}): {proof}")
     return lines
+
+
+def evaluation_lines(evaluation: Evaluation) -> list[str]:
+    """Return what the evaluated plan stores, in sentences, and how the numbers came about."""
+    plan = evaluation.plan
+    lines = [
+        f"costs: {plan.nominal_bits:.4g} nominal bits an element, {plan.stored_bits:.4g} stored bits, "
+        f"{plan.bytes_per_token:g} bytes a token"
+    ]
+    for context in plan.contexts:
+        lines.append(
+            f"{context.tokens} tokens: {bytes_text(context.bytes)}, window included; "
+            f"{context.compression:.2f} times smaller than {bytes_text(context.bytes_at_16_bits)} at 16 bits"
+        )
+    if evaluation.dtype not in ("float16", "bfloat16"):
+        lines.append(
+            f"against 16 bits, though the model ran in {evaluation.dtype}: "
+            "what is kept in full precision counts 2 bytes an element on both sides"
+        )
+    if evaluation.path == "exact":
+        lines.append("measured token by token through the packed cache")
+    return lines
+
+
+def evaluation_verdict(evaluation: Evaluation) -> str:
+    """Return one line on whether the plan is better than what stores no more bits, and by how much."""
+    plan, comparable, unbeaten = evaluation.plan, evaluation.comparable, evaluation.unbeaten
+    if not comparable:
+        return f"nothing here stores as little as {plan.name}: there is nothing to compare it with"
+    nearest = min(unbeaten or comparable, key=lambda result: result.kl_nats)
+    if unbeaten:
+        how = f"not better than {len(unbeaten)} of the {len(comparable)} others that store no more bits"
+    elif len(comparable) == 1:
+        how = "better than the one other that stores no more bits"
+    else:
+        how = f"better than all {len(comparable)} others that store no more bits"
+    stderr = nearest.kl_excess_stderr_nats
+    gap = f"{abs(nearest.kl_excess_nats):.3g}" + (f" ± {stderr:.2g}" if stderr is not None else "")
+    if nearest.kl_nats == plan.kl_nats:
+        end = f"{nearest.name} has the same KL"
+    else:
+        end = f"{nearest.name} has {gap} nats {'less' if unbeaten else 'more'}"
+        if not unbeaten and plan.kl_nats > 0:
+            end += f", {nearest.kl_nats / plan.kl_nats:.2f} times its KL"
+        if stderr is not None and abs(nearest.kl_excess_nats) < 2 * stderr:
+            end += "; within the noise, so measure more --sequences"
+    return f"{plan.name} is {how}: {end}"
 
 
 def layers_text(layers: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""Records as tables: an inventory, Scores, a BitPlan. They fit 80 columns.
+"""Records as tables: an inventory, Scores, a BitPlan in 80 columns, an Evaluation in 100.
 
 Reads records, prints them through `console`; knows nothing of how they were made.
 """
@@ -7,13 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvprof.records.evaluation import Evaluation, PlanResult
 from kvprof.records.formats import TENSORS, TensorName
 from kvprof.records.geometry import KVLayer, bytes_text
 from kvprof.records.inventory import Inventory
 from kvprof.records.plan import BitPlan, TensorPlan
 from kvprof.records.scores import SCALAR_METRICS, Scores
 from kvprof.report.console import Table, print_flag, print_note, print_plain
-from kvprof.report.sentences import larger, layers_text, norm_verdict, plan_lines, score_remarks
+from kvprof.report.sentences import (
+    evaluation_lines,
+    evaluation_verdict,
+    larger,
+    layers_text,
+    norm_verdict,
+    plan_lines,
+    score_remarks,
+)
 
 
 def show_inventory(inventory: Inventory) -> None:
@@ -93,6 +102,58 @@ def show_plan(plan: BitPlan) -> None:
     table.print()
     for line in plan_lines(plan):
         print_plain(line)
+
+
+def show_evaluation(evaluation: Evaluation) -> None:
+    """Print every plan's results, the best first, then those of the evaluated one by position, its costs, a verdict."""
+    text, plan = evaluation.text, evaluation.plan
+    tokens = sum(part.tokens for part in plan.by_position)
+    where = f" from position {evaluation.measured_from}" if evaluation.measured_from else ""
+    title = (
+        f"evaluation of {plan.name} on {evaluation.model.id or 'a model'} ({evaluation.dtype})\n"
+        f"{text.sequences} sequences, {tokens} tokens{where} of {text.dataset} ({text.split})"
+    )
+    bits = [heading + "\nbits" for heading in ("nominal", "stored")]
+    headings = (
+        "",
+        "plan",
+        *bits,
+        "KL ± stderr\nnats/token",
+        "KL\n99th",
+        "top-1\nagrees",
+        "perp-\nlexity",
+        "times\nits KL",
+    )
+    table = Table(title, headings, left=[0, 1])
+    full = f"{evaluation.reference_perplexity:.3f}"
+    table.add("", "full precision", "16", "16", "0", "0", "1", full, "-", style="dim")
+    for result in sorted(evaluation.plans, key=lambda result: result.kl_nats):
+        table.add(*_result_cells(result, plan), style="bold" if result is plan else "")
+    table.print()
+    table = Table(f"{plan.name} by position", ("positions", "tokens", "KL\nnats/token", "top-1\nagrees"))
+    for part in plan.by_position:
+        numbers = (str(part.tokens), _number(part.kl_nats), f"{part.top1_agreement:.4f}")
+        table.add(f"{part.first}-{part.last}", *numbers)
+    table.print()
+    for line in evaluation_lines(evaluation):
+        print_plain(line)
+    if len(evaluation.plans) > 1:
+        print_plain(evaluation_verdict(evaluation), style="bold")
+
+
+def _result_cells(result: PlanResult, plan: PlanResult) -> list[str]:
+    stderr = "" if result.kl_stderr_nats is None else f" ± {result.kl_stderr_nats:#.2g}"
+    return [
+        "▶ plan" if result is plan else result.role,
+        result.name,
+        f"{result.nominal_bits:.3f}",
+        f"{result.stored_bits:.3f}",
+        f"{result.kl_nats:#.3g}{stderr}",
+        f"{result.kl_p99_nats:#.3g}",
+        f"{result.top1_agreement:.4f}",
+        f"{result.perplexity:.3f}",
+        f"{result.kl_nats / plan.kl_nats:.2f}" if plan.kl_nats > 0 else "-",
+    ]
 
 
 def _show_norms(scores: Scores, title: str) -> None:

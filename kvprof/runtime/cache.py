@@ -6,8 +6,6 @@ hands attention plain tensors for the length of one layer's step. Does not know 
 
 from __future__ import annotations
 
-import contextlib
-import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from transformers.cache_utils import (
 from kvprof.errors import CacheError, Mismatch
 from kvprof.models.identity import live_fingerprint
 from kvprof.models.inventory import take_inventory
-from kvprof.records.geometry import ELEMENT_BYTES, CacheGeometry, KVLayer
+from kvprof.records.geometry import ELEMENT_BYTES, KVLayer
 from kvprof.records.plan import BitPlan, LayerPlan
 from kvprof.runtime.storage import TensorStore
 
@@ -82,7 +80,8 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
         read = []
         for store, states in zip(self.stores, (key_states, value_states), strict=True):
             new = self._distinct(states)
-            read.append(self._repeated(store.read(new)))
+            # Contiguous, as DynamicCache's are: some attention sums in an order that the layout of its keys decides.
+            read.append(self._repeated(store.read(new)).contiguous())
             store.append(new.detach())
             store.settle(store.tokens - RECORDED_TOKENS if self.record_past else None)
         return read[0], read[1]
@@ -105,27 +104,27 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Hold tokens in full precision until `crop` says how many of them stay."""
         self.record_past = True
 
-    def check_crop(self, tokens: int) -> None:
-        """Raise CacheError where the layer cannot go back to so many tokens."""
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise CacheError where `crop` would need numbers that were rounded away."""
         for store in self.stores:
-            store.check_crop(tokens)
+            store.check_crop(_tokens_left(self.get_seq_length(), tokens_to_remove))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens, by a negative number as transformers counts; raises CacheError, changing nothing.
+        """Take back the last tokens, counted as `PlanCache.crop` counts; raises CacheError, changing nothing.
 
         The layer is then what it would be had it never seen them.
         """
-        tokens = max(0, self.get_seq_length() - abs(tokens_to_remove))
-        self.check_crop(tokens)
+        self.check_crop(tokens_to_remove)
+        tokens = _tokens_left(self.get_seq_length(), tokens_to_remove)
         for store in self.stores:
             store.crop(tokens)
             store.settle()
 
     def reset(self) -> None:
-        """Forget every token."""
+        """Forget every token, and that a past was to be recorded."""
         for store in self.stores:
             store.clear()
-        self.is_initialized = False
+        self.is_initialized = self.record_past = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let sequence i go on with the past of sequence beam_idx[i]."""
@@ -182,8 +181,17 @@ class PlannedHybridLayer(LinearAttentionAndFullAttentionLayer):  # type: ignore[
     """A layer with attention and a recurrent state side by side: the plan's keys and values, transformers' state."""
 
     def __init__(self, planned: PlannedLayer, number_of_states: int) -> None:
-        super().__init__(number_of_states=number_of_states)
         self.planned = planned
+        super().__init__(number_of_states=number_of_states)
+
+    @property
+    def record_past(self) -> bool:
+        """Whether both parts hold what `crop` may take back."""
+        return self.planned.record_past
+
+    @record_past.setter
+    def record_past(self, record: bool) -> None:
+        self.planned.record_past = record
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Prepare the recurrent state, where named arguments ask for it, or the keys and values."""
@@ -209,11 +217,6 @@ class PlannedHybridLayer(LinearAttentionAndFullAttentionLayer):  # type: ignore[
         """Let sequence i go on with the past of sequence beam_idx[i]."""
         LinearAttentionLayer.reorder_cache(self, beam_idx)
         self.planned.reorder_cache(beam_idx)
-
-    def activate_past_recording(self) -> None:
-        """Hold what `crop` may take back."""
-        LinearAttentionLayer.activate_past_recording(self)
-        self.planned.activate_past_recording()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens."""
@@ -247,9 +250,15 @@ class PlanCache(Cache):  # type: ignore[misc]
 
     @classmethod
     def from_plan(cls, plan: BitPlan, model: PreTrainedModel) -> PlanCache:
-        """Return an empty cache for this model; raises Mismatch for a plan of another."""
-        geometry, fingerprint = _identity(model)
-        plan.check_fits(geometry, fingerprint)
+        """Return an empty cache for this model; raises Mismatch for a plan of another.
+
+        Reads W_k and W_v where the plan has a fingerprint to compare. For many caches of one model, `copy.deepcopy` an
+        empty one.
+        """
+        geometry = take_inventory(model.config).geometry
+        plan.check_fits(geometry)  # shapes differ without a look at the weights
+        if plan.model.fingerprint is not None:
+            plan.check_fits(geometry, live_fingerprint(model, geometry))
         dtype = str(model.dtype).removeprefix("torch.")
         if dtype in ELEMENT_BYTES:
             geometry = geometry.model_copy(update={"dtype": dtype})
@@ -293,26 +302,32 @@ class PlanCache(Cache):  # type: ignore[misc]
         """Take back the last tokens, by a negative number, of every layer; a positive one is the length to keep.
 
         The cache is then what it would be had it never seen them. Raises CacheError where numbers would be needed that
-        were rounded away, or that transformers' own layers let go; nothing is changed then. After
-        `activate_past_recording`, at least RECORDED_TOKENS can always be taken back.
+        were rounded away, or that transformers' own layers let go; nothing is changed then. Of the tokens that came
+        after `activate_past_recording`, the last RECORDED_TOKENS can always be taken back, but from a recurrent state.
         """
         held = self.get_seq_length()
-        remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, held - tokens_to_remove)
+        left = _tokens_left(held, tokens_to_remove)
         for layer in self.layers:
-            planned = planned_layer(layer)
-            if planned is not None:
-                planned.check_crop(max(0, held - remove))
-            slid = isinstance(layer, DynamicSlidingWindowLayer) and layer.get_seq_length() >= layer.sliding_window
-            if slid or isinstance(layer, LinearAttentionCacheLayerMixin):
-                if not layer.record_past:
-                    raise CacheError(
-                        "the cache has layers of a sliding window or a recurrent state, which keep no past to go back "
-                        "to.\n  Call cache.activate_past_recording() before the tokens that may be taken back; "
-                        "nothing was changed."
-                    )
-                if isinstance(layer, LinearAttentionCacheLayerMixin) and not layer.is_croppable:
-                    raise CacheError("the cache has layers with a recurrent state, which cannot go back.")
-        super().crop(-remove)
+            if (planned := planned_layer(layer)) is not None:
+                planned.check_crop(left - held)
+            if left < held:
+                _check_own_crop(layer, held, left)
+        for layer in self.layers:
+            # A layer of transformers' that records nothing has nothing to drop either, and refuses to be asked.
+            if left < held or getattr(layer, "record_past", True):
+                layer.crop(left - held)
+
+    def reset(self) -> None:
+        """Forget every token, every state, and that a past was to be recorded: any batch may come next."""
+        super().reset()
+        for layer in self.layers:
+            if hasattr(layer, "record_past"):
+                layer.record_past = False
+            if isinstance(layer, LinearAttentionCacheLayerMixin):  # a state was only zeroed, and is of the old batch
+                for states in (layer.conv_states, layer.recurrent_states):
+                    states.update(dict.fromkeys(states))
+                for initialized in (layer.is_conv_states_initialized, layer.is_recurrent_states_initialized):
+                    initialized.update(dict.fromkeys(initialized, False))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times, next to each other."""
@@ -345,20 +360,26 @@ def _tensors(layer: Any) -> Iterable[Tensor]:
     return [x for x in (getattr(layer, "keys", None), getattr(layer, "values", None)) if x is not None]
 
 
-_IDENTITIES: weakref.WeakKeyDictionary[PreTrainedModel, tuple[object, CacheGeometry, str | None]] = (
-    weakref.WeakKeyDictionary()
-)
+def _tokens_left(held: int, tokens_to_remove: int) -> int:
+    """Return how many of the tokens held a crop leaves."""
+    return min(held, tokens_to_remove) if tokens_to_remove > 0 else max(0, held + tokens_to_remove)
 
 
-def _identity(model: PreTrainedModel) -> tuple[CacheGeometry, str | None]:
-    """Return a model's geometry and fingerprint; asked again, without reading weights that have not changed."""
-    state = None
-    with contextlib.suppress(RuntimeError):  # weights made in inference mode count no changes
-        state = [(id(parameter), parameter._version) for parameter in model.parameters()]
-    known = _IDENTITIES.get(model)
-    if known is not None and state is not None and known[0] == state:
-        return known[1:]
-    geometry = take_inventory(model.config).geometry
-    fingerprint = live_fingerprint(model, geometry)
-    _IDENTITIES[model] = (state, geometry, fingerprint)
-    return geometry, fingerprint
+def _check_own_crop(layer: Any, held: int, left: int) -> None:
+    """Raise CacheError where transformers' part of a layer has let go what it needs to go back to fewer tokens."""
+    sizes: list[tuple[int, int]] = []  # tokens that are there, and that every step needs
+    if isinstance(layer, DynamicSlidingWindowLayer) and held >= layer.sliding_window:
+        sizes.append((layer.keys.shape[-2], layer.sliding_window - 1))
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        if any(layer.is_recurrent_states_initialized.values()):
+            raise CacheError("the cache has layers with a recurrent state, which cannot go back; nothing was changed.")
+        for number, state in layer.conv_states.items():
+            if state is not None:
+                sizes.append((state.shape[-1], layer.conv_kernel_size[number]))
+    for there, needed in sizes:
+        if not layer.record_past or there - (held - left) < min(left, needed):
+            raise CacheError(
+                f"the cache cannot go back from {held} to {left} tokens: it has layers of a sliding window, or of a "
+                "state, which have let go what they held then.\n"
+                "  Call cache.activate_past_recording() before the tokens that may be taken back; nothing was changed."
+            )

@@ -131,6 +131,11 @@ def _arithmetic(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _widest(device: torch.device) -> torch.dtype:
+    """Return float64: summed in it, in whatever order, no number moves across a code's edge."""
+    return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+
+
 def _head_parts(units: Tensor, group_size: int) -> list[Tensor]:
     """View the last dimension as (groups, channels of a group); what whole groups leave is a shorter group of its own.
 
@@ -175,13 +180,12 @@ def _encode_range(
 
 def _squared_error(groups: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, dim: int) -> Tensor:
     restored = (codes * scale.to(groups.dtype)).add_(zero.to(groups.dtype))
-    return restored.sub_(groups).square_().sum(dim, keepdim=True)
+    return restored.sub_(groups).square_().sum(dim, keepdim=True, dtype=_widest(groups.device))
 
 
 def _encode_rotated(x_BHTD: Tensor, form: Format, quantizer: Quantizer) -> Encoded:
-    """Encode in the rotated basis, in float64: there no order of summing moves a number across a code's edge."""
-    head_dim = x_BHTD.shape[-1]
-    work = torch.float32 if x_BHTD.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    """Encode in the rotated basis."""
+    head_dim, work = x_BHTD.shape[-1], _widest(x_BHTD.device)
     y = x_BHTD.to(work) @ _rotation(head_dim, quantizer.rotation_seed, work, x_BHTD.device).T / math.sqrt(head_dim)
     scale = _stored(y.square().mean(-1, keepdim=True).sqrt_(), quantizer.scale_dtype)  # (B, H, T, 1)
     levels = lloyd_max_levels(form.bits)

@@ -11,29 +11,75 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
 
 from kvprof import __version__
-from kvprof.errors import CacheError, InvalidFile, Mismatch
-from kvprof.records.plan import BitPlan
+from kvprof.errors import CacheError, InvalidFile, Mismatch, OutputError, first_line
+from kvprof.records.document import Count, Positive, Record
+from kvprof.records.geometry import CacheGeometry, KVLayer
+from kvprof.records.plan import BitPlan, quantized_tokens
 from kvprof.records.runs import replaced_when_whole
 from kvprof.runtime.cache import PlanCache, PlannedLayer, planned_layer
+from kvprof.runtime.storage import TensorStore
 
 SCHEMA = "kvprof.cache/1"
 
+KNOWN_LAYERS = (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    DummyLayer,
+)
+"""Of transformers' own layers, those of which it is known what they hold."""
+
+
+class LayerFacts(Record):
+    """What must be known of a layer, besides its tensors, to go on."""
+
+    batch: Positive | None = None
+    """Sequences held; null where nothing came yet."""
+    tokens: Count | None = None
+    """Tokens of one sequence seen; null where nothing came yet, and for a recurrent layer, which does not count."""
+    repeats: Positive = 1
+    """How often the model brings each KV head of a planned layer."""
+    recording: bool = False
+    """Whether more is held than a step needs, for a crop to come."""
+    convolutions: dict[int, Positive] = Field(default_factory=dict)
+    """The width of each convolution whose inputs are held, by the number of its state."""
+    recurrent: tuple[Count, ...] = ()
+    """The numbers of the recurrent states that are held."""
+    seen: tuple[Count, ...] = ()
+    """The numbers of the states that have read tokens."""
+
 
 def save_cache(cache: PlanCache, path: Path) -> Path:
-    """Write a cache; raises CacheError for a layer of transformers' that is of no known kind, OutputError."""
+    """Write a cache; raises CacheError for one that could not be read back, OutputError."""
     tensors: dict[str, Tensor] = {}
-    facts: list[dict[str, Any]] = []
+    facts = []
     for index, layer in enumerate(cache.layers):
-        found, fact = _take(layer, index)
-        tensors |= {f"layers.{index}.{name}": tensor.contiguous() for name, tensor in found.items()}
-        facts.append(fact)
+        if planned_layer(layer) is None and type(layer) not in KNOWN_LAYERS:
+            raise CacheError(f"layer {index} is a {type(layer).__name__}, which kvprof cannot save.")
+        tensors |= {f"layers.{index}.{name}": tensor.contiguous() for name, tensor in _take(layer).items()}
+        facts.append(_facts(layer).model_dump(mode="json"))
+    held, promised = _full_dtypes(cache), _geometry(cache).dtype
+    if held - {promised}:
+        raise CacheError(
+            f"the cache holds numbers in {' and '.join(sorted(held))}, the model is loaded in {promised}.\n"
+            "  Fill a cache without autocast, and save that: only then can it be read back."
+        )
     header = {
         "schema": SCHEMA,
         "kvprof_version": __version__,
@@ -41,113 +87,176 @@ def save_cache(cache: PlanCache, path: Path) -> Path:
         "layers": json.dumps(facts),
     }
     with replaced_when_whole(path) as temporary:
-        save_file(tensors, temporary, metadata=header)
+        try:
+            save_file(tensors, temporary, metadata=header)
+        except SafetensorError as error:
+            raise OutputError(f"cannot write {path}: {first_line(error)}.") from None
     return path
 
 
 def load_cache(path: Path, model: PreTrainedModel) -> PlanCache:
     """Read a cache for the model that wrote it; raises InvalidFile, Mismatch."""
+    header, tensors = _read(path)
+    try:
+        plan = BitPlan.from_json(json.loads(header["plan"]), f"{path} (its plan)")
+        facts = [LayerFacts.model_validate(fact) for fact in json.loads(header["layers"])]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InvalidFile(f"{path}: truncated or corrupt: its header is damaged: {first_line(error)}.") from None
+    cache = PlanCache.from_plan(plan, model)
+    saved, own = plan.geometry, _geometry(cache)
+    if saved is None or saved.dtype != own.dtype:
+        raise Mismatch(
+            f"{path} holds keys and values in {saved.dtype if saved else 'an unknown dtype'}, "
+            f"the model is loaded in {own.dtype}.\n  Load the model as it was when the cache was saved."
+        )
+    try:
+        if len(facts) != len(cache.layers):
+            raise ValueError(f"it has {len(facts)} layers, the model {len(cache.layers)}")
+        if any(len({fact[name] for fact in map(dict, facts)} - {None}) > 1 for name in ("batch", "tokens")):
+            raise ValueError("its layers hold different numbers of tokens or sequences")
+        for index, (layer, fact) in enumerate(zip(cache.layers, facts, strict=True)):
+            prefix = f"layers.{index}."
+            names = [name for name in tensors if name.startswith(prefix)]
+            given = {name.removeprefix(prefix): tensors.pop(name) for name in names}
+            _give(layer, given, fact, own.layers[index], model)
+            if given:
+                raise ValueError(f"{prefix}{next(iter(given))} belongs to no layer of this kind")
+        if tensors:
+            raise ValueError(f"{next(iter(tensors))} belongs to no layer")
+    except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
+        raise InvalidFile(f"{path}: truncated or corrupt: {first_line(error)}.") from None
+    return cache
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return the header of a cache file, and its tensors by name, in memory of their own."""
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             if header.get("schema") != SCHEMA:
-                raise InvalidFile(f"{path}: no cache of kvprof's: its schema is {header.get('schema')!r}.")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-        plan = BitPlan.from_json(json.loads(header["plan"]), f"{path} (its plan)")
-        facts = json.loads(header["layers"])
+                raise InvalidFile(
+                    f"{path} holds no cache of kvprof's: its schema is {header.get('schema')!r}, expected {SCHEMA!r}."
+                )
+            names = list(file.keys())
+            return header, {name: file.get_tensor(name).clone() for name in names}
     except FileNotFoundError:
         raise InvalidFile(f"{path}: no such file.") from None
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise InvalidFile(f"{path}: truncated or corrupt: {error}") from None
-    saved_dtype = plan.geometry.dtype if plan.geometry is not None else None
-    own_dtype = str(model.dtype).removeprefix("torch.")
-    if saved_dtype != own_dtype:
-        raise Mismatch(
-            f"{path} holds keys and values in {saved_dtype}, the model is loaded in {own_dtype}.\n"
-            f"  Load the model in {saved_dtype}."
-        )
-    cache = PlanCache.from_plan(plan, model)
-    try:
-        if len(facts) != len(cache.layers):
-            raise ValueError(f"it has {len(facts)} layers, the model {len(cache.layers)}")
-        for index, (layer, fact) in enumerate(zip(cache.layers, facts, strict=True)):
-            prefix = f"layers.{index}."
-            own = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
-            _give(layer, own, fact, model)
-    except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
-        raise InvalidFile(f"{path}: truncated or corrupt: layer {index}: {error}") from None
-    return cache
+    except OSError as error:
+        raise InvalidFile(f"{path}: cannot be read: {error.strerror or first_line(error)}.") from None
+    except SafetensorError as error:
+        raise InvalidFile(f"{path}: truncated or corrupt: {first_line(error)}.") from None
 
 
-def _take(layer: Any, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return a layer's tensors by name, and what else must be known to go on."""
+def _take(layer: Any) -> dict[str, Tensor]:
+    """Return a layer's tensors by name."""
     tensors: dict[str, Tensor] = {}
-    fact: dict[str, Any] = {}
     planned = planned_layer(layer)
     if planned is not None:
         for name, store in zip(("key", "value"), planned.stores, strict=True):
             tensors |= {f"{name}.{part}": tensor for part, tensor in store.named_tensors()}
-        if planned.is_initialized:
-            fact = {"batch": planned.batch, "repeats": planned.repeats, "tokens": planned.get_seq_length()}
-    elif isinstance(layer, DynamicLayer):
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) and not _is_linear(layer):
-            raise CacheError(f"layer {index} is a {type(layer).__name__}, which kvprof cannot save.")
-        if layer.is_initialized:
-            tensors = {"keys": layer.keys, "values": layer.values}
-            fact = {"tokens": layer.get_seq_length()}
-    if _is_linear(layer):
+    elif isinstance(layer, DynamicLayer) and layer.is_initialized:
+        tensors = {"keys": layer.keys, "values": layer.values}
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
         for name, states in (("conv", layer.conv_states), ("recurrent", layer.recurrent_states)):
             tensors |= {f"{name}.{number}": state for number, state in states.items() if state is not None}
-        fact["seen"] = [number for number, seen in layer.has_previous_state.items() if seen]
-        fact["kernels"] = list(layer.conv_kernel_size.items())
-    return tensors, fact
+    return tensors
 
 
-def _give(layer: Any, tensors: dict[str, Tensor], fact: dict[str, Any], model: PreTrainedModel) -> None:
-    """Put into an empty layer what `_take` took out of a full one."""
-    if _is_linear(layer):
+def _facts(layer: Any) -> LayerFacts:
+    """Return what else must be known of a layer."""
+    facts: dict[str, Any] = {"recording": getattr(layer, "record_past", False)}
+    planned = planned_layer(layer)
+    if planned is not None and planned.is_initialized:
+        facts |= {"batch": planned.batch, "tokens": planned.get_seq_length(), "repeats": planned.repeats}
+    elif planned is None and isinstance(layer, DynamicLayer) and layer.is_initialized:
+        facts |= {"batch": layer.keys.shape[0], "tokens": layer.get_seq_length()}
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        widths = layer.conv_kernel_size
+        facts["convolutions"] = {number: widths[number] for number, x in layer.conv_states.items() if x is not None}
+        facts["recurrent"] = [number for number, x in layer.recurrent_states.items() if x is not None]
+        facts["seen"] = [number for number, seen in layer.has_previous_state.items() if seen]
+        for state in (*layer.conv_states.values(), *layer.recurrent_states.values()):
+            facts |= {} if state is None else {"batch": state.shape[0]}
+    return LayerFacts(**facts)
+
+
+def _give(layer: Any, tensors: dict[str, Tensor], fact: LayerFacts, shape: KVLayer, model: PreTrainedModel) -> None:
+    """Put into an empty layer what `_take` took out of a full one, and out of `tensors`; raises where it cannot be."""
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
         _give_states(layer, tensors, fact, model)
     planned = planned_layer(layer)
     if planned is not None:
         _give_planned(planned, tensors, fact, model)
-    elif isinstance(layer, DynamicLayer) and "tokens" in fact:
-        keys, values = (tensors[name].to(model.device) for name in ("keys", "values"))
+    elif isinstance(layer, DynamicLayer) and fact.tokens is not None:
+        keys, values = (tensors.pop(name).to(model.device) for name in ("keys", "values"))
+        needed = fact.tokens
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            needed = min(fact.tokens, layer.sliding_window - 1)
+        for held, head_dim in ((keys, shape.key_head_dim), (values, shape.value_head_dim)):
+            batch, heads, tokens, width = held.shape
+            fits = tokens == needed or (fact.recording and needed < tokens <= fact.tokens)
+            if shape.has_projections:
+                fits = fits and heads % shape.kv_heads == 0 and width == head_dim
+            if not fits or batch != fact.batch or held.dtype != model.dtype:
+                raise ValueError(f"layer {shape.layer} holds {held.dtype} of {tuple(held.shape)}, which does not fit")
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values
         if isinstance(layer, DynamicSlidingWindowLayer):
-            layer.cumulative_length = int(fact["tokens"])
+            layer.cumulative_length = fact.tokens
+    if hasattr(layer, "record_past"):
+        layer.record_past = fact.recording
 
 
-def _give_planned(
-    planned: PlannedLayer, tensors: dict[str, Tensor], fact: dict[str, Any], model: PreTrainedModel
-) -> None:
-    if "tokens" not in fact:
+def _give_planned(planned: PlannedLayer, tensors: dict[str, Tensor], fact: LayerFacts, model: PreTrainedModel) -> None:
+    if fact.tokens is None or fact.batch is None:
         return
     planned.dtype, planned.device = model.dtype, torch.device("cpu")  # moved when the first token comes
-    planned.batch, planned.repeats = int(fact["batch"]), int(fact["repeats"])
+    planned.batch, planned.repeats = fact.batch, fact.repeats
     for name, store in zip(("key", "value"), planned.stores, strict=True):
-        parts = {part: tensor for part, tensor in tensors.items() if part.startswith(f"{name}.")}
-        store.restore(
-            {part.removeprefix(f"{name}."): tensor for part, tensor in parts.items()}, planned.batch, model.dtype
-        )
-        if store.tokens != fact["tokens"]:
-            raise ValueError(f"the {name}s are {store.tokens} tokens, expected {fact['tokens']}")
+        names = [part for part in tensors if part.startswith(f"{name}.")]
+        store.restore({part.removeprefix(f"{name}."): tensors.pop(part) for part in names}, fact.batch, model.dtype)
+        if not _obeys(store, fact):
+            raise ValueError(f"the {name}s of layer {planned.shape.layer} are not cut as the plan says")
     planned.is_initialized = True
 
 
-def _give_states(layer: Any, tensors: dict[str, Tensor], fact: dict[str, Any], model: PreTrainedModel) -> None:
-    kernels = dict(fact["kernels"])
-    for number in range(layer.number_of_states):
-        if f"conv.{number}" in tensors:
-            state = tensors.pop(f"conv.{number}").to(model.device)
-            layer.lazy_initialization(conv_states=state, state_idx=number, conv_kernel_size=kernels[number])
-            layer.conv_states[number] = state
-        if f"recurrent.{number}" in tensors:
-            state = tensors.pop(f"recurrent.{number}").to(model.device)
-            layer.lazy_initialization(recurrent_states=state, state_idx=number)
-            layer.recurrent_states[number] = state
-        layer.has_previous_state[number] = number in fact["seen"]
+def _obeys(store: TensorStore, fact: LayerFacts) -> bool:
+    """Whether sinks, codes and window are as long as the plan says of so many tokens."""
+    assert fact.tokens is not None
+    sinks = 0 if store.form.is_full else min(store.window.sink_tokens, fact.tokens)
+    coded = quantized_tokens(store.form, store.window, fact.tokens, store.form.recent_fraction)
+    late = fact.recording and store.codes.tokens < coded
+    return store.tokens == fact.tokens and store.sinks.tokens == sinks and (store.codes.tokens == coded or late)
 
 
-def _is_linear(layer: Any) -> bool:
-    return isinstance(layer, LinearAttentionCacheLayerMixin)
+def _give_states(layer: Any, tensors: dict[str, Tensor], fact: LayerFacts, model: PreTrainedModel) -> None:
+    def take(name: str) -> Tensor:
+        state = tensors.pop(name).to(model.device)
+        if state.shape[0] != fact.batch:
+            raise ValueError(f"{name} is of {state.shape[0]} sequences, not of {fact.batch}")
+        return state
+
+    if not {*fact.convolutions, *fact.recurrent, *fact.seen} <= set(range(layer.number_of_states)):
+        raise ValueError(f"a layer has {layer.number_of_states} states, not more")
+    for number, width in fact.convolutions.items():
+        state = take(f"conv.{number}")
+        layer.lazy_initialization(conv_states=state, state_idx=number, conv_kernel_size=width)
+        layer.conv_states[number] = state
+    for number in fact.recurrent:
+        state = take(f"recurrent.{number}")
+        layer.lazy_initialization(recurrent_states=state, state_idx=number)
+        layer.recurrent_states[number] = state
+    layer.has_previous_state.update({number: True for number in fact.seen})
+
+
+def _geometry(cache: PlanCache) -> CacheGeometry:
+    assert cache.plan.geometry is not None  # `from_plan` put the model's own there
+    return cache.plan.geometry
+
+
+def _full_dtypes(cache: PlanCache) -> set[str]:
+    """Return the dtypes of what planned layers hold in full precision."""
+    layers = [planned_layer(layer) for layer in cache.layers]
+    stores = [store for layer in layers if layer is not None for store in layer.stores]
+    blocks = [block for store in stores for block in (*store.sinks.blocks, *store.recent.blocks)]
+    return {str(block.dtype).removeprefix("torch.") for block in blocks}

@@ -1,0 +1,170 @@
+"""The command that measures what a plan costs in quality, beside rivals that store as much."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from kvprof.evaluate.evaluation import Rival
+    from kvprof.models.load import ModelSource
+    from kvprof.records.geometry import CacheGeometry
+    from kvprof.records.plan import BitPlan
+    from kvprof.records.scores import Scores
+
+
+class TakesSeveralFiles(TyperCommand):
+    """A command whose `--against a.json b.json` means `--against a.json --against b.json`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat the flag before each further value, up to the next option."""
+        repeated: list[str] = []
+        inside = False
+        for arg in args:
+            is_option = arg.startswith("-")
+            if inside and not is_option and repeated[-1] != "--against":
+                repeated.append("--against")
+            repeated.append(arg)
+            inside = arg.partition("=")[0] == "--against" if is_option else inside
+        return super().parse_args(ctx, repeated)
+
+
+def evaluate(
+    plan: Annotated[Path, typer.Argument(help="A BitPlan file.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A hub id, a folder, a .gguf file, or `demo`.", show_default="the plan's own; else the demo model"
+        ),
+    ] = None,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(help="Further plans to compare with: one file or several, after PLAN.", show_default=False),
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Exit with 5 unless the plan beats all that store no more bits, by mean KL."),
+    ] = False,
+    rivals: Annotated[
+        bool, typer.Option("--rivals/--no-rivals", help="Compare with published rules at the same stored bits.")
+    ] = True,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Token by token through the packed cache; the same numbers, far slower.")
+    ] = False,
+    data: Annotated[
+        str, typer.Option(help="Text: `builtin`, a .txt, .jsonl, .parquet or .csv file, or a hub dataset.")
+    ] = "builtin",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="`calibration` or `held-out` (three rows to one, by hash), `all`; of a hub dataset, its own.",
+            show_default="held-out; all of a file; train of a dataset",
+        ),
+    ] = None,
+    sequences: Annotated[int, typer.Option(help="Sequences of text. Time grows with them; the error shrinks.")] = 8,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens a sequence has at most.", show_default="512, or the model's own limit")
+    ] = None,
+    measure_from: Annotated[
+        int, typer.Option(min=0, help="First position that counts; those before it are only read.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Which rows of the text are taken, and in what order.")] = 0,
+    pack: Annotated[bool, typer.Option("--pack", help="Join rows and cut windows of the full length.")] = False,
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[
+        str,
+        typer.Option(help="auto (the GPU; layers spread over all where one is too small; else the CPU), cpu, cuda:1."),
+    ] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Folder for the result.", show_default="outputs/<model>")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew instead of resuming a stopped run.")] = False,
+) -> None:
+    """What does the plan cost in quality? KL, top-1 and perplexity on held-out text, beside rivals of equal size."""
+    from kvprof.errors import NotBetter, UsageError
+    from kvprof.evaluate.evaluation import EvaluationSettings, run_evaluation
+    from kvprof.models.identity import check_fits
+    from kvprof.models.load import resolve
+    from kvprof.records.plan import BitPlan
+    from kvprof.records.runs import output_folder
+    from kvprof.report.console import print_note, print_written, progress
+    from kvprof.report.sentences import evaluation_verdict
+    from kvprof.report.tables import show_evaluation
+
+    if check and not rivals and not against:
+        raise UsageError("--check has nothing to compare with.\n  Leave out --no-rivals, or name plans with --against.")
+    found = BitPlan.load(plan)
+    name, *others = _names([plan, *(against or ())])
+    further = [(other, BitPlan.load(path)) for other, path in zip(others, against or (), strict=True)]
+    source = resolve(model or found.model.id)
+    folder = output_folder(source.id, out)
+    check_fits(found, source)  # before any rival is measured
+    settings = EvaluationSettings(
+        data, split, sequences, sequence_length, measure_from, seed, pack, dtype, device, exact
+    )
+    published = _rivals(found, source, folder, dtype, device) if rivals else []
+    with progress("evaluate", "forwards") as advance:
+        run = run_evaluation(source, found, settings, folder, published, further, name, restart, advance)
+    show_evaluation(run.evaluation)
+    for remark in run.remarks:
+        print_note(remark)
+    print_written(run.path)
+    if check and run.evaluation.unbeaten:
+        raise NotBetter(evaluation_verdict(run.evaluation))
+
+
+def _rivals(plan: BitPlan, source: ModelSource, folder: Path, dtype: str, device: str) -> list[Rival]:
+    """Return the published rules' plans at the plan's stored bits, from scores in the folder or measured now."""
+    from kvprof.allocate.rivals import rival_plans
+    from kvprof.evaluate.evaluation import Rival
+    from kvprof.models.identity import checkpoint_fingerprint
+    from kvprof.models.inventory import take_inventory
+    from kvprof.models.load import load_config
+    from kvprof.profile.gradients import GradientSettings, run_gradients
+    from kvprof.profile.norms import measure_norms
+    from kvprof.report.console import progress
+
+    geometry = take_inventory(load_config(source), source.id).geometry
+    fingerprint = checkpoint_fingerprint(source, geometry)
+    norms = _fitting(folder / "norms.json", ("spectral_norm", "frobenius_norm"), geometry, fingerprint)
+    if norms is None:
+        with progress("norms", "layers") as advance:
+            norms, _ = measure_norms(source, advance)
+        norms.save(folder / "norms.json")
+    gradients = _fitting(folder / "gradients.json", ("gradient_norm",), geometry, fingerprint)
+    if gradients is None:
+        with progress("gradients", "sequences") as advance:
+            gradients = run_gradients(
+                source, GradientSettings(dtype=dtype, device=device), folder, False, advance
+            ).scores
+    whole = plan if plan.geometry is not None else plan.model_copy(update={"geometry": geometry})
+    return [Rival(name, candidates) for name, candidates in rival_plans(whole, norms, gradients)]
+
+
+def _fitting(path: Path, metrics: Sequence[str], geometry: CacheGeometry, fingerprint: str) -> Scores | None:
+    """Return the scores in a file where they are of this model; else say that they are measured now."""
+    from kvprof.errors import InvalidFile, Mismatch, first_line
+    from kvprof.records.scores import Scores
+    from kvprof.report.console import print_note
+
+    why = f"there is no {path}"
+    if path.exists():
+        try:
+            scores = Scores.load(path)
+            scores.check_fits(geometry, fingerprint)
+            if set(metrics) <= set(scores.metrics):
+                return scores
+            why = f"{path} has no {', '.join(metrics)}"
+        except (InvalidFile, Mismatch) as error:
+            why = first_line(error)
+    print_note(f"{why}: the rivals need {path.stem}, measured now")
+    return None
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Return a short name for each file: its stem, or where two are alike, all of its path."""
+    times = Counter(path.stem for path in paths)
+    return [path.stem if times[path.stem] == 1 else str(path) for path in paths]

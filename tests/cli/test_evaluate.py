@@ -1,0 +1,200 @@
+"""`kvprof evaluate` as a user types it: rivals from scores, --against, --check, and the file that show prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from folders import save_folder, save_text
+from tiny import tiny_model
+from typer.testing import CliRunner, Result
+
+from kvprof.cli.app import app
+from kvprof.records.evaluation import Evaluation
+from kvprof.records.plan import BitPlan
+
+TEXT = ("--data", "text.txt", "--pack", "--sequences", "2", "--sequence-length", "40", "--device", "cpu")
+
+
+def run(*arguments: str | Path) -> Result:
+    """Run a command in this process; an exception that is no exit is a failure."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def allocate(bits_key: int, bits_value: int, out: str, *more: str) -> None:
+    """Write a uniform plan with a small window, so that codes are read."""
+    window = ("--recent-tokens", "4", "--sink-tokens", "1", "--group-size", "4")
+    bits = ("--rule", "uniform", "--bits-key", str(bits_key), "--bits-value", str(bits_value))
+    result = run(
+        "allocate", *bits, *window, *more, "--scores", next(Path("outputs").glob("*/norms.json")), "--out", out
+    )
+    assert result.exit_code == 0, result.output
+
+
+@pytest.fixture
+def folder(in_tmp: Path) -> Path:
+    """A model with norms and two plans, the one much better than the other."""
+    save_folder(in_tmp / "model")
+    save_text(in_tmp / "text.txt", rows=60)
+    assert run("norms", "./model").exit_code == 0
+    allocate(8, 8, "fine.json")
+    allocate(1, 1, "coarse.json")
+    return in_tmp
+
+
+def only_evaluation() -> Evaluation:
+    return Evaluation.load(next(Path("outputs").glob("*/evaluation.json")))
+
+
+def test_a_plan_is_measured_beside_rivals_and_show_prints_the_same(folder: Path) -> None:
+    allocate(3, 2, "plan.json", "--pin", "key:0=4")
+    result = run("evaluate", "plan.json", *TEXT)
+    assert result.exit_code == 0, result.output
+    found = only_evaluation()
+    roles = [entry.role for entry in found.plans]
+    assert roles[0] == "plan"
+    assert roles.count("rival") >= 4
+    assert "the rivals need gradients, measured now" in result.output
+    assert "need norms" not in result.output
+    assert sorted(path.name for path in next(Path("outputs").iterdir()).iterdir()) == [
+        "evaluation.json",
+        "gradients.json",
+        "norms.json",
+    ]
+    shown = run("show", next(Path("outputs").glob("*/evaluation.json"))).output
+    assert shown.strip() in result.output
+    (marked,) = [line for line in shown.splitlines() if line.startswith(" ▶")]
+    assert marked.split()[:3] == ["▶", "plan", "plan"]
+    assert "nan" not in shown.lower()
+    assert max(map(len, [line for line in shown.splitlines() if line.startswith(" ")])) <= 104  # tiny KLs are long
+    assert "need gradients" not in run("evaluate", "plan.json", *TEXT).output
+
+
+@pytest.mark.parametrize(
+    ("plan", "other", "code", "words"),
+    [
+        ("fine.json", "coarse.json", 0, "fine is better than the one other that stores no more bits"),
+        ("coarse.json", "fine.json", 0, "nothing here stores as little as coarse"),
+        ("fine.json", "fine.json", 5, "has the same KL"),
+    ],
+)
+def test_check_exits_with_five_unless_all_that_store_no_more_are_beaten(
+    folder: Path, plan: str, other: str, code: int, words: str
+) -> None:
+    result = run("evaluate", plan, "--against", other, "--check", "--no-rivals", *TEXT)
+    assert result.exit_code == code, result.output
+    assert words in " ".join(result.output.split())
+    assert only_evaluation().plan.name == Path(plan).stem or plan == other
+
+
+def test_check_fails_where_a_rival_of_the_same_size_is_better(folder: Path) -> None:
+    plan = json.loads(Path("coarse.json").read_text())
+    for layer in plan["layers"]:
+        layer["key"]["bits"], layer["value"]["bits"] = 1, 8
+    Path("lopsided.json").write_text(json.dumps(plan))
+    for layer in plan["layers"]:
+        layer["key"]["bits"], layer["value"]["bits"] = 5, 4
+    Path("even.json").write_text(json.dumps(plan))
+    result = run("evaluate", "lopsided.json", "--against", "even.json", "--check", "--no-rivals", *TEXT)
+    assert result.exit_code == 5, result.output
+    assert "lopsided is not better than 1 of the 1 others" in " ".join(result.output.split())
+    assert run("evaluate", "even.json", "--against", "lopsided.json", "--check", "--no-rivals", *TEXT).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--against", "fine.json", "coarse.json"),
+        ("--against", "fine.json", "--against", "coarse.json"),
+        ("--against=fine.json", "coarse.json"),
+    ],
+)
+def test_against_takes_several_files_in_any_spelling(folder: Path, flags: tuple[str, ...]) -> None:
+    allocate(3, 2, "plan.json")
+    result = run("evaluate", "plan.json", *flags, "--no-rivals", *TEXT)
+    assert result.exit_code == 0, result.output
+    assert [entry.name for entry in only_evaluation().plans] == ["plan", "fine", "coarse"]
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders(folder: Path) -> None:
+    allocate(3, 2, "other/fine.json")
+    assert run("evaluate", "fine.json", "--against", "other/fine.json", "--no-rivals", *TEXT).exit_code == 0
+    assert [entry.name for entry in only_evaluation().plans] == ["fine.json", "other/fine.json"]
+
+
+def test_a_plan_without_a_model_is_evaluated_on_the_model_that_is_named(folder: Path) -> None:
+    bare = json.loads(Path("fine.json").read_text())
+    bare = {key: bare[key] for key in ("schema", "quantizer", "window", "layers")} | {"model": {"num_layers": 2}}
+    Path("bare.json").write_text(json.dumps(bare))
+    result = run("evaluate", "bare.json", "--model", "./model", "--out", "results", *TEXT)
+    assert result.exit_code == 0, result.output
+    assert Evaluation.load("results/evaluation.json").plan.name == "bare"
+    assert Path("results/norms.json").exists()  # measured beside the result
+
+
+def test_a_plan_for_another_model_exits_with_four_before_anything_is_measured(folder: Path) -> None:
+    tiny_model("llama-mha").save_pretrained("other")
+    result = run("evaluate", "fine.json", "--model", "./other", *TEXT)
+    assert result.exit_code == 4
+    assert "KV heads" in result.output
+    assert not list(Path("outputs").glob("*/gradients.json"))
+
+
+def test_scores_of_another_model_in_the_folder_are_not_taken_for_this_ones(folder: Path) -> None:
+    norms = json.loads(next(Path("outputs").glob("*/norms.json")).read_text())
+    norms["model"]["fingerprint"] = "sha256:another"
+    Path("results").mkdir()
+    Path("results/norms.json").write_text(json.dumps(norms))
+    Path("results/gradients.json").write_text("{")
+    result = run("evaluate", "fine.json", "--out", "results", *TEXT)
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    assert "the rivals need norms, measured now" in said
+    assert "not valid JSON" in said
+    assert "the rivals need gradients, measured now" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("missing.json",), 1, "missing.json: no such file"),
+        (("fine.json", "--check", "--no-rivals"), 2, "--check has nothing to compare with"),
+        (("fine.json", "--no-rivals", "--against", "missing.json"), 1, "missing.json: no such file"),
+        (("fine.json", "--no-rivals", "--sequence-length", "65"), 2, "the model was made for 64"),
+        (("fine.json", "--no-rivals", "--measure-from", "63"), 2, "--measure-from 63"),
+        (("fine.json", "--no-rivals", "--data", "none.txt"), 1, "none.txt: no such file"),
+        (("fine.json", "--no-rivals", "--dtype", "float23"), 2, "did you mean 'float32'?"),
+        (("fine.json", "--no-rivals", "--model", "./nowhere"), 1, "no model at ./nowhere"),
+        (("outputs",), 1, "outputs"),
+    ],
+)
+def test_a_bad_request_is_one_message_and_its_exit_code(
+    folder: Path, arguments: tuple[str, ...], code: int, words: str
+) -> None:
+    result = run("evaluate", *arguments)
+    assert result.exit_code == code, result.output
+    assert words in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+
+
+def test_validate_and_schema_know_the_file(folder: Path) -> None:
+    assert run("evaluate", "fine.json", "--no-rivals", *TEXT).exit_code == 0
+    file = next(Path("outputs").glob("*/evaluation.json"))
+    assert run("validate", file, "./model").exit_code == 0
+    tiny_model("llama-mha").save_pretrained("other")
+    assert run("validate", file, "./other").exit_code == 4
+    assert json.loads(run("schema", "evaluation").output)["title"] == "Evaluation"
+
+
+def test_bits_are_told_in_the_table_as_the_plan_has_them(folder: Path) -> None:
+    result = run("evaluate", "fine.json", "--no-rivals", *TEXT)
+    budget = BitPlan.load("fine.json").budget
+    assert budget is not None
+    assert only_evaluation().plan.nominal_bits == budget.nominal_bits
+    assert only_evaluation().plan.stored_bits == budget.stored_bits
+    assert "times smaller than" in result.output
+    assert "though the model ran in float32" in result.output
