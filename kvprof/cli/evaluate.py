@@ -91,7 +91,6 @@ def evaluate(
     from kvprof.records.plan import BitPlan
     from kvprof.records.runs import output_folder
     from kvprof.report.console import print_note, print_written, progress
-    from kvprof.report.sentences import evaluation_verdict
     from kvprof.report.tables import show_evaluation
 
     if check and not rivals and not against:
@@ -113,7 +112,11 @@ def evaluate(
         print_note(remark)
     print_written(run.path)
     if check and run.evaluation.unbeaten:
-        raise NotBetter(evaluation_verdict(run.evaluation))
+        better = ", ".join(result.name for result in run.evaluation.unbeaten)
+        raise NotBetter(
+            f"{name} is no better than {better}, at no more stored bits.\n"
+            "  Allocate by another score, or with other formats; or take the better plan."
+        )
 
 
 def _rivals(plan: BitPlan, source: ModelSource, folder: Path, dtype: str, device: str) -> list[Rival]:

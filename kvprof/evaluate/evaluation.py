@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -274,12 +273,14 @@ def _recipe(plan: BitPlan) -> str:
 
 def _names(finalists: Sequence[tuple[_Entrant, BitPlan]]) -> list[str]:
     """Return a name for each line of the results, no two alike."""
-    names = [entrant.name + _pair(plan) * (entrant.role == "rival") for entrant, plan in finalists]
-    seen: Counter[str] = Counter()
-    for place, name in enumerate(names):
-        seen[name] += 1
-        if seen[name] > 1:
-            names[place] = f"{name} ({seen[name]})"
+    names: list[str] = []
+    for entrant, plan in finalists:
+        label = name = entrant.name + _pair(plan) * (entrant.role == "rival")
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{label} ({number})"
+        names.append(name)
     return names
 
 
@@ -305,7 +306,7 @@ def _sequence_length(settings: EvaluationSettings, positions: int | None) -> int
     length = min(USUAL_LENGTH, positions or USUAL_LENGTH) if asked is None else asked
     if length > (positions or length):
         raise UsageError(f"--sequence-length {length}: the model was made for {positions}.\n  Try {positions}.")
-    if not 0 <= settings.measure_from <= length - 2:
+    if length >= 2 and not 0 <= settings.measure_from <= length - 2:
         raise UsageError(
             f"--measure-from {settings.measure_from}: a sequence of {length} tokens has its last target "
             f"at position {length - 2}."

@@ -109,9 +109,10 @@ def show_evaluation(evaluation: Evaluation) -> None:
     text, plan = evaluation.text, evaluation.plan
     tokens = sum(part.tokens for part in plan.by_position)
     where = f" from position {evaluation.measured_from}" if evaluation.measured_from else ""
+    split = f" ({text.split})" if text.split else ""
     title = (
         f"evaluation of {plan.name} on {evaluation.model.id or 'a model'} ({evaluation.dtype})\n"
-        f"{text.sequences} sequences, {tokens} tokens{where} of {text.dataset} ({text.split})"
+        f"{text.sequences} sequences, {tokens} tokens{where} of {text.dataset}{split}"
     )
     bits = [heading + "\nbits" for heading in ("nominal", "stored")]
     headings = (

@@ -317,7 +317,7 @@ def test_settings_that_cannot_be_are_refused_before_the_model_loads(
     value: int,
 ) -> None:
     monkeypatch.setattr(evaluation, "load_model", lambda *_: pytest.fail("the model was loaded"))
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match=f"--{field.replace('_', '-')} {value}"):
         run_evaluation(source, make_plan(2, 2), replace(settings, **{field: value}), tmp_path / "out")
 
 
@@ -395,11 +395,14 @@ def test_uniform_plans_of_the_demo_model_cost_what_they_are_known_to_cost(tmp_pa
             layers=tuple(LayerPlan(layer=layer, key=key, value=value) for layer in range(30)),
         )
 
-    settings = EvaluationSettings(sequences=3, sequence_length=512)
-    against = [(f"K{keys} V{values}", uniform(keys, values)) for keys, values in ((2, 4), (8, 8), (4, 4))]
-    run = run_evaluation(source, uniform(4, 2), settings, tmp_path, against=against)
-    kl = [result.kl_nats for result in run.evaluation.plans]
-    assert kl[0] == pytest.approx(0.036, rel=0.15)
-    assert kl[1] == pytest.approx(0.152, rel=0.15)
-    assert kl[2] < 1e-4
-    assert kl[3] < 0.008
+    def kl(sequences: int, *pairs: tuple[int, int]) -> list[float]:
+        (first, *others), settings = pairs, EvaluationSettings(sequences=sequences, sequence_length=512)
+        against = [(f"K{pair[0]} V{pair[1]}", uniform(*pair)) for pair in others]
+        run = run_evaluation(source, uniform(*first), settings, tmp_path, against=against)
+        return [result.kl_nats for result in run.evaluation.plans]
+
+    # One sequence's KL at K2 V4 lies anywhere from 0.08 to 0.26: five are the fewest whose mean is near that of all.
+    assert kl(5, (4, 2), (2, 4)) == pytest.approx([0.036, 0.152], rel=0.15)
+    fine, four = kl(1, (8, 8), (4, 4))
+    assert fine < 1e-4
+    assert four < 0.008
