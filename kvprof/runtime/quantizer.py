@@ -45,13 +45,14 @@ def fake_quantize(x_BHTD: Tensor, form: Format, quantizer: Quantizer = USUAL) ->
 
     x_BHTD: (B, H, T, D), any float dtype, which the result has too. Axis `channel`: T is a multiple of the group size,
     and groups start at the first token. Arithmetic is float32, of float64 tensors float64.
-    quantizer: the dtypes of scale and zero, and the seed of the rotation.
+    quantizer: the dtypes of scale and zero, and the seed of the rotation. No gradient passes through the rounding.
     """
     if form.is_full:
         return x_BHTD
     return decode(encode(x_BHTD, form, quantizer), form, quantizer, torch.empty_like(x_BHTD))
 
 
+@torch.no_grad()
 def encode(x_BHTD: Tensor, form: Format, quantizer: Quantizer = USUAL) -> Encoded:
     """Return the codes of keys or values, (B, H, T, D), T a multiple of the tokens in a unit."""
     if form.scheme == "rotated":
@@ -68,6 +69,7 @@ def encode(x_BHTD: Tensor, form: Format, quantizer: Quantizer = USUAL) -> Encode
     return Encoded(codes, scale, zero)
 
 
+@torch.no_grad()
 def decode(encoded: Encoded, form: Format, quantizer: Quantizer, out_BHTD: Tensor) -> Tensor:
     """Write the numbers that codes stand for into `out_BHTD`, (B, H, T, D), which may be strided; return it."""
     work = _arithmetic(out_BHTD.dtype)

@@ -16,14 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import (
-    DummyLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
-    LinearAttentionCacheLayerMixin,
-    LinearAttentionLayer,
-)
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 from kvprof import __version__
 from kvprof.errors import CacheError, InvalidFile, Mismatch, OutputError, first_line
@@ -36,14 +29,14 @@ from kvprof.runtime.storage import TensorStore
 
 SCHEMA = "kvprof.cache/1"
 
-KNOWN_LAYERS = (
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
-    DummyLayer,
-)
-"""Of transformers' own layers, those of which it is known what they hold."""
+KNOWN_LAYERS = {
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "LinearAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
+    "DummyLayer",
+}
+"""Of transformers' own layers, those of which it is known what they hold; by name, since no version has them all."""
 
 
 class LayerFacts(Record):
@@ -70,7 +63,7 @@ def save_cache(cache: PlanCache, path: Path) -> Path:
     tensors: dict[str, Tensor] = {}
     facts = []
     for index, layer in enumerate(cache.layers):
-        if planned_layer(layer) is None and type(layer) not in KNOWN_LAYERS:
+        if planned_layer(layer) is None and type(layer).__name__ not in KNOWN_LAYERS:
             raise CacheError(f"layer {index} is a {type(layer).__name__}, which kvprof cannot save.")
         tensors |= {f"layers.{index}.{name}": tensor.contiguous() for name, tensor in _take(layer).items()}
         facts.append(_facts(layer).model_dump(mode="json"))
@@ -246,7 +239,7 @@ def _give_states(layer: Any, tensors: dict[str, Tensor], fact: LayerFacts, model
         state = take(f"recurrent.{number}")
         layer.lazy_initialization(recurrent_states=state, state_idx=number)
         layer.recurrent_states[number] = state
-    layer.has_previous_state.update({number: True for number in fact.seen})
+    layer.has_previous_state.update(dict.fromkeys(fact.seen, True))
 
 
 def _geometry(cache: PlanCache) -> CacheGeometry:

@@ -1,6 +1,6 @@
 """The cache's rounding and its window, written a second time: NumPy, from the formulas of the design alone.
 
-Arrays are (..., T, D) of float32 or float64; arithmetic stays in the array's own dtype, except that `rotated` is float64.
+Arrays are (..., T, D) of float32 or float64; arithmetic is in the array's own dtype, that of `rotated` in float64.
 """
 
 from __future__ import annotations

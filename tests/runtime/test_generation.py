@@ -138,15 +138,23 @@ def test_a_chat_goes_on_in_the_same_cache(name: str, formats: list[tuple[str, st
 @both
 @pytest.mark.parametrize("name", ["llama", "gemma3", "lfm2"])
 @pytest.mark.parametrize("way", ["prompt lookup", "an assistant", "a sampling assistant"])
-def test_candidates_of_several_tokens_are_taken_back(name: str, formats: list[tuple[str, str]], way: str) -> None:
+def test_candidates_of_several_tokens_are_taken_back(
+    name: str, formats: list[tuple[str, str]], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = build(name, max_position_embeddings=256)
     settings: dict[str, Any] = {"prompt_lookup_num_tokens": 6}
     if way != "prompt lookup":
-        settings = {"assistant_model": build(name, seed=3, max_position_embeddings=256)}
+        assistant = build(name, seed=3, max_position_embeddings=256)
+        assistant.generation_config.update(num_assistant_tokens=5, assistant_confidence_threshold=0)
+        settings = {"assistant_model": assistant}
     settings |= {"max_new_tokens": 60, "do_sample": way == "a sampling assistant"}
     repeated = prompt(10).repeat(1, 3)
     planned, true = caches(model, formats)
+    taken_back: list[int] = []
+    crop = planned.crop
+    monkeypatch.setattr(planned, "crop", lambda count: (taken_back.append(-count), crop(count)))
     found, expected = (generate(model, repeated, cache, **settings) for cache in (planned, true))
+    assert max(taken_back) > 1
     assert found[0].shape[1] == 90
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])

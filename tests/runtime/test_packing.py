@@ -21,6 +21,7 @@ def random_codes(shape: tuple[int, ...], bits: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).integers(0, 2**bits, shape, dtype=np.uint8))
 
 
+@settings(deadline=None)
 @given(bits=widths, count=counts, rows=st.integers(1, 3), seed=st.integers(0, 2**32))
 def test_codes_come_back_from_exactly_the_bytes_that_their_bits_fill(
     bits: int, count: int, rows: int, seed: int
@@ -33,6 +34,7 @@ def test_codes_come_back_from_exactly_the_bytes_that_their_bits_fill(
     assert torch.equal(unpack(packed, bits, count), codes)
 
 
+@settings(deadline=None)
 @given(bits=widths, count=counts, seed=st.integers(0, 2**32))
 def test_every_set_bit_of_a_code_is_one_set_bit_of_the_bytes(bits: int, count: int, seed: int) -> None:
     codes = random_codes((count,), bits, seed)
@@ -64,7 +66,7 @@ def test_planes_cover_every_bit_once_and_divide_a_byte(bits: int) -> None:
     assert all(8 % width == 0 for width, _ in PLANES[bits])
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(bits=widths, count=counts, seed=st.integers(0, 2**32))
 def test_codes_may_lie_anywhere_in_memory(bits: int, count: int, seed: int) -> None:
     codes = random_codes((count, 3, 2), bits, seed).permute(2, 1, 0)

@@ -329,3 +329,13 @@ def test_the_input_is_not_written_to(form: Format) -> None:
     before = x.clone()
     fake_quantize(x, form)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("form", EVERY, ids=name_of)
+def test_numbers_that_ask_for_a_gradient_are_rounded_without_one(form: Format) -> None:
+    x = numbers(1, 2, 48, HEAD_DIM)
+    with torch.inference_mode():  # what is computed once may be computed here
+        expected = fake_quantize(x, form).clone()
+    found = fake_quantize(x.requires_grad_(), form)
+    assert not found.requires_grad
+    assert torch.equal(found, expected)

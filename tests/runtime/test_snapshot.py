@@ -314,7 +314,7 @@ def test_a_cache_that_could_not_be_read_back_is_not_written(tmp_path: Path) -> N
     cache = PlanCache.from_plan(plan_for(model, FULL), model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         step(model, prompt(5), cache)
-    with pytest.raises(CacheError, match="bfloat16.*, the model is loaded in float32"):
+    with pytest.raises(CacheError, match=r"bfloat16.*, the model is loaded in float32"):
         cache.save(tmp_path / "cache.safetensors")
     assert not list(tmp_path.iterdir())
 

@@ -181,6 +181,7 @@ def test_chunks_change_no_bit_of_what_is_held(name: str, axis: str, dtype: torch
         assert torch.equal(held(pieces, x), held(whole, x))
 
 
+@settings(deadline=None)
 @given(
     tokens=st.integers(0, 400),
     sinks=st.integers(0, 8),
