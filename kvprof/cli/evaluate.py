@@ -66,7 +66,7 @@ def evaluate(
             show_default="held-out; all of a file; train of a dataset",
         ),
     ] = None,
-    sequences: Annotated[int, typer.Option(help="Sequences of text. Time grows with them; the error shrinks.")] = 8,
+    sequences: Annotated[int, typer.Option(help="Sequences of text. Time grows with them; the error shrinks.")] = 12,
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens a sequence has at most.", show_default="512, or the model's own limit")
     ] = None,

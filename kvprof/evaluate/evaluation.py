@@ -50,7 +50,7 @@ class EvaluationSettings:
 
     data: str = BUILTIN
     split: str | None = None
-    sequences: int = 8
+    sequences: int = 12
     sequence_length: int | None = None
     measure_from: int = 0
     seed: int = 0

@@ -204,7 +204,9 @@ def quantized_tokens(form: Format, window: Window, context: int, recent_fraction
     """
     if form.is_full:
         return 0
-    recent = max(window.recent_tokens, math.ceil(Fraction(str(recent_fraction)) * context))
+    recent = window.recent_tokens
+    if recent_fraction:  # asked for every token of every layer, so spared the fractions where there are none
+        recent = max(recent, math.ceil(Fraction(str(recent_fraction)) * context))
     left = max(0, context - window.sink_tokens - recent)
     return left if form.axis == "token" else left // form.group_size * form.group_size
 

@@ -30,7 +30,7 @@ from kvprof.records.plan import BitPlan, LayerPlan
 from kvprof.runtime.storage import TensorStore
 
 RECORDED_TOKENS = 128
-"""After `activate_past_recording`, how many tokens `crop` can always take back: they wait for it in full precision."""
+"""After `activate_past_recording`, how many tokens since the last `crop` wait for the next in full precision."""
 
 
 class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -97,8 +97,6 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
     def get_max_length(self) -> int:
         """Return -1: there is no limit."""
         return -1
-
-    get_max_cache_shape = get_max_length  # its name before transformers 5.20
 
     def activate_past_recording(self) -> None:
         """Hold tokens in full precision until `crop` says how many of them stay."""
@@ -303,7 +301,8 @@ class PlanCache(Cache):  # type: ignore[misc]
 
         The cache is then what it would be had it never seen them. Raises CacheError where numbers would be needed that
         were rounded away, or that transformers' own layers let go; nothing is changed then. Of the tokens that came
-        after `activate_past_recording`, the last RECORDED_TOKENS can always be taken back, but from a recurrent state.
+        after `activate_past_recording` and after the last crop, the last RECORDED_TOKENS can always be taken back, but
+        not from a recurrent state.
         """
         held = self.get_seq_length()
         left = _tokens_left(held, tokens_to_remove)

@@ -29,44 +29,38 @@ def packed_bytes(count: int, bits: int) -> int:
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Return codes (..., N), uint8 and below 2^bits, as bytes: (..., packed_bytes(N, bits)), uint8."""
-    count = codes.shape[-1]
-    whole = count // 8 * 8  # of these, every plane fills whole bytes
+    whole = codes.shape[-1] // 8 * 8  # of these, every plane fills whole bytes
     pieces = []
     for width, place in PLANES[bits]:
-        slots = codes[..., :whole].reshape(*codes.shape[:-1], 8 // width, whole * width // 8)
-        plane = torch.zeros_like(slots[..., 0, :])
-        for slot in range(8 // width):
-            code = (slots[..., slot, :] >> place).bitwise_and_(2**width - 1)
-            plane |= code << (slot * width)
-        pieces.append(plane)
-    if whole < count:
+        part = codes[..., :whole]
+        if width < bits:
+            part = (part >> place).bitwise_and_(2**width - 1)
+        slots = part.reshape(*part.shape[:-1], 8 // width, whole * width // 8)
+        # The slots share no bit, so their sum is their union.
+        pieces.append(slots[..., 0, :] if width == 8 else (slots << _shifts(width, codes)).sum(-2, dtype=torch.uint8))
+    if whole < codes.shape[-1]:
         pieces.append(_pack_stream(codes[..., whole:], bits))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+    return pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces, dim=-1)
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """Return the codes (..., count), uint8, of bytes that `pack` made."""
     whole = count // 8 * 8
-    codes = torch.empty(*packed.shape[:-1], count, dtype=torch.uint8, device=packed.device)
+    pieces = []
+    codes = None
     first = 0
     for width, place in PLANES[bits]:
-        length = whole * width // 8
-        plane = packed[..., first : first + length]
-        first += length
-        mask = (2**width - 1) << place
-        for slot in range(8 // width):
-            part = codes[..., slot * length : (slot + 1) * length]
-            shift = slot * width - place
-            if place == 0:  # the first plane of each width: nothing is there yet
-                torch.bitwise_right_shift(plane, shift, out=part)
-                if width < 8:
-                    part &= mask
-            else:
-                moved = plane >> shift if shift > 0 else plane << -shift
-                part |= moved.bitwise_and_(mask)
+        last = first + whole * width // 8
+        plane = packed[..., first:last]
+        if width < 8:
+            plane = (plane.unsqueeze(-2) >> _shifts(width, packed)).bitwise_and_(2**width - 1).flatten(-2)
+        codes = plane if codes is None else codes.bitwise_or_(plane << place)
+        first = last
+    assert codes is not None
+    pieces.append(codes)
     if whole < count:
-        codes[..., whole:] = _unpack_stream(packed[..., first:], bits, count - whole)
-    return codes
+        pieces.append(_unpack_stream(packed[..., first:], bits, count - whole))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
 
 
 def _pack_stream(codes: Tensor, bits: int) -> Tensor:
@@ -81,6 +75,11 @@ def _unpack_stream(packed: Tensor, bits: int, count: int) -> Tensor:
     stream = (packed.unsqueeze(-1) >> _range(8, packed)).bitwise_and_(1).flatten(-2)[..., : count * bits]
     octets = stream.reshape(*stream.shape[:-1], count, bits)
     return (octets << _range(bits, packed)).sum(-1, dtype=torch.uint8)
+
+
+def _shifts(width: int, like: Tensor) -> Tensor:
+    """Return where each slot of a plane begins in its byte, (8 / width, 1)."""
+    return _range(8 // width, like).mul_(width).unsqueeze(-1)
 
 
 def _range(stop: int, like: Tensor) -> Tensor:

@@ -200,8 +200,7 @@ def _decode_rotated(encoded: Encoded, form: Format, quantizer: Quantizer, units:
     """Write what codes stand for into `units`, (B, H, T, 1, D), back in the basis of the model."""
     head_dim, work, device = units.shape[-1], units.dtype, units.device
     levels = _exact_levels(form.bits, head_dim).to(device=device, dtype=work)
-    codes = encoded.codes.reshape(-1, head_dim)
-    y = levels.expand(codes.shape[0], -1).gather(1, codes.long())
+    y = levels.index_select(0, encoded.codes.flatten().int()).view(-1, head_dim)
     x = y @ _rotation(head_dim, quantizer.rotation_seed, work, device)
     torch.mul(x.view(units.shape), (encoded.scale.to(work) / math.sqrt(head_dim)).unsqueeze(3), out=units)
 

@@ -72,7 +72,8 @@ class FullTokens:
 class CodeBlock:
     """Quantized units that follow each other.
 
-    codes: (B, units, bytes a unit), uint8; where a unit's codes fill no whole bytes, (B, 1, bytes of all units).
+    codes: uint8, (B, units, bytes a unit) while the block still grows; (B, 1, bytes of all units) when it is full,
+    which unpacks faster, or where a unit's codes fill no whole bytes.
     scale, zero: (B, units, H, S) as in `Encoded`, units in front.
     """
 
@@ -146,31 +147,39 @@ class CodeTokens:
             first = last
 
     def _add(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> None:
-        if self.blocks and self._takes(self.blocks[-1], scale.shape[1]):
-            last = self.blocks.pop()
-            scale = torch.cat([last.scale, scale], dim=1)
-            zero = None if last.zero is None or zero is None else torch.cat([last.zero, zero], dim=1)
-            if self.fills_bytes:
-                packed = torch.cat([last.codes, self._packed(codes)], dim=1)
-            else:
-                packed = self._packed(torch.cat([self._unpacked(last), codes], dim=1))
+        last = self.blocks[-1] if self.blocks else None
+        if last is None or self._is_full(last):
+            self.blocks.append(CodeBlock(self._packed(codes), scale, zero))
+            return
+        grown = CodeBlock(
+            last.codes,
+            torch.cat([last.scale, scale], dim=1),
+            None if last.zero is None or zero is None else torch.cat([last.zero, zero], dim=1),
+        )
+        if self.in_one_run(grown.units):
+            grown.codes = self._packed(torch.cat([self._unpacked(last), codes], dim=1))
         else:
-            packed = self._packed(codes)
-        self.blocks.append(CodeBlock(packed, scale, zero))
+            grown.codes = torch.cat([last.codes, self._packed(codes)], dim=1)
+        self.blocks[-1] = grown
 
-    def _takes(self, last: CodeBlock, units: int) -> bool:
-        """Whether units join the last block: while it is small, and where it ends within a byte."""
-        ends_within_byte = not self.fills_bytes and last.units % 8 != 0
-        return ends_within_byte or (last.units + units) * self.unit_tokens <= BLOCK_TOKENS
+    def _is_full(self, block: CodeBlock) -> bool:
+        """Whether a block takes no more units: it is large, and ends with a byte."""
+        return block.units * self.unit_tokens >= BLOCK_TOKENS and (self.fills_bytes or block.units % 8 == 0)
+
+    def in_one_run(self, units: int) -> bool:
+        """Whether the codes of a block of so many units are packed together, not unit by unit."""
+        return not self.fills_bytes or units * self.unit_tokens >= BLOCK_TOKENS
 
     def _packed(self, codes: Tensor) -> Tensor:
         """Pack (B, units, codes a unit)."""
-        return pack(codes if self.fills_bytes else codes.flatten(1).unsqueeze(1), self.form.bits)
+        one_run = self.in_one_run(codes.shape[1])
+        return pack(codes.flatten(1).unsqueeze(1) if one_run else codes, self.form.bits)
 
     def _unpacked(self, block: CodeBlock) -> Tensor:
         """Return a block's codes: (B, units, codes a unit)."""
-        count = self.unit_codes if self.fills_bytes else block.units * self.unit_codes
-        return unpack(block.codes, self.form.bits, count).view(-1, block.units, self.unit_codes)
+        runs = block.codes.shape[1]
+        codes = unpack(block.codes, self.form.bits, block.units // runs * self.unit_codes)
+        return codes.view(-1, block.units, self.unit_codes)
 
 
 class TensorStore:
@@ -226,7 +235,8 @@ class TensorStore:
             raise CacheError(
                 f"the cache cannot go back from {self.tokens} to {tokens} tokens: of those that stay, "
                 f"{kept - self._rule(tokens)} would be in full precision again, and they are quantized.\n"
-                "  Call cache.activate_past_recording() before the tokens that may be taken back; nothing was changed."
+                "  Tokens can be taken back that came after cache.activate_past_recording() and after the last crop; "
+                "nothing was changed."
             )
 
     def crop(self, tokens: int) -> None:
@@ -274,8 +284,9 @@ class TensorStore:
             zero = None if self.form.scheme == "rotated" else tensors.pop(f"zero.{number}")
             units = scale.shape[1]
             channels = head_dim if self.form.axis == "channel" else -(-head_dim // self.form.group_size)
-            rows = (units, codes.unit_codes) if codes.fills_bytes else (1, units * codes.unit_codes)
-            _expect("codes", packed, (batch, rows[0], packed_bytes(rows[1], self.form.bits)), torch.uint8)
+            runs = 1 if codes.in_one_run(units) else units
+            count = units // runs * codes.unit_codes
+            _expect("codes", packed, (batch, runs, packed_bytes(count, self.form.bits)), torch.uint8)
             for name, tensor, stored in (
                 ("scale", scale, codes.quantizer.scale_dtype),
                 ("zero", zero, codes.quantizer.zero_dtype),
