@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,7 @@ def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
     save_folder(tmp_path / "my-model")
     rows = [{"text": row} for row in save_text(tmp_path / "rows.txt").read_text().splitlines()]
     (tmp_path / "my-text.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    shutil.copy(ROOT / "tests/data/kvtuner_llama31_8b_kivi_4_1.yaml", tmp_path / "kvtuner.yaml")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     scripts = str(Path(sys.executable).parent)
@@ -61,6 +63,11 @@ def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
         else:
             assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
+    for body in (body for language, body in BLOCKS if language == "python"):  # on the files that the commands left
+        done = subprocess.run(
+            [sys.executable, "-c", body], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{body}\n{done.stderr}"
 
 
 def test_the_json_files_in_the_readme_are_valid(tmp_path: Path) -> None:
@@ -83,7 +90,7 @@ def test_every_flag_named_in_the_readme_exists() -> None:
             check=True,
             env=os.environ | {"COLUMNS": "200"},
         ).stdout
-        for command in ("inspect", "norms", "gradients", "allocate", "validate")
+        for command in ("inspect", "norms", "gradients", "allocate", "evaluate", "generate", "import", "validate")
     )
     prose = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", prose)):

@@ -17,6 +17,9 @@ from kvprof.calibration.text import TextSource
 from kvprof.errors import CalibrationError, UsageError
 from kvprof.records.scores import CalibrationInfo
 
+USUAL_LENGTH = 512
+"""Tokens of a sequence, where nothing else is said."""
+
 IGNORED = -100
 """The label of a position that has no target, by transformers' convention."""
 
@@ -32,6 +35,25 @@ class CalibrationSet:
     info: CalibrationInfo
     skipped: int
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share, one field each, named so that a cause comes before its consequences."""
+        fields = self.info.model_dump(mode="json")
+        return {("text fingerprint" if name == "fingerprint" else name): value for name, value in fields.items()}
+
+    def check_vocabulary(self, size: int) -> None:
+        """Raise CalibrationError where a model of so large a vocabulary does not know a token."""
+        largest = max(max(ids) for ids in self.sequences)
+        if largest >= size:
+            raise CalibrationError(f"the tokenizer writes token {largest}, but the model's vocabulary has {size}.")
+
+    def remarks(self, asked: int) -> Iterator[str]:
+        """Yield what a reader should know of a text that so many sequences were asked of."""
+        if self.skipped:
+            yield f"skipped {self.skipped} rows too short to have a target"
+        if len(self.sequences) < asked:
+            yield f"the text holds only {len(self.sequences)} of the {asked} sequences asked for"
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -44,6 +66,18 @@ class Batch:
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+
+
+def choose_length(asked: int | None, positions: int | None) -> int:
+    """Return the length to cut sequences to, for a model made for so many positions (None: no limit).
+
+    asked: None is USUAL_LENGTH, or what the model was made for where that is less. Raises UsageError for more than that.
+    """
+    if asked is None:
+        return min(USUAL_LENGTH, positions or USUAL_LENGTH)
+    if asked > (positions or asked):
+        raise UsageError(f"--sequence-length {asked}: the model was made for {positions}.\n  Try {positions}.")
+    return asked
 
 
 def tokenize(

@@ -8,6 +8,7 @@ are compared with.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -41,28 +42,39 @@ def choose_route(model: PreTrainedModel, plan: BitPlan, ids: Sequence[int], exac
         return "exact"
 
 
-def reference_logits(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
-    """Return the logits after each token with everything in full precision, (T, V)."""
+def reference_logits(model: PreTrainedModel, ids: Sequence[int], first: int = 0) -> Tensor:
+    """Return the logits after each token from position `first` on, everything in full precision: (T - first, V)."""
     with torch.no_grad(), _memory_explained(model, len(ids)):
-        return _forward(model, ids)
+        return _forward(model, ids, first)
 
 
-def planned_logits(model: PreTrainedModel, plan: BitPlan, ids: Sequence[int], route: Route) -> Tensor:
-    """Return the logits after each token where every token read the cache that the plan would have left it, (T, V)."""
+def planned_logits(model: PreTrainedModel, plan: BitPlan, ids: Sequence[int], route: Route, first: int = 0) -> Tensor:
+    """Return the same where every token read the cache that the plan would have left it.
+
+    plan: known to be this model's; of its fit, only shapes are looked at.
+    """
     with torch.no_grad(), _memory_explained(model, len(ids)):
         if route == "fast":
             with decoding_reads(model, plan):
-                return _forward(model, ids)
-        cache = PlanCache.from_plan(plan, model)
+                return _forward(model, ids, first)
+        # With a fingerprint to compare, every cache would hash all of W_k and W_v.
+        unstamped = plan.model_copy(update={"model": plan.model.model_copy(update={"fingerprint": None})})
+        cache = PlanCache.from_plan(unstamped, model)
         steps = []
-        for token in ids:
+        for position, token in enumerate(ids):
             output = model(input_ids=_tensor(model, [token]), past_key_values=cache, use_cache=True)
-            steps.append(output.logits[0, -1])
+            if position >= first:
+                steps.append(output.logits[0, -1])
         return torch.stack(steps)
 
 
-def _forward(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
-    logits: Tensor = model(input_ids=_tensor(model, ids), use_cache=False).logits[0]
+def _forward(model: PreTrainedModel, ids: Sequence[int], first: int) -> Tensor:
+    kept = len(ids) - first
+    options = {}
+    # Nothing here is as large as the logits: those that nobody asks for are better never made.
+    if first > 0 and "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = kept
+    logits: Tensor = model(input_ids=_tensor(model, ids), use_cache=False, **options).logits[0, -kept:]
     return logits
 
 

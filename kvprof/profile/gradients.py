@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvprof import __version__
-from kvprof.calibration.sequences import IGNORED, Batch, CalibrationSet, batches, tokenize
+from kvprof.calibration.sequences import IGNORED, Batch, CalibrationSet, batches, choose_length, tokenize
 from kvprof.calibration.text import BUILTIN, open_text
-from kvprof.errors import CalibrationError, KvprofError, NonFiniteGradient, UsageError
+from kvprof.errors import KvprofError, NonFiniteGradient, UsageError
 from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
 from kvprof.models.inventory import take_inventory
 from kvprof.models.layouts import Rows, choose_layout, cut_rows, find_projections
@@ -38,15 +38,11 @@ SequenceNorms = list[tuple[float, float]]
 """One sequence's gradient norms: (key, value) of each scored layer, ascending."""
 
 
-USUAL_LENGTH = 512
-"""Tokens of a calibration sequence, where nothing else is said."""
-
-
 @dataclass(frozen=True)
 class GradientSettings:
     """What to measure on, and how.
 
-    sequence_length: None is USUAL_LENGTH, or what the model was made for where that is less.
+    sequence_length: None as `calibration.sequences.choose_length` has it.
     dtype, device: as `models.load.load_model` takes them. batch_size: sequences in one forward; changes no score.
     """
 
@@ -88,7 +84,7 @@ def run_gradients(
     whole_config = load_config(source)
     inventory = take_inventory(whole_config, source.id)
     config = whole_config.get_text_config(decoder=True)
-    length = _sequence_length(settings.sequence_length, getattr(config, "max_position_embeddings", None))
+    length = choose_length(settings.sequence_length, getattr(config, "max_position_embeddings", None))
     calibration = tokenize(
         open_text(settings.data, settings.split, settings.seed),
         load_tokenizer(source),
@@ -97,11 +93,7 @@ def run_gradients(
         settings.seed,
         settings.pack,
     )
-    largest = max(max(ids) for ids in calibration.sequences)
-    if largest >= config.vocab_size:
-        raise CalibrationError(
-            f"the tokenizer writes token {largest}, but the model's vocabulary has {config.vocab_size}."
-        )
+    calibration.check_vocabulary(config.vocab_size)
     model = load_model(source, settings.dtype, settings.device)
     geometry = inventory.geometry
     fingerprint = live_fingerprint(model, geometry) or checkpoint_fingerprint(source, geometry)
@@ -111,7 +103,7 @@ def run_gradients(
         "model fingerprint": fingerprint,
         "dtype": str(model.dtype),
         "kvprof version": __version__,
-        **_text_identity(calibration),
+        **calibration.identity,
     }
     with Journal(folder / "gradients.journal", identity, restart) as log:
         done = {int(index): norms for index, norms in log.done.items()}
@@ -275,29 +267,11 @@ def _outer_norms(gradient: Tensor, source: Tensor, batch_size: int) -> Tensor:
     )
 
 
-def _sequence_length(asked: int | None, positions: int | None) -> int:
-    """Return the length to cut sequences to, for a model made for so many positions (None: no limit)."""
-    if asked is None:
-        return min(USUAL_LENGTH, positions or USUAL_LENGTH)
-    if asked > (positions or asked):
-        raise UsageError(f"--sequence-length {asked}: the model was made for {positions}.\n  Try {positions}.")
-    return asked
-
-
-def _text_identity(calibration: CalibrationSet) -> dict[str, Any]:
-    """Return what a resumed run must share, one field each, named so that a cause sorts before its consequences."""
-    fields = calibration.info.model_dump(mode="json")
-    return {("text fingerprint" if name == "fingerprint" else name): value for name, value in fields.items()}
-
-
 def _remarks(calibration: CalibrationSet, settings: GradientSettings, resumed: int) -> Iterator[str]:
-    found = len(calibration.sequences)
     if resumed:
+        found = len(calibration.sequences)
         yield f"went on with a stopped run: {resumed} of {found} sequences were measured before"
-    if calibration.skipped:
-        yield f"skipped {calibration.skipped} rows too short to have a target"
-    if found < settings.sequences:
-        yield f"the text holds only {found} of the {settings.sequences} sequences asked for"
+    yield from calibration.remarks(settings.sequences)
 
 
 def _overflow_advice(model: PreTrainedModel, layer: int) -> str:

@@ -18,15 +18,19 @@ HEAVY = ("torch", "transformers", "datasets", "accelerate", "safetensors")
         ["--help"],
         ["--version"],
         ["gradients", "--help"],
+        ["evaluate", "--help"],
+        ["generate", "--help"],
         ["allocate", "--budget", "3", "--scores", "mine.json", "--out", "plan.json"],
         ["show", "mine.json"],
         ["validate", "mine.json"],
         ["schema", "plan"],
+        ["import", "kvtuner.yaml", "--from", "kvtuner"],
     ],
     ids=" ".join,
 )
 def test_no_torch_is_imported(in_tmp: Path, arguments: list[str]) -> None:
     handmade_scores(in_tmp / "mine.json")
+    (in_tmp / "kvtuner.yaml").write_text("0: {nbits_key: 4, nbits_value: 2}\n")
     code = f"""
 import sys
 sys.argv = ["kvprof", *{arguments!r}]

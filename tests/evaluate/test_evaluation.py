@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,17 +17,19 @@ from transformers import PreTrainedModel
 from kvprof.calibration.sequences import tokenize
 from kvprof.calibration.text import open_text
 from kvprof.errors import CalibrationError, KvprofError, Mismatch, UnsupportedAttention, UsageError
-from kvprof.evaluate import evaluation, logits
+from kvprof.evaluate import evaluation, logits, pieces
 from kvprof.evaluate.evaluation import EvaluationSettings, Rival, run_evaluation
 from kvprof.evaluate.logits import planned_logits, reference_logits
 from kvprof.evaluate.metrics import token_kl, token_nll
 from kvprof.evaluate.summary import SequenceResult, summarise
+from kvprof.models.identity import checkpoint_fingerprint
 from kvprof.models.inventory import take_inventory
 from kvprof.models.load import ModelSource, load_config, load_model, load_tokenizer, resolve
 from kvprof.records.evaluation import Evaluation
 from kvprof.records.formats import Format
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import BitPlan, LayerPlan, Quantizer, SkippedLayer, TensorPlan, Window
+from kvprof.runtime import cache
 
 Maker = Callable[..., BitPlan]
 
@@ -40,13 +43,13 @@ def settings(text: str) -> EvaluationSettings:
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The bits of the first key of each planned forward that runs."""
     seen: list[int] = []
-    measure = evaluation.planned_logits
+    measure = pieces.planned_logits
 
-    def spy(model: object, plan: BitPlan, ids: object, route: object) -> object:
+    def spy(model: object, plan: BitPlan, *rest: object) -> object:
         seen.append(plan.layers[0].key.bits)
-        return measure(model, plan, ids, route)
+        return measure(model, plan, *rest)
 
-    monkeypatch.setattr(evaluation, "planned_logits", spy)
+    monkeypatch.setattr(pieces, "planned_logits", spy)
     return seen
 
 
@@ -94,6 +97,51 @@ def test_the_fast_and_the_exact_path_agree_token_by_token(name: str, recent_frac
     fast, exact = (token_kl(reference, planned_logits(model, plan, ids, route)) for route in ("fast", "exact"))
     assert fast.max() > 1e-4
     assert fast.numpy() == pytest.approx(exact.numpy(), rel=0.01, abs=1e-7)
+
+
+@pytest.mark.parametrize("route", ["fast", "exact"])
+def test_logits_from_a_position_on_are_the_last_of_all(route: logits.Route) -> None:
+    model, ids = tiny_model("llama"), list(range(1, 40))
+    plan = plan_of(model, 0.0)
+    whole, part = (planned_logits(model, plan, ids, route, first) for first in (0, 30))
+    assert part.shape == (9, whole.shape[1])
+    torch.testing.assert_close(part, whole[30:])
+    torch.testing.assert_close(reference_logits(model, ids, 30), reference_logits(model, ids)[30:])
+
+
+def test_the_logits_of_one_plan_are_gone_before_those_of_the_next_come(
+    source: ModelSource,
+    settings: EvaluationSettings,
+    make_plan: Maker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measure = pieces.planned_logits
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def spy(*arguments: object) -> torch.Tensor:
+        assert not any(one() is not None for one in made)
+        found = measure(*arguments)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(pieces, "planned_logits", spy)
+    run_evaluation(source, make_plan(2, 2), settings, tmp_path / "out", against=[("other", make_plan(3, 3))])
+    assert len(made) == 2 * 4
+
+
+def test_the_exact_path_looks_at_the_weights_once_and_not_for_every_cache(
+    source: ModelSource,
+    settings: EvaluationSettings,
+    make_plan: Maker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fingerprint = checkpoint_fingerprint(source, take_inventory(load_config(source), source.id).geometry)
+    plan = make_plan(2, 2)
+    stamped = plan.model_copy(update={"model": plan.model.model_copy(update={"fingerprint": fingerprint})})
+    monkeypatch.setattr(cache, "live_fingerprint", lambda *_: pytest.fail("the weights were hashed again"))
+    assert run_evaluation(source, stamped, replace(settings, exact=True, sequences=1), tmp_path / "out").path.exists()
 
 
 def test_the_exact_path_gives_the_same_evaluation(
