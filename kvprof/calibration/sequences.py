@@ -71,7 +71,7 @@ class Batch:
 def choose_length(asked: int | None, positions: int | None) -> int:
     """Return the length to cut sequences to, for a model made for so many positions (None: no limit).
 
-    asked: None is USUAL_LENGTH, or what the model was made for where that is less. Raises UsageError for more than that.
+    asked: None is USUAL_LENGTH, or what the model was made for where that is less. Raises UsageError for more.
     """
     if asked is None:
         return min(USUAL_LENGTH, positions or USUAL_LENGTH)

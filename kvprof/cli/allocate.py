@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from kvprof.cli.options import GroupSize, RecentTokens, SinkTokens
+
 
 def allocate(
     budget: Annotated[
@@ -44,15 +46,13 @@ def allocate(
     bits: Annotated[
         str | None, typer.Option(help="Widths to choose from, of 1,2,3,4,5,6,8,16.", show_default="1,2,3,4,6,8")
     ] = None,
-    group_size: Annotated[
-        int, typer.Option(min=1, max=2**31, help="Elements that share a scale: tokens for keys, channels for values.")
-    ] = 32,
+    group_size: GroupSize = 32,
     pin: Annotated[
         list[str] | None,
         typer.Option(help="Fix a tensor's bits: key:0=8, value:3-5=4, key:*=4. Can be repeated.", show_default=False),
     ] = None,
-    recent_tokens: Annotated[int, typer.Option(min=0, max=2**31, help="Last tokens kept in full precision.")] = 128,
-    sink_tokens: Annotated[int, typer.Option(min=0, max=2**31, help="First tokens kept in full precision.")] = 4,
+    recent_tokens: RecentTokens = 128,
+    sink_tokens: SinkTokens = 4,
     top_fraction: Annotated[
         str | None, typer.Option(help="kvmix: the share of layers that get more bits.", show_default="0.2")
     ] = None,

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from kvprof.cli.options import Data, Device, Dtype, Out, Pack, Restart, Seed, SequenceLength
+
 if TYPE_CHECKING:
     from kvprof.evaluate.evaluation import Rival
     from kvprof.models.load import ModelSource
@@ -56,9 +58,7 @@ def evaluate(
     exact: Annotated[
         bool, typer.Option("--exact", help="Token by token through the packed cache; the same numbers, far slower.")
     ] = False,
-    data: Annotated[
-        str, typer.Option(help="Text: `builtin`, a .txt, .jsonl, .parquet or .csv file, or a hub dataset.")
-    ] = "builtin",
+    data: Data = "builtin",
     split: Annotated[
         str | None,
         typer.Option(
@@ -67,26 +67,20 @@ def evaluate(
         ),
     ] = None,
     sequences: Annotated[int, typer.Option(help="Sequences of text. Time grows with them; the error shrinks.")] = 12,
-    sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens a sequence has at most.", show_default="512, or the model's own limit")
-    ] = None,
+    sequence_length: SequenceLength = None,
     measure_from: Annotated[
         int, typer.Option(min=0, help="First position that counts; those before it are only read.")
     ] = 0,
-    seed: Annotated[int, typer.Option(help="Which rows of the text are taken, and in what order.")] = 0,
-    pack: Annotated[bool, typer.Option("--pack", help="Join rows and cut windows of the full length.")] = False,
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[
-        str,
-        typer.Option(help="auto (the GPU; layers spread over all where one is too small; else the CPU), cpu, cuda:1."),
-    ] = "auto",
-    out: Annotated[Path | None, typer.Option(help="Folder for the result.", show_default="outputs/<model>")] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Begin anew instead of resuming a stopped run.")] = False,
+    seed: Seed = 0,
+    pack: Pack = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    out: Out = None,
+    restart: Restart = False,
 ) -> None:
     """What does the plan cost in quality? KL, top-1 and perplexity on held-out text, beside rivals of equal size."""
     from kvprof.errors import NotBetter, UsageError
-    from kvprof.evaluate.evaluation import EvaluationSettings, run_evaluation
-    from kvprof.models.identity import check_fits
+    from kvprof.evaluate.evaluation import EvaluationSettings, check_request, run_evaluation
     from kvprof.models.load import resolve
     from kvprof.records.plan import BitPlan
     from kvprof.records.runs import output_folder
@@ -100,11 +94,13 @@ def evaluate(
     further = [(other, BitPlan.load(path)) for other, path in zip(others, against or (), strict=True)]
     source = resolve(model or found.model.id)
     folder = output_folder(source.id, out)
-    check_fits(found, source)  # before any rival is measured
     settings = EvaluationSettings(
         data, split, sequences, sequence_length, measure_from, seed, pack, dtype, device, exact
     )
-    published = _rivals(found, source, folder, dtype, device) if rivals else []
+    published: list[Rival] = []
+    if rivals:
+        check_request(source, [(name, found), *further], settings)
+        published = _rivals(found, source, folder, dtype, device, restart)
     with progress("evaluate", "forwards") as advance:
         run = run_evaluation(source, found, settings, folder, published, further, name, restart, advance)
     show_evaluation(run.evaluation)
@@ -119,8 +115,11 @@ def evaluate(
         )
 
 
-def _rivals(plan: BitPlan, source: ModelSource, folder: Path, dtype: str, device: str) -> list[Rival]:
-    """Return the published rules' plans at the plan's stored bits, from scores in the folder or measured now."""
+def _rivals(plan: BitPlan, source: ModelSource, folder: Path, dtype: str, device: str, restart: bool) -> list[Rival]:
+    """Return the published rules' plans at the plan's stored bits, from scores in the folder or measured now.
+
+    plan: known to be the model's. restart: measure gradients anew too, where a run of theirs was stopped.
+    """
     from kvprof.allocate.rivals import rival_plans
     from kvprof.evaluate.evaluation import Rival
     from kvprof.models.identity import checkpoint_fingerprint
@@ -131,7 +130,7 @@ def _rivals(plan: BitPlan, source: ModelSource, folder: Path, dtype: str, device
     from kvprof.report.console import progress
 
     geometry = take_inventory(load_config(source), source.id).geometry
-    fingerprint = checkpoint_fingerprint(source, geometry)
+    fingerprint = plan.model.fingerprint or checkpoint_fingerprint(source, geometry)
     norms = _fitting(folder / "norms.json", ("spectral_norm", "frobenius_norm"), geometry, fingerprint)
     if norms is None:
         with progress("norms", "layers") as advance:
@@ -141,7 +140,7 @@ def _rivals(plan: BitPlan, source: ModelSource, folder: Path, dtype: str, device
     if gradients is None:
         with progress("gradients", "sequences") as advance:
             gradients = run_gradients(
-                source, GradientSettings(dtype=dtype, device=device), folder, False, advance
+                source, GradientSettings(dtype=dtype, device=device), folder, restart, advance
             ).scores
     whole = plan if plan.geometry is not None else plan.model_copy(update={"geometry": geometry})
     return [Rival(name, candidates) for name, candidates in rival_plans(whole, norms, gradients)]
@@ -170,4 +169,5 @@ def _fitting(path: Path, metrics: Sequence[str], geometry: CacheGeometry, finger
 def _names(paths: Sequence[Path]) -> list[str]:
     """Return a short name for each file: its stem, or where two are alike, all of its path."""
     times = Counter(path.stem for path in paths)
-    return [path.stem if times[path.stem] == 1 else str(path) for path in paths]
+    names = [path.stem if times[path.stem] == 1 else str(path) for path in paths]
+    return [name.encode(errors="replace").decode() for name in names]  # a file's name may be no text

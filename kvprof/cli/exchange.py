@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from kvprof.cli.options import GroupSize, RecentTokens, SinkTokens
 from kvprof.errors import UsageError, did_you_mean
 
 TOOLS = ("kvtuner",)
@@ -22,11 +23,9 @@ def import_(
         str | None,
         typer.Option(help="The model it is for: a hub id, a folder, a .gguf file, or `demo`.", show_default=False),
     ] = None,
-    group_size: Annotated[
-        int, typer.Option(min=1, max=2**31, help="Elements that share a scale: tokens for keys, channels for values.")
-    ] = 32,
-    recent_tokens: Annotated[int, typer.Option(min=0, max=2**31, help="Last tokens kept in full precision.")] = 32,
-    sink_tokens: Annotated[int, typer.Option(min=0, max=2**31, help="First tokens kept in full precision.")] = 0,
+    group_size: GroupSize = 32,
+    recent_tokens: RecentTokens = 32,
+    sink_tokens: SinkTokens = 0,
     out: Annotated[
         Path | None,
         typer.Option(

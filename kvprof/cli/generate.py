@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from kvprof.cli.options import Dtype
+
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to go on from; `-` reads it from standard input.")],
@@ -20,7 +22,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="Randomness of the choice; 0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Where the randomness begins, the same for both.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")] = "auto",
+    dtype: Dtype = "auto",
     device: Annotated[str, typer.Option(help="auto (the GPU, else the CPU), cpu, cuda:1.")] = "auto",
 ) -> None:
     """What does the plan do to the model's words? The same prompt continued in full precision and as planned."""

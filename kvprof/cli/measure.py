@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from kvprof.cli.options import Data, Device, Dtype, Out, Pack, Restart, Seed, SequenceLength
 
 Model = Annotated[
     str | None,
     typer.Argument(help="A hub id, a folder, a .gguf file, or `demo`.", show_default="the demo model"),
 ]
-Out = Annotated[Path | None, typer.Option(help="Folder for the result.", show_default="outputs/<model>")]
 
 
 def inspect(
@@ -53,9 +53,7 @@ def norms(model: Model = None, out: Out = None) -> None:
 def gradients(
     model: Model = None,
     out: Out = None,
-    data: Annotated[
-        str, typer.Option(help="Text: `builtin`, a .txt, .jsonl, .parquet or .csv file, or a hub dataset.")
-    ] = "builtin",
+    data: Data = "builtin",
     split: Annotated[
         str | None,
         typer.Option(
@@ -64,18 +62,13 @@ def gradients(
         ),
     ] = None,
     sequences: Annotated[int, typer.Option(help="Calibration sequences. Time grows with them.")] = 16,
-    sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens a sequence has at most.", show_default="512, or the model's own limit")
-    ] = None,
+    sequence_length: SequenceLength = None,
     batch_size: Annotated[int, typer.Option(help="Sequences in one forward; changes memory, no score.")] = 1,
-    seed: Annotated[int, typer.Option(help="Which rows of the text are taken, and in what order.")] = 0,
-    pack: Annotated[bool, typer.Option("--pack", help="Join rows and cut windows of the full length.")] = False,
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[
-        str,
-        typer.Option(help="auto (the GPU; layers spread over all where one is too small; else the CPU), cpu, cuda:1."),
-    ] = "auto",
-    restart: Annotated[bool, typer.Option("--restart", help="Begin anew instead of resuming a stopped run.")] = False,
+    seed: Seed = 0,
+    pack: Pack = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    restart: Restart = False,
 ) -> None:
     """How much does the loss feel each layer's keys and values? One forward and backward serve all."""
     from kvprof.models.load import resolve

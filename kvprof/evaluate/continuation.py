@@ -14,7 +14,7 @@ import torch
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria
 
 from kvprof.errors import KvprofError, UsageError
-from kvprof.models.load import ModelSource, load_model, load_tokenizer
+from kvprof.models.load import ModelSource, load_config, load_model, load_tokenizer
 from kvprof.records.plan import BitPlan
 from kvprof.runtime.cache import PlanCache
 
@@ -86,14 +86,14 @@ def compare_continuations(
         raise UsageError(f"--temperature {settings.temperature}: 0 or more is needed.")
     tokenizer = load_tokenizer(source)
     inputs = _tokens_of(prompt, tokenizer, settings.chat)
-    model = load_model(source, settings.dtype, settings.device)
     prompt_tokens = inputs["input_ids"].shape[1]
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = getattr(load_config(source).get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None and prompt_tokens + settings.max_new_tokens > limit:
         raise UsageError(
             f"the prompt's {prompt_tokens} tokens and {settings.max_new_tokens} new ones are more than the {limit} "
             "that the model was made for.\n  Shorten the prompt, or lower --max-new-tokens."
         )
+    model = load_model(source, settings.dtype, settings.device)
     planned_cache = PlanCache.from_plan(plan, model)  # before the long part: it refuses another model's plan
     found = []
     for turn, cache in enumerate((DynamicCache(config=model.config), planned_cache)):

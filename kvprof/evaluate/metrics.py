@@ -18,8 +18,9 @@ def token_kl(reference_TV: Tensor, planned_TV: Tensor) -> Tensor:
     """Return KL(reference || planned) of each token's next-token distribution, in nats.
 
     reference_TV, planned_TV: logits, (T, V), any float dtype; computed in float32, of float64 logits in float64.
-    Returns (T,), float64, never negative; NaN where logits are not finite.
+    Returns (T,), float64, on the CPU, never negative; NaN where logits are not finite.
     """
+    widest = torch.float32 if reference_TV.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     parts = []
     for reference, planned in _chunks(reference_TV, planned_TV):
         log_p, log_q = reference.log_softmax(-1), planned.log_softmax(-1)
@@ -27,8 +28,8 @@ def token_kl(reference_TV: Tensor, planned_TV: Tensor) -> Tensor:
         # sum of p log(p / q) + q - p: the sums of p and q, 1 each, cancel; with them, so does the rounding of the two
         # normalisers, which would be larger than the KL of an 8-bit cache.
         terms = (log_p - log_q).mul_(p).masked_fill_(p == 0, 0.0)
-        parts.append(terms.add_(log_q.exp_()).sub_(p).sum(-1, dtype=torch.float64))
-    return torch.cat(parts).clamp_min_(0.0)
+        parts.append(terms.add_(log_q.exp_()).sub_(p).sum(-1, dtype=widest))
+    return torch.cat(parts).cpu().double().clamp_min_(0.0)
 
 
 def top1_agreement(reference_TV: Tensor, planned_TV: Tensor) -> Tensor:
@@ -39,15 +40,15 @@ def top1_agreement(reference_TV: Tensor, planned_TV: Tensor) -> Tensor:
 def token_nll(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     """Return the negative log likelihood of each target, in nats.
 
-    logits_TV: (T, V), any float dtype. targets_T: (T,), the token that follows each. Returns (T,), float64.
+    logits_TV: (T, V), any float dtype. targets_T: (T,), the token that follows each. Returns (T,), float64, on the CPU.
     """
     parts = []
     start = 0
     for (logits,) in _chunks(logits_TV):
         targets = targets_T[start : start + len(logits), None]
-        parts.append((logits.logsumexp(-1) - logits.gather(-1, targets)[:, 0]).double())
+        parts.append(logits.logsumexp(-1) - logits.gather(-1, targets)[:, 0])
         start += len(logits)
-    return torch.cat(parts)
+    return torch.cat(parts).cpu().double()
 
 
 def _chunks(*logits_TV: Tensor) -> Iterator[tuple[Tensor, ...]]:

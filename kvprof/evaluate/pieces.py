@@ -57,15 +57,16 @@ class Pieces:
         for key, plan in missing.items():
             if plan is None:
                 nll = float(token_nll(reference[:-1], targets).sum())
-                result, finite = {"nll_nats": nll}, math.isfinite(nll)
+                entry: dict[str, object] = {"nll_nats": nll}
+                finite = math.isfinite(nll)
             else:
                 # Held by no name here, a plan's logits are gone before those of the next one come.
-                result, finite = _compared(
+                entry, finite = _compared(
                     reference, planned_logits(self._model, plan, ids, self._route, self._first), targets
                 )
             if not finite:
                 raise KvprofError(_overflow_advice(self._model, "full precision" if plan is None else "the plan"))
-            self._log.add(key, result)
+            self._log.add(key, entry)
             finished()
 
     def mean_kl(self, plan: BitPlan, indices: Sequence[int]) -> float:

@@ -157,6 +157,7 @@ def _placement(device: str, config: PretrainedConfig, dtype: str) -> torch.devic
         if not torch.cuda.is_available():
             return torch.device("cpu")
         free_bytes, _ = torch.cuda.mem_get_info(0)
+        free_bytes += torch.cuda.memory_reserved(0) - torch.cuda.memory_allocated(0)  # torch's own idle blocks
         return torch.device("cuda:0") if weight_bytes(config, dtype) <= GPU_SHARE * free_bytes else None
     try:
         target = torch.device(device)

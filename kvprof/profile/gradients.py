@@ -262,9 +262,8 @@ def _outer_norms(gradient: Tensor, source: Tensor, batch_size: int) -> Tensor:
     dtype = torch.promote_types(gradient.dtype, torch.float32)
     gradient = gradient.reshape(batch_size, -1, gradient.shape[-1]).to(dtype)
     source = source.reshape(batch_size, -1, source.shape[-1]).to(dtype)
-    return torch.stack(
-        [torch.linalg.vector_norm(g.T @ x, dtype=torch.float64) for g, x in zip(gradient, source, strict=True)]
-    )
+    widest = torch.float32 if gradient.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    return torch.stack([torch.linalg.vector_norm(g.T @ x, dtype=widest) for g, x in zip(gradient, source, strict=True)])
 
 
 def _remarks(calibration: CalibrationSet, settings: GradientSettings, resumed: int) -> Iterator[str]:

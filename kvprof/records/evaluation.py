@@ -27,6 +27,10 @@ Perplexity = Annotated[Number, Field(ge=1 - 1e-6)]  # rounding aside, no text is
 ROUNDING = 1e-6
 """Relative; what two ways of adding up the same numbers may differ by."""
 
+GROUPING = 0.03
+"""Relative; the bytes that a rival with larger groups, more of them waiting to be full, may have above a plan's. A
+larger window costs more than that, and makes another size of cache."""
+
 
 class PositionResult(Record):
     """One stretch of positions, over all sequences: the further back the cache reaches, the more of it is quantized."""
@@ -145,9 +149,14 @@ class Evaluation(Document):
 
     @property
     def comparable(self) -> tuple[PlanResult, ...]:
-        """The other plans that store no more bits than the evaluated one."""
-        most = self.plan.stored_bits * (1 + ROUNDING)
-        return tuple(result for result in self.plans[1:] if result.stored_bits <= most)
+        """The other plans that store no more than the evaluated one: bits an element, and bytes at a long context."""
+        most_bits = self.plan.stored_bits * (1 + ROUNDING)
+        most_bytes = self.plan.contexts[-1].bytes * (1 + GROUPING)
+        return tuple(
+            result
+            for result in self.plans[1:]
+            if result.stored_bits <= most_bits and result.contexts[-1].bytes <= most_bytes
+        )
 
     @property
     def unbeaten(self) -> tuple[PlanResult, ...]:

@@ -105,7 +105,17 @@ def show_plan(plan: BitPlan) -> None:
 
 
 def show_evaluation(evaluation: Evaluation) -> None:
-    """Print every plan's results, the best first, then those of the evaluated one by position, its costs, a verdict."""
+    """Print every plan's results, those of the evaluated one by position, its costs, and a verdict."""
+    _show_results(evaluation)
+    _show_positions(evaluation.plan)
+    for line in evaluation_lines(evaluation):
+        print_plain(line)
+    if len(evaluation.plans) > 1:
+        print_plain(evaluation_verdict(evaluation), style="bold")
+
+
+def _show_results(evaluation: Evaluation) -> None:
+    """Print a line a plan, the best first."""
     text, plan = evaluation.text, evaluation.plan
     tokens = sum(part.tokens for part in plan.by_position)
     where = f" from position {evaluation.measured_from}" if evaluation.measured_from else ""
@@ -131,15 +141,14 @@ def show_evaluation(evaluation: Evaluation) -> None:
     for result in sorted(evaluation.plans, key=lambda result: result.kl_nats):
         table.add(*_result_cells(result, plan), style="bold" if result is plan else "")
     table.print()
+
+
+def _show_positions(plan: PlanResult) -> None:
     table = Table(f"{plan.name} by position", ("positions", "tokens", "KL\nnats/token", "top-1\nagrees"))
     for part in plan.by_position:
         numbers = (str(part.tokens), _number(part.kl_nats), f"{part.top1_agreement:.4f}")
         table.add(f"{part.first}-{part.last}", *numbers)
     table.print()
-    for line in evaluation_lines(evaluation):
-        print_plain(line)
-    if len(evaluation.plans) > 1:
-        print_plain(evaluation_verdict(evaluation), style="bold")
 
 
 def _result_cells(result: PlanResult, plan: PlanResult) -> list[str]:

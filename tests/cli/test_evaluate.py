@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -142,6 +143,37 @@ def test_a_plan_for_another_model_exits_with_four_before_anything_is_measured(fo
     assert result.exit_code == 4
     assert "KV heads" in result.output
     assert not list(Path("outputs").glob("*/gradients.json"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("--sequence-length", "65"), 2, "the model was made for 64"),
+        (("--measure-from", "63"), 2, "--measure-from 63"),
+        (("--data", "none.txt"), 1, "none.txt: no such file"),
+        (("--against", "other.json"), 4, "other: the plan is for another model"),
+    ],
+)
+def test_a_bad_request_is_refused_before_any_rival_is_measured(
+    folder: Path, arguments: tuple[str, ...], code: int, words: str
+) -> None:
+    other = json.loads(Path("fine.json").read_text())
+    other["model"]["fingerprint"] = "sha256:another"
+    Path("other.json").write_text(json.dumps(other))
+    result = run("evaluate", "fine.json", *TEXT, *arguments)
+    assert result.exit_code == code, result.output
+    assert words in " ".join(result.output.split())
+    assert not list(Path("outputs").glob("*/gradients.*"))
+
+
+def test_restart_discards_a_stopped_run_of_the_gradients_that_rivals_need(folder: Path) -> None:
+    journal = next(Path("outputs").iterdir()) / "gradients.journal"
+    settings = json.dumps(["settings", {"model": "another"}])
+    journal.write_text(f"{hashlib.sha256(settings.encode()).hexdigest()[:16]} {settings}\n")
+    refused = run("evaluate", "fine.json", *TEXT)
+    assert refused.exit_code == 4
+    assert "add --restart" in refused.output
+    assert run("evaluate", "fine.json", *TEXT, "--restart").exit_code == 0
 
 
 def test_scores_of_another_model_in_the_folder_are_not_taken_for_this_ones(folder: Path) -> None:

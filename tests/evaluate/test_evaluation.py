@@ -383,6 +383,14 @@ def test_rows_that_end_before_measuring_begins_are_left_out_and_counted(
         run_evaluation(source, make_plan(2, 2), replace(ragged, measure_from=20), tmp_path / "out")
 
 
+@pytest.mark.parametrize(("dtype", "said"), [("bfloat16", True), ("float32", False)])
+def test_a_small_kl_of_a_bfloat16_model_comes_with_a_warning(
+    source: ModelSource, settings: EvaluationSettings, make_plan: Maker, tmp_path: Path, dtype: str, said: bool
+) -> None:
+    run = run_evaluation(source, make_plan(8, 8), replace(settings, dtype=dtype, sequences=1), tmp_path / "out")
+    assert any("logits are rounded" in remark for remark in run.remarks) is said
+
+
 def test_logits_that_are_not_finite_are_an_error_and_not_a_number(
     settings: EvaluationSettings, source: ModelSource, make_plan: Maker, tmp_path: Path
 ) -> None:

@@ -34,6 +34,8 @@ def test_a_gpu_takes_the_whole_model_only_where_it_fits(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, free_bytes))
+    for counter in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, counter, lambda device: 0)
     placement = load._placement("auto", TINY["llama"](), "auto")
     assert placement == (torch.device("cuda:0") if fits else None)
 

@@ -1,0 +1,27 @@
+"""The options that several commands have, each worded once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Out = Annotated[Path | None, typer.Option(help="Folder for the result.", show_default="outputs/<model>")]
+Data = Annotated[str, typer.Option(help="Text: `builtin`, a .txt, .jsonl, .parquet or .csv file, or a hub dataset.")]
+SequenceLength = Annotated[
+    int | None, typer.Option(help="Tokens a sequence has at most.", show_default="512, or the model's own limit")
+]
+Seed = Annotated[int, typer.Option(help="Which rows of the text are taken, and in what order.")]
+Pack = Annotated[bool, typer.Option("--pack", help="Join rows and cut windows of the full length.")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
+Device = Annotated[
+    str,
+    typer.Option(help="auto (the GPU; layers spread over all where one is too small; else the CPU), cpu, cuda:1."),
+]
+Restart = Annotated[bool, typer.Option("--restart", help="Begin anew instead of resuming a stopped run.")]
+GroupSize = Annotated[
+    int, typer.Option(min=1, max=2**31, help="Elements that share a scale: tokens for keys, channels for values.")
+]
+RecentTokens = Annotated[int, typer.Option(min=0, max=2**31, help="Last tokens kept in full precision.")]
+SinkTokens = Annotated[int, typer.Option(min=0, max=2**31, help="First tokens kept in full precision.")]
