@@ -97,10 +97,8 @@ def evaluate(
     settings = EvaluationSettings(
         data, split, sequences, sequence_length, measure_from, seed, pack, dtype, device, exact
     )
-    published: list[Rival] = []
-    if rivals:
-        check_request(source, [(name, found), *further], settings)
-        published = _rivals(found, source, folder, dtype, device, restart)
+    check_request(source, [(name, found), *further], settings, compares=check)
+    published = _rivals(found, source, folder, dtype, device, restart) if rivals else []
     with progress("evaluate", "forwards") as advance:
         run = run_evaluation(source, found, settings, folder, published, further, name, restart, advance)
     show_evaluation(run.evaluation)

@@ -16,11 +16,15 @@ def generate(
     plan: Annotated[Path, typer.Option(help="A BitPlan file.", show_default=False)],
     model: Annotated[
         str | None,
-        typer.Option(help="A hub id, a folder, a .gguf file, or `demo`.", show_default="the model that the plan names"),
+        typer.Option(
+            help="A hub id, a folder, a .gguf file, or `demo`.", show_default="the plan's own; else the demo model"
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 64,
     temperature: Annotated[float, typer.Option(help="Randomness of the choice; 0 takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Where the randomness begins, the same for both.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=-(2**63), max=2**63 - 1, help="Where the randomness begins, the same for both.")
+    ] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     dtype: Dtype = "auto",
     device: Annotated[str, typer.Option(help="auto (the GPU, else the CPU), cpu, cuda:1.")] = "auto",
@@ -35,13 +39,13 @@ def generate(
     from kvprof.report.console import print_note, progress
     from kvprof.report.continuations import Written, show_continuations
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = sys.stdin.buffer.read().decode(errors="surrogateescape") if prompt == "-" else prompt
     settings = GenerationSettings(max_new_tokens, temperature, seed, chat, dtype, device)
     with progress("generate", "tokens") as advance:
         found = compare_continuations(resolve(model or obeyed.model.id), obeyed, text, settings, advance)
     show_continuations(
         Written(f"full precision, {found.dtype}", found.full.text, len(found.full.tokens), found.full.cache_bytes),
-        Written(str(plan), found.planned.text, len(found.planned.tokens), found.planned.cache_bytes),
+        Written(plan.stem, found.planned.text, len(found.planned.tokens), found.planned.cache_bytes),
         found.prompt_tokens,
         found.shared_tokens,
     )

@@ -6,6 +6,7 @@ average is the evaluation's question.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,9 @@ from kvprof.errors import KvprofError, UsageError
 from kvprof.models.load import ModelSource, load_config, load_model, load_tokenizer
 from kvprof.records.plan import BitPlan
 from kvprof.runtime.cache import PlanCache
+
+LEAST_TEMPERATURE = 1e-3
+"""Below it, logits divided by the temperature leave float16's range; 0 says what is meant."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,12 @@ def compare_continuations(
     """
     if settings.max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens {settings.max_new_tokens}: at least 1 is needed.")
-    if not 0 <= settings.temperature < float("inf"):
-        raise UsageError(f"--temperature {settings.temperature}: 0 or more is needed.")
+    if settings.temperature and not LEAST_TEMPERATURE <= settings.temperature < math.inf:
+        raise UsageError(
+            f"--temperature {settings.temperature}: 0, or a finite number of at least {LEAST_TEMPERATURE}, is needed."
+        )
+    if any("\ud800" <= mark <= "\udfff" for mark in prompt):
+        raise UsageError("the prompt is not text in UTF-8.")
     tokenizer = load_tokenizer(source)
     inputs = _tokens_of(prompt, tokenizer, settings.chat)
     prompt_tokens = inputs["input_ids"].shape[1]

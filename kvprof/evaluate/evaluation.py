@@ -24,8 +24,9 @@ from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
 from kvprof.models.inventory import take_inventory
 from kvprof.models.load import ModelSource, load_config, load_model, load_tokenizer
 from kvprof.records.evaluation import Evaluation, Role
+from kvprof.records.formats import TENSORS
 from kvprof.records.geometry import CacheGeometry
-from kvprof.records.plan import BitPlan
+from kvprof.records.plan import BitPlan, quantized_tokens
 from kvprof.records.runs import Journal
 
 BFLOAT16_KL = 1e-3
@@ -87,12 +88,25 @@ class _Entrant:
     candidates: tuple[BitPlan, ...]
 
 
-def check_request(source: ModelSource, plans: Sequence[tuple[str, BitPlan]], settings: EvaluationSettings) -> None:
-    """Raise what `run_evaluation` would of these plans, named, and of the text: for who has rivals to measure first."""
+def check_request(
+    source: ModelSource, plans: Sequence[tuple[str, BitPlan]], settings: EvaluationSettings, compares: bool = False
+) -> None:
+    """Raise what `run_evaluation` would of these plans, named, and of the text: for who has rivals to measure first.
+
+    compares: raise UsageError, too, where the first plan would be compared on text that never reads its codes.
+    """
     config = load_config(source)
     geometry = take_inventory(config, source.id).geometry
     _check_fit(plans, geometry)
-    _long_enough(_read_text(source, settings, config.get_text_config(decoder=True)), settings.measure_from)
+    text = _read_text(source, settings, config.get_text_config(decoder=True))
+    chosen = _long_enough(text, settings.measure_from)
+    lengths = [len(text.sequences[index]) for index in chosen]
+    first = _first_reading(plans[0][1], max(lengths))
+    if compares and first is None and not _is_lossless(plans[0][1]):
+        raise UsageError(
+            f"--check would compare nothing: {max(lengths)} tokens all stay within the plan's window, in full "
+            "precision.\n  Raise --sequence-length, or plan a smaller window."
+        )
     if any(plan.model.fingerprint is not None for _, plan in plans):
         _check_fit(plans, geometry, checkpoint_fingerprint(source, geometry))
 
@@ -160,7 +174,8 @@ def run_evaluation(
         )
         written = evaluation.save(folder / "evaluation.json")
         log.remove()
-    return EvaluationRun(evaluation, written, tuple(_remarks(evaluation, text, len(chosen), settings, resumed)))
+    remarks = (*_remarks(evaluation, text, len(chosen), settings, resumed), *_dilution(plan, text, chosen, settings))
+    return EvaluationRun(evaluation, written, remarks)
 
 
 def _read_text(source: ModelSource, settings: EvaluationSettings, config: PretrainedConfig) -> CalibrationSet:
@@ -248,6 +263,44 @@ def _long_enough(text: CalibrationSet, measure_from: int) -> list[int]:
             "  Lower --measure-from, or add --pack to join rows."
         )
     return chosen
+
+
+def _is_lossless(plan: BitPlan) -> bool:
+    return all(entry.tensor(tensor).is_full for entry in plan.layers for tensor in TENSORS)
+
+
+def _first_reading(plan: BitPlan, length: int) -> int | None:
+    """Return the first position whose query reads anything quantized, of a sequence so long; None where none does."""
+    forms = {entry.tensor(tensor) for entry in plan.layers for tensor in TENSORS}
+    reads = (
+        position
+        for position in range(length)
+        if any(quantized_tokens(form, plan.window, position, form.recent_fraction) for form in forms)
+    )
+    return next(reads, None)
+
+
+def _dilution(
+    plan: BitPlan, text: CalibrationSet, chosen: Sequence[int], settings: EvaluationSettings
+) -> Iterator[str]:
+    """Say how much of what was measured could not differ from full precision, where that is most of it."""
+    lengths = [len(text.sequences[index]) for index in chosen]
+    first = _first_reading(plan, max(lengths))
+    if _is_lossless(plan):
+        yield "the plan quantizes nothing: it has 16 bits everywhere"
+    elif first is None:
+        yield (
+            f"nothing was quantized: {max(lengths)} tokens all stay within the plan's window. "
+            "Raise --sequence-length, or plan a smaller window"
+        )
+    else:
+        measured = sum(length - settings.measure_from for length in lengths)
+        reading = sum(max(0, length - max(first, settings.measure_from)) for length in lengths)
+        if reading < measured / 2:
+            yield (
+                f"only {reading / measured:.0%} of the measured tokens read anything quantized, and the others dilute "
+                f"every mean: --measure-from {first} leaves them out, a larger --sequence-length makes them few"
+            )
 
 
 def _remarks(

@@ -139,12 +139,12 @@ def check_same_model(
         problem = f"it has {model.num_layers} layers, this model {geometry.num_layers}"
     known = None if model is None else model.fingerprint
     if problem is None and None not in (known, fingerprint) and known != fingerprint:
-        problem = f"its fingerprint is {known}, this model's {fingerprint}"
+        problem = f"its fingerprint is {str(known)[:19]}..., this model's {str(fingerprint)[:19]}..."
     if problem is not None:
         name = model.id if model is not None and model.id else "unnamed"
         raise Mismatch(
             f"the {what} is for another model ({name}): {problem}.\n"
-            "  Measure this one: kvprof norms, kvprof gradients, kvprof allocate."
+            "  Name its own model, or measure this one: kvprof norms, kvprof gradients, kvprof allocate."
         )
 
 

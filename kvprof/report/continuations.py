@@ -25,13 +25,14 @@ def show_continuations(full: Written, planned: Written, prompt_tokens: int, shar
     print_side_by_side(*([one.heading, one.text or "(nothing)", _cost(one, prompt_tokens)] for one in (full, planned)))
     smaller = full.cache_bytes / planned.cache_bytes if planned.cache_bytes else float("inf")
     if shared_tokens == min(full.tokens, planned.tokens) and full.tokens == planned.tokens:
-        agreement = f"all {full.tokens} new tokens are the same"
+        agreement = "every new token is the same"
     else:
         agreement = f"the first {shared_tokens} of {max(full.tokens, planned.tokens)} new tokens are the same"
-    print_plain(f"{agreement}; the planned cache is {smaller:.2f} times smaller, its window included")
+    size = "as large" if smaller == 1 else f"{smaller:.2f} times smaller"
+    print_plain(f"{agreement}; the planned cache is {size}, its window included")
 
 
 def _cost(one: Written, prompt_tokens: int) -> str:
     # The last token written was never read, so the cache does not hold it.
     tokens = prompt_tokens + one.tokens - 1
-    return f"{one.cache_bytes} bytes ({bytes_text(one.cache_bytes)}) of keys and values, {tokens} tokens"
+    return f"{one.cache_bytes} bytes ({bytes_text(one.cache_bytes)}) of keys and values, {tokens} tokens cached"

@@ -84,7 +84,8 @@ def plan_lines(plan: BitPlan) -> list[str]:
         bits = [entry.tensor(tensor).bits for entry in plan.layers]
         lines.append(f"mean {tensor} bits over {len(bits)} layers: {sum(bits) / len(bits):.4f}")
     window = plan.window
-    lines.append(f"in full precision: the first {window.sink_tokens} tokens and the last {window.recent_tokens}")
+    first = f"the first {window.sink_tokens} tokens and " if window.sink_tokens else ""
+    lines.append(f"in full precision: {first}the last {window.recent_tokens}" + ("" if first else " tokens"))
     if plan.geometry is not None:
         for context in CONTEXTS:
             planned, full = plan.bytes_at(context), plan.geometry.bytes_at(context)
@@ -104,9 +105,10 @@ def evaluation_lines(evaluation: Evaluation) -> list[str]:
         f"{plan.bytes_per_token:g} bytes a token"
     ]
     for context in plan.contexts:
+        size = "as large as" if context.compression == 1 else f"{context.compression:.2f} times smaller than"
         lines.append(
             f"{context.tokens} tokens: {bytes_text(context.bytes)}, window included; "
-            f"{context.compression:.2f} times smaller than {bytes_text(context.bytes_at_16_bits)} at 16 bits"
+            f"{size} {bytes_text(context.bytes_at_16_bits)} at 16 bits"
         )
     if evaluation.dtype not in ("float16", "bfloat16"):
         lines.append(

@@ -6,228 +6,24 @@ hands attention plain tensors for the length of one layer's step. Does not know 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import (
-    CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
     LinearAttentionCacheLayerMixin,
-    LinearAttentionLayer,
 )
 
-from kvprof.errors import CacheError, Mismatch
+from kvprof.errors import CacheError
 from kvprof.models.identity import live_fingerprint
 from kvprof.models.inventory import take_inventory
-from kvprof.records.geometry import ELEMENT_BYTES, KVLayer
-from kvprof.records.plan import BitPlan, LayerPlan
-from kvprof.runtime.storage import TensorStore
-
-RECORDED_TOKENS = 128
-"""After `activate_past_recording`, how many tokens since the last `crop` wait for the next in full precision."""
-
-
-class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer's keys and values, each in the format that the plan gives it.
-
-    Between two steps nothing of the history exists unpacked: `update` returns plain tensors and keeps no hold of them.
-    """
-
-    is_sliding = False
-    is_compileable = False
-    is_croppable = True
-
-    def __init__(self, plan: BitPlan, entry: LayerPlan, shape: KVLayer) -> None:
-        super().__init__()
-        self.shape = shape
-        self.record_past = False
-        self.key = TensorStore(entry.key, plan.window, plan.quantizer, shape.kv_heads, shape.key_head_dim)
-        self.value = TensorStore(entry.value, plan.window, plan.quantizer, shape.kv_heads, shape.value_head_dim)
-        self.stores = (self.key, self.value)
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Learn dtype, device and batch from the first keys, and how often the model repeats each of its KV heads."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.batch = key_states.shape[0]
-        self.repeats = max(1, key_states.shape[1] // self.shape.kv_heads)
-        self._check(key_states, value_states)
-        for states in (key_states, value_states):  # Falcon's grouped layout caches a KV head once for each query head
-            if self.repeats > 1 and not torch.equal(states, self._repeated(self._distinct(states))):
-                raise Mismatch(
-                    f"layer {self.shape.layer} brings {states.shape[1]} KV heads that differ, "
-                    f"the plan counts {self.shape.kv_heads}."
-                )
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Add new tokens, (B, H, T, D) each; return what they read: all of the history, and themselves unrounded.
-
-        Raises CacheError, or Mismatch where it is the first, for tokens of another shape than the cache's; nothing is
-        added then.
-        """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self._check(key_states, value_states)
-        if key_states.device != self.device:  # loaded from a file, which knows no device
-            self.device = key_states.device
-            self.change_batch(lambda x: x.to(self.device))
-        read = []
-        for store, states in zip(self.stores, (key_states, value_states), strict=True):
-            new = self._distinct(states)
-            # Contiguous, as DynamicCache's are: some attention sums in an order that the layout of its keys decides.
-            read.append(self._repeated(store.read(new)).contiguous())
-            store.append(new.detach())
-            store.settle(store.tokens - RECORDED_TOKENS if self.record_past else None)
-        return read[0], read[1]
-
-    def get_seq_length(self) -> int:
-        """Tokens of one sequence held."""
-        return self.key.tokens
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the keys that a query of this length will see, and where they begin."""
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        """Return -1: there is no limit."""
-        return -1
-
-    def activate_past_recording(self) -> None:
-        """Hold tokens in full precision until `crop` says how many of them stay."""
-        self.record_past = True
-
-    def check_crop(self, tokens_to_remove: int) -> None:
-        """Raise CacheError where `crop` would need numbers that were rounded away."""
-        for store in self.stores:
-            store.check_crop(_tokens_left(self.get_seq_length(), tokens_to_remove))
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens, counted as `PlanCache.crop` counts; raises CacheError, changing nothing.
-
-        The layer is then what it would be had it never seen them.
-        """
-        self.check_crop(tokens_to_remove)
-        tokens = _tokens_left(self.get_seq_length(), tokens_to_remove)
-        for store in self.stores:
-            store.crop(tokens)
-            store.settle()
-
-    def reset(self) -> None:
-        """Forget every token, and that a past was to be recorded."""
-        for store in self.stores:
-            store.clear()
-        self.is_initialized = self.record_past = False
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let sequence i go on with the past of sequence beam_idx[i]."""
-        self.change_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sequence."""
-        self.change_batch(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some sequences."""
-        self.change_batch(lambda x: x[indices])
-
-    def change_batch(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Apply a change of dimension 0 to every tensor."""
-        if self.is_initialized:
-            for store in self.stores:
-                store.change_batch(change)
-            self.batch = change(torch.empty(self.batch, 0, device=self.device)).shape[0]
-
-    def tensors(self) -> list[Tensor]:
-        """Return every tensor held."""
-        return [tensor for store in self.stores for _, tensor in store.named_tensors()]
-
-    def offload(self) -> None:
-        """Refuse: a cache that is small enough stays where it is."""
-        raise CacheError("a PlanCache does not offload its layers; lower the plan's bits instead.")
-
-    def _check(self, key_states: Tensor, value_states: Tensor) -> None:
-        shape, layer = self.shape, self.shape.layer
-        for name, states, head_dim in (
-            ("keys", key_states, shape.key_head_dim),
-            ("values", value_states, shape.value_head_dim),
-        ):
-            if states.shape[1] != shape.kv_heads * self.repeats or states.shape[3] != head_dim:
-                raise Mismatch(
-                    f"layer {layer} brings {name} of {states.shape[1]} heads of {states.shape[3]}, "
-                    f"the plan is for {shape.kv_heads} heads of {head_dim}."
-                )
-            if states.shape[0] != self.batch:
-                raise CacheError(
-                    f"layer {layer} brings {states.shape[0]} sequences, the cache holds {self.batch}.\n"
-                    "  Call cache.reset(), or cache.batch_repeat_interleave(n), first."
-                )
-
-    def _distinct(self, states: Tensor) -> Tensor:
-        return states[:, :: self.repeats] if self.repeats > 1 else states
-
-    def _repeated(self, states: Tensor) -> Tensor:
-        return states.repeat_interleave(self.repeats, dim=1) if self.repeats > 1 else states
-
-
-class PlannedHybridLayer(LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]
-    """A layer with attention and a recurrent state side by side: the plan's keys and values, transformers' state."""
-
-    def __init__(self, planned: PlannedLayer, number_of_states: int) -> None:
-        self.planned = planned
-        super().__init__(number_of_states=number_of_states)
-
-    @property
-    def record_past(self) -> bool:
-        """Whether both parts hold what `crop` may take back."""
-        return self.planned.record_past
-
-    @record_past.setter
-    def record_past(self, record: bool) -> None:
-        self.planned.record_past = record
-
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Prepare the recurrent state, where named arguments ask for it, or the keys and values."""
-        if args:
-            self.planned.lazy_initialization(*args)
-        else:
-            LinearAttentionLayer.lazy_initialization(self, **kwargs)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Add new tokens as `PlannedLayer.update` does."""
-        return self.planned.update(key_states, value_states)
-
-    def get_seq_length(self) -> int:
-        """Tokens of one sequence held."""
-        return self.planned.get_seq_length()
-
-    def reset(self) -> None:
-        """Forget every token and the state."""
-        LinearAttentionLayer.reset(self)
-        self.planned.reset()
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let sequence i go on with the past of sequence beam_idx[i]."""
-        LinearAttentionLayer.reorder_cache(self, beam_idx)
-        self.planned.reorder_cache(beam_idx)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens."""
-        LinearAttentionLayer.crop(self, tokens_to_remove)
-        self.planned.crop(tokens_to_remove)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sequence's keys and values; `PlanCache` repeats the states."""
-        self.planned.batch_repeat_interleave(repeats)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some sequences' keys and values; `PlanCache` keeps the states."""
-        self.planned.batch_select_indices(indices)
+from kvprof.records.geometry import ELEMENT_BYTES
+from kvprof.records.plan import BitPlan
+from kvprof.runtime.layers import PlannedHybridLayer, PlannedLayer, planned_layer, tokens_left
 
 
 class PlanCache(Cache):  # type: ignore[misc]
@@ -239,6 +35,9 @@ class PlanCache(Cache):  # type: ignore[misc]
     A query that arrives alone reads the cache as it stands, with its own key and value unrounded; a block of queries
     (a prompt) reads the block itself unrounded. Layers that the plan skips (sliding window, shared, recurrent) are
     transformers' own. Positions are those of the tensors: in a left-padded batch the padding counts as tokens.
+
+    Assisted decoding verifies a block of tokens at once, and so reads some of them unrounded that decoding one by one
+    would read rounded: its text is as good, and need not be the same.
     """
 
     def __init__(self, plan: BitPlan, layers: list[Any]) -> None:
@@ -251,8 +50,10 @@ class PlanCache(Cache):  # type: ignore[misc]
         """Return an empty cache for this model; raises Mismatch for a plan of another.
 
         Reads W_k and W_v where the plan has a fingerprint to compare. For many caches of one model, `copy.deepcopy` an
-        empty one.
+        empty one. Keys and values beyond 65,504, which float16 ends at, need bfloat16 scales and zeros in the plan.
         """
+        if not isinstance(plan, BitPlan):
+            raise CacheError(f"a {type(plan).__name__} is no plan.\n  Give BitPlan.load(path).")
         geometry = take_inventory(model.config).geometry
         plan.check_fits(geometry)  # shapes differ without a look at the weights
         if plan.model.fingerprint is not None:
@@ -275,10 +76,10 @@ class PlanCache(Cache):  # type: ignore[misc]
     def nbytes(self) -> int:
         """Return the bytes of all keys and values held: codes, scales, zero points, sinks and windows.
 
-        Equal to `plan.bytes_at(tokens, batch)`, which counts no recurrent state either; a sliding layer of transformers
-        lets its oldest token go one step before its window is full of newer ones, so from there on it holds one less.
+        Equal to `plan.bytes_at(tokens, batch)`, which counts no recurrent state either, and of a sliding layer the
+        whole window, as the last query read it: its oldest token transformers lets go after that step.
         """
-        return sum(tensor.numel() * tensor.element_size() for layer in self.layers for tensor in _tensors(layer))
+        return sum(_held_bytes(layer) for layer in self.layers)
 
     def save(self, path: str | Path) -> Path:
         """Write the cache to a .safetensors file, whole or not at all: the plan, every token, every state."""
@@ -305,7 +106,7 @@ class PlanCache(Cache):  # type: ignore[misc]
         not from a recurrent state.
         """
         held = self.get_seq_length()
-        left = _tokens_left(held, tokens_to_remove)
+        left = tokens_left(held, tokens_to_remove)
         for layer in self.layers:
             if (planned := planned_layer(layer)) is not None:
                 planned.check_crop(left - held)
@@ -347,21 +148,15 @@ class PlanCache(Cache):  # type: ignore[misc]
                 change_layer(layer)
 
 
-def planned_layer(layer: Any) -> PlannedLayer | None:
-    """Return the part of a cache's layer that the plan speaks of, or None where it skips the layer."""
-    return layer if isinstance(layer, PlannedLayer) else getattr(layer, "planned", None)
-
-
-def _tensors(layer: Any) -> Iterable[Tensor]:
+def _held_bytes(layer: Any) -> int:
     planned = planned_layer(layer)
     if planned is not None:
-        return planned.tensors()
-    return [x for x in (getattr(layer, "keys", None), getattr(layer, "values", None)) if x is not None]
-
-
-def _tokens_left(held: int, tokens_to_remove: int) -> int:
-    """Return how many of the tokens held a crop leaves."""
-    return min(held, tokens_to_remove) if tokens_to_remove > 0 else max(0, held + tokens_to_remove)
+        return sum(tensor.numel() * tensor.element_size() for tensor in planned.tensors())
+    held = [x for x in (getattr(layer, "keys", None), getattr(layer, "values", None)) if x is not None and x.numel()]
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        read = min(layer.get_seq_length(), layer.sliding_window)
+        return sum(x.numel() // x.shape[2] * read * x.element_size() for x in held)
+    return sum(x.numel() * x.element_size() for x in held)
 
 
 def _check_own_crop(layer: Any, held: int, left: int) -> None:

@@ -24,7 +24,8 @@ from kvprof.records.document import Count, Positive, Record
 from kvprof.records.geometry import CacheGeometry, KVLayer
 from kvprof.records.plan import BitPlan, quantized_tokens
 from kvprof.records.runs import replaced_when_whole
-from kvprof.runtime.cache import PlanCache, PlannedLayer, planned_layer
+from kvprof.runtime.cache import PlanCache
+from kvprof.runtime.layers import PlannedLayer, planned_layer
 from kvprof.runtime.storage import TensorStore
 
 SCHEMA = "kvprof.cache/1"

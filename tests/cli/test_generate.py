@@ -48,7 +48,7 @@ def test_both_texts_and_their_bytes_are_printed(model: Path, plan: Path) -> None
     result = generate("--plan", plan, "--model", model, "--max-new-tokens", "8", PROMPT)
     assert result.exit_code == 0, result.output
     assert "full precision, float32" in result.output
-    assert "plan.json" in result.output
+    assert "full precision, float32                 plan " in result.output
     assert "times smaller, its window included" in result.output
     assert result.output.count("bytes (") == 2
 
@@ -61,7 +61,7 @@ def test_a_prompt_comes_from_standard_input(model: Path, plan: Path) -> None:
 def test_a_prompt_within_the_window_is_said_to_show_nothing(model: Path, plan: Path) -> None:
     result = generate("--plan", plan, "--model", model, "--max-new-tokens", "1", "the cat")
     assert "nothing was quantized" in result.stderr
-    assert "1.00 times smaller" in result.stdout
+    assert "every new token is the same; the planned cache is as large" in result.stdout
 
 
 def test_mistakes_are_one_message_and_the_right_code(model: Path, plan: Path, in_tmp: Path) -> None:

@@ -10,7 +10,8 @@ import torch
 from kvprof.records.document import ModelInfo
 from kvprof.records.geometry import CacheGeometry, KVLayer
 from kvprof.records.plan import BitPlan, LayerPlan, Quantizer, TensorPlan, Window
-from kvprof.runtime.cache import PlanCache, PlannedLayer
+from kvprof.runtime.cache import PlanCache
+from kvprof.runtime.layers import PlannedLayer
 
 
 def tensor_plan(name: str, axis: str, head_dim: int, recent_fraction: float = 0.0) -> TensorPlan:

@@ -13,7 +13,8 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from kvprof.errors import CacheError, KvprofError, Mismatch
 from kvprof.records.plan import BitPlan
-from kvprof.runtime.cache import RECORDED_TOKENS, PlanCache, planned_layer
+from kvprof.runtime.cache import PlanCache
+from kvprof.runtime.layers import RECORDED_TOKENS, planned_layer
 
 
 def filled(model: PreTrainedModel, tokens: int = 40, batch: int = 1, **settings: tuple[int, int]) -> PlanCache:
@@ -32,12 +33,7 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
 
 
 def promised(cache: PlanCache, batch: int = 1) -> int:
-    """What the plan says, less the one token that transformers' sliding layers let go a step early."""
-    geometry = cache.plan.geometry
-    assert geometry is not None
-    tokens = cache.get_seq_length()
-    early = [x for x in geometry.layers if x.window is not None and x.skipped and tokens >= x.window]
-    return cache.plan.bytes_at(tokens, batch) - batch * sum(geometry.bytes_per_token(x) for x in early)
+    return cache.plan.bytes_at(cache.get_seq_length(), batch)
 
 
 # For which model
@@ -53,7 +49,7 @@ def test_a_plan_fits_the_model_that_it_was_made_for() -> None:
 
 def test_other_weights_in_the_same_shape_are_another_model() -> None:
     plan = plan_for(build("llama"), fingerprint=True)
-    with pytest.raises(Mismatch, match=r"fingerprint.*\n  Measure this one"):
+    with pytest.raises(Mismatch, match=r"fingerprint.*\n  Name its own model"):
         PlanCache.from_plan(plan, build("llama", seed=1))
 
 
@@ -169,11 +165,14 @@ def test_the_bytes_are_those_of_the_plan_after_every_token(fraction: float) -> N
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 40])
-def test_a_sliding_layer_holds_one_token_less_than_its_window(tokens: int) -> None:
+def test_a_sliding_layer_counts_the_window_that_its_last_query_read(tokens: int) -> None:
     model = build("gemma3")
     cache = filled(model, tokens)
-    assert cache.nbytes() == promised(cache)
-    assert (cache.nbytes() == cache.plan.bytes_at(tokens)) is (tokens < 16)
+    assert cache.nbytes() == cache.plan.bytes_at(tokens)
+    held = sum(bytes_within(layer) for layer in cache.layers if not layer.is_sliding)
+    held += sum(x.numel() * x.element_size() for x in (cache.layers[0].keys, cache.layers[0].values))
+    token = 2 * 2 * 8 * 4  # keys and values, 2 KV heads of 8, float32; transformers has let the oldest go
+    assert cache.nbytes() - held == (token if tokens >= 16 else 0)
 
 
 def test_nothing_unpacked_outlives_a_step() -> None:

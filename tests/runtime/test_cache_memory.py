@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvprof.runtime.cache import PlanCache, PlannedLayer
-from kvprof.runtime.storage import BLOCK_TOKENS
+from kvprof.runtime.blocks import BLOCK_TOKENS
+from kvprof.runtime.cache import PlanCache
+from kvprof.runtime.layers import PlannedLayer
 
 TOKENS = 3000
 LAYERS, HEADS, HEAD_DIM = 30, 3, 64

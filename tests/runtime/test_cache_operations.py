@@ -12,7 +12,8 @@ from torch import Tensor
 
 from kvprof.errors import CacheError
 from kvprof.records.plan import BitPlan, TensorPlan
-from kvprof.runtime.cache import RECORDED_TOKENS, PlanCache
+from kvprof.runtime.cache import PlanCache
+from kvprof.runtime.layers import RECORDED_TOKENS
 from kvprof.runtime.quantizer import fake_quantize
 
 SEQUENCES = 500

@@ -16,8 +16,9 @@ from reference import rounded, tokens_in_codes
 from kvprof.errors import CacheError
 from kvprof.records.formats import CODE_BITS
 from kvprof.records.plan import Quantizer, TensorPlan, Window, quantized_tokens
+from kvprof.runtime.blocks import BLOCK_TOKENS, ENCODED_TOKENS
 from kvprof.runtime.cache import PlanCache
-from kvprof.runtime.storage import BLOCK_TOKENS, ENCODED_TOKENS, TensorStore
+from kvprof.runtime.storage import TensorStore
 
 USUAL = Quantizer()
 FRACTIONS = (0.0, 0.0, 0.1, 0.25, 1.0)

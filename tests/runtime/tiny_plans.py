@@ -17,7 +17,7 @@ from kvprof.models.identity import live_fingerprint
 from kvprof.models.inventory import take_inventory
 from kvprof.records.document import ModelInfo
 from kvprof.records.plan import BitPlan, LayerPlan, Quantizer, SkippedLayer, Window
-from kvprof.runtime.cache import RECORDED_TOKENS
+from kvprof.runtime.layers import RECORDED_TOKENS
 from kvprof.runtime.quantizer import fake_quantize
 
 MIXED = [("int2g4c", "rot2"), ("int3g8", "int4g8"), ("rot3", "int1g4"), ("int4g4", "full")]
