@@ -71,7 +71,7 @@ def test_a_plan_is_measured_beside_rivals_and_show_prints_the_same(folder: Path)
     (marked,) = [line for line in shown.splitlines() if line.startswith(" ▶")]
     assert marked.split()[:2] == ["▶", "plan"]
     assert "nan" not in shown.lower()
-    assert max(map(len, [line for line in shown.splitlines() if line.startswith(" ")])) <= 84  # tiny KLs are long
+    assert max(map(len, [line for line in shown.splitlines() if line.startswith(" ")])) <= 90  # tiny KLs are long
     assert "need gradients" not in run("evaluate", "plan.json", *TEXT).output
 
 
@@ -230,3 +230,33 @@ def test_bits_are_told_in_the_table_as_the_plan_has_them(folder: Path) -> None:
     assert only_evaluation().plan.stored_bits == budget.stored_bits
     assert "window included; " in result.output
     assert "though the model ran in float32" in result.output
+
+
+def test_text_that_stays_within_the_window_is_said_to_show_nothing(folder: Path) -> None:
+    plan = json.loads(Path("fine.json").read_text())
+    plan["window"]["recent_tokens"] = 1000
+    for entry in plan["layers"]:
+        entry["key"]["bits"] = entry["value"]["bits"] = 2
+    plan["budget"] = None
+    Path("wide.json").write_text(json.dumps(plan))
+    result = run("evaluate", "wide.json", "--no-rivals", *TEXT)
+    assert result.exit_code == 0, result.output
+    assert "nothing was quantized" in result.output
+    refused = run("evaluate", "wide.json", "--check", "--against", "fine.json", *TEXT)
+    assert refused.exit_code == 2
+    assert "--check would compare nothing" in refused.output
+
+
+def test_a_window_that_dilutes_the_means_is_named(folder: Path) -> None:
+    plan = json.loads(Path("fine.json").read_text())
+    plan["window"] = {"sink_tokens": 0, "recent_tokens": 30}
+    for entry in plan["layers"]:
+        entry["key"] |= {"bits": 2}
+        entry["value"] |= {"bits": 2}
+    plan["budget"] = None
+    Path("wide.json").write_text(json.dumps(plan))
+    result = run("evaluate", "wide.json", "--no-rivals", *TEXT)
+    assert "of the measured tokens read anything quantized" in result.output
+    first = int(result.output.split("--measure-from ")[1].split()[0])
+    fewer = run("evaluate", "wide.json", "--no-rivals", *TEXT, "--measure-from", str(first))
+    assert "of the measured tokens read anything quantized" not in fewer.output
