@@ -18,6 +18,7 @@ from kvprof.errors import KvprofError
 from kvprof.evaluate.logits import Route, planned_logits, reference_logits
 from kvprof.evaluate.metrics import token_kl, token_nll, top1_agreement
 from kvprof.evaluate.summary import SequenceResult
+from kvprof.models.load import wider_dtype_advice
 from kvprof.records.plan import BitPlan
 from kvprof.records.runs import Journal
 
@@ -103,8 +104,5 @@ def _compared(reference_TV: Tensor, planned_TV: Tensor, targets: Tensor) -> tupl
 
 def _overflow_advice(model: PreTrainedModel, what: str) -> str:
     dtype = str(model.dtype).removeprefix("torch.")
-    advice = {
-        "float16": "Use --dtype bfloat16 (the same range as float32) or --dtype float32.",
-        "bfloat16": "Use --dtype float32.",
-    }.get(dtype, "No wider dtype would help: the model's weights are damaged, or the text drives it out of range.")
+    advice = wider_dtype_advice(model, "the model's weights are damaged, or the text drives it out of range")
     return f"the logits of {what} are not finite in {dtype}.\n  {advice}"

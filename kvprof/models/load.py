@@ -167,6 +167,15 @@ def _placement(device: str, config: PretrainedConfig, dtype: str) -> torch.devic
     return target
 
 
+def wider_dtype_advice(model: PreTrainedModel, otherwise: str) -> str:
+    """Return which --dtype to try where a model's numbers are not finite, or what else is wrong with the widest."""
+    advice = {
+        torch.float16: "Use --dtype bfloat16 (the same range as float32) or --dtype float32.",
+        torch.bfloat16: "Use --dtype float32.",
+    }
+    return advice.get(model.dtype, f"No wider dtype would help: {otherwise}.")
+
+
 def weight_bytes(config: PretrainedConfig, dtype: str = "auto") -> int:
     """Return the bytes that a model's weights take in a dtype, counted on its module tree without any storage."""
     modules = build_skeleton(config).modules.values()

@@ -26,7 +26,7 @@ from kvprof.errors import KvprofError, NonFiniteGradient, UsageError
 from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
 from kvprof.models.inventory import take_inventory
 from kvprof.models.layouts import Rows, choose_layout, cut_rows, find_projections
-from kvprof.models.load import ModelSource, load_config, load_model, load_tokenizer
+from kvprof.models.load import ModelSource, load_config, load_model, load_tokenizer, wider_dtype_advice
 from kvprof.models.weights import take_rows
 from kvprof.records.formats import TENSORS, TensorName
 from kvprof.records.geometry import CacheGeometry
@@ -275,10 +275,5 @@ def _remarks(calibration: CalibrationSet, settings: GradientSettings, resumed: i
 
 def _overflow_advice(model: PreTrainedModel, layer: int) -> str:
     dtype = str(model.dtype).removeprefix("torch.")
-    advice = {
-        "float16": "Use --dtype bfloat16 (the same range as float32) or --dtype float32.",
-        "bfloat16": "Use --dtype float32.",
-    }.get(
-        dtype, "No wider dtype would help: the model's own loss is not finite on this text, or its weights are damaged."
-    )
+    advice = wider_dtype_advice(model, "the model's own loss is not finite on this text, or its weights are damaged")
     return f"the gradient of layer {layer} is not finite in {dtype}.\n  {advice}"

@@ -102,7 +102,8 @@ class _Reads:
 
 
 _active: dict[int, _Reads] = {}
-"""The innermost `with`, by the id of the config that a model's attention modules hold."""
+"""The innermost `with`, by the id of the config that a model's attention modules hold. One thread a model: the config,
+which says how to attend, is shared by all."""
 
 
 @dataclass(frozen=True)

@@ -211,7 +211,8 @@ def _exact_levels(bits: int, head_dim: int) -> Tensor:
 
     With 24 bits of which a sum needs log2(head_dim) and the largest level its own, 17 are left behind the point for 2
     bits and 64 channels: 4e-6 at most is lost. In return the rotation is exact, so that what a token comes back as
-    depends on no order of summing: on no batch, no block and no device.
+    depends on no order of summing: on no batch, no block and no device. TF32, which torch leaves off unless it is asked
+    for, would cut the levels short.
     """
     levels = lloyd_max_levels(bits)
     places = 24 - math.ceil(math.log2(head_dim * float(levels[-1])))
