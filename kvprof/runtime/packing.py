@@ -46,21 +46,18 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """Return the codes (..., count), uint8, of bytes that `pack` made."""
     whole = count // 8 * 8
-    pieces = []
-    codes = None
+    codes = torch.empty(0)  # every width has a plane
     first = 0
     for width, place in PLANES[bits]:
         last = first + whole * width // 8
         plane = packed[..., first:last]
         if width < 8:
             plane = (plane.unsqueeze(-2) >> _shifts(width, packed)).bitwise_and_(2**width - 1).flatten(-2)
-        codes = plane if codes is None else codes.bitwise_or_(plane << place)
+        codes = plane if place == 0 else codes.bitwise_or_(plane << place)
         first = last
-    assert codes is not None
-    pieces.append(codes)
-    if whole < count:
-        pieces.append(_unpack_stream(packed[..., first:], bits, count - whole))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+    if whole == count:
+        return codes
+    return torch.cat([codes, _unpack_stream(packed[..., first:], bits, count - whole)], dim=-1)
 
 
 def _pack_stream(codes: Tensor, bits: int) -> Tensor:
