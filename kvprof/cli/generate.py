@@ -23,7 +23,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 64,
     temperature: Annotated[float, typer.Option(help="Randomness of the choice; 0 takes the likeliest token.")] = 0.0,
     seed: Annotated[
-        int, typer.Option(min=-(2**63), max=2**63 - 1, help="Where the randomness begins, the same for both.")
+        int, typer.Option(min=0, max=2**32 - 1, help="Where the randomness begins, the same for both.")
     ] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     dtype: Dtype = "auto",

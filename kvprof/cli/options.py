@@ -12,9 +12,7 @@ Data = Annotated[str, typer.Option(help="Text: `builtin`, a .txt, .jsonl, .parqu
 SequenceLength = Annotated[
     int | None, typer.Option(help="Tokens a sequence has at most.", show_default="512, or the model's own limit")
 ]
-Seed = Annotated[
-    int, typer.Option(min=-(2**63), max=2**63 - 1, help="Which rows of the text are taken, and in what order.")
-]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Which rows of the text are taken, and in what order.")]
 Pack = Annotated[bool, typer.Option("--pack", help="Join rows and cut windows of the full length.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
 Device = Annotated[
