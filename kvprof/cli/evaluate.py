@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from kvprof.cli.options import Data, Device, Dtype, Out, Pack, Restart, Seed, SequenceLength
+from kvprof.cli.options import Data, Device, Dtype, Out, Pack, PlannedModel, Restart, Seed, SequenceLength
 
 if TYPE_CHECKING:
     from kvprof.evaluate.evaluation import Rival
@@ -38,12 +38,7 @@ class TakesSeveralFiles(TyperCommand):
 
 def evaluate(
     plan: Annotated[Path, typer.Argument(help="A BitPlan file.")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="A hub id, a folder, a .gguf file, or `demo`.", show_default="the plan's own; else the demo model"
-        ),
-    ] = None,
+    model: PlannedModel = None,
     against: Annotated[
         list[Path] | None,
         typer.Option(help="Further plans to compare with: one file or several, after PLAN.", show_default=False),
@@ -97,7 +92,8 @@ def evaluate(
     settings = EvaluationSettings(
         data, split, sequences, sequence_length, measure_from, seed, pack, dtype, device, exact
     )
-    check_request(source, [(name, found), *further], settings, compares=check)
+    if rivals or check:  # run_evaluation asks the same, but after what the rivals need
+        check_request(source, [(name, found), *further], settings, compares=check)
     published = _rivals(found, source, folder, dtype, device, restart) if rivals else []
     with progress("evaluate", "forwards") as advance:
         run = run_evaluation(source, found, settings, folder, published, further, name, restart, advance)

@@ -8,18 +8,13 @@ from typing import Annotated
 
 import typer
 
-from kvprof.cli.options import Dtype
+from kvprof.cli.options import Dtype, PlannedModel
 
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to go on from; `-` reads it from standard input.")],
     plan: Annotated[Path, typer.Option(help="A BitPlan file.", show_default=False)],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="A hub id, a folder, a .gguf file, or `demo`.", show_default="the plan's own; else the demo model"
-        ),
-    ] = None,
+    model: PlannedModel = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 64,
     temperature: Annotated[float, typer.Option(help="Randomness of the choice; 0 takes the likeliest token.")] = 0.0,
     seed: Annotated[

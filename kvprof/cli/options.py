@@ -7,6 +7,12 @@ from typing import Annotated
 
 import typer
 
+PlannedModel = Annotated[
+    str | None,
+    typer.Option(
+        help="A hub id, a folder, a .gguf file, or `demo`.", show_default="the plan's own; else the demo model"
+    ),
+]
 Out = Annotated[Path | None, typer.Option(help="Folder for the result.", show_default="outputs/<model>")]
 Data = Annotated[str, typer.Option(help="Text: `builtin`, a .txt, .jsonl, .parquet or .csv file, or a hub dataset.")]
 SequenceLength = Annotated[

@@ -17,7 +17,7 @@ from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel,
 from kvprof.errors import KvprofError, UsageError
 from kvprof.models.load import ModelSource, load_config, load_model, load_tokenizer
 from kvprof.records.plan import BitPlan
-from kvprof.runtime.cache import PlanCache
+from kvprof.runtime.cache import PlanCache, cache_bytes
 
 LEAST_TEMPERATURE = 1e-3
 """Below it, logits divided by the temperature leave float16's range; 0 says what is meant."""
@@ -115,14 +115,6 @@ def compare_continuations(
         found.append(Continuation(text, tuple(tokens), cache_bytes(cache)))
     progress(2 * settings.max_new_tokens, 2 * settings.max_new_tokens)
     return Comparison(prompt_tokens, str(model.dtype).removeprefix("torch."), *found)
-
-
-def cache_bytes(cache: Cache) -> int:
-    """Return the bytes of the keys and values that a cache holds."""
-    if isinstance(cache, PlanCache):
-        return cache.nbytes()
-    tensors = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
 def _tokens_of(prompt: str, tokenizer: Any, chat: bool) -> dict[str, Any]:

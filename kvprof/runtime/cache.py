@@ -79,7 +79,7 @@ class PlanCache(Cache):  # type: ignore[misc]
         Equal to `plan.bytes_at(tokens, batch)`, which counts no recurrent state either, and of a sliding layer the
         whole window, as the last query read it: its oldest token transformers lets go after that step.
         """
-        return sum(_held_bytes(layer) for layer in self.layers)
+        return cache_bytes(self)
 
     def save(self, path: str | Path) -> Path:
         """Write the cache to a .safetensors file, whole or not at all: the plan, every token, every state."""
@@ -146,6 +146,11 @@ class PlanCache(Cache):  # type: ignore[misc]
                     states.update({index: change(x) for index, x in states.items() if x is not None})
             if hasattr(layer, "batch_select_indices"):
                 change_layer(layer)
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Return the bytes of the keys and values that any cache of transformers' holds, counted as `PlanCache.nbytes`."""
+    return sum(_held_bytes(layer) for layer in cache.layers)
 
 
 def _held_bytes(layer: Any) -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from folders import save_folder, save_text
+from threads import one_thread  # noqa: F401
 
 from kvprof.models.inventory import take_inventory
 from kvprof.models.load import ModelSource, load_config, resolve
@@ -16,15 +16,6 @@ from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import BitPlan, LayerPlan, ModelInfo, Quantizer, TensorPlan, Window
 
 SMALL_WINDOW = Window(sink_tokens=1, recent_tokens=4)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small matrices: on a busy machine, waiting for a second core costs more than it brings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from kvprof.errors import Mismatch, UsageError
 from kvprof.evaluate.continuation import Comparison, GenerationSettings, compare_continuations
 from kvprof.models.load import resolve
 from kvprof.records.document import ModelInfo
-from kvprof.records.plan import BitPlan, LayerPlan, Quantizer, TensorPlan, Window
+from kvprof.records.plan import BitPlan, LayerPlan, Quantizer, SkippedLayer, TensorPlan, Window
 
 PROMPT = "the cat sat on a mat and saw another cat that sat on no mat"
 
@@ -118,3 +118,12 @@ def test_a_chat_template_is_used(folder: Path) -> None:
     edit_json(folder / "tokenizer_config.json", chat_template=template)
     plain, chat = continued(folder, plan_of(2), "the cat sat"), continued(folder, plan_of(2), "cat", chat=True)
     assert chat.full.tokens == plain.full.tokens
+
+
+def test_layers_that_slide_count_alike_on_both_sides(tmp_path: Path) -> None:
+    folder = save_folder(tmp_path / "gemma", "gemma3")
+    plan = plan_of(16).model_copy(update={"layers": plan_of(16).layers[1:]})
+    plan = plan.model_copy(update={"skipped": (SkippedLayer(layer=0, reason="it slides"),)})
+    found = continued(folder, plan, max_new_tokens=20)  # beyond the window of 16 tokens
+    assert found.planned == found.full
+    assert found.is_vacuous
