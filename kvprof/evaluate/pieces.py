@@ -5,8 +5,6 @@ Reads a model and its text; writes journal entries. Does not know which plans co
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 
@@ -41,7 +39,7 @@ class Pieces:
 
     def keys(self, plans: Iterable[BitPlan], index: int) -> dict[str, BitPlan | None]:
         """Return the journal's key of each piece of a sequence with its plan; None is full precision."""
-        return {f"reference {index}": None, **{f"{_recipe(plan)} {index}": plan for plan in plans}}
+        return {f"reference {index}": None, **{f"{plan.recipe} {index}": plan for plan in plans}}
 
     def has(self, key: str) -> bool:
         """Whether a piece is measured."""
@@ -77,7 +75,7 @@ class Pieces:
 
     def results(self, plan: BitPlan, indices: Sequence[int]) -> list[SequenceResult]:
         """Return what was measured of a plan on each sequence."""
-        recipe = _recipe(plan)
+        recipe = plan.recipe
         found = [self._log.done[f"{recipe} {index}"] for index in indices]
         return [SequenceResult(tuple(one["kl_nats"]), tuple(one["agrees"]), one["nll_nats"]) for one in found]
 
@@ -85,12 +83,6 @@ class Pieces:
         """Return each sequence's negative log likelihood in full precision, and its number of targets."""
         nll = [self._log.done[f"reference {index}"]["nll_nats"] for index in indices]
         return nll, [len(self._sequences[index]) - self._first - 1 for index in indices]
-
-
-def _recipe(plan: BitPlan) -> str:
-    """Return a hash of what a plan stores and how; not of its name, its model or its history."""
-    fields = plan.model_dump(mode="json", include={"quantizer", "window", "layers"})
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _compared(reference_TV: Tensor, planned_TV: Tensor, targets: Tensor) -> tuple[dict[str, object], bool]:

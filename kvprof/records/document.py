@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import reprlib
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -32,6 +33,14 @@ Text = Annotated[
 
 LARGEST_FILE_BYTES = 256 * 2**20
 """A Scores file of 1,000 layers with 100 formats is 10 MB; more than this is not one of ours."""
+
+_ROW_OF_NUMBERS = re.compile(r"\[\s+([-+\d.e]+(?:,\s+[-+\d.e]+)*)\s+\]")
+"""A JSON array of numbers, one a line, which a reader would rather have in a row. No string holds a line break."""
+
+
+def is_absent(value: object) -> bool:
+    """Whether a field that only some files have is to be left out rather than written as null."""
+    return value is None
 
 
 class Record(BaseModel):
@@ -88,7 +97,8 @@ class Document(Record):
 
     def to_text(self) -> str:
         """Return the file's exact text: the same record always gives the same bytes."""
-        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=2, allow_nan=False) + "\n"
+        text = json.dumps(self.model_dump(mode="json", by_alias=True), indent=2, allow_nan=False) + "\n"
+        return _ROW_OF_NUMBERS.sub(lambda row: f"[{' '.join(row[1].split())}]", text)
 
     def save(self, path: str | Path) -> Path:
         """Write the file, whole or not at all; raises OutputError when the place cannot be written."""

@@ -5,12 +5,14 @@ Plain arithmetic; the rounding itself is the runtime's business.
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 from typing import Literal
 
 from pydantic import model_validator
 from typing_extensions import Self
 
+from kvprof.errors import UsageError
 from kvprof.records.document import Positive, Record
 
 Scheme = Literal["asymmetric", "rotated"]
@@ -94,3 +96,48 @@ def usual_format(tensor: TensorName, bits: int, group_size: int, head_dim: int |
     if axis == "token" and head_dim is not None:
         group_size = min(group_size, head_dim)
     return Format(bits=bits, group_size=group_size, axis=axis)
+
+
+def format_named(name: str, tensor: TensorName, head_dim: int | None = None) -> Format:
+    """Return the format of a short name, as `Format.name` writes it, along the tensor's usual axis.
+
+    head_dim: of the tensor's heads: a group of channels is capped at it, and `rot3` needs to know it.
+    Raises UsageError for a name that says no format, or one that heads of this dimension cannot have.
+    """
+    if name == "full":
+        return usual_format(tensor, FULL_BITS, 1)
+    plain, rotated = re.fullmatch(r"int(\d)g(\d{1,9})(c?)", name), re.fullmatch(r"rot(\d)", name)
+    found = plain or rotated
+    bits = int(found[1]) if found else 0
+    if bits not in CODE_BITS or (plain is not None and int(plain[2]) < 1):
+        widths = ", ".join(map(str, CODE_BITS))
+        raise UsageError(f"{name!r} is no format: write int3g64, int2g64c (clipped), rot2 or full; bits are {widths}.")
+    if plain is not None:
+        form = usual_format(tensor, bits, int(plain[2]), head_dim)
+        return form.model_copy(update={"clip": "mse"}) if plain[3] else form
+    if head_dim is None or not can_rotate(head_dim):
+        heads = "an unknown head dimension" if head_dim is None else f"heads of {head_dim} channels"
+        raise UsageError(f"{name} needs a head dimension that is a power of two; the {tensor} has {heads}.")
+    return Format(scheme="rotated", bits=bits, group_size=head_dim, axis="token")
+
+
+def can_rotate(head_dim: int) -> bool:
+    """Whether the scheme `rotated` can store heads of this dimension: a power of two."""
+    return head_dim & (head_dim - 1) == 0
+
+
+def parse_formats(text: str) -> dict[TensorName, tuple[str, ...]]:
+    """Return the format names that a text such as "int3g64,rot2" or "key:int2g64c,value:rot2" lists for each tensor.
+
+    A name without a tensor counts for both. Raises UsageError, naming the word, for one that is no format.
+    """
+    chosen: dict[TensorName, dict[str, None]] = {"key": {}, "value": {}}
+    for word in (part.strip() for part in text.split(",")):
+        before, colon, name = word.rpartition(":")
+        wanted = [tensor for tensor in TENSORS if not colon or tensor == before]
+        if not wanted:
+            raise UsageError(f"{word!r}: no tensor is called {before!r}; write key:{name} or value:{name}.")
+        for tensor in wanted:
+            format_named(name, tensor, head_dim=2**10)  # whether a model's heads can have it shows with the model
+            chosen[tensor][name] = None
+    return {tensor: tuple(names) for tensor, names in chosen.items()}

@@ -5,6 +5,8 @@ Made by `allocate` or by hand, obeyed by the runtime cache. Knows shapes and bit
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections import Counter
 from fractions import Fraction
@@ -14,7 +16,17 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from kvprof.errors import KvprofError, Mismatch
-from kvprof.records.document import Count, Document, Integer, LayerIndex, ModelInfo, Number, Record, Text
+from kvprof.records.document import (
+    Count,
+    Document,
+    Integer,
+    LayerIndex,
+    ModelInfo,
+    Number,
+    Record,
+    Text,
+    is_absent,
+)
 from kvprof.records.formats import (
     ASYMMETRIC_GROUP_BITS,
     ROTATED_GROUP_BITS,
@@ -87,6 +99,9 @@ class Solver(Record):
     objective: Number | None = None
     optimal: bool = False
     predicted_kl_nats: Number | None = None
+    """Of the whole plan, in nats a token, a decoding model's KL divergence from full precision."""
+    predicted_kl_stderr_nats: Number | None = Field(None, exclude_if=is_absent)
+    """Its standard error over the calibration sequences."""
 
 
 class Provenance(Record):
@@ -136,6 +151,12 @@ class BitPlan(Document):
         if self.geometry is not None and (problem := self.misfit(self.geometry)):
             raise ValueError(f"the plan contradicts its own geometry: {problem}")
         return self
+
+    @property
+    def recipe(self) -> str:
+        """`sha256:...` of what the plan stores and how: of its layers, quantizer and window, not of its history."""
+        fields = self.model_dump(mode="json", include={"quantizer", "window", "layers"})
+        return "sha256:" + hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     def misfit(self, geometry: CacheGeometry) -> str | None:
         """Return why the plan cannot serve a model of this geometry, or None when it can."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -14,6 +15,7 @@ from typing_extensions import Self
 
 from kvprof.errors import InvalidFile, UsageError, did_you_mean
 from kvprof.records.document import (
+    Count,
     Document,
     Integer,
     LayerIndex,
@@ -22,12 +24,20 @@ from kvprof.records.document import (
     Record,
     SparseRecord,
     Text,
+    is_absent,
 )
 from kvprof.records.formats import TENSORS, TensorName
 from kvprof.records.geometry import CacheGeometry, check_same_model
+from kvprof.records.plan import Window
+
+LOSS_INCREASE = "loss_increase"
+"""The metric that is a number for each format of a tensor."""
 
 SCALAR_METRICS = ("gradient_norm", "spectral_norm", "frobenius_norm")
 """The metrics that are one number a tensor, the one to prefer first."""
+
+METRICS = (LOSS_INCREASE, *SCALAR_METRICS)
+"""All that a budget can be spent by, the one to prefer first."""
 
 Metric = Annotated[float, Field(strict=True)]  # NaN too: Scores forbids it in words that name the layer
 
@@ -35,7 +45,18 @@ FLAT_SPREAD = 0.01
 """A metric that varies by no more than this over all layers carries no information."""
 
 
-class CalibrationInfo(Record):
+class TextShare(Record):
+    """What one source gave to a mix of texts."""
+
+    dataset: Text
+    split: Text | None = None
+    weight: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] = 1.0
+    """Sequences are taken in proportion to it."""
+    sequences: Positive
+    tokens: Positive
+
+
+class CalibrationInfo(SparseRecord):
     """The text that a measurement read."""
 
     dataset: Text
@@ -46,6 +67,31 @@ class CalibrationInfo(Record):
     seed: Integer
     fingerprint: Text | None = None
     """sha256 of the token ids."""
+    sources: tuple[TextShare, ...] | None = None
+    """Where several texts were mixed: each of them."""
+    source_of: tuple[Count, ...] | None = None
+    """Then, for each sequence, the place of its text among `sources`."""
+
+
+class DecodingSetup(Record):
+    """The decoder that `loss_increase` speaks of: what it keeps in full precision, and which queries were asked."""
+
+    window: Window
+    suffix_fraction: Annotated[float, Field(strict=True, gt=0, le=1)]
+    """The share of each sequence, at its end, whose loss counted."""
+    tokens: Positive
+    """Positions whose loss counted, over all sequences."""
+
+
+class KlCalibration(Record):
+    """How the measured KL of whole plans compares with the sum of their tensors' predicted ones."""
+
+    factor: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+    """Measured over predicted: errors of many tensors add up with interest."""
+    plans: Positive
+    sequences: Positive
+    spread: Annotated[float, Field(strict=True, ge=1, allow_inf_nan=False)]
+    """The largest ratio, or its inverse, of a measured plan to its prediction by the factor."""
 
 
 class TensorScores(SparseRecord):
@@ -70,6 +116,11 @@ class TensorScores(SparseRecord):
     loss_increase: dict[Text, Metric] | None = None
     """Format name to predicted increase of the loss, in nats per token."""
     loss_increase_stderr: dict[Text, Metric] | None = None
+    """Its standard error over sequences."""
+    loss_increase_by_source: dict[Text, dict[Text, Metric]] | None = None
+    """Where texts were mixed: the dataset's name to the mean over its sequences alone."""
+    loss_increase_samples: dict[Text, tuple[Metric, ...]] | None = None
+    """Each sequence's own number; its mean is `loss_increase`."""
 
 
 class LayerScores(Record):
@@ -95,6 +146,10 @@ class Scores(Document):
     model: ModelInfo | None = None
     calibration: CalibrationInfo | None = None
     geometry: CacheGeometry | None = None
+    decoding: DecodingSetup | None = Field(None, exclude_if=is_absent)
+    """Of `loss_increase`."""
+    kl_calibration: KlCalibration | None = Field(None, exclude_if=is_absent)
+    """What `kvprof calibrate` found; null until then."""
     layers: tuple[LayerScores, ...]
 
     @model_validator(mode="after")
@@ -181,13 +236,17 @@ class Scores(Document):
 
 def _numbers(scores: TensorScores) -> list[tuple[str, float]]:
     """Return every number of one tensor's scores with the name it has in the file."""
-    numbers: list[tuple[str, float]] = []
-    for name in TensorScores.model_fields:
-        value = getattr(scores, name)
-        if isinstance(value, dict):
-            numbers += [(f"{name}[{format_name}]", number) for format_name, number in value.items()]
-        elif isinstance(value, tuple):
-            numbers += [(f"{name}[{head}]", number) for head, number in enumerate(value)]
-        elif value is not None:
-            numbers.append((name, value))
-    return numbers
+    return [
+        number
+        for name in TensorScores.model_fields
+        if (value := getattr(scores, name)) is not None
+        for number in _named(name, value)
+    ]
+
+
+def _named(name: str, value: object) -> Iterator[tuple[str, float]]:
+    if isinstance(value, dict | tuple):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _named(f"{name}[{key}]", part)
+    elif isinstance(value, float | int):
+        yield name, value
