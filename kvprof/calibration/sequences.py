@@ -6,8 +6,9 @@ Knows the tokenizer and the lengths; does not know the model, and never measures
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from kvprof.calibration.text import TextSource
 from kvprof.errors import CalibrationError, UsageError
-from kvprof.records.scores import CalibrationInfo
+from kvprof.records.scores import CalibrationInfo, TextShare
 
 USUAL_LENGTH = 512
 """Tokens of a sequence, where nothing else is said."""
@@ -25,32 +26,56 @@ IGNORED = -100
 
 
 @dataclass(frozen=True)
+class Origin:
+    """A text by its name, which of its splits was read, and how much it weighs in a mix."""
+
+    name: str
+    split: str | None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class CalibrationSet:
     """Sequences of token ids, each at least two tokens long, and where they came from.
 
-    skipped: rows that were too short to have a target.
+    skipped: rows that were too short to have a target. notes: what befell the texts of a mix, in sentences.
     """
 
     sequences: tuple[tuple[int, ...], ...]
     info: CalibrationInfo
     skipped: int
+    notes: tuple[str, ...] = ()
 
     @property
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share, one field each, named so that a cause comes before its consequences."""
         fields = self.info.model_dump(mode="json")
+        shares, _ = fields.pop("sources", []), fields.pop("source_of", None)
+        mix = {f"{name}s": [share[name] for share in shares] for name in ("weight", "split") if shares}
+        fields = {"dataset": fields.pop("dataset"), **mix, **fields}
         return {("text fingerprint" if name == "fingerprint" else name): value for name, value in fields.items()}
+
+    def first(self, count: int) -> CalibrationSet:
+        """Return the first sequences alone: as if no more had been asked for, but with the remarks on all."""
+        if count >= len(self.sequences):
+            return self
+        taken, info = self.sequences[:count], self.info
+        origins = [Origin(share.dataset, share.split, share.weight) for share in info.sources or ()]
+        source_of = (info.source_of or (0,) * len(self.sequences))[:count]
+        described = describe(
+            taken, source_of, origins or [Origin(info.dataset, info.split)], info.sequence_length, info.seed
+        )
+        return replace(self, sequences=taken, info=described)
 
     def check_vocabulary(self, size: int) -> None:
         """Raise CalibrationError where a model of so large a vocabulary does not know a token."""
-        largest = max(max(ids) for ids in self.sequences)
-        if largest >= size:
-            raise CalibrationError(f"the tokenizer writes token {largest}, but the model's vocabulary has {size}.")
+        check_largest(self.sequences, size)
 
     def remarks(self, asked: int) -> Iterator[str]:
         """Yield what a reader should know of a text that so many sequences were asked of."""
         if self.skipped:
             yield f"skipped {self.skipped} rows too short to have a target"
+        yield from self.notes
         if len(self.sequences) < asked:
             yield f"the text holds only {len(self.sequences)} of the {asked} sequences asked for"
 
@@ -80,43 +105,101 @@ def choose_length(asked: int | None, positions: int | None) -> int:
     return asked
 
 
+class SequenceReader:
+    """The sequences that one source of text is cut into, one after the other.
+
+    A row is one sequence, truncated on the right; a row too short to have a target is skipped and counted. With `pack`,
+    and always for the built-in text, rows are joined and cut into windows of exactly `length` tokens.
+    Raises CalibrationError where the text ends before its first sequence.
+    """
+
+    def __init__(self, source: TextSource, tokenizer: Any, length: int, pack: bool = False) -> None:
+        self.source = source
+        self.length = length
+        self.skipped = 0
+        self.found = 0
+        self._packed = pack or source.packed
+        self._cut = (_windows if self._packed else _rows)(source.rows, tokenizer, length)
+
+    def __iter__(self) -> SequenceReader:
+        return self
+
+    def __next__(self) -> tuple[int, ...]:
+        for ids in self._cut:
+            if len(ids) >= 2:
+                self.found += 1
+                return tuple(ids)
+            self.skipped += 1
+        if not self.found:
+            raise CalibrationError(_nothing_found(self.source, self.length, self.skipped, self._packed))
+        raise StopIteration
+
+
 def tokenize(
     source: TextSource, tokenizer: Any, sequences: int, sequence_length: int, seed: int = 0, pack: bool = False
 ) -> CalibrationSet:
     """Cut calibration text into at most `sequences` sequences of at most `sequence_length` tokens.
 
-    A row is one sequence, truncated on the right; a row too short to have a target is skipped and counted. With `pack`,
-    and always for the built-in text, rows are joined and cut into windows of exactly `sequence_length` tokens.
     Raises CalibrationError where no sequence comes of it, UsageError for lengths below 2 or no sequences at all.
     """
+    check_request(sequences, sequence_length)
+    reader = SequenceReader(source, tokenizer, sequence_length, pack)
+    found = list(islice(reader, sequences))
+    info = describe(found, [0] * len(found), [Origin(source.name, source.split)], sequence_length, seed)
+    return CalibrationSet(tuple(found), info, reader.skipped)
+
+
+def check_request(sequences: int, sequence_length: int) -> None:
+    """Raise UsageError for no sequences at all, or too short ones."""
     if sequences < 1:
         raise UsageError(f"--sequences {sequences}: at least 1 is needed.")
     if sequence_length < 2:
         raise UsageError(f"--sequence-length {sequence_length}: at least 2 tokens are needed to have a target.")
-    packed = pack or source.packed
-    cut = _windows if packed else _rows
-    found: list[tuple[int, ...]] = []
-    skipped = 0
-    for ids in cut(source.rows, tokenizer, sequence_length):
-        if len(ids) < 2:
-            skipped += 1
-            continue
-        found.append(tuple(ids))
-        if len(found) == sequences:
-            break
-    if not found:
-        raise CalibrationError(_nothing_found(source, sequence_length, skipped, packed))
-    text = ";".join(",".join(map(str, ids)) for ids in found)
-    info = CalibrationInfo(
-        dataset=source.name,
-        split=source.split,
-        sequences=len(found),
+
+
+def check_largest(sequences: Iterable[Sequence[int]], size: int) -> None:
+    """Raise CalibrationError where a model of so large a vocabulary does not know a token of these sequences."""
+    largest = max((max(ids) for ids in sequences), default=0)
+    if largest >= size:
+        raise CalibrationError(f"the tokenizer writes token {largest}, but the model's vocabulary has {size}.")
+
+
+def describe(
+    sequences: Sequence[Sequence[int]],
+    source_of: Sequence[int],
+    origins: Sequence[Origin],
+    sequence_length: int,
+    seed: int,
+) -> CalibrationInfo:
+    """Return what is written down of sequences: one text's name and split, or those of each text of a mix.
+
+    source_of: for each sequence, the place of its text among `origins`; those that gave none are left out.
+    """
+    present = sorted(set(source_of))
+    shares = [
+        TextShare(
+            dataset=origins[place].name,
+            split=origins[place].split,
+            weight=origins[place].weight,
+            sequences=sum(1 for source in source_of if source == place),
+            tokens=sum(len(ids) for ids, source in zip(sequences, source_of, strict=True) if source == place),
+        )
+        for place in present
+    ]
+    splits = {share.split for share in shares}
+    text = ";".join(",".join(map(str, ids)) for ids in sequences)
+    mixed = len(shares) > 1
+    return CalibrationInfo(
+        dataset="+".join(share.dataset for share in shares),
+        split=splits.pop() if len(splits) == 1 else None,
+        sequences=len(sequences),
         sequence_length=sequence_length,
-        tokens=sum(map(len, found)),
+        tokens=sum(map(len, sequences)),
         seed=seed,
         fingerprint="sha256:" + hashlib.sha256(text.encode()).hexdigest(),
+        sources=tuple(shares) if mixed else None,
+        source_of=tuple(map(present.index, source_of)) if mixed else None,
     )
-    return CalibrationSet(tuple(found), info, skipped)
 
 
 def batches(

@@ -19,6 +19,8 @@ from typing import Any
 from kvprof.errors import CalibrationError, UsageError, did_you_mean, first_line
 
 BUILTIN = "builtin"
+SELF = "self"
+"""Text that the model writes itself: it has no rows, see `calibration.self_text`."""
 SPLITS = ("calibration", "held-out")
 LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 TEXT_COLUMNS = ("text", "content", "prompt", "document")
@@ -53,14 +55,21 @@ def open_text(data: str = BUILTIN, split: str | None = None, seed: int = 0) -> T
     """
     if data == BUILTIN:
         return _builtin(split or "calibration", seed)
+    if data == SELF:
+        raise UsageError(f"{SELF} is text that the model writes; there is none to read here.\n  Try {BUILTIN}.")
     path = Path(os.path.expanduser(data))
     if path.suffix.lower() in LOADERS:
         return _file(path, split or "all", seed)
     if os.path.exists(path):  # unlike Path.exists, no name is too long for it
         raise UsageError(f"{data} is no text that kvprof reads: name a file that ends in {', '.join(LOADERS)}.")
-    if "/" not in data and did_you_mean(data, [BUILTIN]).startswith("did"):
-        raise UsageError(f"unknown --data {data!r}: {did_you_mean(data, [BUILTIN])}")
+    if "/" not in data and (nearest := did_you_mean(data, [BUILTIN, SELF])).startswith("did"):
+        raise UsageError(f"unknown --data {data!r}: {nearest}")
     return _hub(data, split or "train", seed)
+
+
+def is_hub_dataset(data: str) -> bool:
+    """Whether a source that `open_text` can open would be looked for on the hub."""
+    return data not in (BUILTIN, SELF) and Path(data).suffix.lower() not in LOADERS
 
 
 def split_of(name: str) -> str:
@@ -69,7 +78,7 @@ def split_of(name: str) -> str:
 
 
 def _builtin(split: str, seed: int) -> TextSource:
-    _check_split(split)
+    check_split(split)
     from pydoc_data.topics import topics
 
     names = sorted(name for name in topics if split in ("all", split_of(name)))
@@ -78,7 +87,7 @@ def _builtin(split: str, seed: int) -> TextSource:
 
 
 def _file(path: Path, split: str, seed: int) -> TextSource:
-    _check_split(split)
+    check_split(split)
     if not os.path.isfile(path):
         raise CalibrationError(f"{path}: no such file.")
     if path.stat().st_size == 0:
@@ -96,7 +105,8 @@ def _hub(name: str, split: str, seed: int) -> TextSource:
     return TextSource(name, split, _load(name, {"split": split}, name, seed))
 
 
-def _check_split(split: str) -> None:
+def check_split(split: str) -> None:
+    """Raise UsageError for what is no split of a text that kvprof splits itself."""
     if split not in (*SPLITS, "all"):
         raise UsageError(f"unknown --split {split!r}: {did_you_mean(split, [*SPLITS, 'all'])}")
 

@@ -119,8 +119,8 @@ def _rivals(plan: BitPlan, source: ModelSource, folder: Path, dtype: str, device
     from kvprof.models.identity import checkpoint_fingerprint
     from kvprof.models.inventory import take_inventory
     from kvprof.models.load import load_config
-    from kvprof.profile.gradients import GradientSettings, run_gradients
     from kvprof.profile.norms import measure_norms
+    from kvprof.profile.sensitivity import SensitivitySettings, run_sensitivity
     from kvprof.report.console import progress
 
     geometry = take_inventory(load_config(source), source.id).geometry
@@ -133,9 +133,8 @@ def _rivals(plan: BitPlan, source: ModelSource, folder: Path, dtype: str, device
     gradients = _fitting(folder / "gradients.json", ("gradient_norm",), geometry, fingerprint)
     if gradients is None:
         with progress("gradients", "sequences") as advance:
-            gradients = run_gradients(
-                source, GradientSettings(dtype=dtype, device=device), folder, restart, advance
-            ).scores
+            settings = SensitivitySettings(dtype=dtype, device=device)
+            gradients = run_sensitivity(source, settings, folder, restart, advance).scores
     whole = plan if plan.geometry is not None else plan.model_copy(update={"geometry": geometry})
     return [Rival(name, candidates) for name, candidates in rival_plans(whole, norms, gradients)]
 

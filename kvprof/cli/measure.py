@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from kvprof.cli.options import Data, Device, Dtype, Out, Pack, Restart, Seed, SequenceLength
+from kvprof.cli.options import (
+    Device,
+    Dtype,
+    Out,
+    Pack,
+    RecentTokens,
+    Restart,
+    Seed,
+    SequenceLength,
+    SinkTokens,
+    SuffixFraction,
+)
 
 Model = Annotated[
     str | None,
@@ -53,7 +64,14 @@ def norms(model: Model = None, out: Out = None) -> None:
 def gradients(
     model: Model = None,
     out: Out = None,
-    data: Data = "builtin",
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text: `builtin`, `self` (the model's own), a .txt, .jsonl, .parquet or .csv file, a hub dataset; "
+            "NAME:2 takes twice as much. Can be repeated.",
+            show_default="builtin and self",
+        ),
+    ] = None,
     split: Annotated[
         str | None,
         typer.Option(
@@ -63,6 +81,22 @@ def gradients(
     ] = None,
     sequences: Annotated[int, typer.Option(help="Calibration sequences. Time grows with them.")] = 16,
     sequence_length: SequenceLength = None,
+    formats: Annotated[
+        str | None,
+        typer.Option(
+            help="Formats whose loss to predict: int3g64,key:int2g64c,value:rot2; or `none`.",
+            show_default="15 for keys, 10 for values",
+        ),
+    ] = None,
+    recent_tokens: RecentTokens = 128,
+    sink_tokens: SinkTokens = 4,
+    suffix_fraction: SuffixFraction = 0.5,
+    until_stable: Annotated[
+        bool, typer.Option("--until-stable", help="Stop before --sequences once more of them would change no plan.")
+    ] = False,
+    stable_at: Annotated[
+        str, typer.Option(help="Budgets, in stored bits, whose plans --until-stable looks at.")
+    ] = "2.5,3,3.5",
     batch_size: Annotated[int, typer.Option(help="Sequences in one forward; changes memory, no score.")] = 1,
     seed: Seed = 0,
     pack: Pack = False,
@@ -70,18 +104,24 @@ def gradients(
     device: Device = "auto",
     restart: Restart = False,
 ) -> None:
-    """How much does the loss feel each layer's keys and values? One forward and backward serve all."""
+    """How much does the loss feel each layer's keys and values? Gradient norms, and the loss that each format costs."""
     from kvprof.models.load import resolve
-    from kvprof.profile.gradients import GradientSettings, run_gradients
+    from kvprof.profile.sensitivity import USUAL_DATA, Decoder, SensitivitySettings, read_formats, run_sensitivity
+    from kvprof.records.plan import Window
     from kvprof.records.runs import output_folder
     from kvprof.report.console import print_note, print_written, progress
     from kvprof.report.tables import show_scores
 
     source = resolve(model)
+    decoder = Decoder(
+        read_formats(formats), Window(sink_tokens=sink_tokens, recent_tokens=recent_tokens), suffix_fraction
+    )
+    settings = SensitivitySettings(
+        tuple(data or USUAL_DATA), split, sequences, sequence_length, batch_size, seed, pack, dtype, device, decoder
+    )
     folder = output_folder(source.id, out)
-    settings = GradientSettings(data, split, sequences, sequence_length, batch_size, seed, pack, dtype, device)
     with progress("gradients", "sequences") as advance:
-        run = run_gradients(source, settings, folder, restart, advance)
+        run = run_sensitivity(source, settings, folder, restart, advance, advance.beside("writing text", "tokens"))
     show_scores(run.scores)
     for remark in run.remarks:
         print_note(remark)

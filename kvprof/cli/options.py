@@ -31,3 +31,6 @@ GroupSize = Annotated[
 ]
 RecentTokens = Annotated[int, typer.Option(min=0, max=2**31, help="Last tokens kept in full precision.")]
 SinkTokens = Annotated[int, typer.Option(min=0, max=2**31, help="First tokens kept in full precision.")]
+SuffixFraction = Annotated[
+    float, typer.Option(min=0.01, max=1, help="Share of each sequence, at its end, whose predictions count.")
+]

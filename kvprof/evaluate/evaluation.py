@@ -18,6 +18,7 @@ from kvprof.calibration.sequences import CalibrationSet, choose_length, tokenize
 from kvprof.calibration.text import BUILTIN, open_text
 from kvprof.errors import CalibrationError, Mismatch, UsageError
 from kvprof.evaluate.logits import choose_route
+from kvprof.evaluate.metrics import LOGIT_ROUNDING_NATS
 from kvprof.evaluate.pieces import Pieces
 from kvprof.evaluate.summary import perplexity, summarise
 from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
@@ -28,10 +29,6 @@ from kvprof.records.formats import TENSORS
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import BitPlan, quantized_tokens
 from kvprof.records.runs import Journal
-
-BFLOAT16_KL = 1e-3
-"""Nats a token that rounding both logits to bfloat16 can add: the demo model's reach 44, where its numbers are 1/4
-apart, and with noise added to them 0.00034 nats read as 0.0011, 0.0039 as 0.0049."""
 
 FINALISTS = 2
 """Of a rival's candidates, how many go on after the first sequence."""
@@ -312,5 +309,6 @@ def _remarks(
     yield from text.remarks(settings.sequences)
     if measured < found:
         yield f"{found - measured} of {found} sequences end before position {settings.measure_from}: not measured"
-    if evaluation.dtype == "bfloat16" and evaluation.plan.kl_nats < 10 * BFLOAT16_KL:
-        yield f"in bfloat16, logits are rounded by as much as a KL of {BFLOAT16_KL:g}: try --dtype float32 or float16"
+    noise = LOGIT_ROUNDING_NATS["bfloat16"]
+    if evaluation.dtype == "bfloat16" and evaluation.plan.kl_nats < 10 * noise:
+        yield f"in bfloat16, logits are rounded by as much as a KL of {noise:g}: try --dtype float32 or float16"

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvprof.errors import KvprofError, UnsupportedAttention, first_line
+from kvprof.models.load import input_device
 from kvprof.records.plan import BitPlan
 from kvprof.runtime.attention import decoding_reads
 from kvprof.runtime.cache import PlanCache
@@ -79,10 +80,7 @@ def _forward(model: PreTrainedModel, ids: Sequence[int], first: int) -> Tensor:
 
 
 def _tensor(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
-    device = model.get_input_embeddings().weight.device
-    if device.type == "meta":  # offloaded: accelerate moves what comes in to where it computes
-        device = torch.device("cpu")
-    return torch.tensor([list(ids)], device=device)
+    return torch.tensor([list(ids)], device=input_device(model))
 
 
 @contextlib.contextmanager

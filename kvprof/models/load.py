@@ -22,7 +22,6 @@ from typing import Any, Literal
 import torch
 import transformers
 from filelock import FileLock
-from platformdirs import user_cache_path
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -36,6 +35,7 @@ from transformers import (
 from kvprof.errors import KvprofError, ModelError, UsageError, did_you_mean, first_line
 from kvprof.models.hub import fetch_from_hub, refuse_pickles
 from kvprof.models.inventory import build_skeleton
+from kvprof.records.runs import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ def _demo_source() -> ModelSource:
 
 def _converted(gguf: Path) -> Path:
     """Convert a GGUF file to float32 safetensors in the user's cache folder, once; return the folder."""
-    cache = Path(os.environ.get("KVPROF_CACHE") or user_cache_path("kvprof"))
+    cache = cache_folder()
     folder = cache / f"{gguf.stem}-{gguf.stat().st_size}"
     if (folder / "config.json").is_file():
         return folder
@@ -276,3 +276,10 @@ def _quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(verbosity)
         if bar:
             transformers.logging.enable_progress_bar()
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Return where a model wants its token ids."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    # Of an offloaded model, accelerate moves what comes in to where it computes.
+    return torch.device("cpu") if device.type == "meta" else device

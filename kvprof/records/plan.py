@@ -78,6 +78,10 @@ class Window(Record):
     recent_tokens: Count
 
 
+USUAL_WINDOW = Window(sink_tokens=4, recent_tokens=128)
+"""What plans keep in full precision where nothing else is said: four sinks cost nothing and spare most of the loss."""
+
+
 class Budget(Record):
     """What was asked for, and what the plan costs in all three units."""
 

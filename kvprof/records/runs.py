@@ -62,6 +62,13 @@ def output_folder(model_id: str, out: Path | None) -> Path:
     return folder
 
 
+def cache_folder() -> Path:
+    """Return the folder for what is made once and found again: KVPROF_CACHE, else the user's own cache folder."""
+    from platformdirs import user_cache_path  # here, for commands that keep nothing and must answer at once
+
+    return Path(os.environ.get("KVPROF_CACHE") or user_cache_path("kvprof"))
+
+
 def write_atomically(path: str | Path, text: str) -> Path:
     """Write a text file so that no reader ever sees half of it; raises OutputError, leaving the old file as it was."""
     path = Path(path)

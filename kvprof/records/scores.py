@@ -5,6 +5,7 @@ Made by `profile`, read by `allocate`. Higher means more sensitive. Holds number
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -26,9 +27,9 @@ from kvprof.records.document import (
     Text,
     is_absent,
 )
-from kvprof.records.formats import TENSORS, TensorName
+from kvprof.records.formats import TENSORS, TensorName, format_named
 from kvprof.records.geometry import CacheGeometry, check_same_model
-from kvprof.records.plan import Window
+from kvprof.records.plan import Window, head_dim_of
 
 LOSS_INCREASE = "loss_increase"
 """The metric that is a number for each format of a tensor."""
@@ -38,6 +39,12 @@ SCALAR_METRICS = ("gradient_norm", "spectral_norm", "frobenius_norm")
 
 METRICS = (LOSS_INCREASE, *SCALAR_METRICS)
 """All that a budget can be spent by, the one to prefer first."""
+
+
+def default_unit(metric: str | None) -> Literal["nominal", "stored"]:
+    """Return what a budget counts where nobody says: scales too, where the formats are known."""
+    return "stored" if metric == LOSS_INCREASE else "nominal"
+
 
 Metric = Annotated[float, Field(strict=True)]  # NaN too: Scores forbids it in words that name the layer
 
@@ -83,6 +90,11 @@ class DecodingSetup(Record):
     """Positions whose loss counted, over all sequences."""
 
 
+def suffix_start(tokens: int, fraction: float) -> int:
+    """Return the first position that counts of a sequence of so many tokens; at least the last one does."""
+    return tokens - max(1, round(tokens * fraction))
+
+
 class KlCalibration(Record):
     """How the measured KL of whole plans compares with the sum of their tensors' predicted ones."""
 
@@ -121,6 +133,10 @@ class TensorScores(SparseRecord):
     """Where texts were mixed: the dataset's name to the mean over its sequences alone."""
     loss_increase_samples: dict[Text, tuple[Metric, ...]] | None = None
     """Each sequence's own number; its mean is `loss_increase`."""
+
+    def has(self, metric: str) -> bool:
+        """Whether this was measured; a `loss_increase` of no format was not."""
+        return getattr(self, metric) not in (None, {})
 
 
 class LayerScores(Record):
@@ -191,19 +207,57 @@ class Scores(Document):
         return list(range(self.model.num_layers if self.model else last + 1))
 
     @property
+    def digest(self) -> str:
+        """`sha256:...` of the file's text but for `kl_calibration`: calibrated, they are still the same scores."""
+        plain = self if self.kl_calibration is None else self.model_copy(update={"kl_calibration": None})
+        return super(Scores, plain).digest
+
+    @property
+    def planned(self) -> tuple[LayerScores, ...]:
+        """The entries that a plan covers: all of them, but for those that the geometry skips."""
+        if self.geometry is None:
+            return self.layers
+        layers = {layer.layer for layer in self.geometry.planned}
+        return tuple(entry for entry in self.layers if entry.layer in layers)
+
+    @property
     def metrics(self) -> tuple[str, ...]:
-        """The scalar metrics that every layer has for both tensors, the one to prefer first."""
+        """The metrics that can be allocated by, the one to prefer first.
+
+        `loss_increase` is one where every layer that a plan covers has it for both tensors, another where all have it.
+        """
+        covering = {LOSS_INCREASE: self.planned or self.layers}
         return tuple(
             metric
-            for metric in SCALAR_METRICS
-            if all(getattr(entry.tensor(tensor), metric) is not None for entry in self.layers for tensor in TENSORS)
+            for metric in METRICS
+            if all(
+                entry.tensor(tensor).has(metric) for entry in covering.get(metric, self.layers) for tensor in TENSORS
+            )
         )
+
+    @property
+    def passed_over(self) -> tuple[str, ...]:
+        """The formats of `loss_increase` that no plan can have: another runtime's, or no format of such heads."""
+        shapes = {layer.layer: layer for layer in self.geometry.layers} if self.geometry else {}
+        names: dict[str, None] = {}
+        for entry in self.planned:
+            for tensor in TENSORS:
+                shape = shapes.get(entry.layer)
+                head_dim = None if shape is None else head_dim_of(shape, tensor)
+                names |= {
+                    name: None
+                    for name in entry.tensor(tensor).loss_increase or {}
+                    if not _can_be_stored(name, tensor, head_dim)
+                }
+        return tuple(names)
 
     def metric(self, name: str) -> list[tuple[int, TensorName, float]]:
         """Return (layer, tensor, score) of every tensor for one metric, in file order, key before value.
 
         Raises UsageError for a metric that kvprof does not know, InvalidFile for one that a layer here lacks.
         """
+        if name == LOSS_INCREASE:
+            raise UsageError(f"{LOSS_INCREASE} is a number for each format of a tensor, not one a tensor.")
         if name not in SCALAR_METRICS:
             raise UsageError(f"unknown metric {name!r}: {did_you_mean(name, SCALAR_METRICS)}")
         scores = []
@@ -232,6 +286,15 @@ class Scores(Document):
         """Whether a metric varies by no more than 1 % over all layers, and so cannot rank them."""
         numbers = self.column(metric, tensor)
         return len(numbers) > 1 and max(numbers) - min(numbers) <= FLAT_SPREAD * max(numbers)
+
+
+@functools.cache
+def _can_be_stored(name: str, tensor: TensorName, head_dim: int | None) -> bool:
+    try:
+        format_named(name, tensor, head_dim)
+    except UsageError:
+        return False
+    return True
 
 
 def _numbers(scores: TensorScores) -> list[tuple[str, float]]:

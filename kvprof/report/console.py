@@ -5,12 +5,16 @@ Results go to stdout, all else to stderr. Does not know what it prints.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -101,9 +105,27 @@ class Table:
         return (" " + "  ".join(aligned)).rstrip()
 
 
+class Bar:
+    """What a long step calls to show how far it is: with (done, total)."""
+
+    def __init__(self, bar: Progress, what: str, unit: str) -> None:
+        self._bar, self._what, self._unit = bar, what, unit
+        self._task: TaskID | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show that so much of the total is done."""
+        if self._task is None:
+            self._task = self._bar.add_task(self._what, total=None, unit=self._unit)
+        self._bar.update(self._task, completed=done, total=total)
+
+    def beside(self, what: str, unit: str) -> Bar:
+        """Return a second bar, for a step that this one waits for; it is shown once it is called."""
+        return Bar(self._bar, what, unit)
+
+
 @contextmanager
-def progress(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar with the time left while the `with` lasts, where stderr is a terminal; yields its (done, total)."""
+def progress(what: str, unit: str) -> Iterator[Bar]:
+    """Show a bar with the time left while the `with` lasts, where stderr is a terminal."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -117,11 +139,10 @@ def progress(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn(unit),
+        TextColumn("{task.fields[unit]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=err, disable=not err.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield Bar(bar, what, unit)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -199,3 +201,11 @@ def test_batches_hold_every_sequence_once_and_whole(sequences: list[list[int]], 
             assert labels[mask == 1].tolist() == seen[index]
             assert (labels[mask == 0] == IGNORED).all()
     assert seen == dict(enumerate(sequences))
+
+
+def test_the_first_sequences_of_a_set_are_the_set_of_fewer() -> None:
+    def of(sequences: int) -> CalibrationSet:
+        return tokenize(source(words(0, 9), words(5, 8), "w1", words(9, 30)), a_tokenizer(), sequences, 7, seed=5)
+
+    assert of(3).first(2) == replace(of(2), skipped=1)  # a row that only the longer set came upon
+    assert of(3).first(3) == of(3).first(9) == of(3)

@@ -19,7 +19,8 @@ from kvprof.calibration.sequences import CalibrationSet, batches
 from kvprof.errors import NonFiniteGradient
 from kvprof.models.inventory import take_inventory
 from kvprof.models.layouts import find_projections
-from kvprof.profile.gradients import SequenceNorms, gradient_norms, measure_gradients
+from kvprof.profile.gradients import SequenceNorms, gradient_norms
+from kvprof.profile.sensitivity import SequenceResult, measure_sensitivity
 from kvprof.records.scores import CalibrationInfo, Scores
 
 MIXTURES = ("mixtral", "qwen3-moe", "gpt-oss", "jetmoe", "dbrx")
@@ -236,16 +237,16 @@ def test_the_model_is_left_as_it_was_found(name: str, stopped: bool) -> None:
         head = model.get_output_embeddings()
         handle = head.register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
-            measure_gradients(model, text, take_inventory(model.config))
+            measure_sensitivity(model, text, take_inventory(model.config))
         handle.remove()
     else:
-        measure_gradients(model, text, take_inventory(model.config), batch_size=2)
+        measure_sensitivity(model, text, take_inventory(model.config), batch_size=2)
     assert state_of(model) == before
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), weights, strict=True))
 
 
 def scores_of(model: PreTrainedModel, text: CalibrationSet, **how: object) -> Scores:
-    return measure_gradients(model, text, take_inventory(model.config), **how)
+    return measure_sensitivity(model, text, take_inventory(model.config), **how)
 
 
 def test_score_is_the_mean_over_sequences_with_its_standard_error() -> None:
@@ -268,7 +269,7 @@ def test_one_sequence_has_a_standard_error_of_zero() -> None:
 
 def test_what_was_measured_before_is_not_measured_again() -> None:
     model, text = tiny_model("llama"), ragged()
-    known: dict[int, SequenceNorms] = {}
+    known: dict[int, SequenceResult] = {}
     whole = scores_of(model, text, finished=known.update)
     seen: list[int] = []
     done = {index: known[index] for index in (2, 0)}

@@ -27,7 +27,7 @@ from kvprof.errors import KvprofError, Mismatch, UnsupportedAttention
 from kvprof.models.inventory import take_inventory
 from kvprof.records.document import ModelInfo
 from kvprof.records.plan import BitPlan, LayerPlan, Quantizer, SkippedLayer, TensorPlan, Window
-from kvprof.runtime import attention
+from kvprof.runtime import attention, interception
 from kvprof.runtime.attention import decoding_reads
 
 UNSUPPORTED = {"gptj", "codegen", "bloom", "falcon-mqa", "falcon-mha", "falcon-grouped", "mpt"}
@@ -367,7 +367,7 @@ def state(model: PreTrainedModel) -> dict[str, Any]:
     for name, module in model.named_modules():
         config = getattr(module, "config", None)
         found[name] = (getattr(config, "_attn_implementation", None), len(module._forward_hooks), set(vars(module)))
-    found["active"] = dict(attention._active)
+    found["active"] = dict(interception._active)
     return found
 
 

@@ -14,11 +14,15 @@ from transformers import PreTrainedTokenizerFast
 
 from kvprof.errors import Mismatch, UsageError
 from kvprof.models.load import ModelSource, resolve
-from kvprof.profile import gradients
-from kvprof.profile.gradients import GradientSettings, run_gradients
+from kvprof.profile import sensitivity
+from kvprof.profile.sensitivity import Decoder, SensitivitySettings, run_sensitivity
+from kvprof.records.plan import Window
 from kvprof.records.scores import Scores
 
-SETTINGS = GradientSettings(sequences=6, sequence_length=24, dtype="float32", device="cpu")
+DECODER = Decoder({"key": ("int2g4", "rot2"), "value": ("int3g8",)}, Window(sink_tokens=1, recent_tokens=4), 0.5)
+SETTINGS = SensitivitySettings(
+    data=("builtin",), sequences=6, sequence_length=24, dtype="float32", device="cpu", decoder=DECODER
+)
 
 
 def save_tiny(folder: Path, seed: int = 0) -> ModelSource:
@@ -45,13 +49,13 @@ def source(tmp_path: Path) -> ModelSource:
 def forwards(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The sequences of each forward and backward that runs."""
     seen: list[tuple[int, ...]] = []
-    measure = gradients.gradient_norms
+    measure = sensitivity.gradient_norms
 
-    def spy(model: object, geometry: object, batch: gradients.Batch) -> object:
+    def spy(model: object, geometry: object, batch: sensitivity.Batch) -> object:
         seen.append(batch.indices)
         return measure(model, geometry, batch)
 
-    monkeypatch.setattr(gradients, "gradient_norms", spy)
+    monkeypatch.setattr(sensitivity, "gradient_norms", spy)
     return seen
 
 
@@ -63,9 +67,9 @@ def stop_after(sequences: int) -> Callable[[int, int], None]:
     return progress
 
 
-def stopped(source: ModelSource, settings: GradientSettings, folder: Path, after: int) -> None:
+def stopped(source: ModelSource, settings: SensitivitySettings, folder: Path, after: int) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run_gradients(source, settings, folder, progress=stop_after(after))
+        run_sensitivity(source, settings, folder, progress=stop_after(after))
     assert not (folder / "gradients.json").exists()
 
 
@@ -75,12 +79,12 @@ def test_a_stopped_run_goes_on_to_the_same_file_and_measures_only_the_rest(
     source: ModelSource, tmp_path: Path, forwards: list[tuple[int, ...]], after: int, batch_size: int
 ) -> None:
     settings = replace(SETTINGS, batch_size=batch_size)
-    whole = run_gradients(source, settings, tmp_path / "whole")
+    whole = run_sensitivity(source, settings, tmp_path / "whole")
     assert sorted(index for batch in forwards for index in batch) == list(range(6))
     stopped(source, settings, tmp_path / "resumed", after)
     forwards.clear()
     seen: list[tuple[int, int]] = []
-    resumed = run_gradients(source, settings, tmp_path / "resumed", progress=lambda *at: seen.append(at))
+    resumed = run_sensitivity(source, settings, tmp_path / "resumed", progress=lambda *at: seen.append(at))
     assert resumed.path.read_bytes() == whole.path.read_bytes()
     assert sum(map(len, forwards)) == 6 - after
     assert seen == [(done, 6) for done in range(after, 7, batch_size)]
@@ -91,10 +95,10 @@ def test_a_finished_run_leaves_only_its_result_and_begins_anew(
     source: ModelSource, tmp_path: Path, forwards: list[tuple[int, ...]]
 ) -> None:
     folder = tmp_path / "out"
-    first = run_gradients(source, SETTINGS, folder).path.read_bytes()
+    first = run_sensitivity(source, SETTINGS, folder).path.read_bytes()
     assert [path.name for path in folder.iterdir()] == ["gradients.json"]
     forwards.clear()
-    assert run_gradients(source, SETTINGS, folder).path.read_bytes() == first
+    assert run_sensitivity(source, SETTINGS, folder).path.read_bytes() == first
     assert len(forwards) == 6
 
 
@@ -113,7 +117,7 @@ def test_a_stopped_run_refuses_another_setting_by_name(
 ) -> None:
     stopped(source, SETTINGS, tmp_path / "out", 2)
     with pytest.raises(Mismatch, match=f"another {named}:") as raised:
-        run_gradients(source, replace(SETTINGS, **{field: value}), tmp_path / "out")
+        run_sensitivity(source, replace(SETTINGS, **{field: value}), tmp_path / "out")
     assert raised.value.exit_code == 4
     assert "--restart" in str(raised.value)
 
@@ -123,7 +127,7 @@ def test_a_stopped_run_refuses_other_weights_under_the_same_name(source: ModelSo
     other = save_tiny(tmp_path / "model", seed=5)
     assert other == source
     with pytest.raises(Mismatch, match="another model fingerprint:"):
-        run_gradients(other, SETTINGS, tmp_path / "out")
+        run_sensitivity(other, SETTINGS, tmp_path / "out")
 
 
 def test_restart_begins_anew_with_other_settings(
@@ -132,16 +136,16 @@ def test_restart_begins_anew_with_other_settings(
     stopped(source, SETTINGS, tmp_path / "out", 2)
     forwards.clear()
     again = replace(SETTINGS, sequences=3)
-    restarted = run_gradients(source, again, tmp_path / "out", restart=True)
+    restarted = run_sensitivity(source, again, tmp_path / "out", restart=True)
     assert len(forwards) == 3
-    assert restarted.path.read_bytes() == run_gradients(source, again, tmp_path / "fresh").path.read_bytes()
+    assert restarted.path.read_bytes() == run_sensitivity(source, again, tmp_path / "fresh").path.read_bytes()
 
 
 def test_another_batch_size_may_resume(source: ModelSource, tmp_path: Path, forwards: list[tuple[int, ...]]) -> None:
-    whole = run_gradients(source, SETTINGS, tmp_path / "whole").scores
+    whole = run_sensitivity(source, SETTINGS, tmp_path / "whole").scores
     stopped(source, SETTINGS, tmp_path / "out", 2)
     forwards.clear()
-    resumed = run_gradients(source, replace(SETTINGS, batch_size=4), tmp_path / "out").scores
+    resumed = run_sensitivity(source, replace(SETTINGS, batch_size=4), tmp_path / "out").scores
     assert [len(batch) for batch in forwards] == [4]
     for found, expected in zip(resumed.layers, whole.layers, strict=True):
         assert found.key.gradient_norm == pytest.approx(expected.key.gradient_norm, rel=1e-5)
@@ -149,10 +153,10 @@ def test_another_batch_size_may_resume(source: ModelSource, tmp_path: Path, forw
 
 
 def test_the_file_says_what_was_measured_on_what(source: ModelSource, tmp_path: Path) -> None:
-    run = run_gradients(source, SETTINGS, tmp_path / "out")
+    run = run_sensitivity(source, SETTINGS, tmp_path / "out")
     scores = Scores.load(run.path)
     assert scores == run.scores
-    assert (scores.source, scores.metrics) == ("gradients", ("gradient_norm",))
+    assert (scores.source, scores.metrics) == ("gradients", ("loss_increase", "gradient_norm"))
     assert scores.calibration.dataset == "builtin"
     assert (scores.calibration.sequences, scores.calibration.sequence_length) == (6, 24)
     assert scores.model.id == source.id
@@ -163,6 +167,6 @@ def test_the_file_says_what_was_measured_on_what(source: ModelSource, tmp_path: 
 def test_settings_that_cannot_be_are_refused_before_the_model_loads(
     source: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, value: int
 ) -> None:
-    monkeypatch.setattr(gradients, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(sensitivity, "load_model", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(UsageError, match=f"--{field.replace('_', '-')} {value}"):
-        run_gradients(source, replace(SETTINGS, **{field: value}), tmp_path / "out")
+        run_sensitivity(source, replace(SETTINGS, **{field: value}), tmp_path / "out")

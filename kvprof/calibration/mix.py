@@ -1,0 +1,205 @@
+"""Several texts in one: `--data builtin --data self --data my.jsonl:2` -> sequences, taken in turns.
+
+Reads text and cuts it into tokens. The sequences of `self` it leaves open, for whoever has the model to fill in. Does
+not know the model.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+from kvprof.calibration.ingredients import Ingredient, exact_weight, parse_data
+from kvprof.calibration.sequences import (
+    CalibrationSet,
+    Origin,
+    SequenceReader,
+    check_largest,
+    check_request,
+    describe,
+)
+from kvprof.calibration.text import BUILTIN, SELF, SPLITS, TextSource, check_split, is_hub_dataset, open_text, split_of
+from kvprof.errors import CalibrationError
+from kvprof.records.scores import CalibrationInfo
+
+_OURS = (*SPLITS, "all")
+"""The splits of a text that kvprof splits itself."""
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class MixedText:
+    """The sequences of a mix in their order, those of `self` still open.
+
+    drawn: the place of each one's text among `origins`, and its tokens; None where the model has yet to write it.
+    split: of `self`. skipped, notes: as a CalibrationSet has them.
+    """
+
+    drawn: tuple[tuple[int, Tokens | None], ...]
+    origins: tuple[Origin, ...]
+    sequence_length: int
+    seed: int
+    split: str
+    skipped: int
+    notes: tuple[str, ...]
+
+    @property
+    def to_write(self) -> int:
+        """How many sequences of its own text the model has to write."""
+        return sum(1 for _, ids in self.drawn if ids is None)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each sequence, those still open too."""
+        return tuple(self.sequence_length if ids is None else len(ids) for _, ids in self.drawn)
+
+    def check_vocabulary(self, size: int) -> None:
+        """Raise CalibrationError where a model of so large a vocabulary does not know a token."""
+        check_largest((ids for _, ids in self.drawn if ids is not None), size)
+
+    def complete(self, written: Sequence[Tokens] = ()) -> CalibrationSet:
+        """Return the whole set, its open sequences filled with what the model wrote, in order.
+
+        Raises CalibrationError where that is too little or too much.
+        """
+        if len(written) != self.to_write:
+            raise CalibrationError(
+                f"{SELF} is text that the model writes: {self.to_write} sequences are wanted, {len(written)} written."
+            )
+        own = iter(written)
+        sequences = [next(own) if ids is None else ids for _, ids in self.drawn]
+        source_of = [place for place, _ in self.drawn]
+        info = describe(sequences, source_of, self.origins, self.sequence_length, self.seed)
+        return CalibrationSet(tuple(sequences), info, self.skipped, self.notes)
+
+
+def mix_texts(
+    data: Sequence[str],
+    split: str | None,
+    tokenizer: Any,
+    sequences: int,
+    sequence_length: int,
+    seed: int = 0,
+    pack: bool = False,
+    usual_split: str = "calibration",
+) -> MixedText:
+    """Take at most `sequences` sequences of at most `sequence_length` tokens from several texts in turns.
+
+    data: as `ingredients.parse_data` reads it. A mix asked for more sequences begins with the same ones. A text that
+    runs out is made up for by the others. Of a single text, the result is that of `tokenize`.
+    split: as `open_text` has it, of each text that has it: of several, a word that is no split of kvprof's goes to the
+    hub datasets alone, and a split of kvprof's cuts a hub dataset's train rows by their hash.
+    usual_split: of the built-in text and of `self`, where none is asked for.
+    Raises CalibrationError for a text that cannot be read or holds no sequence, UsageError for what makes no sense.
+    """
+    check_request(sequences, sequence_length)
+    ingredients = parse_data(data)
+    if split not in (None, *_OURS) and not any(is_hub_dataset(ingredient.name) for ingredient in ingredients):
+        check_split(str(split))
+
+    def split_for(name: str) -> str | None:
+        if is_hub_dataset(name):
+            return split
+        return split if split in _OURS else usual_split if name in (BUILTIN, SELF) else None
+
+    splits = [split_for(ingredient.name) for ingredient in ingredients]
+    return _mix(ingredients, splits, tokenizer, sequences, sequence_length, seed, pack)
+
+
+def mix_again(info: CalibrationInfo, tokenizer: Any, pack: bool = False) -> MixedText:
+    """Take the sequences that a measurement read, by what it wrote down; only its fingerprint can tell whether it did.
+
+    pack: as it was then, which is not written down.
+    """
+    if info.sources is None:
+        ingredients, splits = [Ingredient(info.dataset)], [info.split]
+    else:
+        ingredients = [Ingredient(share.dataset, exact_weight(share.weight)) for share in info.sources]
+        splits = [share.split for share in info.sources]
+    return _mix(ingredients, splits, tokenizer, info.sequences, info.sequence_length, info.seed, pack)
+
+
+def turns(weights: Sequence[Fraction], before: Sequence[int] | None = None) -> Iterator[int]:
+    """Yield forever whose turn it is, each as often as its weight says, and as evenly as can be from the first on.
+
+    After k turns, each of n has had its share of k to within 1 - 1 / (2n - 2), which no other order betters.
+    before: the turns that each has had already, none by default.
+    Source: R. Tijdeman, The chairman assignment problem, Discrete Mathematics 32 (1980).
+    """
+    total = sum(weights)
+    shares = [weight / total for weight in weights]
+    slack = Fraction(1, max(1, 2 * len(weights) - 2))
+    had = list(before or [0] * len(weights))
+    turn = sum(had)
+    while True:
+        turn += 1
+        due = [place for place, share in enumerate(shares) if share * turn - had[place] >= slack]
+        # Of those who may, whoever must first.
+        place = min(due, key=lambda place: (had[place] + 1 - slack) / shares[place])
+        had[place] += 1
+        yield place
+
+
+def _mix(
+    ingredients: Sequence[Ingredient],
+    splits: Sequence[str | None],
+    tokenizer: Any,
+    sequences: int,
+    sequence_length: int,
+    seed: int,
+    pack: bool,
+) -> MixedText:
+    readers: list[SequenceReader | None] = []
+    origins = []
+    own_split = SPLITS[0]
+    for ingredient, split in zip(ingredients, splits, strict=True):
+        if ingredient.name == SELF:
+            readers.append(None)
+            own_split = split or own_split
+            origins.append(Origin(SELF, own_split, float(ingredient.weight)))
+        else:
+            source = _open(ingredient.name, split, seed, len(ingredients) > 1)
+            readers.append(SequenceReader(source, tokenizer, sequence_length, pack))
+            origins.append(Origin(source.name, source.split, float(ingredient.weight)))
+    drawn, notes = _draw(ingredients, readers, sequences)
+    skipped = sum(reader.skipped for reader in readers if reader)
+    return MixedText(tuple(drawn), tuple(origins), sequence_length, seed, own_split, skipped, tuple(notes))
+
+
+def _open(name: str, split: str | None, seed: int, mixed: bool) -> TextSource:
+    if not (mixed and is_hub_dataset(name) and split in _OURS):
+        return open_text(name, split, seed)
+    source = open_text(name, None, seed)
+    return replace(source, split=split, rows=(row for row in source.rows if split in ("all", split_of(row))))
+
+
+def _draw(
+    ingredients: Sequence[Ingredient], readers: Sequence[SequenceReader | None], sequences: int
+) -> tuple[list[tuple[int, Tokens | None]], list[str]]:
+    """Take sequences in turns until there are enough or every text has run out; say which ran out."""
+    left = list(range(len(ingredients)))
+    order = turns([ingredient.weight for ingredient in ingredients])
+    drawn: list[tuple[int, Tokens | None]] = []
+    notes = []
+    while left and len(drawn) < sequences:
+        place = left[next(order)]
+        reader = readers[place]
+        if reader is None:
+            drawn.append((place, None))
+            continue
+        try:
+            drawn.append((place, next(reader)))
+        except StopIteration:
+            left.remove(place)
+            if left:  # where nothing is left, the set says itself what it lacks
+                had = Counter(place for place, _ in drawn)
+                order = turns([ingredients[other].weight for other in left], [had[other] for other in left])
+                notes.append(f"{reader.source.name} ran out after {reader.found} sequences: other text takes its turns")
+    for place in sorted(set(range(len(ingredients))) - {place for place, _ in drawn}):
+        name = ingredients[place].name
+        notes.append(f"none of the {len(drawn)} sequences is of {name}: by its weight, its first turn comes later")
+    return drawn, notes

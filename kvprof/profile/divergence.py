@@ -1,0 +1,265 @@
+"""How far do a decoding model's predictions move when one tensor of one layer is stored in this format? Measured.
+
+Reads a model and calibration text; writes divergence.json, and a journal while it runs, so that a stopped run goes on.
+Slow and direct, a forward for each number: what every faster score is held against. Does not know those scores.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvprof import __version__
+from kvprof.calibration.mix import mix_texts
+from kvprof.calibration.self_text import fill
+from kvprof.calibration.sequences import CalibrationSet, choose_length
+from kvprof.calibration.text import BUILTIN
+from kvprof.errors import KvprofError, UsageError
+from kvprof.evaluate.metrics import LOGIT_ROUNDING_NATS, token_kl
+from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
+from kvprof.models.inventory import take_inventory
+from kvprof.models.load import ModelSource, input_device, load_config, load_model, load_tokenizer, wider_dtype_advice
+from kvprof.profile.probes import USUAL_FORMATS, Probe, check_something_is_read, choose_probes
+from kvprof.profile.samples import loss_scores
+from kvprof.records.formats import FULL_BITS, TENSORS, TensorName, usual_format
+from kvprof.records.inventory import Inventory
+from kvprof.records.plan import (
+    USUAL_WINDOW,
+    BitPlan,
+    LayerPlan,
+    Quantizer,
+    SkippedLayer,
+    TensorPlan,
+    Window,
+    quantized_tokens,
+)
+from kvprof.records.runs import Journal
+from kvprof.records.scores import DecodingSetup, LayerScores, Scores, suffix_start
+from kvprof.runtime.attention import decoding_reads
+
+
+@dataclass(frozen=True)
+class DivergenceSettings:
+    """What to measure, on what, and how.
+
+    layers, tensors, formats: as `probes.choose_probes` reads them. suffix_fraction: the share of each sequence, at its
+    end, that counts. data: texts with their weights, as `calibration.mix` reads them. sequence_length: None as
+    `calibration.sequences.choose_length` has it. dtype, device: as `models.load.load_model` takes them.
+    """
+
+    layers: str | None = None
+    tensors: str = ",".join(TENSORS)
+    formats: str = USUAL_FORMATS
+    window: Window = USUAL_WINDOW
+    suffix_fraction: float = 0.5
+    data: Sequence[str] = (BUILTIN,)
+    split: str | None = None
+    sequences: int = 2
+    sequence_length: int | None = None
+    seed: int = 0
+    pack: bool = False
+    dtype: str = "auto"
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class DivergenceRun:
+    """A finished run: its scores, the file they are in, and what a reader of them should know."""
+
+    scores: Scores
+    path: Path
+    remarks: tuple[str, ...]
+
+
+def run_divergence(
+    source: ModelSource,
+    settings: DivergenceSettings,
+    folder: Path,
+    restart: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> DivergenceRun:
+    """Load a model, measure the chosen tensors on calibration text and write divergence.json.
+
+    folder: for the result, and for the journal of finished forwards meanwhile. progress: called with (forwards done,
+    forwards in all). Other --layers, --tensors and --formats may go on with a stopped run.
+    Raises KvprofError in its many kinds: the model, the text, a setting or the journal is not fit.
+    """
+    if not 0 < settings.suffix_fraction <= 1:
+        raise UsageError(f"--suffix-fraction {settings.suffix_fraction:g}: a share above 0 and up to 1 is needed.")
+    whole_config = load_config(source)
+    inventory = take_inventory(whole_config, source.id)
+    geometry = inventory.geometry
+    probes = choose_probes(geometry, settings.layers, settings.tensors, settings.formats)
+    config = whole_config.get_text_config(decoder=True)
+    length = choose_length(settings.sequence_length, getattr(config, "max_position_embeddings", None))
+    tokenizer = load_tokenizer(source)
+    mix = mix_texts(settings.data, settings.split, tokenizer, settings.sequences, length, settings.seed, settings.pack)
+    mix.check_vocabulary(config.vocab_size)
+    check_something_is_read(probes, settings.window, max(mix.lengths))
+    model = load_model(source, settings.dtype, settings.device)
+    fingerprint = live_fingerprint(model, geometry) or checkpoint_fingerprint(source, geometry)
+    inventory = inventory.model_copy(update={"model": inventory.model.model_copy(update={"fingerprint": fingerprint})})
+    text = fill(mix, model, tokenizer, fingerprint)
+    identity = {
+        "model": source.id,
+        "model fingerprint": fingerprint,
+        "dtype": str(model.dtype),
+        "kvprof version": __version__,
+        **text.identity,
+        **settings.window.model_dump(),
+        "suffix_fraction": settings.suffix_fraction,
+    }
+    with Journal(folder / "divergence.journal", identity, restart) as log:
+        indices = range(len(text.sequences))
+        total = len(indices) * len(probes)
+        todo = {index: [probe for probe in probes if probe.key(index) not in log.done] for index in indices}
+        resumed = done = total - sum(map(len, todo.values()))
+        progress(done, total)
+        for index, left in todo.items():
+            for probe, kl_nats in divergences(
+                model, inventory, left, text.sequences[index], settings.window, settings.suffix_fraction
+            ):
+                log.add(probe.key(index), kl_nats)
+                done += 1
+                progress(done, total)
+        measured = {probe: [float(log.done[probe.key(index)]) for index in indices] for probe in probes}
+        scores = _scores(measured, inventory, text, settings)
+        path = scores.save(folder / "divergence.json")
+        log.remove()
+    return DivergenceRun(scores, path, tuple(_remarks(scores, text, probes, settings, str(model.dtype), resumed)))
+
+
+def divergences(
+    model: PreTrainedModel,
+    inventory: Inventory,
+    probes: Sequence[Probe],
+    ids: Sequence[int],
+    window: Window,
+    suffix_fraction: float,
+) -> Iterator[tuple[Probe, float]]:
+    """Measure, one after another, the mean KL divergence from full precision over the last share of a sequence.
+
+    Each query reads what it would in decoding: sinks and window in full precision, of the one tensor all else as the
+    format gives it back. Yields each probe with nats a token.
+    Raises UnsupportedAttention for a model whose attention cannot be replaced.
+    """
+    first = suffix_start(len(ids), suffix_fraction)
+    reference = None
+    for probe in probes:
+        if reference is None:
+            # By the same route as what it is compared with, so that both round alike below the quantized layer.
+            reference = _suffix_logits(model, _plan(inventory, window, None), ids, first)
+        kl = token_kl(reference, _suffix_logits(model, _plan(inventory, window, probe), ids, first))
+        mean = math.fsum(kl.tolist()) / len(kl)
+        if not math.isfinite(mean):
+            dtype = str(model.dtype).removeprefix("torch.")
+            advice = wider_dtype_advice(model, "the weights are damaged, or the text drives the model out of range")
+            raise KvprofError(f"the logits are not finite in {dtype}.\n  {advice}")
+        yield probe, mean
+
+
+def _plan(inventory: Inventory, window: Window, probe: Probe | None) -> BitPlan:
+    """Return the plan that quantizes this tensor alone, or nothing."""
+    full = TensorPlan(**usual_format("key", FULL_BITS, 1).model_dump())
+    layers = []
+    for shape in inventory.geometry.planned:
+        forms = dict.fromkeys(TENSORS, full)
+        if probe is not None and probe.layer == shape.layer:
+            forms[probe.tensor] = TensorPlan(**probe.form.model_dump())
+        layers.append(LayerPlan(layer=shape.layer, key=forms["key"], value=forms["value"]))
+    return BitPlan(
+        model=inventory.model,
+        quantizer=Quantizer(),
+        window=window,
+        geometry=inventory.geometry,
+        layers=tuple(layers),
+        skipped=tuple(
+            SkippedLayer(layer=shape.layer, reason=shape.skipped)
+            for shape in inventory.geometry.layers
+            if shape.skipped is not None
+        ),
+    )
+
+
+def _suffix_logits(model: PreTrainedModel, plan: BitPlan, ids: Sequence[int], first: int) -> Tensor:
+    """Return the logits after each token from position `first` on, as a decoder with that plan has them."""
+    device = input_device(model)
+    kept = len(ids) - first
+    options: dict[str, Any] = {"use_cache": False}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = kept
+    try:
+        with torch.no_grad(), decoding_reads(model, plan):
+            logits: Tensor = model(input_ids=torch.tensor([list(ids)], device=device), **options).logits
+    except torch.OutOfMemoryError:
+        raise KvprofError(
+            f"out of memory on {device} with a sequence of {len(ids)} tokens.\n"
+            "  Lower --sequence-length, or try --dtype float16; what is measured so far is kept."
+        ) from None
+    return logits[0, -kept:]
+
+
+def _scores(
+    measured: Mapping[Probe, list[float]], inventory: Inventory, text: CalibrationSet, settings: DivergenceSettings
+) -> Scores:
+    """Return what was measured as Scores; tensors and formats that were not are absent."""
+    found: dict[tuple[int, TensorName], dict[str, list[float]]] = {}
+    for probe, samples in measured.items():
+        found.setdefault((probe.layer, probe.tensor), {})[probe.form.name] = samples
+    counted = sum(len(ids) - suffix_start(len(ids), settings.suffix_fraction) for ids in text.sequences)
+    return Scores(
+        source="divergence",
+        kvprof_version=__version__,
+        model=inventory.model,
+        calibration=text.info,
+        geometry=inventory.geometry,
+        decoding=DecodingSetup(window=settings.window, suffix_fraction=settings.suffix_fraction, tokens=counted),
+        layers=tuple(
+            LayerScores(
+                layer=shape.layer,
+                key=loss_scores(found.get((shape.layer, "key"), {}), text.info),
+                value=loss_scores(found.get((shape.layer, "value"), {}), text.info),
+            )
+            for shape in inventory.geometry.scored
+        ),
+    )
+
+
+def _remarks(
+    scores: Scores,
+    text: CalibrationSet,
+    probes: Sequence[Probe],
+    settings: DivergenceSettings,
+    dtype: str,
+    resumed: int,
+) -> Iterator[str]:
+    if resumed:
+        total = len(probes) * len(text.sequences)
+        yield f"went on with a stopped run: {resumed} of {total} forwards were done before"
+    yield from text.remarks(settings.sequences)
+    widest = max((probe.form for probe in probes), key=lambda form: form.group_size if form.axis == "channel" else 1)
+    short = sum(not quantized_tokens(widest, settings.window, len(ids) - 1) for ids in text.sequences)
+    if short and not widest.is_full:
+        yield f"{short} of {len(text.sequences)} sequences end before anything is quantized, and count as 0: try --pack"
+    noise = LOGIT_ROUNDING_NATS.get(dtype.removeprefix("torch."), 0.0)
+    numbers = [
+        loss
+        for entry in scores.layers
+        for tensor in TENSORS
+        for name, loss in (entry.tensor(tensor).loss_increase or {}).items()
+        if name != "full"
+    ]
+    lost = sum(loss < 10 * noise for loss in numbers)
+    if lost:
+        yield (
+            f"{lost} of {len(numbers)} numbers are below 10 times {noise:g} nats, which rounding logits to "
+            f"{dtype.removeprefix('torch.')} can make: try --dtype float32"
+        )

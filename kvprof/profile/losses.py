@@ -1,0 +1,207 @@
+"""How much would a decoding model's predictions move, were one tensor of one layer stored in this format?
+
+Reads a model and a batch of token ids; returns predicted KL divergences in nats, sequence by sequence. One forward, one
+backward, and for each format the attention of its layer once more. Does not know text, files, nor budgets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvprof.calibration.sequences import Batch
+from kvprof.errors import NonFiniteGradient
+from kvprof.models.load import input_device
+from kvprof.records.formats import FULL_BITS, TENSORS, Format, TensorName, can_rotate, format_named
+from kvprof.records.plan import LayerPlan, Quantizer, TensorPlan, Window, quantized_tokens
+from kvprof.records.scores import suffix_start
+from kvprof.runtime.attention import attend_as_decoding
+from kvprof.runtime.interception import AttentionCall, attention_through
+
+Formats = Mapping[tuple[int, TensorName], Sequence[Format]]
+"""The formats to try of each layer's keys and values."""
+
+Losses = dict[tuple[int, TensorName, str], Tensor]
+"""(layer, tensor, format name) to one number a sequence: (B,), float64, on the CPU."""
+
+USUAL_FORMATS: dict[TensorName, tuple[str, ...]] = {
+    "key": (
+        *("int2g64c", "int2g64", "int3g64", "int4g64", "int6g64", "int8g64"),
+        *("int2g128c", "int2g128", "int3g128", "int4g128", "int6g128", "int8g128"),
+        *("rot2", "rot3", "rot4"),
+    ),
+    "value": (
+        *("rot1", "rot2", "rot3", "rot4"),
+        *("int2g64", "int3g64", "int4g64", "int5g64", "int6g64", "int8g64"),
+    ),
+}
+"""What is tried where no formats are named: what the best plans of the models seen so far are made of."""
+
+LABELS_AT_ONCE = 128
+"""Positions whose distribution is cumulated at a time: 24 MiB for a vocabulary of 49,152."""
+
+_UNTOUCHED = TensorPlan(bits=FULL_BITS, group_size=1, axis="token")
+
+
+@dataclass(frozen=True)
+class Suffix:
+    """The queries that count: of each sequence those from `starts` on, up to its length.
+
+    starts, lengths: one number a sequence.
+    """
+
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    @property
+    def first(self) -> int:
+        """The first position that counts in any sequence."""
+        return min(self.starts)
+
+    def mask(self, tokens: int) -> Tensor:
+        """Return which positions from `first` on count: (B, tokens - first), bool."""
+        positions = torch.arange(self.first, tokens)
+        starts, lengths = torch.tensor(self.starts)[:, None], torch.tensor(self.lengths)[:, None]
+        return (positions >= starts) & (positions < lengths)
+
+
+def loss_increases(
+    model: PreTrainedModel,
+    batch: Batch,
+    formats: Formats,
+    window: Window,
+    quantizer: Quantizer,
+    suffix_fraction: float,
+    seed: int,
+) -> Losses:
+    """Return the predicted KL divergence, in nats a token, of each format, for each sequence of a batch.
+
+    Let g be the gradient of the suffix's loss with respect to a layer's attention output at one position, its labels
+    drawn from the model's own distribution, and d what storing the tensor in a format changes of that output, as the
+    position's query would read it in decoding: sinks and window exact, all else quantized, through the softmax. To
+    second order the divergence is half the Fisher information along d, whose estimate is (g . d)^2 / 2: the score is
+    its mean over the suffix.
+
+    batch: padded on the right. suffix_fraction: the share of each sequence, at its end, that counts. seed: with a
+    sequence's index it decides the labels. Only activations get gradients; the model is left as it was found.
+    Raises UnsupportedAttention, NonFiniteGradient.
+    """
+    suffix = suffix_of(batch, suffix_fraction)
+    layers = sorted({layer for layer, _ in formats})
+    probe = _Probe(formats, window, quantizer, suffix)
+    with attention_through(model, layers, probe.attend):
+        logits = _suffix_logits(model, batch, suffix.first)  # (B, T - first, V)
+        counted = suffix.mask(batch.input_ids.shape[1]).to(logits.device)
+        labels = _sampled_labels(logits.detach(), counted, batch.indices, seed)
+        wide = logits[counted].to(torch.promote_types(logits.dtype, torch.float32))
+        loss = torch.nn.functional.cross_entropy(wide, labels, reduction="sum")
+        del logits, wide
+        loss.backward()  # type: ignore[no-untyped-call]
+    totals = counted.sum(1).double().cpu()
+    losses = {key: 0.5 * dots.square().sum(1) / totals for key, dots in probe.dots.items()}
+    for (layer, tensor, name), loss_B in losses.items():
+        if not loss_B.isfinite().all():
+            raise NonFiniteGradient(
+                f"the loss increase of the {tensor} of layer {layer} in {name} is not finite in {model.dtype}."
+            )
+    return losses
+
+
+def usual_formats(tensor: TensorName, head_dim: int) -> tuple[Format, ...]:
+    """Return the formats to try where none are named, those left out that heads of this dimension cannot have."""
+    names = [name for name in USUAL_FORMATS[tensor] if not name.startswith("rot") or can_rotate(head_dim)]
+    return tuple({form.name: form for form in (format_named(name, tensor, head_dim) for name in names)}.values())
+
+
+def reads_codes(form: Format, window: Window, tokens: int) -> bool:
+    """Whether any query of a sequence of so many tokens reads anything in this format."""
+    return quantized_tokens(form, window, tokens - 1) > 0
+
+
+def suffix_of(batch: Batch, fraction: float) -> Suffix:
+    """Return the last share of each sequence of a batch that is padded on the right."""
+    lengths = tuple(int(length) for length in batch.attention_mask.sum(1))
+    return Suffix(tuple(suffix_start(length, fraction) for length in lengths), lengths)
+
+
+@dataclass
+class _Probe:
+    """Stands in for the attention of each layer, and asks on the way back what each format would have cost.
+
+    dots: (layer, tensor, format name) to g . d of each position that counts, (B, T - first), float64, on the CPU.
+    """
+
+    formats: Formats
+    window: Window
+    quantizer: Quantizer
+    suffix: Suffix
+    dots: dict[tuple[int, TensorName, str], Tensor] = field(default_factory=dict)
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Attend as the model does, and wait for the gradient of the output."""
+        output = call.run()
+        leaf = not output.requires_grad  # the first layer's: nothing before it asks for a gradient
+        if leaf:
+            output.requires_grad_(True)
+        kept = _detached(call)
+        exact = output.detach()[:, self.suffix.first :]
+
+        def arrived(gradient: Tensor) -> None:
+            with torch.no_grad():
+                self._ask(kept, exact, gradient[:, self.suffix.first :])
+
+        output.register_hook(arrived)  # type: ignore[no-untyped-call]
+        return output.clone() if leaf else output  # a copy may be changed in place, a leaf not
+
+    def _ask(self, call: AttentionCall, exact: Tensor, gradient: Tensor) -> None:
+        """Add up g . d of every format of this layer's keys and values. exact, gradient: (B, T - first, heads, D)."""
+        mask = self.suffix.mask(call.key.shape[2]).to(gradient.device)
+        for tensor in TENSORS:
+            for form in self.formats.get((call.layer, tensor), ()):
+                one = TensorPlan(**form.model_dump())
+                parts = {"key": _UNTOUCHED, "value": _UNTOUCHED} | {tensor: one}
+                entry = LayerPlan(layer=call.layer, **parts)
+                delta = attend_as_decoding(call, entry, self.window, self.quantizer, self.suffix.first).sub_(exact)
+                dots = (delta.mul_(gradient)).flatten(2).sum(-1, dtype=torch.float64)
+                dots = dots.masked_fill_(~mask, 0.0).cpu()
+                key = (call.layer, tensor, form.name)
+                # A layer that shares these keys adds to what the same position feels.
+                self.dots[key] = self.dots[key] + dots if key in self.dots else dots
+
+
+def _detached(call: AttentionCall) -> AttentionCall:
+    return replace(call, query=call.query.detach(), key=call.key.detach(), value=call.value.detach())
+
+
+def _suffix_logits(model: PreTrainedModel, batch: Batch, first: int) -> Tensor:
+    """Return the logits of each position from `first` on, (B, T - first, V), with a graph that leads to all layers."""
+    kept = batch.input_ids.shape[1] - first
+    options: dict[str, Any] = {"use_cache": False}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = kept
+    ids, mask = (tensor.to(input_device(model)) for tensor in (batch.input_ids, batch.attention_mask))
+    logits: Tensor = model(input_ids=ids, attention_mask=mask, **options).logits
+    return logits[:, -kept:]
+
+
+def _sampled_labels(logits: Tensor, counted: Tensor, indices: Sequence[int], seed: int) -> Tensor:
+    """Draw a label for each position that counts, from the model's own distribution: (positions,), int64.
+
+    A sequence's draws depend on the seed and its index alone, not on the batch that it is in.
+    """
+    labels = []
+    for row, index in enumerate(indices):
+        drawn_by = hashlib.sha256(f"{seed} {index}".encode()).digest()  # torch's generator heeds 32 bits of a seed
+        generator = torch.Generator().manual_seed(int.from_bytes(drawn_by[:4], "big"))
+        for chunk in torch.split(logits[row, counted[row]], LABELS_AT_ONCE):
+            cumulated = chunk.float().softmax(-1).cumsum(-1)  # (positions, V)
+            drawn = torch.rand(len(chunk), 1, generator=generator).to(cumulated.device) * cumulated[:, -1:]
+            labels.append(torch.searchsorted(cumulated, drawn, right=True)[:, 0].clamp_max_(chunk.shape[1] - 1))
+    return torch.cat(labels)

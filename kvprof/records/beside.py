@@ -1,0 +1,132 @@
+"""What calibrating and auditing read: the scores that plans come from, a measured divergence and what lies beside it.
+
+Finds and reads JSON files; does not compare them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvprof.errors import InvalidFile, KvprofError, UsageError, first_line
+from kvprof.records.evaluation import Evaluation
+from kvprof.records.files import load_any, newest_scores
+from kvprof.records.plan import BitPlan
+from kvprof.records.provenance import find_scores
+from kvprof.records.runs import OUTPUTS
+from kvprof.records.scores import LOSS_INCREASE, Scores
+
+OTHERS = ("gradients.json", "norms.json")
+"""The scores that are looked for beside a divergence."""
+
+
+@dataclass(frozen=True)
+class AuditFiles:
+    """All that an audit holds against each other, by name, and what could not be read."""
+
+    path: Path
+    """Of the divergence."""
+    divergence: Scores
+    scores: dict[str, Scores]
+    plans: dict[str, BitPlan]
+    evaluations: tuple[Evaluation, ...]
+    remarks: tuple[str, ...]
+
+
+def find_audit_files(
+    divergence: Path | None = None,
+    scores: Sequence[Path] = (),
+    evaluations: Sequence[Path] = (),
+    plans: Sequence[Path] = (),
+    outputs: Path = OUTPUTS,
+) -> AuditFiles:
+    """Read a divergence and what is to be held against it.
+
+    divergence: a file, or a folder that holds divergence.json; the newest in the output folders where none is named.
+    scores: by default OTHERS beside it. evaluations, plans: these, and every other one that lies beside the divergence.
+    A file that nobody named and that cannot be read is passed over with a remark.
+    Raises InvalidFile where a named file, or the divergence, cannot be read, or there is nothing to compare it with.
+    """
+    path = _divergence(divergence, outputs)
+    measured = Scores.load(path)
+    folder = path.parent
+    remarks: list[str] = []
+    found_scores: dict[str, Scores] = {}
+    for file, name in zip(scores, short_names(scores), strict=True):
+        found_scores[name] = Scores.load(file)
+    if not scores:
+        for file in filter(Path.is_file, (folder / name for name in OTHERS)):
+            try:
+                found_scores[file.stem] = Scores.load(file)
+            except InvalidFile as error:
+                remarks.append(f"passed over: {first_line(error)}")
+    if not found_scores:
+        raise InvalidFile(
+            f"there is nothing to hold {path} against: no {' or '.join(OTHERS)} beside it.\n"
+            "  Run `kvprof gradients` or `kvprof norms` first, or name files with --scores."
+        )
+    listed_plans = {file: BitPlan.load(file) for file in plans}
+    listed_evaluations = {file.resolve(): Evaluation.load(file) for file in evaluations}
+    named = {file.resolve() for file in (*plans, *evaluations)}
+    for file in sorted(folder.glob("*.json")):
+        if file.resolve() in named or not file.is_file():
+            continue
+        try:
+            document = load_any(file)
+        except KvprofError:
+            continue  # none of ours, or one that another command will complain about
+        if isinstance(document, BitPlan):
+            listed_plans[file] = document
+        elif isinstance(document, Evaluation):
+            listed_evaluations[file.resolve()] = document
+    return AuditFiles(
+        path=path,
+        divergence=measured,
+        scores=found_scores,
+        plans=dict(zip(short_names(listed_plans), listed_plans.values(), strict=True)),
+        evaluations=tuple(listed_evaluations.values()),
+        remarks=tuple(remarks),
+    )
+
+
+def scores_of_plans(paths: Sequence[Path], plans: Sequence[BitPlan]) -> tuple[Path, Scores]:
+    """Find the scores that plans were made from, by digest; the newest with `loss_increase` where there are no plans.
+
+    Raises UsageError where plans were made from different scores, InvalidFile where they are not found.
+    """
+    if not plans:
+        return newest_scores(LOSS_INCREASE)
+    named = {
+        plan.provenance.scores: path
+        for path, plan in zip(paths, plans, strict=True)
+        if plan.provenance is not None and plan.provenance.scores is not None
+    }
+    if len(named) > 1:
+        first, second, *_ = named.values()
+        raise UsageError(
+            f"{first} and {second} were made from different scores.\n  Name those to use with --scores FILE."
+        )
+    path = next(iter(named.values()), paths[0])
+    return find_scores(plans[list(paths).index(path)], path)
+
+
+def short_names(paths: Iterable[Path]) -> list[str]:
+    """Return a short name for each file: its stem, or where two are alike, all of its path."""
+    found = list(paths)
+    times = Counter(path.stem for path in found)
+    names = [path.stem if times[path.stem] == 1 else str(path) for path in found]
+    return [name.encode(errors="replace").decode() for name in names]  # a file's name may be no text
+
+
+def _divergence(path: Path | None, outputs: Path) -> Path:
+    if path is not None:
+        return path / "divergence.json" if path.is_dir() else path
+    files = [file for file in outputs.glob("*/divergence.json") if file.is_file()]
+    if not files:
+        raise InvalidFile(
+            f"no measured divergence in {outputs}/.\n"
+            "  Run `kvprof divergence` first (slow: --layers and --formats choose a sample), or name its file."
+        )
+    return max(files, key=lambda file: file.stat().st_mtime_ns)

@@ -1,0 +1,186 @@
+"""Between a transformers model and its attention: for the length of a `with`, chosen layers attend as a caller says.
+
+Reads a model's config and modules, and leaves them as found. Does not know plans, codes, nor why anyone asks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import eager_mask
+
+from kvprof.errors import Mismatch, UnsupportedAttention
+
+NAME = "kvprof_interception"
+"""What transformers calls this way to attend."""
+
+Attention = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """A layer that attends: what it was given, and the function that it would call by itself.
+
+    layer: whose keys and values these are; another one where a layer shares them. query, key, value: (B, query or KV
+    heads, T, D). mask: (B or 1, 1, T, T), added to the scores, or None. options: what else the function takes.
+    """
+
+    layer: int
+    model_name: str
+    module: nn.Module
+    attention: Attention
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    options: Mapping[str, Any]
+
+    def run(
+        self,
+        query: Tensor | None = None,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Attend as the module does, with what is given here in the place of its own: (B, T, query heads, D)."""
+        output, _ = self.attention(
+            self.module,
+            self.query if query is None else query,
+            self.key if key is None else key,
+            self.value if value is None else value,
+            self.mask if mask is None else mask,
+            **{**self.options, **options},
+        )
+        return output
+
+
+@contextlib.contextmanager
+def attention_through(
+    model: PreTrainedModel, layers: Collection[int], attend: Callable[[AttentionCall], Tensor]
+) -> Iterator[None]:
+    """Let `attend` answer, with (B, T, query heads, D), whenever one of these layers' keys are attended to.
+
+    The other layers attend as the model does. Of two such `with`s on one model, the inner one counts.
+    Raises UnsupportedAttention for a model whose attention cannot be replaced, at once or at the end of the first
+    forward.
+    """
+    decoders = _decoders(model)
+    configs = {id(decoder.config): decoder.config for decoder in decoders}
+    before = [(config, config._attn_implementation, _active.get(key)) for key, config in configs.items()]
+    _, name, outer = before[0]
+    here = _Interception(model, layers, attend, name if outer is None else outer.own)
+    hooks = [decoder.register_forward_hook(here.check_complete) for decoder in decoders]
+    try:
+        for key, config in configs.items():
+            _active[key] = here
+            config._attn_implementation = {"": NAME}  # a dict leaves the configs inside this one alone
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for config, name, outer in before:
+            config._attn_implementation = {"": name}
+            if outer is None:
+                del _active[id(config)]
+            else:
+                _active[id(config)] = outer
+
+
+def check_layers(model: PreTrainedModel, what: str, name: str | None, num_layers: int) -> None:
+    """Raise Mismatch where a file (`what`), of a model of this name, has another number of layers than this model."""
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    if num_layers != layers:
+        raise Mismatch(
+            f"the {what} is for another model ({name or 'unnamed'}): it has {num_layers} layers, "
+            f"{type(model).__name__} {layers}."
+        )
+
+
+class _Interception:
+    """One `with`: who attends, the model's own way to attend, and which layers have attended."""
+
+    def __init__(
+        self, model: PreTrainedModel, layers: Collection[int], attend: Callable[[AttentionCall], Tensor], own: str
+    ) -> None:
+        self.model_name = type(model).__name__
+        self.layers = frozenset(layers)
+        self.attend = attend
+        # Only these two take any mask.
+        fallback = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+        self.own = own if own in ("eager", "sdpa") else fallback
+        self._keys: dict[int, weakref.ref[Tensor]] = {}
+
+    def layer_of(self, module: nn.Module, key_BHTD: Tensor) -> int | None:
+        """Return which of the layers made these keys, or None where none did."""
+        layer = getattr(module, "layer_idx", None)
+        if layer in self.layers:
+            self._keys[layer] = weakref.ref(key_BHTD)
+            return int(layer)
+        # A layer that shares keys is given the very tensor that another layer attended with.
+        return next((source for source, made in self._keys.items() if made() is key_BHTD), None)
+
+    def check_complete(self, decoder: nn.Module, *_: Any) -> None:
+        """Raise UnsupportedAttention where a forward of the decoder ends in which one of the layers never attended."""
+        missing = sorted(self.layers - set(self._keys))
+        if missing and _active[id(decoder.config)] is self:  # within another `with` it is that one's layers that attend
+            raise UnsupportedAttention(
+                f"layer {missing[0]} of {self.model_name} attends in a way of its own, which kvprof cannot replace."
+            )
+
+
+_active: dict[int, _Interception] = {}
+"""The innermost `with`, by the id of the config that a model's attention modules hold. One thread a model: the config,
+which says how to attend, is shared by all."""
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attend as the module would by itself, or as the caller says. Returns weights only where a layer is left alone."""
+    here = _active[id(module.config)]
+    own = _own_attention(module, here)
+    layer = here.layer_of(module, key)
+    if layer is None:
+        return own(module, query, key, value, attention_mask, **kwargs)
+    if any(name.endswith("indices") and given is not None for name, given in kwargs.items()):
+        raise UnsupportedAttention(f"{here.model_name} reads a selection of its keys only (sparse attention).")
+    call = AttentionCall(layer, here.model_name, module, own, query, key, value, attention_mask, kwargs)
+    return here.attend(call), None
+
+
+# The mask always comes as numbers, also where the model's own attention would be content with "causal".
+AttentionInterface.register(NAME, _attend)
+AttentionMaskInterface.register(NAME, eager_mask)
+
+
+def _decoders(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """Return the modules that are a text decoder, with or without its head; raise UnsupportedAttention."""
+    # Told by its config's class: the text config may have been copied on its way into the decoder.
+    kind = type(model.config.get_text_config(decoder=True))
+    decoders = [part for part in model.modules() if isinstance(part, PreTrainedModel) and type(part.config) is kind]
+    if not decoders or not all(decoder._can_set_attn_implementation() for decoder in decoders):
+        raise UnsupportedAttention(
+            f"{type(model).__name__} attends in a way of its own, which kvprof cannot replace: it does not go through "
+            "transformers' attention interface."
+        )
+    return decoders
+
+
+def _own_attention(module: nn.Module, here: _Interception) -> Attention:
+    """Return the function that the module would call, taken from the file that defines it, as the module does."""
+    for kind in type(module).__mro__:
+        names = vars(sys.modules[kind.__module__])
+        if "ALL_ATTENTION_FUNCTIONS" in names and (here.own != "eager" or "eager_attention_forward" in names):
+            own: Attention = names["ALL_ATTENTION_FUNCTIONS"].get_interface(
+                here.own, names.get("eager_attention_forward")
+            )
+            return own
+    raise UnsupportedAttention(f"{here.model_name}: {type(module).__name__} names no attention function of its own.")

@@ -1,0 +1,161 @@
+"""Do the tokens follow the model's own distribution, and nothing but it and the draws?"""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+from tiny import tiny_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kvprof.calibration.sampling import sample_tokens
+from kvprof.errors import CalibrationError
+
+
+def uniform(rows: int, steps: int, seed: int = 0) -> Tensor:
+    return torch.rand(rows, steps, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+class Fixed(nn.Module):
+    """A model that says the same of every token: (V,) logits."""
+
+    def __init__(self, logits: list[float], keeps_a_cache: bool = True) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(len(logits), 1)
+        self.logits = torch.tensor(logits)
+        self.cache = object() if keeps_a_cache else None
+        self.dtype = torch.float16
+        text = SimpleNamespace(vocab_size=len(logits))
+        self.config = SimpleNamespace(get_text_config=lambda decoder: text)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embedding
+
+    def forward(self, input_ids: Tensor, **_: object) -> SimpleNamespace:
+        logits = self.logits.expand(*input_ids.shape, -1)
+        return SimpleNamespace(logits=logits, past_key_values=self.cache)
+
+
+def test_every_architecture_writes_what_its_whole_forward_says(any_tiny: tuple[str, PreTrainedModel]) -> None:
+    _, model = any_tiny
+    draws = uniform(2, 23)
+    written = sample_tokens(model, [5, 60], draws)
+    assert written.shape == (2, 24)
+    assert written[:, 0].tolist() == [5, 60]
+    with torch.no_grad():
+        logits = model(input_ids=written, use_cache=False).logits[:, :-1].double()  # (2, 23, V)
+    sums = logits.softmax(-1).cumsum(-1)
+    chosen = written[:, 1:, None]
+    above = sums.gather(-1, chosen)[..., 0]
+    below = above - logits.softmax(-1).gather(-1, chosen)[..., 0]
+    assert (draws >= below - 1e-4).all()
+    assert (draws <= above + 1e-4).all()
+
+
+def test_the_frequency_of_each_token_is_its_probability() -> None:
+    model = tiny_model("llama")
+    rows = 20_000
+    written = sample_tokens(model, [7] * rows, uniform(rows, 1))[:, 1]
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([[7]])).logits[0, -1].double().softmax(-1).numpy()
+    counts = np.bincount(written.numpy(), minlength=len(expected))
+    assert expected.min() * rows > 5  # where the test is valid
+    assert chisquare(counts, expected / expected.sum() * rows).pvalue > 0.01
+
+
+def test_rare_tokens_of_a_large_vocabulary_come_as_often_as_they_should() -> None:
+    logits = [10.0] + [0.0] * 60_000  # one token has a fourth, each other one part in 82,000
+    written = sample_tokens(Fixed(logits), [0] * 200, uniform(200, 20))[:, 1:].double().flatten()
+    share = 60_000 / (60_000 + float(np.exp(10)))
+    rare = written[written > 0]
+    assert abs(len(rare) / 4000 - share) < 4 * (share * (1 - share) / 4000) ** 0.5
+    assert chisquare(np.histogram(rare.numpy(), bins=10, range=(1, 60_001))[0]).pvalue > 0.01
+
+
+def test_a_token_that_cannot_be_is_never_chosen() -> None:
+    nothing = float("-inf")
+    model = Fixed([nothing, 0.0, nothing, 0.0, nothing])
+    draws = torch.tensor([[0.0, 0.49999, 0.5, 1 - 2**-53]], dtype=torch.float64)
+    assert sample_tokens(model, [1], draws).tolist() == [[1, 1, 1, 3, 3]]
+
+
+def test_a_row_is_the_same_in_every_batch() -> None:
+    model = tiny_model("qwen3")
+    draws = uniform(6, 40)
+    together = sample_tokens(model, [1, 2, 3, 4, 5, 6], draws)
+    for rows in ([0], [3, 1], [5, 4, 2, 0]):
+        apart = sample_tokens(model, [row + 1 for row in rows], draws[rows])
+        assert apart.tolist() == together[rows].tolist()
+
+
+def test_the_generation_config_is_not_asked() -> None:
+    model = tiny_model("llama")
+    plain = sample_tokens(model, [1, 2], uniform(2, 30))
+    model.generation_config.update(
+        do_sample=False,
+        temperature=0.01,
+        top_k=1,
+        repetition_penalty=9.0,
+        suppress_tokens=list(range(90)),
+        max_length=3,
+        eos_token_id=int(plain[0, 5]),
+    )
+    assert sample_tokens(model, [1, 2], uniform(2, 30)).tolist() == plain.tolist()
+
+
+def test_no_global_random_state_is_read_or_moved() -> None:
+    model = tiny_model("llama")
+    torch.manual_seed(1)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    first = sample_tokens(model, [1], uniform(1, 20))
+    after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    assert torch.equal(before[0], after[0])
+    assert before[1:] == after[1:]
+    torch.manual_seed(2)
+    assert sample_tokens(model, [1], uniform(1, 20)).tolist() == first.tolist()
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = tiny_model("llama")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    sample_tokens(model, [1], uniform(1, 5))
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    model(input_ids=torch.tensor([[1, 2]]), labels=torch.tensor([[1, 2]]))  # no inference tensor is left inside
+
+
+def test_an_end_of_text_is_followed_by_the_next_text() -> None:
+    model = Fixed([0.0, 9.0, 0.0])
+    model.config.get_text_config(decoder=True).eos_token_id = 1
+    written = sample_tokens(model, [1], uniform(1, 50))
+    assert written.shape == (1, 51)
+    assert (written == 1).sum() > 40
+
+
+def test_a_head_wider_than_the_vocabulary_writes_only_what_can_be_read() -> None:
+    model = Fixed([0.0, 0.0, 20.0])
+    model.config.get_text_config(decoder=True).vocab_size = 2
+    assert sample_tokens(model, [1], uniform(1, 50)).max() == 1
+
+
+def test_every_token_is_counted() -> None:
+    steps = []
+    sample_tokens(Fixed([0.0, 0.0]), [1, 1], uniform(2, 7), lambda: steps.append(1))
+    assert len(steps) == 7
+    assert sample_tokens(Fixed([0.0, 0.0]), [1, 0], uniform(2, 0)).tolist() == [[1], [0]]
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_predictions_that_are_not_finite_are_one_message_with_advice(wrong: float) -> None:
+    with pytest.raises(CalibrationError, match=r"float16 its predictions are not finite.*\n.*--dtype float32"):
+        sample_tokens(Fixed([0.0, wrong, 1.0]), [1], uniform(1, 4))
+
+
+def test_a_model_without_a_cache_says_so() -> None:
+    with pytest.raises(CalibrationError, match=r"keeps no cache.*\n.*Leave `self` out"):
+        sample_tokens(Fixed([0.0, 1.0], keeps_a_cache=False), [1], uniform(1, 4))

@@ -1,0 +1,266 @@
+"""Is the predicted loss of a format the one that a decoder feels? Against loops written from the definition, and
+against the KL divergence that the quantized model really has.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from runtime.reference import rounded, tokens_in_codes
+from tiny import tiny_model
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+
+from kvprof.calibration.sequences import IGNORED, Batch
+from kvprof.errors import UnsupportedAttention
+from kvprof.evaluate.metrics import token_kl
+from kvprof.models.inventory import take_inventory
+from kvprof.profile import losses
+from kvprof.profile.losses import Formats, loss_increases, usual_formats
+from kvprof.records.document import ModelInfo
+from kvprof.records.formats import Format, TensorName, format_named
+from kvprof.records.plan import BitPlan, LayerPlan, Quantizer, TensorPlan, Window
+from kvprof.runtime.attention import attend_as_decoding, decoding_reads
+from kvprof.runtime.interception import _active
+
+WINDOW = Window(sink_tokens=2, recent_tokens=5)
+NAMES: dict[TensorName, tuple[str, ...]] = {"key": ("int2g4", "int3g8c", "rot2"), "value": ("int2g8", "rot1", "int4g4")}
+
+
+def batch_of(*lengths: int) -> Batch:
+    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    generator = torch.Generator().manual_seed(3)
+    for row, length in enumerate(lengths):
+        ids[row, :length] = torch.randint(1, 96, (length,), generator=generator)
+        mask[row, :length] = 1
+    return Batch(tuple(range(len(lengths))), ids, mask, ids.masked_fill(mask == 0, IGNORED))
+
+
+def precise(name: str) -> PreTrainedModel:
+    return tiny_model(name).double()
+
+
+def formats_for(model: PreTrainedModel, names: dict[TensorName, tuple[str, ...]] = NAMES) -> Formats:
+    layers = take_inventory(model.config).geometry.planned
+    return {
+        (layer.layer, tensor): tuple(format_named(name, tensor, layer.key_head_dim) for name in names[tensor])
+        for layer in layers
+        for tensor in ("key", "value")
+    }
+
+
+def ask(model: PreTrainedModel, batch: Batch, formats: Formats, fraction: float = 0.5, seed: int = 0) -> losses.Losses:
+    return loss_increases(model, batch, formats, WINDOW, Quantizer(), fraction, seed)
+
+
+class Recorder:
+    """Grouped-query attention in loops of its own, which keeps what it saw."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, tuple[Tensor, ...]] = {}
+
+    def __call__(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_: Any
+    ) -> tuple[Tensor, None]:
+        groups = query.shape[1] // key.shape[1]
+        keys, values = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        scores = query @ keys.mT * scaling
+        causal = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        output = (scores.masked_fill(~causal, -math.inf).softmax(-1) @ values).transpose(1, 2)
+        output.requires_grad_(True).retain_grad()
+        self.seen[module.layer_idx] = (query, key, value, output)
+        return output, None
+
+
+def by_definition(
+    model: PreTrainedModel, ids: Tensor, labels: Tensor, start: int, formats: Formats
+) -> dict[Any, float]:
+    """Return each format's score of one sequence, from the definition: float64, a loop over queries and heads."""
+    recorder = Recorder()
+    AttentionInterface.register("recorder", recorder)
+    model.set_attn_implementation("recorder")
+    logits = model(input_ids=ids[None], use_cache=False).logits[0, start:]
+    (-logits.log_softmax(-1).gather(1, labels[:, None]).sum()).backward()
+    model.set_attn_implementation("eager")
+    expected = {}
+    for (layer, tensor), forms in formats.items():
+        query, key, value, output = recorder.seen[layer]
+        q, k, v = (x.detach()[0].numpy() for x in (query, key, value))
+        gradient, exact = output.grad[0].numpy(), output.detach()[0].numpy()
+        heads, groups, scale = q.shape[0], q.shape[0] // k.shape[0], q.shape[2] ** -0.5
+        for form in forms:
+            total = 0.0
+            for t in range(start, len(ids)):
+                coded = tokens_in_codes(t, TensorPlan(**form.model_dump()), WINDOW)
+                mixed = {"key": k.copy(), "value": v.copy()}
+                inside = slice(WINDOW.sink_tokens, WINDOW.sink_tokens + coded)
+                if coded:
+                    mixed[tensor][:, inside] = rounded(mixed[tensor][:, inside], form, Quantizer())
+                dot = 0.0
+                for head in range(heads):
+                    scores = mixed["key"][head // groups, : t + 1] @ q[head, t] * scale
+                    weights = np.exp(scores - scores.max())
+                    out = weights @ mixed["value"][head // groups, : t + 1] / weights.sum()
+                    dot += gradient[t, head] @ (out - exact[t, head])
+                total += 0.5 * dot * dot
+            expected[layer, tensor, form.name] = total / (len(ids) - start)
+    return expected
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-mqa", "qwen3"])
+def test_scores_are_those_of_the_definition(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = precise(name), batch_of(41)
+    formats = formats_for(model)
+    labels = torch.randint(1, 96, (20,), generator=torch.Generator().manual_seed(9))
+    monkeypatch.setattr(losses, "_sampled_labels", lambda *_: labels)
+    found = ask(model, batch, formats)
+    expected = by_definition(model, batch.input_ids[0], labels, 21, formats)
+    assert set(found) == set(expected)
+    assert min(expected.values()) > 0
+    for key, loss in expected.items():
+        assert float(found[key][0]) == pytest.approx(loss, rel=1e-6), key  # the rotated levels are rounded to 4e-6
+
+
+def measured_kl(model: PreTrainedModel, ids: Tensor, layer: int, tensor: TensorName, form: Format, start: int) -> float:
+    full = TensorPlan(bits=16, group_size=1, axis="token")
+    plan = BitPlan(
+        model=ModelInfo(num_layers=2),
+        quantizer=Quantizer(),
+        window=WINDOW,
+        layers=tuple(
+            LayerPlan(
+                layer=at,
+                **{"key": full, "value": full} | ({tensor: TensorPlan(**form.model_dump())} if at == layer else {}),
+            )
+            for at in range(2)
+        ),
+    )
+    with torch.no_grad():
+        reference = model(input_ids=ids, use_cache=False).logits[0, start:]
+        with decoding_reads(model, plan):
+            planned = model(input_ids=ids, use_cache=False).logits[0, start:]
+    return float(token_kl(reference, planned).mean())
+
+
+@pytest.mark.parametrize(("tensor", "name"), [("key", "int4g4"), ("value", "int5g8")])
+def test_in_the_last_layer_many_draws_of_labels_give_the_kl_that_is_measured(tensor: TensorName, name: str) -> None:
+    """After the last layer's attention nothing mixes positions: there, the second order is all but the truth."""
+    model, batch = precise("llama"), batch_of(48)
+    form = format_named(name, tensor, 8)
+    draws = [float(ask(model, batch, {(1, tensor): (form,)}, seed=seed)[1, tensor, name][0]) for seed in range(120)]
+    truth = measured_kl(model, batch.input_ids, 1, tensor, form, 24)
+    error = np.std(draws) / math.sqrt(len(draws))
+    assert truth > 0
+    assert abs(np.mean(draws) - truth) < 3.5 * error + 0.03 * truth
+    assert error < 0.2 * truth, "too few draws to tell"
+
+
+def test_labels_are_drawn_from_the_models_own_distribution() -> None:
+    logits = torch.tensor([[0.0, 1.0, -1.0, 2.5, -20.0]]).repeat(4000, 1)[None]
+    labels = losses._sampled_labels(logits, torch.ones(1, 4000, dtype=torch.bool), [0], seed=5)
+    found = torch.bincount(labels, minlength=5) / 4000
+    expected = logits[0, 0].softmax(-1)
+    assert (found - expected).abs().max() < 4 * math.sqrt(0.25 / 4000)
+    again = losses._sampled_labels(logits, torch.ones(1, 4000, dtype=torch.bool), [0], seed=5)
+    assert torch.equal(labels, again)
+    for index, seed in ((1, 5), (0, 6)):
+        other = losses._sampled_labels(logits, torch.ones(1, 4000, dtype=torch.bool), [index], seed)
+        assert not torch.equal(labels, other)
+
+
+def together_and_alone(model: PreTrainedModel, lengths: Sequence[int]) -> tuple[losses.Losses, list[losses.Losses]]:
+    batch, formats = batch_of(*lengths), formats_for(model)
+    alone = []
+    for row, length in enumerate(lengths):
+        parts = (part[row : row + 1, :length] for part in (batch.input_ids, batch.attention_mask, batch.labels))
+        alone.append(ask(model, Batch((row,), *parts), formats))
+    return ask(model, batch, formats), alone
+
+
+def test_a_sequence_scores_the_same_alone_as_padded_in_a_batch() -> None:
+    together, alone = together_and_alone(precise("llama"), (40, 29, 40, 17))
+    for key, losses_B in together.items():
+        for row, one in enumerate(alone):
+            assert float(losses_B[row]) == pytest.approx(float(one[key][0]), rel=1e-9, abs=1e-15)
+
+
+def test_a_sequence_within_the_window_loses_nothing() -> None:
+    model = precise("llama")
+    found = ask(model, batch_of(7), formats_for(model))
+    assert all(float(loss[0]) == 0 for loss in found.values())
+
+
+def test_a_tensor_in_full_precision_loses_nothing() -> None:
+    model = precise("llama")
+    formats = formats_for(model, {"key": ("full", "int2g4"), "value": ("full",)})
+    for (_, _, name), loss in ask(model, batch_of(40), formats).items():
+        assert (float(loss[0]) > 0) == (name != "full")
+
+
+def test_fewer_bits_lose_more() -> None:
+    model = precise("llama")
+    names = ("int1g8", "int2g8", "int4g8", "int8g8")
+    found = ask(model, batch_of(60, 60, 60, 60), formats_for(model, {"key": names, "value": names}))
+    for layer in range(2):
+        for tensor in ("key", "value"):
+            means = [float(found[layer, tensor, name].mean()) for name in names]
+            assert means == sorted(means, reverse=True)
+            assert means[0] > 100 * means[-1]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt-oss", "gpt2", "opt", "falcon-mqa", "mixtral", "cohere"])
+def test_the_model_is_left_as_it_was_and_every_planned_layer_is_scored(name: str) -> None:
+    model, batch = tiny_model(name), batch_of(40)
+    before = model(input_ids=batch.input_ids).logits
+    state = [(key, config._attn_implementation) for key, config in configs(model)]
+    formats = formats_for(model, {"key": ("int2g4",), "value": ("int2g4",)})
+    if name == "falcon-mqa":
+        with pytest.raises(UnsupportedAttention):
+            ask(model, batch, formats)
+    else:
+        found = ask(model, batch, formats)
+        assert {(layer, tensor) for layer, tensor, _ in found} == set(formats)
+        assert all(float(loss[0]) > 0 for loss in found.values())
+    assert not _active
+    assert [(key, config._attn_implementation) for key, config in configs(model)] == state
+    assert all(not part._forward_hooks and not part._backward_hooks for part in model.modules())
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())
+    torch.testing.assert_close(model(input_ids=batch.input_ids).logits, before, rtol=0, atol=0)
+
+
+def configs(model: PreTrainedModel) -> list[tuple[str, Any]]:
+    return [(key, part.config) for key, part in model.named_modules() if hasattr(part, "config")]
+
+
+def test_the_usual_formats_fit_the_heads() -> None:
+    assert [form.name for form in usual_formats("value", 64)][:4] == ["rot1", "rot2", "rot3", "rot4"]
+    assert len(usual_formats("key", 64)) == 15
+    assert len(usual_formats("value", 64)) == 10
+    assert {form.name for form in usual_formats("value", 32)} >= {"int2g32", "rot1"}
+    assert not any(form.scheme == "rotated" for form in usual_formats("key", 80))
+    assert {form.group_size for form in usual_formats("key", 80)} == {64, 128}
+
+
+def test_memory_does_not_grow_with_the_number_of_formats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each format asked, the restored attention is gone before the next one is asked."""
+    model, batch = tiny_model("llama"), batch_of(48)
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def watched(*arguments: Any) -> Tensor:
+        alive.append(sum(one() is not None for one in made))
+        output = attend_as_decoding(*arguments)
+        made.append(weakref.ref(output))
+        return output
+
+    monkeypatch.setattr(losses, "attend_as_decoding", watched)
+    ask(model, batch, formats_for(model))
+    assert len(alive) == 12
+    assert max(alive) <= 1

@@ -1,0 +1,130 @@
+"""Is what lies beside a divergence found, what is named read, and what is broken or strange passed over or refused?"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvprof.errors import InvalidFile, UsageError
+from kvprof.records.beside import find_audit_files, scores_of_plans, short_names
+from kvprof.records.plan import BitPlan
+from kvprof.records.scores import Scores
+
+
+def save_scores(path: Path, source: str = "gradients", **tensor: Any) -> Path:
+    tensor = tensor or {"loss_increase": {"int2g64": 0.001}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    layers = [{"layer": 0, "key": tensor, "value": tensor}]
+    path.write_text(json.dumps({"schema": "kvprof.scores/1", "source": source, "layers": layers}))
+    return path
+
+
+def save_plan(path: Path, scores: Path | None = None) -> Path:
+    tensor = {"bits": 2, "group_size": 64, "axis": "channel"}
+    plan = {
+        "schema": "kvprof.plan/1", "model": {"num_layers": 1}, "quantizer": {},
+        "window": {"sink_tokens": 0, "recent_tokens": 0},
+        "layers": [{"layer": 0, "key": tensor, "value": tensor | {"axis": "token"}}],
+        "provenance": None if scores is None else {"scores": Scores.load(scores).digest},
+    }  # fmt: skip
+    path.write_text(json.dumps(plan))
+    return path
+
+
+@pytest.fixture
+def folder(in_tmp: Path) -> Path:
+    folder = in_tmp / "outputs" / "model"
+    save_scores(folder / "divergence.json", "divergence")
+    save_scores(folder / "gradients.json")
+    save_scores(folder / "norms.json", "norms", spectral_norm=1.0)
+    return folder
+
+
+def test_the_newest_divergence_is_found_with_its_scores_and_plans(folder: Path) -> None:
+    save_plan(folder / "plan-3.00.json")
+    (folder / "evaluation.json").write_text("{")
+    (folder / "notes.json").write_text('{"mine": 1}')
+    found = find_audit_files()
+    assert found.path == Path("outputs/model/divergence.json")
+    assert found.divergence.source == "divergence"
+    assert list(found.scores) == ["gradients", "norms"]
+    assert list(found.plans) == ["plan-3.00"]
+    assert found.evaluations == found.remarks == ()
+    other = save_scores(folder.parent / "other" / "divergence.json", "divergence")
+    save_scores(other.parent / "norms.json", "norms", spectral_norm=1.0)
+    os.utime(other, ns=(2**62, 2**62))
+    assert find_audit_files().path == Path("outputs/other/divergence.json")
+    assert find_audit_files(folder).path == folder / "divergence.json"
+    assert find_audit_files(folder / "divergence.json").path == folder / "divergence.json"
+
+
+def test_named_scores_take_the_place_of_those_beside_it(folder: Path) -> None:
+    mine, yours = save_scores(folder / "a" / "gradients.json"), save_scores(folder / "b" / "gradients.json")
+    assert list(find_audit_files(folder, [mine]).scores) == ["gradients"]
+    assert list(find_audit_files(folder, [mine, yours]).scores) == [str(mine), str(yours)]
+
+
+def test_a_broken_file_that_nobody_named_is_passed_over_aloud(folder: Path) -> None:
+    (folder / "gradients.json").write_text("{")
+    found = find_audit_files(folder)
+    assert list(found.scores) == ["norms"]
+    assert "gradients.json: not valid JSON" in found.remarks[0]
+    with pytest.raises(InvalidFile, match="not valid JSON"):
+        find_audit_files(folder, [folder / "gradients.json"])
+
+
+def test_plans_that_lie_elsewhere_can_be_named(folder: Path, tmp_path: Path) -> None:
+    save_plan(folder / "plan-3.00.json")
+    elsewhere = save_plan(tmp_path / "mine.json")
+    assert set(find_audit_files(folder, plans=[elsewhere]).plans) == {"mine", "plan-3.00"}
+    assert set(find_audit_files(folder, plans=[folder / "plan-3.00.json"]).plans) == {"plan-3.00"}
+    with pytest.raises(InvalidFile, match="no such file"):
+        find_audit_files(folder, plans=[tmp_path / "missing.json"])
+    with pytest.raises(InvalidFile, match="expected 'kvprof.evaluation/1'"):
+        find_audit_files(folder, evaluations=[elsewhere])
+
+
+def test_without_a_divergence_the_command_that_makes_one_is_named(in_tmp: Path) -> None:
+    with pytest.raises(InvalidFile, match="Run `kvprof divergence` first"):
+        find_audit_files()
+    with pytest.raises(InvalidFile, match="no such file"):
+        find_audit_files(in_tmp)
+
+
+def test_a_divergence_alone_has_nothing_to_be_held_against(in_tmp: Path) -> None:
+    save_scores(in_tmp / "outputs" / "model" / "divergence.json", "divergence")
+    with pytest.raises(InvalidFile, match="Run `kvprof gradients` or `kvprof norms` first"):
+        find_audit_files()
+
+
+def test_plans_lead_to_the_scores_they_were_made_from(folder: Path) -> None:
+    gradients = folder / "gradients.json"
+    paths = [
+        save_plan(folder / "one.json", gradients),
+        save_plan(folder / "two.json"),
+        save_plan(folder / "three.json", gradients),
+    ]
+    plans = [BitPlan.load(path) for path in paths]
+    for chosen in ([0, 1, 2], [1, 0], [2]):
+        path, found = scores_of_plans([paths[n] for n in chosen], [plans[n] for n in chosen])
+        assert path.resolve() == gradients
+        assert found == Scores.load(gradients)
+    with pytest.raises(InvalidFile, match="does not say which scores"):
+        scores_of_plans(paths[1:2], plans[1:2])
+    other = save_plan(folder / "other.json", folder / "norms.json")
+    with pytest.raises(UsageError, match="made from different scores"):
+        scores_of_plans([*paths, other], [*plans, BitPlan.load(other)])
+
+
+def test_without_plans_the_newest_scores_with_losses_serve(folder: Path) -> None:
+    path, _ = scores_of_plans([], [])
+    assert path == Path("outputs/model/gradients.json")
+
+
+def test_names_are_stems_unless_two_are_alike() -> None:
+    assert short_names([Path("a/x.json"), Path("b/y.json")]) == ["x", "y"]
+    assert short_names([Path("a/x.json"), Path("b/x.json")]) == ["a/x.json", "b/x.json"]

@@ -1,0 +1,67 @@
+"""A plan's scores found again: by their bytes, by what they say, or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from handscored import plan_of, random_scores
+
+from kvprof import BitPlan, Scores
+from kvprof.errors import InvalidFile
+from kvprof.records.provenance import find_scores
+from kvprof.records.scores import KlCalibration
+
+SCORES = random_scores(2, 2)
+
+
+def plan_from(scores: Scores) -> BitPlan:
+    return plan_of([("int3g64", "rot2")] * 2, provenance={"scores": scores.digest, "command": None})
+
+
+def test_scores_lie_beside_the_plan_or_in_the_outputs(in_tmp: Path) -> None:
+    for place in ("plans/any-name.json", "outputs/demo/gradients.json", "outputs/loose.json"):
+        path = SCORES.save(place)
+        assert find_scores(plan_from(SCORES), Path("plans/plan.json")) == (path, SCORES)
+        path.unlink()
+
+
+def test_scores_written_by_hand_are_known_by_what_they_say(in_tmp: Path) -> None:
+    Path("hand.json").write_text(json.dumps(SCORES.model_dump(mode="json", by_alias=True)))
+    assert find_scores(plan_from(SCORES), Path("plan.json"))[1] == SCORES
+
+
+def test_scores_that_were_calibrated_since_are_still_the_plans(in_tmp: Path) -> None:
+    calibrated = SCORES.model_copy(
+        update={"kl_calibration": KlCalibration(factor=1.7, plans=3, sequences=4, spread=1.2)}
+    )
+    calibrated.save("outputs/demo/gradients.json")
+    assert find_scores(plan_from(SCORES), Path("plan.json"))[1].kl_calibration == calibrated.kl_calibration
+
+
+def test_whatever_else_lies_there_is_passed_over(in_tmp: Path) -> None:
+    Path("broken.json").write_text("{")
+    Path("list.json").write_text("[]")
+    Path("folder.json").mkdir()
+    Path("link.json").symlink_to("nowhere")
+    os.mkfifo("pipe.json")
+    plan = plan_from(SCORES)
+    plan.save("plan.json")
+    random_scores(2, 2, seed=9).save("others.json")
+    path = SCORES.save("outputs/demo/gradients.json")
+    assert find_scores(plan, Path("plan.json"))[0] == path
+
+
+def test_scores_that_are_gone_are_an_error_that_says_what_to_do(in_tmp: Path) -> None:
+    random_scores(2, 2, seed=9).save("outputs/demo/gradients.json")
+    with pytest.raises(InvalidFile, match="--scores FILE") as refusal:
+        find_scores(plan_from(SCORES), Path("plan.json"))
+    assert SCORES.digest[:19] in str(refusal.value)
+
+
+@pytest.mark.parametrize("provenance", [None, {"scores": None, "command": "by hand"}])
+def test_a_plan_that_names_no_scores_is_an_error_that_says_so(in_tmp: Path, provenance: dict[str, str] | None) -> None:
+    with pytest.raises(InvalidFile, match="does not say which scores"):
+        find_scores(plan_of([("int3g64", "rot2")], provenance=provenance), Path("plan.json"))
