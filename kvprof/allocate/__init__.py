@@ -9,19 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvprof.allocate.budget import Limit, bit_limit, memory_limit
-from kvprof.allocate.rules import (
-    KVMIX_FRACTION,
-    USUAL_BITS,
-    USUAL_GROUP_SIZE,
-    USUAL_WINDOW,
-    exact,
-    kvmix,
-    norm_greedy,
-    uniform,
-)
+from kvprof.allocate.candidates import USUAL_GROUP_SIZE, Allowed
+from kvprof.allocate.cheapest import cheapest
+from kvprof.allocate.rules import KVMIX_FRACTION, default_metric, exact, kvmix, norm_greedy, uniform
 from kvprof.errors import UsageError, did_you_mean
+from kvprof.records.formats import TensorName, parse_formats
 from kvprof.records.plan import BitPlan, Window
-from kvprof.records.scores import Scores
+from kvprof.records.scores import LOSS_INCREASE, METRICS, SCALAR_METRICS, Scores, default_unit
 
 __all__ = ["RULES", "allocate"]
 
@@ -29,10 +23,10 @@ RULES = ("exact", "norm-greedy", "kvmix", "uniform")
 
 _LIMIT_OPTIONS = ("--budget", "--unit", "--memory", "--context", "--batch")
 _OPTIONS = {
-    "exact": (*_LIMIT_OPTIONS, "--metric", "--bits"),
-    "norm-greedy": (*_LIMIT_OPTIONS, "--metric", "--bits"),
+    "exact": (*_LIMIT_OPTIONS, "--max-kl", "--metric", "--bits", "--formats", "--min-key-bits", "--tie"),
+    "norm-greedy": (*_LIMIT_OPTIONS, "--metric", "--bits", "--min-key-bits"),
     "kvmix": ("--top-fraction",),
-    "uniform": ("--bits-key", "--bits-value", "--metric"),
+    "uniform": ("--bits-key", "--bits-value", "--formats", "--metric"),
 }
 """The options that each rule obeys, besides those that all of them do."""
 
@@ -46,22 +40,29 @@ def allocate(
     memory: str | None = None,
     context: int | None = None,
     batch: int | None = None,
+    max_kl: str | float | None = None,
     metric: str | None = None,
     bits: Sequence[int] | None = None,
+    formats: str | None = None,
+    min_key_bits: int | None = None,
+    tie: str | None = None,
     top_fraction: str | float | None = None,
     bits_key: int | None = None,
     bits_value: int | None = None,
-    group_size: int = USUAL_GROUP_SIZE,
+    group_size: int | None = None,
     pins: Sequence[str] = (),
-    window: Window = USUAL_WINDOW,
+    window: Window | None = None,
     command: str | None = None,
 ) -> BitPlan:
     """Return the plan of a rule, named as in RULES.
 
-    budget, unit: bits per element, "nominal" (the default) or "stored". memory, context, batch: bytes of cache, such
-    as "1.5GiB", for `batch` (default 1) sequences of `context` tokens. metric, bits: for `exact` and `norm-greedy`;
-    by default the scores' first metric and USUAL_BITS. top_fraction: for `kvmix`. bits_key, bits_value: for
-    `uniform`. pins: see pins.py. command: for the plan's provenance.
+    budget, unit: bits per element, "nominal" or "stored"; by default what the metric's own is: stored bits of formats
+    that were scored, nominal bits by a norm. memory, context, batch: bytes of cache, such as "1.5GiB", for `batch`
+    (default 1) sequences of `context` tokens. max_kl: instead of a limit, see `cheapest.cheapest`; costs are counted
+    in `unit`, stored bits by default, or in bytes where a context is given. metric, bits, formats, min_key_bits, tie:
+    see `rules.exact`. top_fraction: for `kvmix`. bits_key, bits_value, or formats as "key:rot3,value:rot2": for
+    `uniform`. group_size: of scored formats, all by default; else USUAL_GROUP_SIZE. pins: see pins.py. window: by
+    default the scores' own. command: for the plan's provenance.
     Raises UsageError for an unknown rule, an option that the rule would ignore or lacks, or options that contradict
     each other; and whatever the rule raises.
     """
@@ -73,8 +74,12 @@ def allocate(
         "--memory": memory,
         "--context": context,
         "--batch": batch,
+        "--max-kl": max_kl,
         "--metric": metric,
         "--bits": bits,
+        "--formats": formats,
+        "--min-key-bits": min_key_bits,
+        "--tie": tie,
         "--top-fraction": top_fraction,
         "--bits-key": bits_key,
         "--bits-value": bits_value,
@@ -83,36 +88,68 @@ def allocate(
         if value is not None and option not in _OPTIONS[rule]:
             takes = ", ".join(_OPTIONS[rule])
             raise UsageError(f"--rule {rule} takes no {option}; it would change nothing.\n  {rule} takes {takes}.")
+    usual_group = USUAL_GROUP_SIZE if group_size is None else group_size
     if rule == "kvmix":
         fraction = KVMIX_FRACTION if top_fraction is None else top_fraction
-        return kvmix(scores, top_fraction=fraction, group_size=group_size, pins=pins, window=window, command=command)
+        return kvmix(scores, top_fraction=fraction, group_size=usual_group, pins=pins, window=window, command=command)
     if rule == "uniform":
-        if bits_key is None or bits_value is None:
-            raise UsageError("--rule uniform needs the bits of both.\n  Give --bits-key 4 --bits-value 2.")
+        key, value = _pair(bits_key, bits_value, formats)
         return uniform(
-            scores,
-            bits_key,
-            bits_value,
-            metric=metric,
-            group_size=group_size,
-            pins=pins,
-            window=window,
-            command=command,
+            scores, key, value, metric=metric, group_size=usual_group, pins=pins, window=window, command=command
         )
-    return (exact if rule == "exact" else norm_greedy)(
-        scores,
-        _limit(rule, budget, unit, memory, context, batch),
-        metric=metric,
-        bits=USUAL_BITS if bits is None else bits,
-        group_size=group_size,
-        pins=pins,
-        window=window,
-        command=command,
-    )
+    allowed = Allowed(bits=bits, formats=formats, group_size=group_size, min_key_bits=min_key_bits, pins=pins)
+    if max_kl is not None:
+        if budget is not None or memory is not None:
+            raise UsageError("--max-kl asks for the cheapest plan; leave out --budget and --memory.")
+        if metric not in (None, LOSS_INCREASE):
+            raise UsageError(f"--max-kl needs {LOSS_INCREASE}: {metric} foretells no KL divergence.")
+        measure = _measure(unit, context, batch)
+        return cheapest(scores, max_kl, measure, tie=tie, window=window, command=command, **allowed)
+    metric = metric or default_metric(scores, METRICS if rule == "exact" else SCALAR_METRICS)
+    limit = _limit(rule, metric, budget, unit, memory, context, batch)
+    if rule == "norm-greedy":
+        return norm_greedy(scores, limit, metric=metric, window=window, command=command, **allowed)
+    return exact(scores, limit, metric=metric, tie=tie, window=window, command=command, **allowed)
+
+
+def _pair(bits_key: int | None, bits_value: int | None, formats: str | None) -> tuple[int | str, int | str]:
+    """Return what `uniform` gives keys and values: widths, or formats by name."""
+    if formats is None:
+        if bits_key is None or bits_value is None:
+            raise UsageError(
+                "--rule uniform needs the bits of both.\n"
+                "  Give --bits-key 4 --bits-value 2, or --formats key:int3g64,value:rot2."
+            )
+        return bits_key, bits_value
+    if bits_key is not None or bits_value is not None:
+        raise UsageError("--formats and --bits-key, --bits-value both say what a uniform plan is; give one of them.")
+    names = parse_formats(formats)
+
+    def only(tensor: TensorName) -> str:
+        if len(names[tensor]) != 1:
+            raise UsageError(
+                f"--rule uniform needs one format for {tensor}s, found {', '.join(names[tensor]) or 'none'}.\n"
+                "  Write --formats key:int3g64,value:rot2."
+            )
+        return names[tensor][0]
+
+    return only("key"), only("value")
+
+
+def _measure(unit: str | None, context: int | None, batch: int | None) -> Limit:
+    """Return what the cost of a plan is counted in, where there is no limit to it."""
+    if context is None:
+        if batch is not None:
+            raise UsageError("--batch needs to know how many tokens to hold.\n  Add --context 32768.")
+        return bit_limit(0, default_unit(LOSS_INCREASE) if unit is None else unit)
+    if unit is not None:
+        raise UsageError("--unit counts bits; with --context, --max-kl counts bytes. Leave out one of them.")
+    return memory_limit("1B", context, 1 if batch is None else batch)
 
 
 def _limit(
     rule: str,
+    metric: str,
     budget: str | float | None,
     unit: str | None,
     memory: str | None,
@@ -125,11 +162,12 @@ def _limit(
     if budget is not None:
         if context is not None or batch is not None:
             raise UsageError("--context and --batch belong to --memory; a budget in bits does not depend on them.")
-        return bit_limit(budget, unit)
+        return bit_limit(budget, default_unit(metric) if unit is None else unit)
     if memory is not None:
         if unit is not None:
             raise UsageError("--unit belongs to --budget; --memory counts bytes.")
         if context is None:
             raise UsageError("--memory needs to know how many tokens to hold.\n  Add --context 32768.")
         return memory_limit(memory, context, 1 if batch is None else batch)
-    raise UsageError(f"--rule {rule} needs a limit.\n  Give --budget 2.5, or --memory 1.5GiB --context 32768.")
+    or_kl = ", or --max-kl 0.01" if rule == "exact" else ""
+    raise UsageError(f"--rule {rule} needs a limit.\n  Give --budget 2.5, or --memory 1.5GiB --context 32768{or_kl}.")

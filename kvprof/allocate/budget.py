@@ -1,6 +1,6 @@
 """What a plan may cost, and what it does cost: nominal bits, stored bits or bytes, exactly.
 
-Reads shapes, formats and a limit; writes integer costs with an integer capacity, and a plan's Budget record.
+Reads limits as a user writes them, shapes and formats; writes a Limit, and a plan's Budget record.
 Does not know scores, nor how a plan is chosen.
 """
 
@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from typing import Literal
 
-from kvprof.errors import InfeasibleBudget, UsageError, did_you_mean
+from kvprof.errors import UsageError, did_you_mean
 from kvprof.records.formats import CODE_BITS, FULL_BITS, Format, TensorName
 from kvprof.records.geometry import CacheGeometry, KVLayer
-from kvprof.records.plan import Budget, Window, head_dim_of, tensor_bytes
+from kvprof.records.plan import Budget, head_dim_of
 
 Unit = Literal["nominal", "stored", "bytes"]
 BIT_UNITS = ("nominal", "stored")
@@ -123,62 +123,6 @@ def known_bits(widths: Iterable[int | str]) -> tuple[int, ...]:
     return tuple(sorted({known[word] for word in words}))
 
 
-def price(
-    tensors: Sequence[CachedTensor],
-    formats: Sequence[Sequence[Format]],
-    limit: Limit,
-    window: Window,
-    geometry: CacheGeometry | None,
-) -> tuple[list[list[int]], int]:
-    """Return what each candidate format of each tensor costs, and the capacity, as integers of one common unit.
-
-    In bits, a tensor costs its format's bits times its cached width, and the capacity is the limit times the width of
-    all tensors; in bytes, exactly what `BitPlan.bytes_at` counts, the skipped layers' share taken off the capacity.
-    A plan meets the limit exactly when its integers meet the capacity.
-    Raises InfeasibleBudget where the cheapest plan costs more than the limit or the dearest less, UsageError for a
-    limit in bytes without a geometry.
-    """
-    pairs = list(zip(tensors, formats, strict=True))
-    if limit.unit == "bytes":
-        if geometry is None:
-            raise UsageError(
-                "these scores carry no geometry, so the bytes of a plan are unknown.\n"
-                "  Give --budget in bits per element, or take scores measured by kvprof norms or kvprof gradients."
-            )
-        shapes, element_bytes, context = geometry.layers, geometry.element_bytes, limit.context
-        exact = [
-            [
-                Fraction(
-                    limit.batch * tensor_bytes(form, shapes[tensor.layer], tensor.name, window, element_bytes, context)
-                )
-                for form in candidates
-            ]
-            for tensor, candidates in pairs
-        ]
-        planned = {tensor.layer for tensor in tensors}
-        skipped = [shape for shape in shapes if shape.layer not in planned]
-        offset = limit.batch * sum(shape.tokens_kept(context) * geometry.bytes_per_token(shape) for shape in skipped)
-        share = 1
-    else:
-        nominal = limit.unit == "nominal"
-        exact = [
-            [
-                tensor.width * (Fraction(form.bits) if nominal else form.stored_bits(tensor.head_dim))
-                for form in candidates
-            ]
-            for tensor, candidates in pairs
-        ]
-        offset = 0
-        share = sum(tensor.width for tensor in tensors)
-    cheapest = (sum(map(min, exact)) + offset) / Fraction(share)
-    dearest = (sum(map(max, exact)) + offset) / Fraction(share)
-    if not cheapest <= limit.amount <= dearest:
-        raise _infeasible(limit, cheapest, dearest, formats)
-    denominator = math.lcm(*(cost.denominator for costs in exact for cost in costs))
-    capacity = math.floor((limit.amount * share - offset) * denominator)
-    return [[int(cost * denominator) for cost in costs] for costs in exact], capacity
-
-
 def stored_bits_per_element(tensors: Sequence[CachedTensor], formats: Sequence[Format]) -> Fraction:
     """Return what an element of the cache stores, scales counted, averaged over the cached width: exactly."""
     chosen = zip(tensors, formats, strict=True)
@@ -216,39 +160,3 @@ def spent(
         stored_bits=float(stored_bits_per_element(tensors, formats)),
         bytes_per_token=in_bytes,
     )
-
-
-def _infeasible(
-    limit: Limit, cheapest: Fraction, dearest: Fraction, formats: Sequence[Sequence[Format]]
-) -> InfeasibleBudget:
-    """Return the error that names the feasible range and what to change."""
-    below = limit.amount < cheapest
-    low, high = _written(cheapest, limit.unit, math.ceil), _written(dearest, limit.unit, math.floor)
-    widths = [form.bits for candidates in formats for form in candidates]
-    if limit.unit == "bytes":
-        asked, option = f"{limit.amount} bytes of cache", "--memory"
-    else:
-        asked, option = f"{float(limit.amount):.15g} {limit.unit} bits per element", "--budget"
-    ways = [f"{option} {low if below else high}"]
-    if below:
-        verdict = "is below what these formats can reach"
-        if min(widths) > min(CODE_BITS):
-            ways.append(f"allow --bits below {min(widths)}")
-        if limit.unit != "nominal" and min(widths) < FULL_BITS:
-            ways.append("take a larger --group-size")
-    else:
-        verdict = "is more than these formats can use"
-        if max(widths) < FULL_BITS and not all(len(candidates) == 1 for candidates in formats):
-            ways.append(f"allow --bits above {max(widths)}")
-    if len({len(candidates) for candidates in formats}) > 1 or len(formats[0]) == 1:  # pinned to one
-        ways.append("loosen a --pin")
-    return InfeasibleBudget(
-        f"{asked} {verdict}.\n  cheapest plan: {low}    dearest: {high}\n  try {', or '.join(ways)}"
-    )
-
-
-def _written(amount: Fraction, unit: Unit, rounded: Callable[[Fraction], int]) -> str:
-    """Return an end of the feasible range as an option's value, rounded so that it lies within."""
-    if unit == "bytes":
-        return f"{rounded(amount)}B"
-    return f"{rounded(amount * 10_000) / 10_000:.4f}".rstrip("0").rstrip(".")

@@ -5,19 +5,19 @@ Reads a BitPlan with its geometry, and Scores; writes BitPlans. Does not know ho
 
 from __future__ import annotations
 
-import itertools
 import random
 from bisect import bisect_right
 from collections.abc import Sequence
 from fractions import Fraction
 from statistics import mode
-from typing import NamedTuple
 
 from kvprof.allocate.assemble import assemble, tensors_of
-from kvprof.allocate.budget import CachedTensor, Limit, stored_bits_per_element
-from kvprof.allocate.rules import LARGEST_GROUP, USUAL_GROUP_SIZE, kvmix, norm_greedy
+from kvprof.allocate.budget import Limit, stored_bits_per_element
+from kvprof.allocate.candidates import LARGEST_GROUP, USUAL_GROUP_SIZE
+from kvprof.allocate.pairs import all_can_rotate, fitted, uniform_pairs
+from kvprof.allocate.rules import kvmix, norm_greedy
 from kvprof.errors import KvprofError, Mismatch
-from kvprof.records.formats import CODE_BITS, FULL_BITS, TENSORS, USUAL_AXIS, Axis, Format, TensorName, usual_format
+from kvprof.records.formats import CODE_BITS, FULL_BITS, USUAL_AXIS, Format, usual_format
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import BitPlan, Provenance, Solver, TensorPlan
 from kvprof.records.scores import Scores
@@ -32,7 +32,7 @@ def rival_plans(
 ) -> tuple[tuple[str, tuple[BitPlan, ...]], ...]:
     """Return the rivals of a plan, each a name and the plans that it may put forward, the best of which counts.
 
-    "uniform"                 one format for all keys and one for all values: see `_uniform`
+    "uniform"                 one format for all keys and one for all values: see pairs.py
     "kvmix"                   the rule of arXiv 2506.08018; left out where there are no gradients
     "norm-greedy spectral"    the rule of arXiv 2502.15075 by the spectral norm
     "norm-greedy frobenius"   the same by the Frobenius norm
@@ -40,7 +40,8 @@ def rival_plans(
 
     All have the plan's window, recent fractions and quantizer, and store at most its bits an element, counted exactly,
     and as many of them as the rule can spend. Where a rule cannot be as cheap as the plan, its cheapest plan stands.
-    norms: with `spectral_norm` and `frobenius_norm`. gradients: with `gradient_norm`. seed: of "random".
+    norms: with `spectral_norm` and `frobenius_norm`. gradients: with `gradient_norm`, and `loss_increase` to tell which
+    uniform pairs are worth a measurement. seed: of "random".
     Raises KvprofError for a plan without a geometry, Mismatch for scores of another model, InvalidFile for scores that
     lack a metric.
     """
@@ -50,7 +51,9 @@ def rival_plans(
         )
     plan.check_fits(plan.geometry)
     contest = _Contest(plan, plan.geometry)
-    rivals = [("uniform", tuple(_uniform(contest)))]
+    scored = None if gradients is None else contest.scores(gradients)
+    pairs = uniform_pairs(contest.tensors, contest.own, scored)
+    rivals = [("uniform", tuple(contest.rival(formats, Solver(method="uniform")) for formats in pairs))]
     if gradients is not None:
         rivals.append(("kvmix", (_kvmix(contest, gradients),)))
     for norm in ("spectral", "frobenius"):
@@ -107,77 +110,6 @@ class _Contest:
             provenance=Provenance(scores=None if scores is None else scores.digest),
             limit=Limit(self.allowed_bits, "stored") if self.bits_of(formats) <= self.allowed_bits else None,
         )
-
-
-class _Rung(NamedTuple):
-    """All keys, or all values, in one format."""
-
-    form: Format
-    formats: tuple[Format, ...]
-    """For each of these tensors, as its head dimension has it."""
-    stored_bits: Fraction
-    """Of all these tensors together, a token."""
-
-    def is_above(self, other: _Rung) -> bool:
-        """Whether this is the same way to store a tensor, with more bits or finer groups and no less of either."""
-        mine, its = self.form, other.form
-        if mine.is_full or its.is_full:
-            return not its.is_full
-        alike = (mine.scheme, mine.axis, mine.clip) == (its.scheme, its.axis, its.clip)
-        return alike and mine != its and mine.bits >= its.bits and mine.group_size <= its.group_size
-
-
-def _uniform(contest: _Contest) -> list[BitPlan]:
-    """Return the pairs of one format for all keys and one for all values that leave no bits to better either with.
-
-    The formats are those that the plan itself has for keys and for values, at any bits. Which pair is the best, only a
-    measurement can tell; those of nearly equal bits come first. A plan that is such a pair is among them.
-    """
-    keys, values = (_rungs(contest, name) for name in TENSORS)
-    allowed = contest.allowed_bits * contest.width
-
-    def fits(key: _Rung, value: _Rung) -> bool:
-        return key.stored_bits + value.stored_bits <= allowed
-
-    better_keys, better_values = (
-        [[better for better in rungs if better.is_above(rung)] for rung in rungs] for rungs in (keys, values)
-    )
-    pairs = [
-        (key, value)
-        for (key, other_keys), (value, other_values) in itertools.product(
-            zip(keys, better_keys, strict=True), zip(values, better_values, strict=True)
-        )
-        if fits(key, value)
-        and not any(fits(other, value) for other in other_keys)
-        and not any(fits(key, other) for other in other_values)
-    ]
-    pairs = pairs or [min(itertools.product(keys, values), key=lambda pair: pair[0].stored_bits + pair[1].stored_bits)]
-    pairs.sort(key=lambda pair: abs(pair[0].form.bits - pair[1].form.bits))
-    return [contest.rival((*key.formats, *value.formats), Solver(method="uniform")) for key, value in pairs]
-
-
-def _rungs(contest: _Contest, name: TensorName) -> list[_Rung]:
-    """Return all ways to store all keys, or all values, in one format: of the plan's kinds, at any bits.
-
-    16 bits are among them where the plan has them. A plan that has nothing else is met by the usual formats.
-    """
-    mine = [(tensor, form) for tensor, form in zip(contest.tensors, contest.own, strict=True) if tensor.name == name]
-    full = usual_format(name, FULL_BITS, USUAL_GROUP_SIZE)
-    rotatable = all(_can_rotate(tensor) for tensor, _ in mine)
-    kinds: list[Format] = [form for _, form in mine if not form.is_full and (rotatable or form.scheme != "rotated")]
-    forms = dict.fromkeys(_plain(form, bits) for form in (kinds or [full]) for bits in CODE_BITS)
-    if any(form.is_full for _, form in mine):
-        forms[full] = None
-    rungs: dict[tuple[Format, ...], _Rung] = {}
-    for form in forms:
-        formats = tuple(_fitted(form, tensor, form.axis) for tensor, _ in mine)
-        if formats not in rungs:  # groups may be capped to the same
-            stored = (
-                fitted.stored_bits(tensor.head_dim) * tensor.width
-                for fitted, (tensor, _) in zip(formats, mine, strict=True)
-            )
-            rungs[formats] = _Rung(form, formats, sum(stored, Fraction(0)))
-    return list(rungs.values())
 
 
 def _kvmix(contest: _Contest, gradients: Scores) -> BitPlan:
@@ -241,9 +173,9 @@ def _random(contest: _Contest, seed: int) -> BitPlan:
     dealer = random.Random(seed)
     hands = list(zip(dealer.sample(contest.own, len(contest.own)), contest.own, contest.tensors, strict=True))
     formats = None
-    if all(_can_rotate(tensor) for form, _, tensor in hands if form.scheme == "rotated"):
+    if all_can_rotate(tensor for form, _, tensor in hands if form.scheme == "rotated"):
         formats = [
-            _fitted(form, tensor, own.axis if own.scheme == "asymmetric" else USUAL_AXIS[tensor.name])
+            fitted(form, tensor, own.axis if own.scheme == "asymmetric" else USUAL_AXIS[tensor.name])
             for form, own, tensor in hands
         ]
     if formats is None or contest.bits_of(formats) != contest.allowed_bits:
@@ -255,27 +187,3 @@ def _random(contest: _Contest, seed: int) -> BitPlan:
             for place, source in zip(places, dealer.sample(places, len(places)), strict=True):
                 formats[place] = contest.own[source]
     return contest.rival(formats, Solver(method="random"))
-
-
-def _can_rotate(tensor: CachedTensor) -> bool:
-    """Whether the heads have a power of two as dimension."""
-    head_dim = _head_dim(tensor)
-    return head_dim & (head_dim - 1) == 0
-
-
-def _head_dim(tensor: CachedTensor) -> int:
-    assert tensor.head_dim is not None  # a rival's geometry is known
-    return tensor.head_dim
-
-
-def _plain(form: Format, bits: int) -> Format:
-    """Return a plan's format at other bits, less its recent fraction."""
-    return Format(scheme=form.scheme, bits=bits, group_size=form.group_size, axis=form.axis, clip=form.clip)
-
-
-def _fitted(form: Format, tensor: CachedTensor, axis: Axis) -> Format:
-    """Return a format as a tensor has it whose groups go along an axis: rotated over whole heads, groups capped."""
-    if form.scheme == "rotated" and not form.is_full:
-        return Format(scheme="rotated", bits=form.bits, group_size=_head_dim(tensor), axis="token")
-    group_size = min(form.group_size, _head_dim(tensor)) if axis == "token" else form.group_size
-    return Format(bits=form.bits, group_size=group_size, axis=axis, clip=form.clip)

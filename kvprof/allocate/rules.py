@@ -1,31 +1,32 @@
 """The rules: from Scores to a BitPlan, exactly within a budget, or as two papers and plain habit have it.
 
 Reads Scores and a limit, writes a BitPlan. Does not know how a score was measured, nor files and option names.
-Every rule takes `pins` (see pins.py): a pinned tensor has the bits that its pin says and pays for them.
+Every rule takes `pins` (see pins.py): a pinned tensor has what its pin says and pays for it. The window is by default
+what the scores were measured with.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
-from kvprof.allocate.assemble import assemble, tensors_of
-from kvprof.allocate.budget import CachedTensor, Limit, known_bits, price
-from kvprof.allocate.pins import parse_pins
-from kvprof.allocate.solver import TIE, solve
-from kvprof.errors import InvalidFile, UsageError
-from kvprof.records.document import ModelInfo
-from kvprof.records.formats import TENSORS, Format, TensorName, usual_format
-from kvprof.records.geometry import KVLayer
-from kvprof.records.plan import BitPlan, Provenance, Quantizer, Solver, Window
-from kvprof.records.scores import SCALAR_METRICS, Scores
+from typing_extensions import Unpack
 
-USUAL_BITS = (1, 2, 3, 4, 6, 8)
-USUAL_GROUP_SIZE = 32
-USUAL_WINDOW = Window(sink_tokens=4, recent_tokens=128)
+from kvprof.allocate.budget import CachedTensor, Limit, known_bits
+from kvprof.allocate.candidates import USUAL_GROUP_SIZE, Allowed, candidates_of, check_group_size
+from kvprof.allocate.pareto import TIE
+from kvprof.allocate.pins import parse_pins
+from kvprof.allocate.pricing import check_reach, price
+from kvprof.allocate.problem import ExactProblem
+from kvprof.allocate.solver import solve
+from kvprof.allocate.task import PlanTask
+from kvprof.errors import UsageError
+from kvprof.records.formats import TENSORS, Format, TensorName, format_named, usual_format
+from kvprof.records.plan import BitPlan, Window
+from kvprof.records.scores import LOSS_INCREASE, METRICS, SCALAR_METRICS, Scores
+
 KVMIX_FRACTION = 0.2
-LARGEST_GROUP = 2**31
 
 
 def exact(
@@ -33,26 +34,25 @@ def exact(
     limit: Limit,
     *,
     metric: str | None = None,
-    bits: Sequence[int] = USUAL_BITS,
-    group_size: int = USUAL_GROUP_SIZE,
-    pins: Sequence[str] = (),
-    window: Window = USUAL_WINDOW,
+    tie: str | None = None,
+    window: Window | None = None,
     command: str | None = None,
+    **allowed: Unpack[Allowed],
 ) -> BitPlan:
-    """Return the plan that minimises the sum over layers, keys and values, of score^2 * 4^-bits within a limit.
+    """Return the plan that loses the least within a limit.
 
-    The error model of arXiv 2502.15075: rounding to b bits leaves a squared error in proportion to the squared norm
-    and to 4^-b. 16 bits count by the same formula, and pinned tensors count too.
-    metric: one of `scores.metrics`, by default the first. bits: the widths to choose from.
-    Ties go as `solver.solve` states: the cheapest plan, then more bits to keys before values, earlier layers first.
+    By `loss_increase`, the sum over layers, keys and values, of the nats that were scored for the chosen formats. By a
+    norm or a gradient norm, the sum of score^2 * 4^-bits, the error model of arXiv 2502.15075: rounding to b bits
+    leaves a squared error in proportion to the squared norm and to 4^-b; 16 bits count by the same formula. Pinned
+    tensors count too.
+    metric: one of `scores.metrics`, by default the first. allowed: what may be chosen; by default all formats that were
+    scored, else USUAL_BITS at USUAL_GROUP_SIZE. tie: "key-value" gives a layer's keys and values equally wide codes.
+    Ties in loss go as `solver.solve` states: the cheapest plan, then more bits to keys before values, earlier layers
+    first.
     Raises InfeasibleBudget, UsageError, and InvalidFile for scores that lack the metric.
     """
-    task = _Task(scores, group_size, pins, window, command)
-    metric = metric or default_metric(scores)
-    formats, costs, losses, capacity = task.choices(metric, bits, limit)
-    solution = solve([list(zip(*choices, strict=True)) for choices in zip(costs, losses, strict=True)], capacity)
-    chosen = [forms[choice] for forms, choice in zip(formats, solution.choices, strict=True)]
-    return task.plan(chosen, "exact", metric, limit, optimal=solution.optimal)
+    problem = ExactProblem(scores, limit, metric or default_metric(scores), allowed, tie, window, command)
+    return problem.plan(solve(problem.items, problem.capacity(limit)), limit)
 
 
 def norm_greedy(
@@ -60,27 +60,34 @@ def norm_greedy(
     limit: Limit,
     *,
     metric: str | None = None,
-    bits: Sequence[int] = USUAL_BITS,
-    group_size: int = USUAL_GROUP_SIZE,
-    pins: Sequence[str] = (),
-    window: Window = USUAL_WINDOW,
+    window: Window | None = None,
     command: str | None = None,
+    **allowed: Unpack[Allowed],
 ) -> BitPlan:
-    """Return the plan of the greedy rule of arXiv 2502.15075, for the objective of `exact`.
+    """Return the plan of the greedy rule of arXiv 2502.15075, for the objective that `exact` has by a norm.
 
     Every tensor starts at its fewest bits; again and again the one whose next wider width saves the most loss a unit
     of cost, of those that still fit, gets it, until none fits. A width that costs no less than a wider one is passed
     over. Gains within 1e-12 of the greatest, relatively, tie: keys before values, earlier layers first.
-    Arguments and errors as for `exact`.
+    Arguments and errors as for `exact`, but that a metric must be a number a tensor.
     """
-    task = _Task(scores, group_size, pins, window, command)
-    metric = metric or default_metric(scores)
-    formats, costs, losses, spare = task.choices(metric, bits, limit)
+    metric = metric or default_metric(scores, SCALAR_METRICS)
+    if metric == LOSS_INCREASE:
+        raise UsageError(
+            f"--rule norm-greedy spends by one number a tensor, and {LOSS_INCREASE} is one a format.\n"
+            f"  Give --metric {SCALAR_METRICS[0]}, or spend {LOSS_INCREASE} by --rule exact."
+        )
+    task = PlanTask(scores, window, command)
+    candidates = candidates_of(scores, task.tensors, metric, allowed)
+    formats = [[choice.format for choice in choices] for choices in candidates]
+    prices = price(task.tensors, formats, limit, task.window, scores.geometry)
+    low, high = (prices.amount(sum(map(end, prices.costs))) for end in (min, max))
+    check_reach(limit, low, high, formats, pinned=bool(allowed.get("pins")))
+    costs, spare = prices.costs, prices.capacity(limit.amount)
     ladders = [
-        [rung for rung in range(len(prices)) if all(prices[rung] < wider for wider in prices[rung + 1 :])]
-        for prices in costs
+        [rung for rung in range(len(row)) if all(row[rung] < wider for wider in row[rung + 1 :])] for row in costs
     ]
-    spare -= sum(prices[ladder[0]] for prices, ladder in zip(costs, ladders, strict=True))
+    spare -= sum(row[ladder[0]] for row, ladder in zip(costs, ladders, strict=True))
     height = [0] * len(ladders)
     while True:
         steps = []
@@ -89,7 +96,8 @@ def norm_greedy(
                 now, after = ladder[height[item] : height[item] + 2]
                 added = costs[item][after] - costs[item][now]
                 if added <= spare:
-                    steps.append(((losses[item][now] - losses[item][after]) / added, item, added))
+                    saved = candidates[item][now].loss - candidates[item][after].loss
+                    steps.append((saved / added, item, added))
         if not steps:
             break
         greatest = max(gain for gain, _, _ in steps)
@@ -97,7 +105,7 @@ def norm_greedy(
         height[item] += 1
         spare -= added
     chosen = [forms[ladder[rung]] for forms, ladder, rung in zip(formats, ladders, height, strict=True)]
-    return task.plan(chosen, "norm-greedy", metric, limit)
+    return task.plan(chosen, task.solver("norm-greedy", metric, chosen), limit)
 
 
 def kvmix(
@@ -106,7 +114,7 @@ def kvmix(
     top_fraction: str | float = KVMIX_FRACTION,
     group_size: int = USUAL_GROUP_SIZE,
     pins: Sequence[str] = (),
-    window: Window = USUAL_WINDOW,
+    window: Window | None = None,
     command: str | None = None,
 ) -> BitPlan:
     """Return the plan of KVmix (arXiv 2506.08018): more bits for the layers of the greatest gradient norm.
@@ -116,7 +124,7 @@ def kvmix(
     top_fraction: from 0 to 1, taken as the decimal number it is written as.
     Raises UsageError for a fraction outside, InvalidFile for scores without gradient norms.
     """
-    task = _Task(scores, group_size, pins, window, command)
+    task = PlanTask(scores, window, command)
     try:
         fraction = Fraction(str(top_fraction))
     except ValueError:
@@ -131,140 +139,67 @@ def kvmix(
         ranked = sorted(layers, key=score_of.__getitem__, reverse=True)
         top = math.floor(fraction * len(ranked))
         bits_of |= {tensor: wide[name] if rank < top else 2 for rank, tensor in enumerate(ranked)}
-    chosen = [task.format(tensor, bits_of[tensor]) for tensor in task.tensors]
-    return task.plan(chosen, "kvmix", "gradient_norm")
+    chosen = _usual_formats(task, bits_of, group_size, pins)
+    return task.plan(chosen, task.solver("kvmix", "gradient_norm", chosen))
 
 
 def uniform(
     scores: Scores,
-    bits_key: int,
-    bits_value: int,
+    key: int | str,
+    value: int | str,
     *,
     metric: str | None = None,
     group_size: int = USUAL_GROUP_SIZE,
     pins: Sequence[str] = (),
-    window: Window = USUAL_WINDOW,
+    window: Window | None = None,
     command: str | None = None,
 ) -> BitPlan:
-    """Return the plan that gives all keys one width and all values another.
+    """Return the plan that gives all keys one width or format and all values another.
 
-    metric: fills the plan's objective, for comparison; it changes no bits.
-    Raises UsageError for an unknown width.
+    key, value: a width of codes, or a format by name, such as "rot3". metric: fills the plan's objective, for
+    comparison, where it tells it of these formats; by default `loss_increase` where the scores have it. It changes no
+    bits.
+    Raises UsageError for an unknown width or format, or one that the heads cannot have.
     """
-    task = _Task(scores, group_size, pins, window, command)
-    (key,), (value,) = known_bits([bits_key]), known_bits([bits_value])
-    chosen = [task.format(tensor, key if tensor.name == "key" else value) for tensor in task.tensors]
-    return task.plan(chosen, "uniform", metric)
+    task = PlanTask(scores, window, command)
+    wanted = {"key": key, "value": value}
+    for given in wanted.values():
+        if isinstance(given, int):
+            known_bits([given])
+    chosen = _usual_formats(task, {tensor: wanted[tensor.name] for tensor in task.tensors}, group_size, pins)
+    if metric is None and LOSS_INCREASE in scores.metrics:
+        metric = LOSS_INCREASE
+    return task.plan(chosen, task.solver("uniform", metric, chosen))
 
 
-def default_metric(scores: Scores) -> str:
-    """Return the metric to plan by when none is named: the first that every layer has, else that any layer has.
+def default_metric(scores: Scores, metrics: Sequence[str] = METRICS) -> str:
+    """Return the metric to plan by when none is named: the first of these that every layer has, else that any has.
 
     The latter will not do, but the error then names the layer that lacks it.
     """
+    complete = (metric for metric in metrics if metric in scores.metrics)
     partly = (
         metric
-        for metric in SCALAR_METRICS
-        if any(getattr(entry.tensor(name), metric) is not None for entry in scores.layers for name in TENSORS)
+        for metric in metrics
+        if any(entry.tensor(name).has(metric) for entry in scores.layers for name in TENSORS)
     )
-    return next(iter(scores.metrics), next(partly, SCALAR_METRICS[0]))
+    return next(complete, next(partly, metrics[0]))
 
 
-class _Task:
-    """What all rules share: the tensors to plan, in the order that ties favour, and how a plan is put together."""
-
-    def __init__(
-        self, scores: Scores, group_size: int, pins: Sequence[str], window: Window, command: str | None
-    ) -> None:
-        if not 1 <= group_size <= LARGEST_GROUP:
-            raise UsageError(f"a group size of {group_size} does not exist; try {USUAL_GROUP_SIZE}.")
-        self.scores = scores
-        self.group_size = group_size
-        self.window = window
-        self.command = command
-        self.tensors = _planned_tensors(scores)
-        self.pinned = parse_pins(pins, self.tensors)
-
-    def format(self, tensor: CachedTensor, bits: int) -> Format:
-        """Return the usual format of a tensor at some bits, or at those that its pin says."""
-        bits = self.pinned.get((tensor.layer, tensor.name), bits)
-        return usual_format(tensor.name, bits, self.group_size, tensor.head_dim)
-
-    def candidates(self, bits: Sequence[int]) -> list[list[Format]]:
-        """Return each tensor's formats to choose from, narrowest first: a single one where it is pinned."""
-        widths = known_bits(bits)
-        return [
-            [self.format(tensor, width) for width in (widths[:1] if self._is_pinned(tensor) else widths)]
-            for tensor in self.tensors
-        ]
-
-    def choices(
-        self, metric: str, bits: Sequence[int], limit: Limit
-    ) -> tuple[list[list[Format]], list[list[int]], list[list[float]], int]:
-        """Return each tensor's candidate formats, their costs and their losses, and the capacity for all costs."""
-        formats = self.candidates(bits)
-        costs, capacity = price(self.tensors, formats, limit, self.window, self.scores.geometry)
-        return formats, costs, _losses(self.scores_of(metric), formats), capacity
-
-    def scores_of(self, metric: str) -> list[float]:
-        """Return the score of each tensor to plan."""
-        found = {(layer, name): score for layer, name, score in self.scores.metric(metric)}
-        return [found[tensor.layer, tensor.name] for tensor in self.tensors]
-
-    def plan(
-        self,
-        chosen: Sequence[Format],
-        method: str,
-        metric: str | None,
-        limit: Limit | None = None,
-        optimal: bool = False,
-    ) -> BitPlan:
-        """Return the plan that stores each tensor in its chosen format."""
-        scores, geometry = self.scores, self.scores.geometry
-        return assemble(
-            self.tensors,
-            chosen,
-            model=scores.model or ModelInfo(num_layers=geometry.num_layers if geometry else len(scores.layers)),
-            geometry=geometry,
-            quantizer=Quantizer(),
-            window=self.window,
-            solver=Solver(
-                method=method,
-                metric=metric,
-                objective=None if metric is None else _objective(metric, self.scores_of(metric), chosen),
-                optimal=optimal,
-            ),
-            provenance=Provenance(scores=scores.digest, command=self.command),
-            limit=limit,
-        )
-
-    def _is_pinned(self, tensor: CachedTensor) -> bool:
-        return (tensor.layer, tensor.name) in self.pinned
-
-
-def _planned_tensors(scores: Scores) -> list[CachedTensor]:
-    """Return the tensors of every layer to plan, in the order that ties favour."""
-    if scores.geometry is None:
-        shapes: dict[int, KVLayer | None] = {entry.layer: None for entry in scores.layers}
-    else:
-        shapes = {shape.layer: shape for shape in scores.geometry.planned}
-    if not shapes:
-        raise InvalidFile("every layer of this model is skipped, so there is nothing to give bits to.")
-    return tensors_of(shapes)
-
-
-def _losses(scores: Sequence[float], formats: Sequence[Sequence[Format]]) -> list[list[float]]:
-    """Return score^2 * 4^-bits of each candidate; scores are taken relative to the greatest, so none overflows."""
-    greatest = max(scores) or 1.0
-    return [
-        [(score / greatest) ** 2 * 4.0**-form.bits for form in candidates]
-        for score, candidates in zip(scores, formats, strict=True)
-    ]
-
-
-def _objective(metric: str, scores: Sequence[float], chosen: Sequence[Format]) -> float:
-    """Return the sum of score^2 * 4^-bits."""
-    objective = math.fsum(score * score * 4.0**-form.bits for score, form in zip(scores, chosen, strict=True))
-    if not math.isfinite(objective):
-        raise InvalidFile(f"{metric} reaches {max(scores)}, too large to square; rescale the scores.")
-    return objective
+def _usual_formats(
+    task: PlanTask, wanted: Mapping[CachedTensor, int | str], group_size: int, pins: Sequence[str]
+) -> list[Format]:
+    """Return each tensor's format where a rule says its bits, or a name, and a pin may say otherwise."""
+    check_group_size(group_size)
+    pin_of = parse_pins(pins, task.tensors)
+    chosen = []
+    for tensor in task.tensors:
+        pin = pin_of.get((tensor.layer, tensor.name))
+        given = wanted[tensor]
+        if pin is not None:
+            chosen.append(pin.usual(tensor, group_size))
+        elif isinstance(given, int):
+            chosen.append(usual_format(tensor.name, given, group_size, tensor.head_dim))
+        else:
+            chosen.append(format_named(given, tensor.name, tensor.head_dim))
+    return chosen

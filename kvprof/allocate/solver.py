@@ -7,36 +7,27 @@ Does not know what an item is: no layers, no bits, no units.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvprof.allocate.pareto import SLACK, TIE, Choice, Floats, Ints, Items, Selection, search
 from kvprof.errors import InfeasibleBudget, KvprofError
 
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
 
-TIE = 1e-12
-"""Losses that differ by no more than this share of the least count as equal: rounding must not choose a plan."""
-SLACK = 1e-11
-"""What a bound must exceed the best known loss by, relatively, before a state is given up: TIE, and sums' rounding."""
 MAX_STATES = 2**22
-"""States kept over all stages (64 MiB) before the search ends; 126 layers of 20 formats need a fiftieth of it."""
+"""States kept over all stages (64 MiB) before the search ends; 126 layers of 20 formats need a thousandth of it."""
 MAX_LIST = 2**20
 """States of one stage, likewise."""
 MAX_UNITS = 2**53
 """Capacity, in reduced units, up to which a float64 holds every cost exactly."""
-
-
-class Choice(NamedTuple):
-    """One way to serve an item."""
-
-    cost: int
-    loss: float
+CORE = 24
+"""Choices, besides those of the linear relaxation, that are searched first."""
+CORE_STATES = 2**16
+"""States that the first search may keep: it need not be exact, only good."""
 
 
 @dataclass(frozen=True)
@@ -70,181 +61,169 @@ def solve(items: Sequence[Sequence[tuple[int, float]]], capacity: int) -> Soluti
     them: a subset-sum problem in disguise), the best selection found is returned, its ties unsettled; `lower_bound`
     is then that of the linear relaxation, and `optimal` tells whether it is a proof.
 
-    Method: dynamic programming over Pareto lists (Nemhauser and Ullmann 1969), states cut by the bound of the linear
-    relaxation (Sinha and Zoltners 1979; Pisinger 1995).
+    Method: see Knapsack.
     Raises InfeasibleBudget when the cheapest choices together exceed the capacity, KvprofError when the costs have too
     many digits, ValueError for an item without choices or an impossible loss.
     """
-    problem = _Problem(items, capacity)
-    stages, incumbent = _pareto_lists(problem)
-    if incumbent is None:
-        least = float(stages[0].losses[-1])
-        first = int(np.searchsorted(-stages[0].losses, -least * (1 + TIE)))
-        picks = _walk(problem, stages, 0, int(stages[0].costs[first]), least * (1 + TIE))
-    else:
-        picks = _complete(problem, stages, incumbent)
-    choices = tuple(problem.indices[item][pick] for item, pick in enumerate(picks))
-    loss = math.fsum(items[item][choice][1] for item, choice in enumerate(choices))
-    return Solution(
-        choices=choices,
-        cost=sum(items[item][choice][0] for item, choice in enumerate(choices)),
-        loss=loss,
-        lower_bound=loss if incumbent is None else min(loss, problem.scale * incumbent.bound),
-    )
+    return Knapsack(items, capacity).solve(capacity)
 
 
-class _Problem:
-    """The items made ready: cheapest choices at cost 0, costs without a common divisor, losses at most 1."""
+def frontier(items: Sequence[Sequence[tuple[int, float]]], capacities: Iterable[int]) -> list[Solution]:
+    """Return what `solve` returns for each capacity, to the bit, the items made ready once."""
+    wanted = list(capacities)
+    if not wanted:
+        return []
+    whole = Knapsack(items, max(wanted))
+    # Where a choice alone exceeds the capacity, `solve` would not have known of it.
+    return [whole.solve(capacity) if whole.fits_each(capacity) else solve(items, capacity) for capacity in wanted]
 
-    def __init__(self, items: Sequence[Sequence[tuple[int, float]]], capacity: int) -> None:
+
+class Knapsack:
+    """Items made ready to be solved at any capacity up to a largest one.
+
+    The steps of the linear relaxation are sorted once. At each capacity its corner is a good selection, and its slope
+    says of every other choice how much a selection that has it must lose at the least. A first search among the few
+    most hopeful choices finds a better selection; whatever cannot lose as little is then given up, and what is left,
+    a dozen items, is searched exactly (Pisinger 1995 calls it the core; see pareto.py for the search).
+    """
+
+    def __init__(self, items: Sequence[Sequence[tuple[int, float]]], largest: int) -> None:
+        """largest: no capacity beyond it is asked for, so choices that cannot fit it are left out."""
         if not all(items):
             raise ValueError("an item has no choices")
         if not all(math.isfinite(loss) and loss >= 0 for item in items for _, loss in item):
             raise ValueError("a loss is negative or not finite")
+        self.items = items
         cheapest = [min(cost for cost, _ in item) for item in items]
-        spare = capacity - sum(cheapest)
-        if spare < 0:
-            raise InfeasibleBudget(f"the cheapest choices cost {sum(cheapest)}, more than the capacity of {capacity}.")
-        frontiers = [
-            _frontier([(cost - least, loss, index) for index, (cost, loss) in enumerate(item) if cost - least <= spare])
-            for item, least in zip(items, cheapest, strict=True)
+        self._least = sum(cheapest)
+        self._dearest_step = max(
+            (max(cost for cost, _ in item) - least for item, least in zip(items, cheapest, strict=True)), default=0
+        )
+        spare = largest - self._least
+        frontiers = (
+            [
+                _frontier(
+                    [(cost - least, loss, index) for index, (cost, loss) in enumerate(item) if cost - least <= spare]
+                )
+                for item, least in zip(items, cheapest, strict=True)
+            ]
+            if spare >= 0
+            else []
+        )
+        self._unit = math.gcd(*(cost for frontier in frontiers for cost, _, _ in frontier)) or 1
+        self._room = min(max(spare, 0), sum(frontier[-1][0] for frontier in frontiers)) // self._unit
+        if self._room >= MAX_UNITS:
+            raise KvprofError(f"costs of {self._room} units without a common divisor are beyond exact arithmetic.")
+        self._scale = max((loss for frontier in frontiers for _, loss, _ in frontier), default=0.0) or 1.0
+        self._choices = [
+            [Choice(cost // self._unit, loss / self._scale) for cost, loss, _ in frontier] for frontier in frontiers
         ]
-        unit = math.gcd(*(cost for frontier in frontiers for cost, _, _ in frontier)) or 1
-        self.capacity = min(spare, sum(frontier[-1][0] for frontier in frontiers)) // unit
-        if self.capacity >= MAX_UNITS:
-            raise KvprofError(f"costs of {self.capacity} units without a common divisor are beyond exact arithmetic.")
-        self.scale = max((loss for frontier in frontiers for _, loss, _ in frontier), default=0.0) or 1.0
-        self.items = [[Choice(cost // unit, loss / self.scale) for cost, loss, _ in frontier] for frontier in frontiers]
         """For each item its Pareto choices: cost ascending from 0, loss strictly descending."""
-        self.indices = [[index for _, _, index in frontier] for frontier in frontiers]
+        self._indices = [[index for _, _, index in frontier] for frontier in frontiers]
         """For each Pareto choice its place in the caller's list."""
 
-        steps = [(item, *step) for item, choices in enumerate(self.items) for step in _hull_steps(choices)]
-        steps.sort(key=lambda step: -step[3] / step[2])  # stable: an item's own steps keep their order
-        self.step_item = np.array([step[0] for step in steps], dtype=np.int64)
-        self.step_pick = np.array([step[1] for step in steps], dtype=np.int64)
-        self.step_cost = np.array([step[2] for step in steps], dtype=np.int64)
-        self.step_drop = np.array([step[3] for step in steps], dtype=np.float64)
+        shape = (len(frontiers), max(map(len, frontiers), default=1))
+        self._costs: NDArray[np.int64] = np.full(shape, MAX_UNITS, dtype=np.int64)
+        self._losses = np.full(shape, np.inf)
+        for item, choices in enumerate(self._choices):
+            self._costs[item, : len(choices)], self._losses[item, : len(choices)] = zip(*choices, strict=True)
+        whole = Items(self._choices, self._room)
+        self._steps = whole
+        costs, losses = whole.relaxation(len(frontiers))
+        self._corner_costs, self._corner_losses = -costs[::-1], losses[::-1]
 
-    def relaxation(self, count: int) -> tuple[Ints, Floats]:
-        """Return the corners (cost, loss) of the linear relaxation of the first `count` items, by descending cost.
+    def fits_each(self, capacity: int) -> bool:
+        """Whether every choice of an item fits a capacity, the cheapest of all others beside it."""
+        return self._least + self._dearest_step <= capacity
 
-        Each corner is also a true selection. The losses are summed from the least one up, so that every one of them
-        is relatively accurate however small it is.
+    def solve(self, capacity: int) -> Solution:
+        """Return the best selection at a capacity, as `solve` does."""
+        spare = capacity - self._least
+        if spare < 0:
+            raise InfeasibleBudget(f"the cheapest choices cost {self._least}, more than the capacity of {capacity}.")
+        room = min(spare // self._unit, self._room)
+        taken = int(np.searchsorted(self._corner_costs, room, side="right")) - 1  # steps of the relaxation that fit
+        corner = np.zeros(len(self._choices), dtype=np.int64)
+        np.maximum.at(corner, self._steps.step_item[:taken], self._steps.step_pick[:taken])
+        loss, bound, excess = self._relaxed(taken, corner, room)
+
+        left = excess <= (loss - bound) + SLACK * loss
+        tried = np.zeros(left.shape, dtype=bool)
+        places = np.flatnonzero(left)
+        tried.flat[places[np.argsort(excess.flat[places], kind="stable")[:CORE]]] = True
+        best = self._search(corner, tried, room, loss, CORE_STATES)
+        loss = min(loss, best.loss)
+        left &= excess <= (loss - bound) + SLACK * loss
+        if not best.settled or (left & ~tried).any():
+            found = self._search(corner, left, room, loss, MAX_STATES)
+            best = found if found.settled or found.loss < best.loss else best._replace(settled=False)
+        return self._solution(best, bound)
+
+    def least_capacity(self, serves: Callable[[Solution], bool]) -> tuple[Solution, bool] | None:
+        """Return the cheapest solution that serves, and whether none that is cheaper does, for certain.
+
+        serves: true of the best solution at some capacity, and then of that at any larger one. None where it is true
+        of none.
         """
-        mine = self.step_item < count
-        costs = np.concatenate(([0], np.cumsum(self.step_cost[mine])))[::-1]
-        floor = math.fsum(choices[-1].loss for choices in self.items[:count])
-        losses = np.cumsum(np.concatenate(([floor], self.step_drop[mine][::-1])))
-        return costs, losses
+        best = self.solve(self._least + self._unit * self._room)
+        if not serves(best):
+            return None
+        fails, proven = -1, True
+        while (works := (best.cost - self._least) // self._unit) - fails > 1:
+            middle = (fails + works) // 2
+            found = self.solve(self._least + self._unit * middle)
+            if serves(found):
+                best = found
+            else:
+                fails, proven = middle, found.optimal
+        return best, proven and best.optimal
 
+    def _relaxed(self, taken: int, corner: Ints, room: int) -> tuple[float, float, Floats]:
+        """Return the corner's loss, the bound of the linear relaxation, and by how much each choice must exceed it."""
+        steps = self._steps
+        loss = float(self._corner_losses[taken])
+        bound, price = loss, 0.0
+        if taken < len(steps.step_cost):
+            left = (self._corner_costs[taken + 1] - room) / steps.step_cost[taken]
+            bound = float(self._corner_losses[taken + 1] + steps.step_drop[taken] * left)
+            price = float(steps.step_drop[taken] / steps.step_cost[taken])
+        rows = np.arange(len(corner))
+        extra = self._costs - self._costs[rows, corner][:, None]
+        excess = self._losses - self._losses[rows, corner][:, None] + price * extra
+        excess[self._costs > room] = np.inf
+        excess[rows, corner] = np.inf  # the corner's own choices are always searched
+        return loss, bound, excess
 
-class _Stage(NamedTuple):
-    """The Pareto list of the items from one item to the last: cost ascending, loss strictly descending."""
-
-    costs: Ints
-    losses: Floats
-
-    def least(self, cost: int) -> float:
-        """Return the least loss that a cost allows; infinity where it allows nothing."""
-        state = int(np.searchsorted(self.costs, cost, side="right")) - 1
-        return float(self.losses[state]) if state >= 0 else math.inf
-
-
-class _Incumbent(NamedTuple):
-    """The best selection known: a state of the last stage reached, and a corner of the relaxation for the rest."""
-
-    stage: int
-    cost: int
-    loss: float
-    spent_before: int
-    total: float
-    bound: float
-    """What the linear relaxation of the whole problem loses."""
-
-
-def _pareto_lists(problem: _Problem) -> tuple[list[_Stage], _Incumbent | None]:
-    """Return the stages by first item; with them an incumbent only if their size ended the search early."""
-    count = len(problem.items)
-    stages = [_Stage(np.zeros(0, np.int64), np.zeros(0))] * count
-    stages.append(_Stage(np.zeros(1, np.int64), np.zeros(1)))
-    best: _Incumbent | None = None
-    states = 0
-    for first in range(count, -1, -1):
-        corner_costs, corner_losses = problem.relaxation(first)
-        if first < count:
-            limit = math.inf if best is None else best.total * (1 + SLACK)
-            stages[first] = _merge(problem, first, stages[first + 1], corner_costs, corner_losses, limit)
-        costs, losses = stages[first]
-        # Any state and the dearest corner that still fits make a feasible selection.
-        corner = np.searchsorted(-corner_costs, costs - problem.capacity)
-        totals = losses + corner_losses[corner]
-        least = float(totals.min())
-        if best is None or least < best.total * (1 - TIE):
-            state = int(np.argmax(totals <= least * (1 + TIE)))
-            best = _Incumbent(
-                stage=first,
-                cost=int(costs[state]),
-                loss=float(losses[state]),
-                spent_before=int(corner_costs[corner[state]]),
-                total=least,
-                bound=best.bound if best else float(np.interp(-problem.capacity, -corner_costs, corner_losses)),
-            )
-        states += len(costs)
-        if first > 0 and (states > MAX_STATES or len(costs) > MAX_LIST):
-            return stages, best
-    return stages, None
-
-
-def _merge(
-    problem: _Problem, item: int, after: _Stage, corner_costs: Ints, corner_losses: Floats, limit: float
-) -> _Stage:
-    """Return the Pareto list with one more item in front, less the states that cannot lead to a loss of `limit`."""
-    costs_of: list[Ints] = []
-    losses_of: list[Floats] = []
-    for cost, loss in problem.items[item]:
-        fits = int(np.searchsorted(after.costs, problem.capacity - cost, side="right"))
-        costs, losses = after.costs[:fits] + cost, after.losses[:fits] + loss
-        # By descending cost, np.interp starts from the corner of less loss: no digits cancel.
-        bounds = losses + np.interp(costs - problem.capacity, -corner_costs, corner_losses)
-        hopeful = bounds <= limit
-        costs_of.append(costs[hopeful])
-        losses_of.append(losses[hopeful])
-    costs, losses = np.concatenate(costs_of), np.concatenate(losses_of)
-    order = np.argsort(costs, kind="stable")  # merges runs that are sorted already
-    costs, losses = costs[order], losses[order]
-    better = np.ones(len(costs), dtype=bool)
-    better[1:] = losses[1:] < np.minimum.accumulate(losses)[:-1]
-    costs, losses = costs[better], losses[better]
-    last_of_cost = np.append(costs[1:] != costs[:-1], True)
-    return _Stage(costs[last_of_cost], losses[last_of_cost])
-
-
-def _walk(problem: _Problem, stages: list[_Stage], first: int, cost: int, loss: float) -> list[int]:
-    """Return the picks of items `first` and later that cost and lose no more than given, the dearest pick first."""
-    loss *= 1 + 4 * len(problem.items) * np.finfo(float).eps  # the stages summed in another order
-    picks = []
-    for item in range(first, len(problem.items)):
-        choices = problem.items[item]
-        pick = next(
-            pick
-            for pick in reversed(range(len(choices)))
-            if choices[pick].loss + stages[item + 1].least(cost - choices[pick].cost) <= loss
+    def _search(self, corner: Ints, others: Bools, room: int, limit: float, max_states: int) -> Selection:
+        """Return the best selection of the corner's choices and the others marked, as a pick of every item."""
+        picks = corner.tolist()
+        open_items = np.flatnonzero(others.any(axis=1)).tolist()
+        given = [sorted({picks[item], *np.flatnonzero(others[item]).tolist()}) for item in open_items]
+        rows = [[self._choices[item][pick] for pick in row] for item, row in zip(open_items, given, strict=True)]
+        fixed = [choices[pick] for choices, pick in zip(self._choices, picks, strict=True)]
+        spent = sum(choice.cost for choice in fixed)
+        for item, row in zip(open_items, rows, strict=True):
+            spent += row[0].cost - fixed[item].cost
+            fixed[item] = Choice(0, 0.0)
+        items = Items(
+            [[Choice(choice.cost - row[0].cost, choice.loss) for choice in row] for row in rows],
+            room - spent,
+            math.fsum(choice.loss for choice in fixed),
         )
-        cost, loss = cost - choices[pick].cost, loss - choices[pick].loss
-        picks.append(pick)
-    return picks
+        found = search(items, limit, max_states, min(max_states, MAX_LIST))
+        for item, row, pick in zip(open_items, given, found.picks, strict=True):
+            picks[item] = row[pick]
+        return found._replace(picks=picks)
 
-
-def _complete(problem: _Problem, stages: list[_Stage], incumbent: _Incumbent) -> list[int]:
-    """Return the picks of an incumbent: a corner of the relaxation before its stage, a Pareto state from there on."""
-    picks = [0] * incumbent.stage
-    spent = 0
-    for item, pick, cost in zip(problem.step_item, problem.step_pick, problem.step_cost, strict=True):
-        if item < incumbent.stage and spent < incumbent.spent_before:
-            picks[item] = int(pick)
-            spent += cost
-    return picks + _walk(problem, stages, incumbent.stage, incumbent.cost, incumbent.loss)
+    def _solution(self, best: Selection, bound: float) -> Solution:
+        choices = tuple(row[pick] for row, pick in zip(self._indices, best.picks, strict=True))
+        loss = math.fsum(item[choice][1] for item, choice in zip(self.items, choices, strict=True))
+        return Solution(
+            choices=choices,
+            cost=sum(item[choice][0] for item, choice in zip(self.items, choices, strict=True)),
+            loss=loss,
+            lower_bound=loss if best.settled else min(loss, self._scale * bound),
+        )
 
 
 def _frontier(choices: list[tuple[int, float, int]]) -> list[tuple[int, float, int]]:
@@ -254,21 +233,3 @@ def _frontier(choices: list[tuple[int, float, int]]) -> list[tuple[int, float, i
         if not frontier or choice[1] < frontier[-1][1]:
             frontier.append(choice)
     return frontier
-
-
-def _hull_steps(choices: list[Choice]) -> list[tuple[int, int, float]]:
-    """Return (pick reached, added cost, loss saved) of each edge of the lower convex hull of one item's choices."""
-    hull = [0]
-    for pick in range(1, len(choices)):
-        while len(hull) > 1 and _slope(choices, hull[-2], hull[-1]) <= _slope(choices, hull[-1], pick):
-            hull.pop()
-        hull.append(pick)
-    return [
-        (after, choices[after].cost - choices[before].cost, choices[before].loss - choices[after].loss)
-        for before, after in pairwise(hull)
-    ]
-
-
-def _slope(choices: list[Choice], before: int, after: int) -> float:
-    """Loss saved a unit of cost."""
-    return (choices[before].loss - choices[after].loss) / (choices[after].cost - choices[before].cost)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from kvprof.cli.options import GroupSize, RecentTokens, SinkTokens
+from kvprof.cli.allowed import Bits, Formats, GroupSize, MinKeyBits, Pin, RecentTokens, ScoresFile, SinkTokens, Tie
 
 
 def allocate(
@@ -20,7 +20,8 @@ def allocate(
     unit: Annotated[
         str | None,
         typer.Option(
-            help="What --budget counts: `nominal` (the codes) or `stored` (the scales too).", show_default="nominal"
+            help="What --budget counts: `stored` bits (codes and scales) or `nominal` (the codes).",
+            show_default="stored; by a norm nominal",
         ),
     ] = None,
     memory: Annotated[
@@ -30,37 +31,42 @@ def allocate(
         ),
     ] = None,
     context: Annotated[
-        int | None, typer.Option(help="Tokens a sequence that --memory must hold.", show_default=False)
+        int | None,
+        typer.Option(help="Tokens a sequence that --memory, or the bytes of --max-kl, must hold.", show_default=False),
     ] = None,
-    batch: Annotated[int | None, typer.Option(help="Sequences that --memory must hold.", show_default="1")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences, likewise.", show_default="1")] = None,
+    max_kl: Annotated[
+        str | None,
+        typer.Option(
+            help="The cheapest plan predicted to stay at or below so many nats a token, such as 0.01; in stored bits, "
+            "or in bytes with --context.",
+            show_default=False,
+        ),
+    ] = None,
     rule: Annotated[
         str, typer.Option(help="`exact`, or a published rival: `norm-greedy`, `kvmix`, `uniform`.")
     ] = "exact",
     metric: Annotated[
         str | None,
         typer.Option(
-            help="Score to spend by: gradient_norm, spectral_norm or frobenius_norm.",
+            help="Score to spend by: loss_increase, gradient_norm, spectral_norm or frobenius_norm.",
             show_default="the scores' first of these",
         ),
     ] = None,
-    bits: Annotated[
-        str | None, typer.Option(help="Widths to choose from, of 1,2,3,4,5,6,8,16.", show_default="1,2,3,4,6,8")
-    ] = None,
-    group_size: GroupSize = 32,
-    pin: Annotated[
-        list[str] | None,
-        typer.Option(help="Fix a tensor's bits: key:0=8, value:3-5=4, key:*=4. Can be repeated.", show_default=False),
-    ] = None,
-    recent_tokens: RecentTokens = 128,
-    sink_tokens: SinkTokens = 4,
+    bits: Bits = None,
+    formats: Formats = None,
+    group_size: GroupSize = None,
+    pin: Pin = None,
+    tie: Tie = None,
+    min_key_bits: MinKeyBits = None,
+    recent_tokens: RecentTokens = None,
+    sink_tokens: SinkTokens = None,
     top_fraction: Annotated[
         str | None, typer.Option(help="kvmix: the share of layers that get more bits.", show_default="0.2")
     ] = None,
     bits_key: Annotated[int | None, typer.Option(help="uniform: bits of every key.", show_default=False)] = None,
     bits_value: Annotated[int | None, typer.Option(help="uniform: bits of every value.", show_default=False)] = None,
-    scores: Annotated[
-        Path | None, typer.Option(help="A Scores file.", show_default="the newest in outputs/ that has the metric")
-    ] = None,
+    scores: ScoresFile = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for the plan, or a file that ends in .json.", show_default="outputs/<model>"),
@@ -72,16 +78,19 @@ def allocate(
 
     from kvprof.allocate import allocate as make_plan
     from kvprof.allocate.budget import parse_bits
+    from kvprof.allocate.task import usual_window
     from kvprof.records.files import newest_scores, plan_path
     from kvprof.records.geometry import bytes_text
-    from kvprof.records.plan import Window
     from kvprof.records.scores import Scores
     from kvprof.report.console import print_note, print_plain, print_written
     from kvprof.report.sentences import plan_remarks
     from kvprof.report.tables import show_plan
 
-    wanted = "gradient_norm" if rule == "kvmix" else metric
-    path, found = newest_scores(wanted) if scores is None else (scores, Scores.load(scores))
+    path, found = (
+        newest_scores("gradient_norm" if rule == "kvmix" else metric)
+        if scores is None
+        else (scores, Scores.load(scores))
+    )
     plan = make_plan(
         found,
         rule=rule,
@@ -90,21 +99,26 @@ def allocate(
         memory=memory,
         context=context,
         batch=batch,
+        max_kl=max_kl,
         metric=metric,
         bits=None if bits is None else parse_bits(bits),
+        formats=formats,
+        tie=tie,
+        min_key_bits=min_key_bits,
         top_fraction=top_fraction,
         bits_key=bits_key,
         bits_value=bits_value,
         group_size=group_size,
         pins=pin or (),
-        window=Window(sink_tokens=sink_tokens, recent_tokens=recent_tokens),
+        window=usual_window(found, sink_tokens, recent_tokens),
         command=" ".join(["kvprof", *sys.argv[1:]]),
     )
-    written = plan.save(plan_path(plan, path, out))
+    written = plan.save(plan_path(plan, path, out, max_kl))
     show_plan(plan)
     if context is not None:
         held = plan.bytes_at(context, batch or 1)
-        print_plain(f"{held} bytes ({bytes_text(held)}) at {context} tokens x {batch or 1}, of {memory} asked for")
+        asked = "" if memory is None else f", of {memory} asked for"
+        print_plain(f"{held} bytes ({bytes_text(held)}) at {context} tokens x {batch or 1}{asked}")
     print_plain(f"from {path}")
     for remark in plan_remarks(plan, found):
         print_note(remark)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from kvprof import __version__
-from kvprof.cli import allocate, evaluate, exchange, generate, measure, show
+from kvprof.cli import allocate, audit, evaluate, exchange, explain, frontier, generate, measure, show
 from kvprof.cli.errors import explains_errors
 
 app = typer.Typer(
@@ -39,7 +39,13 @@ for _command in (
     measure.norms,
     measure.gradients,
     allocate.allocate,
+    frontier.frontier,
+    explain.explain,
+    explain.diff,
     evaluate.evaluate,
+    audit.divergence,
+    audit.calibrate,
+    audit.audit,
     generate.generate,
     show.show,
     show.validate,

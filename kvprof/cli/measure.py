@@ -95,8 +95,12 @@ def gradients(
         bool, typer.Option("--until-stable", help="Stop before --sequences once more of them would change no plan.")
     ] = False,
     stable_at: Annotated[
-        str, typer.Option(help="Budgets, in stored bits, whose plans --until-stable looks at.")
-    ] = "2.5,3,3.5",
+        list[str] | None,
+        typer.Option(
+            help="A budget in stored bits whose plan --until-stable looks at. Can be repeated.",
+            show_default="2.5, 3, 3.5",
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences in one forward; changes memory, no score.")] = 1,
     seed: Seed = 0,
     pack: Pack = False,
@@ -105,6 +109,7 @@ def gradients(
     restart: Restart = False,
 ) -> None:
     """How much does the loss feel each layer's keys and values? Gradient norms, and the loss that each format costs."""
+    from kvprof.allocate.stability import stable_at_all
     from kvprof.models.load import resolve
     from kvprof.profile.sensitivity import USUAL_DATA, Decoder, SensitivitySettings, read_formats, run_sensitivity
     from kvprof.records.plan import Window
@@ -121,8 +126,16 @@ def gradients(
     )
     folder = output_folder(source.id, out)
     with progress("gradients", "sequences") as advance:
-        run = run_sensitivity(source, settings, folder, restart, advance, advance.beside("writing text", "tokens"))
-    show_scores(run.scores)
+        run = run_sensitivity(
+            source,
+            settings,
+            folder,
+            restart,
+            advance,
+            advance.beside("writing text", "tokens"),
+            stable_at_all(stable_at or ()) if until_stable else None,
+        )
+    show_scores(run.scores, brief=True)
     for remark in run.remarks:
         print_note(remark)
     print_written(run.path)

@@ -10,14 +10,16 @@ import typer
 
 from kvprof.errors import UsageError, did_you_mean
 
-File = Annotated[Path, typer.Argument(help="A Scores, BitPlan or Evaluation file.")]
+File = Annotated[Path, typer.Argument(help="A Scores, BitPlan, Evaluation or Frontier file.")]
 
 
 def show(file: File) -> None:
-    """Print any Scores, BitPlan or Evaluation file as a table."""
+    """Print any Scores, BitPlan, Evaluation or Frontier file as a table."""
     from kvprof.records.evaluation import Evaluation
     from kvprof.records.files import load_any
+    from kvprof.records.frontier import Frontier
     from kvprof.records.plan import BitPlan
+    from kvprof.report.frontiers import show_frontier
     from kvprof.report.tables import show_evaluation, show_plan, show_scores
 
     document = load_any(file)
@@ -25,6 +27,8 @@ def show(file: File) -> None:
         show_plan(document)
     elif isinstance(document, Evaluation):
         show_evaluation(document)
+    elif isinstance(document, Frontier):
+        show_frontier(document)
     else:
         show_scores(document)
 
@@ -48,8 +52,8 @@ def validate(
     print_plain(f"{file}: a valid {document.kind} file" + (f", and it fits {model}" if model else ""))
 
 
-def schema(kind: Annotated[str, typer.Argument(help="`scores`, `plan` or `evaluation`.")]) -> None:
-    """Print the JSON Schema of Scores, BitPlan or Evaluation files."""
+def schema(kind: Annotated[str, typer.Argument(help="`scores`, `plan`, `evaluation` or `frontier`.")]) -> None:
+    """Print the JSON Schema of Scores, BitPlan, Evaluation or Frontier files."""
     from kvprof.records.files import KINDS
     from kvprof.report.console import print_plain
 

@@ -68,13 +68,15 @@ def run_calibrate(
     folder: Path,
     restart: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    writing: Callable[[int, int], None] = lambda done, total: None,
 ) -> CalibrateRun:
     """Load a model, measure plans, and write the Scores file again with the factor between prediction and measurement.
 
     A plan's window gives way to that of the scores, for which its loss was predicted. Where the scores know each
     sequence's own loss and their text can be read again, a plan is held against the same sequences' prediction, so that
     text that happens to be hard changes nothing.
-    path: of the scores. folder: for the journal of finished forwards. progress: called with (forwards done, in all).
+    path: of the scores. folder: for the journal of finished forwards. progress: called with (forwards done, in all);
+    writing: with (tokens done, in all) of text that the model writes itself first.
     Raises KvprofError in its many kinds; Mismatch where a plan or the scores are for another model.
     """
     config = load_config(source)
@@ -87,7 +89,7 @@ def run_calibrate(
     model = load_model(source, settings.dtype, settings.device)
     fingerprint = live_fingerprint(model, geometry) or checkpoint_fingerprint(source, geometry)
     _check_fit(asked, scores, geometry, fingerprint)
-    text, same = _fill(readings, scores, lambda reading: fill(reading, model, tokenizer, fingerprint))
+    text, same = _fill(readings, scores, lambda reading: fill(reading, model, tokenizer, fingerprint, writing))
     text = text.first(settings.sequences)
     route = choose_route(model, asked[0].plan, text.sequences[0][:2], exact=False)
     dtype = str(model.dtype).removeprefix("torch.")

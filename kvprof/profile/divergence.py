@@ -21,7 +21,6 @@ from kvprof import __version__
 from kvprof.calibration.mix import mix_texts
 from kvprof.calibration.self_text import fill
 from kvprof.calibration.sequences import CalibrationSet, choose_length
-from kvprof.calibration.text import BUILTIN
 from kvprof.errors import KvprofError, UsageError
 from kvprof.evaluate.metrics import LOGIT_ROUNDING_NATS, token_kl
 from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
@@ -29,6 +28,7 @@ from kvprof.models.inventory import take_inventory
 from kvprof.models.load import ModelSource, input_device, load_config, load_model, load_tokenizer, wider_dtype_advice
 from kvprof.profile.probes import USUAL_FORMATS, Probe, check_something_is_read, choose_probes
 from kvprof.profile.samples import loss_scores
+from kvprof.profile.sensitivity import USUAL_DATA
 from kvprof.records.formats import FULL_BITS, TENSORS, TensorName, usual_format
 from kvprof.records.inventory import Inventory
 from kvprof.records.plan import (
@@ -60,7 +60,7 @@ class DivergenceSettings:
     formats: str = USUAL_FORMATS
     window: Window = USUAL_WINDOW
     suffix_fraction: float = 0.5
-    data: Sequence[str] = (BUILTIN,)
+    data: Sequence[str] = USUAL_DATA
     split: str | None = None
     sequences: int = 2
     sequence_length: int | None = None
@@ -85,11 +85,13 @@ def run_divergence(
     folder: Path,
     restart: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    writing: Callable[[int, int], None] = lambda done, total: None,
 ) -> DivergenceRun:
     """Load a model, measure the chosen tensors on calibration text and write divergence.json.
 
     folder: for the result, and for the journal of finished forwards meanwhile. progress: called with (forwards done,
-    forwards in all). Other --layers, --tensors and --formats may go on with a stopped run.
+    forwards in all); writing: with (tokens done, tokens in all) of text that the model writes itself first. Other
+    --layers, --tensors and --formats may go on with a stopped run.
     Raises KvprofError in its many kinds: the model, the text, a setting or the journal is not fit.
     """
     if not 0 < settings.suffix_fraction <= 1:
@@ -107,7 +109,7 @@ def run_divergence(
     model = load_model(source, settings.dtype, settings.device)
     fingerprint = live_fingerprint(model, geometry) or checkpoint_fingerprint(source, geometry)
     inventory = inventory.model_copy(update={"model": inventory.model.model_copy(update={"fingerprint": fingerprint})})
-    text = fill(mix, model, tokenizer, fingerprint)
+    text = fill(mix, model, tokenizer, fingerprint, writing)
     identity = {
         "model": source.id,
         "model fingerprint": fingerprint,

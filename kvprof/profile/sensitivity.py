@@ -49,6 +49,9 @@ FIRST_STAGE = 4
 """Sequences of the first stage of a run that may stop early; each further stage has as many as all before it."""
 
 
+_ADVICE = "Raise --sequence-length, join rows with --pack, or lower --recent-tokens."
+
+
 @dataclass(frozen=True)
 class Decoder:
     """Of what decoder the losses are predicted.
@@ -131,17 +134,17 @@ def run_sensitivity(
     tokenizer = load_tokenizer(source)
     mix = mix_texts(settings.data, settings.split, tokenizer, settings.sequences, length, settings.seed, settings.pack)
     mix.check_vocabulary(config.vocab_size)
-    unread = _unread(max(mix.lengths), formats, settings.decoder)
+    formats, unread = _readable(formats, settings.decoder, max(mix.lengths))
     model = load_model(source, settings.dtype, settings.device)
     fingerprint = live_fingerprint(model, inventory.geometry) or checkpoint_fingerprint(source, inventory.geometry)
     calibration = fill(mix, model, tokenizer, fingerprint, writing)
     inventory = inventory.model_copy(update={"model": inventory.model.model_copy(update={"fingerprint": fingerprint})})
-    if unread is None and (why := _why_unsupported(model, formats, calibration)):
-        unread = why
-    if unread is not None:
-        if any((settings.decoder.formats or {}).values()):  # asked for by name
-            raise UsageError(unread)
+    unsupported = _why_unsupported(model, formats, calibration)
+    if unsupported is not None:
         formats = {}
+    asked = any((settings.decoder.formats or {}).values())  # by name, and so not to be left out in silence
+    if asked and not any(formats.values()):
+        raise UsageError(str(unsupported or unread))
     identity = {
         "model": source.id,
         "model fingerprint": fingerprint,
@@ -166,7 +169,9 @@ def run_sensitivity(
         )
         path = scores.save(folder / "gradients.json")
         log.remove()
-    remarks = [*([unread] if unread else []), *_remarks(calibration, settings, len(done), scores)]
+    remarks = [remark for remark in (unsupported, unread) if remark] + list(
+        _remarks(calibration, settings, len(done), scores)
+    )
     return SensitivityRun(scores, path, tuple(remarks))
 
 
@@ -332,15 +337,30 @@ def _stderr(numbers: Sequence[float]) -> float:
     return stdev(numbers) / math.sqrt(len(numbers)) if len(numbers) > 1 else 0.0
 
 
-def _unread(longest: int, formats: Formats, decoder: Decoder) -> str | None:
-    """Return why no sequence of so many tokens can tell what a format costs, or None where one can."""
-    forms = {form for forms in formats.values() for form in forms if not form.is_full}
-    if not forms or any(reads_codes(form, decoder.window, longest) for form in forms):
-        return None
+def _readable(formats: Formats, decoder: Decoder, longest: int) -> tuple[Formats, str | None]:
+    """Return the formats that a sequence of so many tokens reads at all, and what to say of the others.
+
+    What is never read costs nothing there; to score it 0 would be a lie about longer texts.
+    """
+    found = {
+        key: tuple(form for form in forms if form.is_full or reads_codes(form, decoder.window, longest))
+        for key, forms in formats.items()
+    }
+    found = {key: forms for key, forms in found.items() if forms}
+    left = []
+    for tensor in TENSORS:
+        names = [
+            {form.name: form.group_size for (_, name), forms in some.items() if name == tensor for form in forms}
+            for some in (formats, found)
+        ]
+        if missing := sorted(set(names[0]) - set(names[1]), key=lambda name: (names[0][name], name)):
+            left.append(f"{tensor}s in {', '.join(missing)}")
+    if not left:
+        return found, None
+    window = f"{decoder.window.sink_tokens} + {decoder.window.recent_tokens}"
     return (
-        f"no loss_increase: {longest} tokens all stay within the window of {decoder.window.sink_tokens} + "
-        f"{decoder.window.recent_tokens}, in full precision.\n"
-        "  Raise --sequence-length, join rows with --pack, or lower --recent-tokens."
+        found,
+        f"not predicted: {'; '.join(left)}: no group of {longest} tokens leaves the window of {window}. {_ADVICE}",
     )
 
 
@@ -352,7 +372,7 @@ def _why_unsupported(model: PreTrainedModel, formats: Formats, calibration: Cali
         with torch.no_grad(), attention_through(model, layers, AttentionCall.run):
             model(input_ids=ids, use_cache=False)
     except UnsupportedAttention as error:
-        return f"no loss_increase: {first_line(error)}"
+        return f"no loss is predicted: {first_line(error)}"
     return None
 
 

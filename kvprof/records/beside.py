@@ -75,8 +75,10 @@ def find_audit_files(
             continue
         try:
             document = load_any(file)
-        except KvprofError:
-            continue  # none of ours, or one that another command will complain about
+        except KvprofError as error:
+            if file.stem.startswith(("plan", "evaluation")):  # else it is likely none of ours
+                remarks.append(f"passed over: {first_line(error)}")
+            continue
         if isinstance(document, BitPlan):
             listed_plans[file] = document
         elif isinstance(document, Evaluation):

@@ -13,7 +13,7 @@ from kvprof.records.formats import TensorName
 
 Verdict = Literal["stays", "would move", "dominated", "unknown"]
 """stays: no other format is better at the shadow price. would move: another one is. dominated: another one stores no
-more bits and loses less. unknown: the loss of its format, or the shadow price, is not known."""
+more bits and loses no more. unknown: the loss of its format, or the shadow price, is not known."""
 
 
 class Offer(Record):

@@ -13,8 +13,8 @@ from kvprof.records.evaluation import Evaluation
 from kvprof.records.formats import TENSORS
 from kvprof.records.geometry import bytes_text
 from kvprof.records.inventory import CONTEXTS
-from kvprof.records.plan import BitPlan
-from kvprof.records.scores import Scores
+from kvprof.records.plan import BitPlan, Window
+from kvprof.records.scores import LOSS_INCREASE, SCALAR_METRICS, Scores
 
 
 def larger(key: float, value: float) -> str:
@@ -42,25 +42,58 @@ def norm_verdict(scores: Scores) -> str:
 
 def score_remarks(scores: Scores, metrics: Sequence[str] | None = None) -> list[str]:
     """Return a sentence for each metric that cannot tell which layers need bits, and why."""
+    scalar = [metric for metric in metrics or scores.metrics if metric in SCALAR_METRICS]
     remarks = [
         f"{metric} of the {tensor}s varies by less than 1 % over all layers: it carries no information to rank them by"
-        for metric in metrics or scores.metrics
+        for metric in scalar
         for tensor in TENSORS
         if scores.is_flat(metric, tensor)
     ]
-    norms = [metric for metric in metrics or scores.metrics if metric != "gradient_norm"]
-    if norms and any(entry.key.gain_rms is not None for entry in scores.layers):
+    if any(metric != "gradient_norm" for metric in scalar) and any(
+        entry.key.gain_rms is not None for entry in scores.layers
+    ):
         remarks.append("keys are normalised after k_proj: their weight norm says nothing about the cache's scale")
     return remarks
 
 
 def plan_remarks(plan: BitPlan, scores: Scores) -> list[str]:
-    """Return what a reader of a new plan should know: blind scores, a rule without a budget, layers left alone."""
-    metric = plan.solver.metric if plan.solver else None
-    remarks = score_remarks(scores, [metric]) if metric else []
-    if plan.budget is not None and plan.budget.requested is None and plan.solver is not None:
-        remarks.append(f"the rule {plan.solver.method} takes no budget: its bits are what the rule says")
+    """Return what a reader of a new plan should know of its scores, its window and its rule."""
+    solver = plan.solver
+    if solver is None:
+        return []
+    remarks = score_remarks(scores, [solver.metric]) if solver.metric else []
+    if solver.metric == LOSS_INCREASE:
+        remarks += loss_remarks(scores, plan.window)
+        if solver.predicted_kl_nats is None:
+            remarks.append("not all of these formats were scored, so no KL is predicted")
+    if plan.budget is not None and plan.budget.requested is None and solver.method != "exact":
+        remarks.append(f"the rule {solver.method} takes no budget: its bits are what the rule says")
     return remarks
+
+
+def loss_remarks(scores: Scores, window: Window) -> list[str]:
+    """Return what a reader should know of plans made by `loss_increase`, of this window."""
+    remarks = []
+    if scores.passed_over:
+        remarks.append(f"passed over, as no plan of kvprof's can store them: {', '.join(scores.passed_over)}")
+    if scores.decoding is not None and scores.decoding.window != window:
+        remarks.append(
+            f"the scores were measured with {_window_text(scores.decoding.window)} in full precision, the plan keeps "
+            f"{_window_text(window)}: the predicted KL is of the former"
+        )
+    return remarks
+
+
+def prediction_text(plan: BitPlan) -> str | None:
+    """Return the KL divergence that a plan is predicted to have, in words; None where it has no prediction."""
+    solver = plan.solver
+    if solver is None or solver.predicted_kl_nats is None:
+        return None
+    kl, stderr = solver.predicted_kl_nats, solver.predicted_kl_stderr_nats
+    text = f"predicted: {kl:#.3g}{'' if stderr is None else f' ± {stderr:#.2g}'} nats a token of KL divergence"
+    if solver.objective is None or math.isclose(kl, solver.objective, rel_tol=1e-9):
+        return f"{text} (the tensors' sum, not calibrated: kvprof calibrate measures the factor)"
+    return f"{text} (calibrated: {kl / solver.objective:.3g} times the tensors' sum)"
 
 
 def plan_lines(plan: BitPlan) -> list[str]:
@@ -91,10 +124,20 @@ def plan_lines(plan: BitPlan) -> list[str]:
             planned, full = plan.bytes_at(context), plan.geometry.bytes_at(context)
             smaller = f"{full / planned:.2f} times smaller than {plan.geometry.dtype}" if planned else ""
             lines.append(f"{context // 1024}k context: {bytes_text(planned)}, {smaller}")
+    predicted = prediction_text(plan)
+    if predicted is not None:
+        lines.append(predicted)
     if plan.solver is not None and plan.solver.objective is not None:
-        proof = "the least of all plans within the budget" if plan.solver.optimal else "not claimed to be the least"
+        least = "the least of all plans within the budget"
+        if budget is not None and budget.requested is None and plan.solver.method == "exact":
+            least = "the plan is the cheapest of all that are predicted to stay below what was asked for"
+        proof = least if plan.solver.optimal else "not claimed to be the least"
         lines.append(f"objective {plan.solver.objective:.6g} ({plan.solver.metric}): {proof}")
     return lines
+
+
+def _window_text(window: Window) -> str:
+    return f"the first {window.sink_tokens} and the last {window.recent_tokens} tokens"
 
 
 def evaluation_lines(evaluation: Evaluation) -> list[str]:

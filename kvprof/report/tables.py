@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvprof.records.evaluation import Evaluation, PlanResult
-from kvprof.records.formats import TENSORS, TensorName
+from kvprof.records.formats import TENSORS
 from kvprof.records.geometry import KVLayer, bytes_text
 from kvprof.records.inventory import Inventory
 from kvprof.records.plan import BitPlan, TensorPlan
 from kvprof.records.scores import SCALAR_METRICS, Scores
 from kvprof.report.console import Table, print_flag, print_note, print_plain
+from kvprof.report.losses import show_best_losses, show_losses
 from kvprof.report.sentences import (
     evaluation_lines,
     evaluation_verdict,
@@ -68,8 +69,11 @@ def show_red_flags(inventory: Inventory) -> None:
         print_flag(flag.name, f"({'every layer' if everywhere else layers_text(flag.layers)}): {flag.why}")
 
 
-def show_scores(scores: Scores) -> None:
-    """Print every metric of a Scores file, layer by layer, and what can be said of it."""
+def show_scores(scores: Scores, brief: bool = False) -> None:
+    """Print every metric of a Scores file, layer by layer, and what can be said of it.
+
+    brief: of the predicted losses, the best format of each width alone.
+    """
     title = f"{scores.source or 'scores'} of {scores.model.id if scores.model and scores.model.id else 'a model'}"
     if scores.calibration is not None:
         text = scores.calibration
@@ -81,8 +85,7 @@ def show_scores(scores: Scores) -> None:
         _show_single(scores, norms[0], title)
     if "gradient_norm" in scores.metrics:
         _show_gradients(scores, title)
-    for tensor in TENSORS:
-        _show_losses(scores, tensor, title)
+    (show_best_losses if brief else show_losses)(scores)
     if not scores.metrics:
         print_plain(f"{title}: {len(scores.layers)} layers, and none of the metrics {', '.join(SCALAR_METRICS)} in all")
     for remark in score_remarks(scores):
@@ -210,18 +213,6 @@ def _show_gradients(scores: Scores, title: str) -> None:
             cells += [_number(found.gradient_norm), _number(found.gradient_norm_stderr), str(ranks[tensor][row])]
         table.add(*cells)
     table.print()
-
-
-def _show_losses(scores: Scores, tensor: TensorName, title: str) -> None:
-    """Print the predicted increase of the loss in each format that was scored, a few formats beside each other."""
-    losses = [entry.tensor(tensor).loss_increase or {} for entry in scores.layers]
-    formats = list(dict.fromkeys(name for loss in losses for name in loss))
-    for start in range(0, len(formats), 6):
-        chosen = formats[start : start + 6]
-        table = Table(f"{title}: predicted loss increase of each {tensor}, nats a token", ("layer", *chosen))
-        for entry, loss in zip(scores.layers, losses, strict=True):
-            table.add(str(entry.layer), *(_number(loss.get(name)) for name in chosen))
-        table.print()
 
 
 def _show_single(scores: Scores, metric: str, title: str) -> None:

@@ -1,0 +1,90 @@
+"""The cheapest plan that is predicted to lose no more than so much: the inverse of spending a budget.
+
+Reads Scores and a KL divergence; writes a BitPlan. Does not know how the knapsack is solved.
+"""
+
+from __future__ import annotations
+
+import math
+from decimal import ROUND_CEILING, Decimal, InvalidOperation
+
+from typing_extensions import Unpack
+
+from kvprof.allocate.budget import Limit
+from kvprof.allocate.candidates import Allowed
+from kvprof.allocate.measured import kl_factor
+from kvprof.allocate.pricing import written
+from kvprof.allocate.problem import ExactProblem
+from kvprof.allocate.rules import default_metric
+from kvprof.allocate.solver import Knapsack, Solution
+from kvprof.errors import InfeasibleBudget, UsageError
+from kvprof.records.plan import BitPlan, Window
+from kvprof.records.scores import LOSS_INCREASE, Scores
+
+
+def cheapest(
+    scores: Scores,
+    max_kl: str | float,
+    measure: Limit,
+    *,
+    tie: str | None = None,
+    window: Window | None = None,
+    command: str | None = None,
+    **allowed: Unpack[Allowed],
+) -> BitPlan:
+    """Return the plan that costs the least of all whose predicted KL divergence stays at or below a limit.
+
+    max_kl: nats a token, compared with `predicted_kl_nats`, the calibration's factor in it. measure: its unit, context
+    and batch say what a cost is; its amount does not matter. The rest is as for `rules.exact`. Of plans that cost the
+    same, the one of least loss.
+    Raises InfeasibleBudget, naming what can be reached, where no plan stays below; UsageError for a number that is no
+    KL divergence, or scores without `loss_increase`.
+    """
+    most = parse_kl(max_kl)
+    if LOSS_INCREASE not in scores.metrics and default_metric(scores) != LOSS_INCREASE:
+        raise UsageError(
+            f"--max-kl needs scores with {LOSS_INCREASE}: a norm foretells no KL divergence.\n"
+            "  Measure it with `kvprof gradients`, or give a --budget."
+        )
+    problem = ExactProblem(scores, measure, LOSS_INCREASE, allowed, tie, window, command)
+    factor = kl_factor(scores)
+
+    def predicted(solution: Solution) -> float:
+        return factor * math.fsum(part.loss for part in problem.chosen(solution))
+
+    knapsack = Knapsack(problem.items, problem.dearest)
+    found = knapsack.least_capacity(lambda solution: predicted(solution) <= most)
+    if found is None:
+        best, least = (knapsack.solve(capacity) for capacity in (problem.dearest, problem.cheapest))
+        reached = [predicted(best), predicted(least)]
+        costs = [written(problem.prices.amount(solution.cost), measure.unit, round) for solution in (best, least)]
+        of = "of cache" if measure.unit == "bytes" else f"{measure.unit} bits"
+        raise InfeasibleBudget(
+            f"{max_kl} nats a token is below what these formats are predicted to reach.\n"
+            f"  least: {rounded_up(reached[0])} nats at {costs[0]} {of}    "
+            f"cheapest plan: {rounded_up(reached[1])} nats at {costs[1]} {of}\n"
+            f"  try --max-kl {rounded_up(reached[0])}, or allow better formats"
+        )
+    solution, proven = found
+    parts = problem.chosen(solution)
+    return problem.task.plan([part.format for part in parts], problem.solver(parts, proven))
+
+
+def parse_kl(text: str | float) -> float:
+    """Read a KL divergence in nats a token; raises UsageError for what is no finite number from 0 on."""
+    try:
+        amount = Decimal(str(text))
+    except InvalidOperation:
+        amount = Decimal("nan")
+    if not amount.is_finite() or amount < 0:
+        raise UsageError(f"--max-kl {text} is no KL divergence in nats a token.\n  Try --max-kl 0.01.")
+    return float(amount)
+
+
+def rounded_up(nats: float) -> str:
+    """Return a number of three digits that is not below another, as an option takes it."""
+    if nats == 0:
+        return "0"
+    exact = Decimal(nats)
+    digits = exact.quantize(Decimal(1).scaleb(exact.adjusted() - 2), rounding=ROUND_CEILING)
+    return f"{float(digits):.3g}"

@@ -1,0 +1,61 @@
+"""Whole plans: the KL that scores foretell of each, and what an evaluation measured.
+
+Reads plans, Scores and Evaluations; finds a plan in an evaluation by its digest. Does not know where files lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from kvprof.allocate.measured import predict
+from kvprof.errors import KvprofError
+from kvprof.records.audit import PlanCheck
+from kvprof.records.evaluation import Evaluation
+from kvprof.records.plan import BitPlan
+from kvprof.records.scores import Scores
+
+
+def check_plans(
+    plans: Mapping[str, BitPlan], evaluations: Sequence[Evaluation], predicting: Sequence[Scores]
+) -> list[PlanCheck]:
+    """Return each plan, by name, that an evaluation measured and whose KL was predicted: the fewest stored bits first.
+
+    predicting: scores with `loss_increase`.
+    """
+    by_digest = {plan.digest: (name, plan) for name, plan in plans.items()}
+    checks = []
+    for evaluation in evaluations:
+        for result in evaluation.plans:
+            name, plan = by_digest.get(result.digest, (None, None))
+            predicted = None if plan is None else _predicted(plan, predicting)
+            if name is None or predicted is None:
+                continue
+            split = f" ({evaluation.text.split})" if evaluation.text.split else ""
+            checks.append(
+                PlanCheck(
+                    name=name,
+                    digest=result.digest,
+                    stored_bits=result.stored_bits,
+                    predicted_kl_nats=predicted,
+                    measured_kl_nats=result.kl_nats,
+                    measured_kl_stderr_nats=result.kl_stderr_nats,
+                    text=evaluation.text.dataset + split,
+                    measured_from=evaluation.measured_from,
+                )
+            )
+    return sorted(dict.fromkeys(checks), key=lambda check: check.stored_bits)
+
+
+def _predicted(plan: BitPlan, predicting: Sequence[Scores]) -> float | None:
+    """Return a plan's predicted KL: by the scores that it was made from where they are here, as calibrated by now."""
+    named = plan.provenance.scores if plan.provenance else None
+    said = plan.solver.predicted_kl_nats if plan.solver else None
+    own = [scores for scores in predicting if scores.digest == named]
+    for scores in own or ([] if said is not None else predicting):
+        try:
+            found = predict(plan, scores).kl_nats
+        except KvprofError:
+            continue
+        if found is not None:
+            return found
+    return said

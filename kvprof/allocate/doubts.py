@@ -1,0 +1,45 @@
+"""What to doubt of a new plan: how much other sequences would have changed, and whether the texts agree.
+
+Reads Scores and the plan made from them; writes a Stability and remarks. Makes no plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from typing_extensions import Unpack
+
+from kvprof.allocate.candidates import Allowed
+from kvprof.allocate.sampled import why_unknown
+from kvprof.allocate.sources import disagreements
+from kvprof.allocate.stability import stability
+from kvprof.records.plan import BitPlan
+from kvprof.records.scores import LOSS_INCREASE, Scores
+from kvprof.records.stability import Stability
+
+
+@dataclass(frozen=True)
+class Doubts:
+    """What is known of a plan's reliability; nothing of a plan that `loss_increase` did not choose."""
+
+    stability: Stability | None = None
+    remarks: tuple[str, ...] = ()
+    """Why the stability is unknown, and where the sources of the scores disagree."""
+
+
+def doubts(scores: Scores, plan: BitPlan, *, tie: str | None = None, **allowed: Unpack[Allowed]) -> Doubts:
+    """Return what to doubt of a plan that was just made from scores.
+
+    tie, allowed: what it was made with, as `rules.exact` takes them. Raises as `ExactProblem` does.
+    """
+    solver = plan.solver
+    if solver is None or solver.method != "exact" or solver.metric != LOSS_INCREASE:
+        return Doubts()
+    unknown = why_unknown(scores)
+    return Doubts(
+        stability=stability(scores, plan, tie=tie, **allowed),
+        remarks=(
+            *([f"how stable the plan is cannot be told: {unknown}"] if unknown else []),
+            *disagreements(scores, plan, tie=tie, **allowed),
+        ),
+    )

@@ -1,0 +1,144 @@
+"""Every budget at once: the best plan of each, what it stores and what it is predicted to lose, and where that bends.
+
+Reads Scores and what a plan may choose from; writes a Frontier. Does not know how the knapsack is solved, nor files.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+from typing_extensions import Unpack
+
+from kvprof import __version__
+from kvprof.allocate.budget import Limit, bit_limit
+from kvprof.allocate.candidates import Allowed
+from kvprof.allocate.knees import knees
+from kvprof.allocate.pricing import written
+from kvprof.allocate.problem import ExactProblem
+from kvprof.allocate.rules import default_metric
+from kvprof.allocate.solver import Solution
+from kvprof.allocate.solver import frontier as solve_all
+from kvprof.errors import UsageError
+from kvprof.records.frontier import Frontier, FrontierPoint
+from kvprof.records.plan import BitPlan, Window
+from kvprof.records.scores import LOSS_INCREASE, Scores, default_unit
+
+MOST_POINTS = 1000
+USUAL_POINTS = 200
+STEPS = tuple(Fraction(mantissa, 100) * 10**power for power in range(4) for mantissa in (1, 2, 5))
+"""Between budgets that a person would write: 0.01, 0.02, 0.05, 0.1 and so on."""
+
+
+def frontier(
+    scores: Scores,
+    *,
+    low: str | float | None = None,
+    high: str | float | None = None,
+    points: int | None = None,
+    unit: str | None = None,
+    context: int | None = None,
+    batch: int | None = None,
+    tie: str | None = None,
+    window: Window | None = None,
+    command: str | None = None,
+    **allowed: Unpack[Allowed],
+) -> Frontier:
+    """Return the frontier of the plans that `rules.exact` makes by `loss_increase` at budgets from low to high.
+
+    low, high: bits an element, by default what the cheapest and the dearest plan cost. points: so many budgets, evenly
+    spaced; by default round ones, at most about USUAL_POINTS. unit: what budgets count, "stored" (the default) or
+    "nominal". context, batch: where the bytes of each plan are wanted too. The rest is as for `rules.exact`.
+    Raises InfeasibleBudget for an end that no plan meets, UsageError for options that contradict each other or scores
+    without `loss_increase`, which is all that tells nats.
+    """
+    if LOSS_INCREASE not in scores.metrics and default_metric(scores) != LOSS_INCREASE:
+        raise UsageError(
+            f"a frontier needs scores with {LOSS_INCREASE}: a norm foretells no KL divergence.\n"
+            "  Measure it with `kvprof gradients`, or name its file with --scores."
+        )
+    if context is not None and (context < 1 or (batch is not None and batch < 1)):
+        raise UsageError(
+            f"a cache of {batch or 1} sequences of {context} tokens does not exist; both must be positive."
+        )
+    if context is None and batch is not None:
+        raise UsageError("--batch needs to know how many tokens to hold.\n  Add --context 32768.")
+    if context is not None and scores.geometry is None:
+        raise UsageError("these scores carry no geometry, so the bytes of a plan are unknown.\n  Leave out --context.")
+    measure = bit_limit(0, default_unit(LOSS_INCREASE) if unit is None else unit)
+    problem = ExactProblem(scores, measure, LOSS_INCREASE, allowed, tie, window, command)
+    limits = [Limit(amount, measure.unit) for amount in _budgets(problem, low, high, points)]
+    solutions = solve_all(problem.items, [problem.capacity(limit) for limit in limits])
+    plans: dict[tuple[int, ...], BitPlan] = {}
+    found = []
+    for limit, solution in zip(limits, solutions, strict=True):
+        if solution.choices not in plans:
+            plans[solution.choices] = problem.plan(solution, None)
+        found.append(_point(limit, solution, plans[solution.choices], context, batch or 1))
+    places = set(knees([(_spent(point, measure), point.predicted_kl_nats) for point in found]))
+    return Frontier(
+        kvprof_version=__version__,
+        model=scores.model,
+        scores=problem.task.digest,
+        command=command,
+        metric=LOSS_INCREASE,
+        unit="nominal" if measure.unit == "nominal" else "stored",
+        window=problem.task.window,
+        context=context,
+        batch=None if context is None else batch or 1,
+        kl_calibration=scores.kl_calibration,
+        points=tuple(
+            point.model_copy(update={"knee": True}) if place in places else point for place, point in enumerate(found)
+        ),
+    )
+
+
+def _budgets(
+    problem: ExactProblem, low: str | float | None, high: str | float | None, points: int | None
+) -> list[Fraction]:
+    """Return the budgets, ascending, each once."""
+    unit = problem.limit.unit
+    reach = [problem.prices.amount(cost) for cost in (problem.cheapest, problem.dearest)]
+    ends = []
+    for option, given, end, rounded in (("--from", low, reach[0], math.ceil), ("--to", high, reach[1], math.floor)):
+        limit = bit_limit(written(end, unit, rounded) if given is None else given, unit)
+        problem.check_reach(limit, option)
+        ends.append(limit.amount)
+    first, last = ends
+    if first > last:
+        raise UsageError(f"--from {float(first):g} is more than --to {float(last):g}.")
+    if points is None:
+        step = next(step for step in STEPS if (last - first) / step <= USUAL_POINTS)
+        between = [step * count for count in range(math.ceil(first / step), math.floor(last / step) + 1)]
+        return sorted({first, *between, last})
+    if not 2 <= points <= MOST_POINTS:
+        raise UsageError(f"--points {points}: a frontier has 2 to {MOST_POINTS} budgets.")
+    fine = 10**4 if (last - first) / points > Fraction(1, 1000) else 10**8  # so that they can be typed
+    even = [first + (last - first) * Fraction(count, points - 1) for count in range(1, points - 1)]
+    return sorted({first, *(max(Fraction(math.floor(amount * fine), fine), first) for amount in even), last})
+
+
+def _point(limit: Limit, solution: Solution, plan: BitPlan, context: int | None, batch: int) -> FrontierPoint:
+    budget, solver = plan.budget, plan.solver
+    assert budget is not None
+    assert solver is not None
+    assert budget.nominal_bits is not None
+    assert budget.stored_bits is not None
+    assert solver.predicted_kl_nats is not None
+    return FrontierPoint(
+        budget=float(limit.amount),
+        nominal_bits=budget.nominal_bits,
+        stored_bits=budget.stored_bits,
+        bytes_per_token=budget.bytes_per_token,
+        bytes=None if context is None else plan.bytes_at(context, batch),
+        compression=16 / budget.stored_bits,
+        predicted_kl_nats=solver.predicted_kl_nats,
+        predicted_kl_stderr_nats=solver.predicted_kl_stderr_nats,
+        plan=plan.recipe,
+        optimal=solution.optimal,
+        knee=False,
+    )
+
+
+def _spent(point: FrontierPoint, measure: Limit) -> float:
+    return point.nominal_bits if measure.unit == "nominal" else point.stored_bits

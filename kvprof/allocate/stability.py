@@ -1,0 +1,148 @@
+"""Would other calibration sequences have made another plan, and a better one? A bootstrap over sequences.
+
+Reads Scores with each sequence's own losses, and a plan made from them; writes a Stability. Makes no plan.
+
+Each resample's best plan at the same stored bits, in the linear relaxation, is compared with that of all sequences. By
+the bootstrap's principle a resample is to the sequences what they are to all text of that kind: as much as its plan is
+worse than theirs, by their losses, theirs is worse than the best. A tensor that flips between two formats of nearly the
+same worth is no harm and hardly counts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+import numpy as np
+from typing_extensions import Unpack
+
+from kvprof.allocate.budget import Limit, bit_limit, stored_bits_per_element
+from kvprof.allocate.candidates import Allowed
+from kvprof.allocate.measured import check_scores_fit, entries_of, planned_tensors, predict
+from kvprof.allocate.problem import ExactProblem
+from kvprof.allocate.relaxed import Floats, relax
+from kvprof.allocate.sampled import Sampled, sampled_problem, why_unknown
+from kvprof.records.plan import BitPlan
+from kvprof.records.scores import LOSS_INCREASE, Scores
+from kvprof.records.stability import Stability
+
+RESAMPLES = 100
+STABLE_REGRET = 0.05
+"""The share of predicted KL that a stable plan loses at most, in 90 % of resamples, by being made from so few."""
+MOST_REGRET = 1e6
+"""What a regret counts as where the best plan loses next to nothing: a number, as records need."""
+FEWEST_SEQUENCES = 4
+"""Of each source; fewer make resamples that are too much alike to be believed."""
+BUDGETS = (Fraction("2.5"), Fraction("3"), Fraction("3.5"))
+"""Stored bits at which scores are to make stable plans where no budget is named."""
+
+
+def stability(
+    scores: Scores,
+    plan: BitPlan,
+    *,
+    tie: str | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    **allowed: Unpack[Allowed],
+) -> Stability | None:
+    """Return how much of a plan other sequences of the same text would have changed.
+
+    scores: those that the plan was made from. tie, allowed: what it was made with, as `rules.exact` takes them.
+    None where `why_unknown` has a reason, or a format of the plan was not scored.
+    Raises Mismatch for scores of another model, and as `ExactProblem` does.
+    """
+    check_scores_fit(plan, scores)
+    samples = None if why_unknown(scores) else predict(plan, scores).samples
+    if samples is None:
+        return None
+    sampled = sampled_problem(scores, stored_bits(plan, scores), plan.window, tie, allowed)
+    weights = sampled.drawn(resamples, seed)
+    changed, regret = _against_all(sampled, weights)
+    predicted = weights @ np.array(samples)
+    return Stability(
+        resamples=resamples,
+        sequences=sampled.sequences,
+        tensors=2 * len(plan.layers),
+        changed_mean=float(changed.mean()),
+        changed_p90=float(np.quantile(changed, 0.9)),
+        kl_nats=float(np.mean(samples)),
+        kl_p5_nats=float(np.quantile(predicted, 0.05)),
+        kl_p95_nats=float(np.quantile(predicted, 0.95)),
+        regret_mean=float(regret.mean()),
+        regret_p90=float(np.quantile(regret, 0.9)),
+    )
+
+
+def is_stable(found: Stability, threshold: float = STABLE_REGRET) -> bool:
+    """Whether more sequences would hardly have made a better plan: 90 % of resamples stay within this regret.
+
+    That tensors flip does not count, nor that the predicted KL itself is uncertain: neither makes the plan worse.
+    """
+    return found.regret_p90 <= threshold
+
+
+def stable_at(scores: Scores, limit: Limit | None = None, *, seed: int = 0) -> bool:
+    """Whether the scores have seen enough sequences: a plan made from them is stable, as `is_stable` has it.
+
+    limit: a budget in stored bits; without one, each of BUDGETS that the scored formats reach, or where they reach none
+    the middle of what they do. False where `why_unknown` has a reason, or a source has less than FEWEST_SEQUENCES.
+    It costs about a tenth of a second a budget. Raises InfeasibleBudget for a limit that no plan meets, UsageError for
+    one in other units.
+    """
+    if why_unknown(scores) is not None or _fewest(scores) < FEWEST_SEQUENCES:
+        return False
+    for amount in _reachable(scores) if limit is None else [limit.amount]:
+        sampled = sampled_problem(scores, amount, None, None, {})
+        _, regret = _against_all(sampled, sampled.drawn(RESAMPLES, seed))
+        if np.quantile(regret, 0.9) > STABLE_REGRET:
+            return False
+    return True
+
+
+def stable_at_all(budgets: Sequence[str | float]) -> Callable[[Scores], bool]:
+    """Return whether scores have seen enough sequences for every one of these budgets, as a question of scores.
+
+    budgets: stored bits an element; with none, `stable_at` asks at its own. Raises UsageError at once for one that is
+    no number; the question raises InfeasibleBudget for one that the scored formats cannot meet.
+    """
+    limits: list[Limit | None] = [bit_limit(budget, "stored") for budget in budgets]
+
+    def enough(scores: Scores) -> bool:
+        return all(stable_at(scores, limit) for limit in limits or [None])
+
+    return enough
+
+
+def stored_bits(plan: BitPlan, scores: Scores) -> Fraction:
+    """Return the stored bits of an element of the plan, averaged over the cache, exactly."""
+    tensors = planned_tensors(plan, scores.geometry)
+    return stored_bits_per_element(tensors, entries_of(plan, tensors))
+
+
+def _against_all(sampled: Sampled, weights: Floats) -> tuple[Floats, Floats]:
+    """Return for each resample the tensors that change their format, and the regret: both (resamples,)."""
+    by_all = sampled.mean(sampled.even)
+    best = relax(by_all, sampled.costs, sampled.capacity)
+    drawn = relax(sampled.mean(weights), sampled.costs, sampled.capacity)
+    least = float(best.loss(by_all)[0])
+    losses = drawn.loss(by_all[0])
+    # The plan of all sequences is the best by their losses, rounding aside.
+    ratio = losses / least if least > 0 else np.where(losses > 0, np.inf, 1.0)
+    regret = np.clip(ratio - 1, 0.0, MOST_REGRET)
+    return sampled.changed(drawn.picks, best.picks).astype(np.float64), regret
+
+
+def _fewest(scores: Scores) -> int:
+    """Return the sequences of the source that has the fewest, or all where sources are unknown."""
+    samples = scores.layers[0].key.loss_increase_samples or {}
+    number = len(next(iter(samples.values()), ()))
+    source_of = None if scores.calibration is None else scores.calibration.source_of
+    return min(Counter(source_of).values()) if source_of else number
+
+
+def _reachable(scores: Scores) -> list[Fraction]:
+    problem = ExactProblem(scores, Limit(BUDGETS[0], "stored"), LOSS_INCREASE, {})
+    low, high = problem.prices.amount(problem.cheapest), problem.prices.amount(problem.dearest)
+    return [budget for budget in BUDGETS if low <= budget <= high] or [(low + high) / 2]

@@ -1,0 +1,188 @@
+"""The commands that hold scores against what is measured: divergence, calibrate, audit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvprof.cli.measure import Model
+from kvprof.cli.options import (
+    Device,
+    Dtype,
+    Out,
+    Pack,
+    PlannedModel,
+    RecentTokens,
+    Restart,
+    Seed,
+    SequenceLength,
+    SinkTokens,
+    SuffixFraction,
+)
+
+
+def divergence(
+    model: Model = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers to measure: 0-3,7.", show_default="all that a plan covers")
+    ] = None,
+    tensors: Annotated[str, typer.Option(help="`key`, `value` or both.")] = "key,value",
+    formats: Annotated[
+        str, typer.Option(help="Formats to measure: int2g64, key:int3g64c,value:rot2. Time grows with them.")
+    ] = "int2g64",
+    suffix_fraction: SuffixFraction = 0.5,
+    sink_tokens: SinkTokens = 4,
+    recent_tokens: RecentTokens = 128,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text: `builtin`, `self` (the model's own), a .txt, .jsonl, .parquet or .csv file, a hub dataset; "
+            "NAME:2 takes twice as much. Can be repeated.",
+            show_default="builtin and self",
+        ),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="`calibration` or `held-out` (three rows to one, by hash), `all`; of a hub dataset, its own.",
+            show_default="calibration; all of a file; train of a dataset",
+        ),
+    ] = None,
+    sequences: Annotated[int, typer.Option(help="Calibration sequences. Time grows with them.")] = 2,
+    sequence_length: SequenceLength = None,
+    seed: Seed = 0,
+    pack: Pack = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    out: Out = None,
+    restart: Restart = False,
+) -> None:
+    """How far do predictions move when one tensor of one layer is quantized? Measured, a forward for each number."""
+    from kvprof.models.load import resolve
+    from kvprof.profile.divergence import DivergenceSettings, run_divergence
+    from kvprof.profile.sensitivity import USUAL_DATA
+    from kvprof.records.plan import Window
+    from kvprof.records.runs import output_folder
+    from kvprof.report.audits import show_divergence
+    from kvprof.report.console import print_note, print_written, progress
+
+    source = resolve(model)
+    folder = output_folder(source.id, out)
+    settings = DivergenceSettings(
+        layers=layers,
+        tensors=tensors,
+        formats=formats,
+        window=Window(sink_tokens=sink_tokens, recent_tokens=recent_tokens),
+        suffix_fraction=suffix_fraction,
+        data=data or USUAL_DATA,
+        split=split,
+        sequences=sequences,
+        sequence_length=sequence_length,
+        seed=seed,
+        pack=pack,
+        dtype=dtype,
+        device=device,
+    )
+    with progress("divergence", "forwards") as advance:
+        run = run_divergence(source, settings, folder, restart, advance, advance.beside("writing text", "tokens"))
+    show_divergence(run.scores)
+    for remark in run.remarks:
+        print_note(remark)
+    print_written(run.path)
+
+
+def calibrate(
+    plans: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[PLAN]...", help="BitPlan files.", show_default="the best plans at 2.5, 3 and 3.5 bits"
+        ),
+    ] = None,
+    model: PlannedModel = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option(
+            help="The Scores file that foretold the plans.",
+            show_default="what the plans were made from; else the newest in outputs/",
+        ),
+    ] = None,
+    sequences: Annotated[int, typer.Option(help="Sequences to measure on, of those that the scores read.")] = 4,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    restart: Restart = False,
+) -> None:
+    """By what factor do whole plans cost more than the sum of their tensors? Measured, and kept with the scores."""
+    from kvprof.allocate.factor import foretell, usual_plans
+    from kvprof.records.beside import scores_of_plans, short_names
+    from kvprof.records.plan import BitPlan
+    from kvprof.records.scores import Scores
+
+    paths = plans or []
+    read = [BitPlan.load(path) for path in paths]
+    path, found = scores_of_plans(paths, read) if scores is None else (scores, Scores.load(scores))
+    named = dict(zip(short_names(paths), read, strict=True)) if read else usual_plans(found)
+    foretold = foretell(found, named)
+
+    from kvprof.evaluate.calibrate import CalibrateSettings, run_calibrate
+    from kvprof.models.load import resolve
+    from kvprof.records.runs import output_folder
+    from kvprof.report.audits import show_calibration
+    from kvprof.report.console import print_note, print_written, progress
+
+    source = resolve(model or foretold[0].plan.model.id)
+    folder = output_folder(source.id, path.parent)
+    settings = CalibrateSettings(sequences, dtype, device)
+    with progress("calibrate", "forwards") as advance:
+        writing = advance.beside("writing text", "tokens")
+        run = run_calibrate(source, found, path, foretold, settings, folder, restart, advance, writing)
+    show_calibration(run.plans, run.found)
+    for remark in run.remarks:
+        print_note(remark)
+    print_written(run.path)
+
+
+def audit(
+    divergence: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[DIVERGENCE]",
+            help="A measured divergence, or the folder that holds divergence.json.",
+            show_default="the newest in outputs/",
+        ),
+    ] = None,
+    scores: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Scores to hold against it. Can be repeated.", show_default="gradients.json and norms.json beside it"
+        ),
+    ] = None,
+    evaluations: Annotated[
+        list[Path] | None,
+        typer.Option(help="Evaluations of whole plans, besides those in its folder.", show_default=False),
+    ] = None,
+    plans: Annotated[
+        list[Path] | None,
+        typer.Option(help="Plans that were evaluated, besides those in its folder.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the result.", show_default="that of the divergence")
+    ] = None,
+) -> None:
+    """How well do scores foretell what was measured? Ranks, sizes, whole plans, a picture. Never loads a model."""
+    from kvprof.allocate.agreement import hold_against
+    from kvprof.records.beside import find_audit_files
+    from kvprof.records.runs import output_folder
+    from kvprof.report.audits import show_audit, show_pictures
+    from kvprof.report.console import print_note, print_plain, print_written
+
+    files = find_audit_files(divergence, scores or (), evaluations or (), plans or ())
+    found = hold_against(files.divergence, files.scores, files.plans, files.evaluations)
+    folder = output_folder(files.path.stem, files.path.parent if out is None else out)
+    show_audit(found)
+    for remark in files.remarks:
+        print_note(remark)
+    print_plain(f"from {files.path} and {', '.join(files.scores)}")
+    print_written(found.save(folder / "audit.json"))
+    show_pictures(found, folder / "plots")

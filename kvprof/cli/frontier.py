@@ -1,0 +1,87 @@
+"""The command that answers for every budget at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvprof.cli.allowed import Bits, Formats, GroupSize, MinKeyBits, Pin, RecentTokens, ScoresFile, SinkTokens, Tie
+
+
+def frontier(
+    low: Annotated[
+        str | None,
+        typer.Option("--from", help="First budget, in bits an element.", show_default="the cheapest plan's"),
+    ] = None,
+    high: Annotated[str | None, typer.Option("--to", help="Last budget.", show_default="the dearest plan's")] = None,
+    points: Annotated[
+        int | None,
+        typer.Option(min=2, max=1000, help="Budgets, evenly spaced.", show_default="round ones, at most about 200"),
+    ] = None,
+    unit: Annotated[
+        str, typer.Option(help="What budgets count: `stored` bits (codes and scales) or `nominal` (the codes).")
+    ] = "stored",
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Count each plan's bytes at so many tokens, too.", show_default=False)
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Sequences that --context counts.", show_default="1")] = None,
+    bits: Bits = None,
+    formats: Formats = None,
+    group_size: GroupSize = None,
+    pin: Pin = None,
+    tie: Tie = None,
+    min_key_bits: MinKeyBits = None,
+    recent_tokens: RecentTokens = None,
+    sink_tokens: SinkTokens = None,
+    scores: ScoresFile = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the frontier, or a file that ends in .json.", show_default="outputs/<model>"),
+    ] = None,
+) -> None:
+    """What would each budget buy? The best plan of every budget, its predicted KL, and where more bits buy less."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as for allocate: threads cost more than the arithmetic
+
+    from kvprof.allocate.budget import parse_bits
+    from kvprof.allocate.frontier import frontier as find_frontier
+    from kvprof.allocate.task import usual_window
+    from kvprof.records.files import frontier_path, newest_scores
+    from kvprof.records.scores import LOSS_INCREASE, Scores
+    from kvprof.report.console import print_note, print_plain, print_written
+    from kvprof.report.frontiers import show_frontier
+    from kvprof.report.plots import MissingMatplotlib, draw_frontier
+    from kvprof.report.sentences import loss_remarks
+
+    path, found = newest_scores(LOSS_INCREASE) if scores is None else (scores, Scores.load(scores))
+    result = find_frontier(
+        found,
+        low=low,
+        high=high,
+        points=points,
+        unit=unit,
+        context=context,
+        batch=batch,
+        tie=tie,
+        window=usual_window(found, sink_tokens, recent_tokens),
+        command=" ".join(["kvprof", *sys.argv[1:]]),
+        bits=None if bits is None else parse_bits(bits),
+        formats=formats,
+        group_size=group_size,
+        min_key_bits=min_key_bits,
+        pins=pin or (),
+    )
+    written = result.save(frontier_path(found, path, out))
+    show_frontier(result)
+    print_plain(f"from {path}")
+    for remark in loss_remarks(found, result.window):
+        print_note(remark)
+    print_written(written)
+    if any(point.predicted_kl_nats > 0 for point in result.points):
+        try:
+            print_written(draw_frontier(result, written.parent / "plots" / f"{written.stem}.png"))
+        except MissingMatplotlib as error:
+            print_note(str(error))

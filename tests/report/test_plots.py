@@ -1,0 +1,179 @@
+"""Are pictures written whole, of the right size, with every label readable: inside the frame, none on another?"""
+
+from __future__ import annotations
+
+import math
+import random
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvprof.errors import KvprofError, OutputError
+from kvprof.records.audit import Audit, AuditPoint
+from kvprof.records.frontier import Frontier, FrontierPoint
+from kvprof.report import plots
+from kvprof.report.audits import show_pictures
+from kvprof.report.placement import Box, box_between, free_spot
+from kvprof.report.plots import MissingMatplotlib, draw_audit, draw_frontier
+
+
+def audit(formats: tuple[tuple[str, str, int], ...], layers: int = 30, spread: float = 0.6, **more: Any) -> Audit:
+    draw = random.Random(3)
+    points = []
+    for tensor, name, bits in formats:
+        for layer in range(layers):
+            nats = 10 ** draw.gauss(-bits, 0.6)
+            points.append(
+                AuditPoint(
+                    layer=layer,
+                    tensor=tensor,
+                    format=name,
+                    bits=bits,
+                    measured_nats=nats,
+                    measured_stderr_nats=2 * nats,  # reaches below zero, which a logarithm does not have
+                    scores={"loss_increase": nats * math.exp(draw.gauss(-0.3, spread))},
+                )
+            )
+    fields = {"points": points, "agreements": (), "ratios": (), "plans": ()} | more
+    return Audit(model={"id": "a-model", "num_layers": layers}, **fields)
+
+
+def frontier(numbers: int = 40, stderr: float | None = 0.3, knees: tuple[int, ...] = (5, 12, 14)) -> Frontier:
+    points = []
+    for index in range(numbers):
+        bits = 2 + 6 * index / max(1, numbers - 1)
+        kl = 0.2 * math.exp(-1.5 * (bits - 2))
+        points.append(
+            FrontierPoint(
+                budget=bits, nominal_bits=bits, stored_bits=bits, compression=16 / bits, predicted_kl_nats=kl,
+                predicted_kl_stderr_nats=None if stderr is None else stderr * kl, plan=f"p{index}", optimal=True,
+                knee=index in knees,
+            )
+        )  # fmt: skip
+    window = {"sink_tokens": 4, "recent_tokens": 128}
+    return Frontier(metric="loss_increase", unit="stored", window=window, points=tuple(points))
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    header = path.read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", header[16:])
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that are saved."""
+    seen: list[Any] = []
+    save = plots._save
+    monkeypatch.setattr(plots, "_save", lambda figure, path: (seen.append(figure), save(figure, path))[1])
+    return seen
+
+
+KEYS_AND_VALUES = (("key", "int2g64", 2), ("value", "int2g64", 2))
+
+
+@pytest.mark.parametrize("formats", [KEYS_AND_VALUES, (*KEYS_AND_VALUES, ("value", "rot2", 2), ("key", "int4g64", 4))])
+def test_an_audit_is_drawn_with_no_text_on_another(tmp_path: Path, figures: list[Any], formats: Any) -> None:
+    path = draw_audit(audit(formats, spread=1.2), "loss_increase", tmp_path / "plots" / "audit.png")
+    width, height = png_size(path)
+    assert 500 <= height <= 900
+    panels = len({bits for _, _, bits in formats})
+    assert 500 * panels <= width <= 700 * panels
+    (figure,) = figures
+    assert len(figure.axes) == panels
+    for axes in figure.axes:
+        assert "nats a token" in axes.get_xlabel()
+        assert "nats a token" in axes.get_ylabel()
+        boxes = [text.get_window_extent() for text in axes.texts]
+        assert len(boxes) >= 3
+        frame = axes.get_window_extent()
+        for number, box in enumerate(boxes):
+            assert frame.x0 <= box.x0
+            assert box.x1 <= frame.x1
+            assert not any(box.overlaps(other) for other in boxes[:number])
+            assert not box.overlaps(axes.get_legend().get_window_extent())
+        for label in (axes.xaxis.label, axes.yaxis.label, axes.title, figure._suptitle):
+            box = label.get_window_extent()
+            assert 0 <= box.x0 < box.x1 <= width
+            assert 0 <= box.y0 < box.y1 <= height
+
+
+def test_points_beyond_a_factor_of_two_are_named_by_tensor_and_layer(tmp_path: Path, figures: list[Any]) -> None:
+    near = audit(KEYS_AND_VALUES, layers=4, spread=0.0)
+    far = near.points[2].model_copy(update={"scores": {"loss_increase": 9 * near.points[2].measured_nats}})
+    changed = near.model_copy(update={"points": (*near.points[:2], far, *near.points[3:])})
+    draw_audit(changed, "loss_increase", tmp_path / "audit.png")
+    assert [text.get_text() for text in figures[0].axes[0].texts] == ["K2"]
+
+
+def test_zero_has_no_place_on_a_logarithmic_axis(tmp_path: Path) -> None:
+    some = audit(KEYS_AND_VALUES, layers=3)
+    zero = some.points[0].model_copy(update={"measured_nats": 0.0})
+    assert draw_audit(some.model_copy(update={"points": (zero, *some.points[1:])}), "loss_increase", tmp_path / "a.png")
+    with pytest.raises(KvprofError, match="nothing to draw"):
+        draw_audit(some.model_copy(update={"points": (zero,)}), "loss_increase", tmp_path / "b.png")
+    with pytest.raises(KvprofError, match="nothing to draw"):
+        draw_audit(some, "another", tmp_path / "b.png")
+    assert not (tmp_path / "b.png").exists()
+
+
+def test_a_single_point_is_a_picture_too(tmp_path: Path) -> None:
+    assert draw_audit(audit((("key", "rot2", 2),), layers=1), "loss_increase", tmp_path / "a.png").exists()
+    assert draw_frontier(frontier(1, knees=()), tmp_path / "b.png").exists()
+
+
+def test_the_same_record_gives_the_same_picture(tmp_path: Path) -> None:
+    first = draw_audit(audit(KEYS_AND_VALUES), "loss_increase", tmp_path / "a.png").read_bytes()
+    assert draw_audit(audit(KEYS_AND_VALUES), "loss_increase", tmp_path / "b.png").read_bytes() == first
+
+
+@pytest.mark.parametrize("stderr", [None, 0.3, 2.0])
+def test_a_frontier_is_drawn_with_its_knees_marked(tmp_path: Path, figures: list[Any], stderr: float | None) -> None:
+    drawn = frontier(stderr=stderr)
+    path = draw_frontier(drawn, tmp_path / "frontier.png")
+    width, height = png_size(path)
+    (axes,) = figures[0].axes
+    assert axes.get_yscale() == "log"
+    assert "stored bits" in axes.get_xlabel()
+    texts = [text.get_text() for text in axes.texts]
+    assert sorted(texts) == sorted(f"{knee.stored_bits:.2f} bits: {knee.predicted_kl_nats:.2g}" for knee in drawn.knees)
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert not any(box.overlaps(other) for number, box in enumerate(boxes) for other in boxes[:number])
+    assert all(0 <= box.x0 < box.x1 <= width and 0 <= box.y0 < box.y1 <= height for box in boxes)
+
+
+def test_a_frontier_that_loses_nothing_is_not_drawn(tmp_path: Path) -> None:
+    lossless = frontier(3, None, ())
+    points = tuple(point.model_copy(update={"predicted_kl_nats": 0.0}) for point in lossless.points)
+    with pytest.raises(KvprofError, match="lose nothing"):
+        draw_frontier(lossless.model_copy(update={"points": points}), tmp_path / "frontier.png")
+
+
+def test_without_matplotlib_the_message_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingMatplotlib, match="kvprof-bits"):
+        draw_frontier(frontier(), tmp_path / "frontier.png")
+    spread = {"label": "loss_increase", "group": "2 bits", "bits": 2, "tensors": 3, "median": 1.0, "low": 1.0,
+              "high": 1.0, "worst": 1.0, "worst_layer": 0, "worst_tensor": "key"}  # fmt: skip
+    show_pictures(audit(KEYS_AND_VALUES, ratios=(spread,)), tmp_path)
+    assert "no picture: drawing a picture needs the package matplotlib" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "plots").write_text("a file")
+    with pytest.raises(OutputError, match="cannot write"):
+        draw_frontier(frontier(), tmp_path / "plots" / "frontier.png")
+
+
+def test_a_free_spot_is_the_first_that_touches_nothing() -> None:
+    frame = box_between(0, 0, 100, 100)
+    steps = ((10, 0), (-10, 0), (0, 20))
+    assert free_spot(50, 50, 10, 5, steps, [], frame) == Box(70, 50, 10, 5)
+    assert free_spot(50, 50, 10, 5, steps, [Box(70, 50, 1, 1)], frame) == Box(30, 50, 10, 5)
+    assert free_spot(95, 50, 10, 5, steps, [], frame) == Box(75, 50, 10, 5)
+    assert free_spot(50, 50, 10, 5, steps, [Box(50, 50, 60, 60)], frame) is None
