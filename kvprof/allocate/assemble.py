@@ -46,10 +46,8 @@ def assemble(
 
     The layers that the geometry skips go to `skipped`, with its reasons. limit: what was asked for.
     """
-    entry_of = {
-        (tensor.layer, tensor.name): TensorPlan(**form.model_dump())
-        for tensor, form in zip(tensors, formats, strict=True)
-    }
+    entries = {form: TensorPlan(**form.model_dump()) for form in set(formats)}
+    entry_of = {(tensor.layer, tensor.name): entries[form] for tensor, form in zip(tensors, formats, strict=True)}
     return BitPlan(
         kvprof_version=__version__,
         model=model,

@@ -125,10 +125,9 @@ def known_bits(widths: Iterable[int | str]) -> tuple[int, ...]:
 
 def stored_bits_per_element(tensors: Sequence[CachedTensor], formats: Sequence[Format]) -> Fraction:
     """Return what an element of the cache stores, scales counted, averaged over the cached width: exactly."""
-    chosen = zip(tensors, formats, strict=True)
-    return sum(form.stored_bits(tensor.head_dim) * tensor.width for tensor, form in chosen) / Fraction(
-        sum(tensor.width for tensor in tensors)
-    )
+    widths = _widths(tensors, formats)
+    stored = (width * form.stored_bits(head_dim) for (form, head_dim), width in widths.items())
+    return sum(stored, Fraction(0)) / sum(widths.values())
 
 
 def spent(
@@ -142,21 +141,26 @@ def spent(
     formats: the chosen format of each tensor. The averages are weighted by cached width and rounded once, each from
     its exact value; rounding keeps order, so no average can exceed the limit it met exactly.
     """
-    chosen = list(zip(tensors, formats, strict=True))
-    width = sum(tensor.width for tensor in tensors)
-    stored = [form.stored_bits(tensor.head_dim) * tensor.width for tensor, form in chosen]
+    widths = _widths(tensors, formats)
+    elements = sum(widths.values())
+    stored = {key: width * key[0].stored_bits(key[1]) for key, width in widths.items()}
     in_bytes = None
     if geometry is not None:
-        in_bytes = float(
-            sum(
-                tensor.width * geometry.element_bytes if form.is_full else bits / 8
-                for (tensor, form), bits in zip(chosen, stored, strict=True)
-            )
-        )
+        full = geometry.element_bytes
+        in_bytes = float(sum(widths[key] * full if key[0].is_full else bits / 8 for key, bits in stored.items()))
     return Budget(
         requested=None if limit is None else float(limit.amount),
         unit=None if limit is None else limit.unit,
-        nominal_bits=float(Fraction(sum(tensor.width * form.bits for tensor, form in chosen), width)),
-        stored_bits=float(stored_bits_per_element(tensors, formats)),
+        nominal_bits=float(Fraction(sum(width * form.bits for (form, _), width in widths.items()), elements)),
+        stored_bits=float(sum(stored.values(), Fraction(0)) / elements),
         bytes_per_token=in_bytes,
     )
+
+
+def _widths(tensors: Sequence[CachedTensor], formats: Sequence[Format]) -> dict[tuple[Format, int | None], int]:
+    """Return the cached elements a token of each format and head dimension: few, where exact sums are slow."""
+    widths: dict[tuple[Format, int | None], int] = {}
+    for tensor, form in zip(tensors, formats, strict=True):
+        key = form, tensor.head_dim
+        widths[key] = widths.get(key, 0) + tensor.width
+    return widths

@@ -85,6 +85,6 @@ def rounded_up(nats: float) -> str:
     """Return a number of three digits that is not below another, as an option takes it."""
     if nats == 0:
         return "0"
-    exact = Decimal(nats)
+    exact = Decimal(repr(nats))
     digits = exact.quantize(Decimal(1).scaleb(exact.adjusted() - 2), rounding=ROUND_CEILING)
     return f"{float(digits):.3g}"

@@ -16,6 +16,9 @@ from pathlib import Path
 from kvprof.calibration.text import BUILTIN, LOADERS, SELF, is_hub_dataset
 from kvprof.errors import UsageError
 
+USUAL_DATA = (BUILTIN, SELF)
+"""Half and half, where nothing is named: text of one kind alone makes plans that are worse on other text."""
+
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE | re.ASCII)
 
 

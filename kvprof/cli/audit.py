@@ -60,9 +60,9 @@ def divergence(
     restart: Restart = False,
 ) -> None:
     """How far do predictions move when one tensor of one layer is quantized? Measured, a forward for each number."""
+    from kvprof.calibration.ingredients import USUAL_DATA
     from kvprof.models.load import resolve
     from kvprof.profile.divergence import DivergenceSettings, run_divergence
-    from kvprof.profile.sensitivity import USUAL_DATA
     from kvprof.records.plan import Window
     from kvprof.records.runs import output_folder
     from kvprof.report.audits import show_divergence
@@ -97,7 +97,7 @@ def calibrate(
     plans: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[PLAN]...", help="BitPlan files.", show_default="the best plans at 2.5, 3 and 3.5 bits"
+            metavar="PLAN", help="BitPlan files.", show_default="the best plans at 2.5, 3 and 3.5 stored bits"
         ),
     ] = None,
     model: PlannedModel = None,
@@ -147,7 +147,7 @@ def audit(
     divergence: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[DIVERGENCE]",
+            metavar="DIVERGENCE",
             help="A measured divergence, or the folder that holds divergence.json.",
             show_default="the newest in outputs/",
         ),

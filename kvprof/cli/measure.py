@@ -110,8 +110,10 @@ def gradients(
 ) -> None:
     """How much does the loss feel each layer's keys and values? Gradient norms, and the loss that each format costs."""
     from kvprof.allocate.stability import stable_at_all
+    from kvprof.calibration.ingredients import USUAL_DATA
     from kvprof.models.load import resolve
-    from kvprof.profile.sensitivity import USUAL_DATA, Decoder, SensitivitySettings, read_formats, run_sensitivity
+    from kvprof.profile.decoder import Decoder, read_formats
+    from kvprof.profile.sensitivity import SensitivitySettings, run_sensitivity
     from kvprof.records.plan import Window
     from kvprof.records.runs import output_folder
     from kvprof.report.console import print_note, print_written, progress

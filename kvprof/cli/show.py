@@ -10,15 +10,17 @@ import typer
 
 from kvprof.errors import UsageError, did_you_mean
 
-File = Annotated[Path, typer.Argument(help="A Scores, BitPlan, Evaluation or Frontier file.")]
+File = Annotated[Path, typer.Argument(help="A Scores, BitPlan, Evaluation, Frontier or Audit file.")]
 
 
 def show(file: File) -> None:
-    """Print any Scores, BitPlan, Evaluation or Frontier file as a table."""
+    """Print any Scores, BitPlan, Evaluation, Frontier or Audit file as a table."""
+    from kvprof.records.audit import Audit
     from kvprof.records.evaluation import Evaluation
     from kvprof.records.files import load_any
     from kvprof.records.frontier import Frontier
     from kvprof.records.plan import BitPlan
+    from kvprof.report.audits import show_audit
     from kvprof.report.frontiers import show_frontier
     from kvprof.report.tables import show_evaluation, show_plan, show_scores
 
@@ -29,6 +31,8 @@ def show(file: File) -> None:
         show_evaluation(document)
     elif isinstance(document, Frontier):
         show_frontier(document)
+    elif isinstance(document, Audit):
+        show_audit(document)
     else:
         show_scores(document)
 
@@ -52,8 +56,8 @@ def validate(
     print_plain(f"{file}: a valid {document.kind} file" + (f", and it fits {model}" if model else ""))
 
 
-def schema(kind: Annotated[str, typer.Argument(help="`scores`, `plan`, `evaluation` or `frontier`.")]) -> None:
-    """Print the JSON Schema of Scores, BitPlan, Evaluation or Frontier files."""
+def schema(kind: Annotated[str, typer.Argument(help="`scores`, `plan`, `evaluation`, `frontier` or `audit`.")]) -> None:
+    """Print the JSON Schema of Scores, BitPlan, Evaluation, Frontier or Audit files."""
     from kvprof.records.files import KINDS
     from kvprof.report.console import print_plain
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvprof import __version__
+from kvprof.calibration.ingredients import USUAL_DATA
 from kvprof.calibration.mix import mix_texts
 from kvprof.calibration.self_text import fill
 from kvprof.calibration.sequences import CalibrationSet, choose_length
@@ -28,7 +29,6 @@ from kvprof.models.inventory import take_inventory
 from kvprof.models.load import ModelSource, input_device, load_config, load_model, load_tokenizer, wider_dtype_advice
 from kvprof.profile.probes import USUAL_FORMATS, Probe, check_something_is_read, choose_probes
 from kvprof.profile.samples import loss_scores
-from kvprof.profile.sensitivity import USUAL_DATA
 from kvprof.records.formats import FULL_BITS, TENSORS, TensorName, usual_format
 from kvprof.records.inventory import Inventory
 from kvprof.records.plan import (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,30 +19,15 @@ from transformers import PreTrainedModel
 from kvprof.calibration.sequences import Batch
 from kvprof.errors import NonFiniteGradient
 from kvprof.models.load import input_device
-from kvprof.records.formats import FULL_BITS, TENSORS, Format, TensorName, can_rotate, format_named
-from kvprof.records.plan import LayerPlan, Quantizer, TensorPlan, Window, quantized_tokens
+from kvprof.profile.decoder import Formats
+from kvprof.records.formats import FULL_BITS, TENSORS, TensorName
+from kvprof.records.plan import LayerPlan, Quantizer, TensorPlan, Window
 from kvprof.records.scores import suffix_start
 from kvprof.runtime.attention import attend_as_decoding
 from kvprof.runtime.interception import AttentionCall, attention_through
 
-Formats = Mapping[tuple[int, TensorName], Sequence[Format]]
-"""The formats to try of each layer's keys and values."""
-
 Losses = dict[tuple[int, TensorName, str], Tensor]
 """(layer, tensor, format name) to one number a sequence: (B,), float64, on the CPU."""
-
-USUAL_FORMATS: dict[TensorName, tuple[str, ...]] = {
-    "key": (
-        *("int2g64c", "int2g64", "int3g64", "int4g64", "int6g64", "int8g64"),
-        *("int2g128c", "int2g128", "int3g128", "int4g128", "int6g128", "int8g128"),
-        *("rot2", "rot3", "rot4"),
-    ),
-    "value": (
-        *("rot1", "rot2", "rot3", "rot4"),
-        *("int2g64", "int3g64", "int4g64", "int5g64", "int6g64", "int8g64"),
-    ),
-}
-"""What is tried where no formats are named: what the best plans of the models seen so far are made of."""
 
 LABELS_AT_ONCE = 128
 """Positions whose distribution is cumulated at a time: 24 MiB for a vocabulary of 49,152."""
@@ -112,17 +97,6 @@ def loss_increases(
                 f"the loss increase of the {tensor} of layer {layer} in {name} is not finite in {model.dtype}."
             )
     return losses
-
-
-def usual_formats(tensor: TensorName, head_dim: int) -> tuple[Format, ...]:
-    """Return the formats to try where none are named, those left out that heads of this dimension cannot have."""
-    names = [name for name in USUAL_FORMATS[tensor] if not name.startswith("rot") or can_rotate(head_dim)]
-    return tuple({form.name: form for form in (format_named(name, tensor, head_dim) for name in names)}.values())
-
-
-def reads_codes(form: Format, window: Window, tokens: int) -> bool:
-    """Whether any query of a sequence of so many tokens reads anything in this format."""
-    return quantized_tokens(form, window, tokens - 1) > 0
 
 
 def suffix_of(batch: Batch, fraction: float) -> Suffix:

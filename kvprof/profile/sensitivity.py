@@ -17,23 +17,23 @@ import torch
 from transformers import PreTrainedModel
 
 from kvprof import __version__
+from kvprof.calibration.ingredients import USUAL_DATA
 from kvprof.calibration.mix import mix_texts
 from kvprof.calibration.self_text import fill
 from kvprof.calibration.sequences import Batch, CalibrationSet, batches, choose_length
-from kvprof.calibration.text import BUILTIN, SELF
 from kvprof.errors import KvprofError, UnsupportedAttention, UsageError, first_line
 from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
 from kvprof.models.inventory import take_inventory
 from kvprof.models.load import ModelSource, input_device, load_config, load_model, load_tokenizer
+from kvprof.profile.decoder import Decoder, Formats, formats_of, readable
 from kvprof.profile.gradients import gradient_norms, padded_on_the_right
-from kvprof.profile.losses import Formats, loss_increases, reads_codes, usual_formats
-from kvprof.records.formats import TENSORS, Format, TensorName, format_named, parse_formats
+from kvprof.profile.losses import loss_increases
+from kvprof.profile.samples import loss_scores
+from kvprof.records.formats import TENSORS, TensorName
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.inventory import Inventory
-from kvprof.records.plan import USUAL_WINDOW, Quantizer, Window, head_dim_of
 from kvprof.records.runs import Journal
 from kvprof.records.scores import (
-    CalibrationInfo,
     DecodingSetup,
     LayerScores,
     Scores,
@@ -42,28 +42,8 @@ from kvprof.records.scores import (
 )
 from kvprof.runtime.interception import AttentionCall, attention_through
 
-USUAL_DATA = (BUILTIN, SELF)
-"""Half and half: text of either kind alone makes plans that are worse on other text, and both lose little at home."""
-
 FIRST_STAGE = 4
 """Sequences of the first stage of a run that may stop early; each further stage has as many as all before it."""
-
-
-_ADVICE = "Raise --sequence-length, join rows with --pack, or lower --recent-tokens."
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """Of what decoder the losses are predicted.
-
-    formats: names by tensor; None: those of `losses.usual_formats`; none at all: no losses are predicted.
-    suffix_fraction: the share of each sequence, at its end, whose loss counts.
-    """
-
-    formats: Mapping[TensorName, Sequence[str]] | None = None
-    window: Window = USUAL_WINDOW
-    suffix_fraction: float = 0.5
-    quantizer: Quantizer = field(default_factory=Quantizer)
 
 
 @dataclass(frozen=True)
@@ -134,7 +114,7 @@ def run_sensitivity(
     tokenizer = load_tokenizer(source)
     mix = mix_texts(settings.data, settings.split, tokenizer, settings.sequences, length, settings.seed, settings.pack)
     mix.check_vocabulary(config.vocab_size)
-    formats, unread = _readable(formats, settings.decoder, max(mix.lengths))
+    formats, unread = readable(formats, settings.decoder, max(mix.lengths))
     model = load_model(source, settings.dtype, settings.device)
     fingerprint = live_fingerprint(model, inventory.geometry) or checkpoint_fingerprint(source, inventory.geometry)
     calibration = fill(mix, model, tokenizer, fingerprint, writing)
@@ -210,27 +190,6 @@ def measure_sensitivity(
     return scores
 
 
-def read_formats(text: str | None) -> dict[TensorName, tuple[str, ...]] | None:
-    """Read the option: format names by tensor, `none` for no formats at all; None where nothing is said."""
-    if text is None:
-        return None
-    return {"key": (), "value": ()} if text.strip() == "none" else parse_formats(text)
-
-
-def formats_of(geometry: CacheGeometry, decoder: Decoder) -> Formats:
-    """Return the formats to try of each tensor that a plan gives bits to; raise UsageError for one it cannot have."""
-    found: dict[tuple[int, TensorName], tuple[Format, ...]] = {}
-    for layer in geometry.planned:
-        for tensor in TENSORS:
-            head_dim = head_dim_of(layer, tensor)
-            if decoder.formats is None:
-                found[layer.layer, tensor] = usual_formats(tensor, head_dim)
-            elif names := decoder.formats[tensor]:
-                forms = [format_named(name, tensor, head_dim) for name in names]
-                found[layer.layer, tensor] = tuple({form.name: form for form in forms}.values())
-    return found
-
-
 def _measure(
     model: PreTrainedModel, geometry: CacheGeometry, batch: Batch, formats: Formats, decoder: Decoder, seed: int
 ) -> dict[int, SequenceResult]:
@@ -289,16 +248,9 @@ def _assemble(
 
     def scored(row: int, layer: int, tensor: TensorName) -> TensorScores:
         norm = norms[:, row, TENSORS.index(tensor)].tolist()
-        fields: dict[str, Any] = {"gradient_norm": fmean(norm), "gradient_norm_stderr": _stderr(norm)}
-        samples = losses.get((layer, tensor))
-        if samples is not None:
-            fields |= {
-                "loss_increase": {name: fmean(numbers) for name, numbers in samples.items()},
-                "loss_increase_stderr": {name: _stderr(numbers) for name, numbers in samples.items()},
-                "loss_increase_by_source": _by_source(samples, calibration.info),
-                "loss_increase_samples": samples,
-            }
-        return TensorScores(**fields)
+        own = TensorScores(gradient_norm=fmean(norm), gradient_norm_stderr=_stderr(norm))
+        of_formats = loss_scores(losses.get((layer, tensor), {}), calibration.info)
+        return own.model_copy(update=dict(of_formats.model_dump(exclude_none=True)))
 
     counted = sum(len(ids) - suffix_start(len(ids), decoder.suffix_fraction) for ids in calibration.sequences)
     return Scores(
@@ -317,51 +269,9 @@ def _assemble(
     )
 
 
-def _by_source(samples: Mapping[str, Sequence[float]], info: CalibrationInfo) -> dict[str, dict[str, float]] | None:
-    """Return each source's own means, where texts were mixed."""
-    if info.sources is None or info.source_of is None:
-        return None
-    rows = {
-        source.dataset: [row for row, of in enumerate(info.source_of) if of == place]
-        for place, source in enumerate(info.sources)
-    }
-    return {
-        dataset: {name: fmean(numbers[row] for row in own) for name, numbers in samples.items()}
-        for dataset, own in rows.items()
-        if own
-    }
-
-
 def _stderr(numbers: Sequence[float]) -> float:
     """Return the standard error of the mean; 0 for a single number."""
     return stdev(numbers) / math.sqrt(len(numbers)) if len(numbers) > 1 else 0.0
-
-
-def _readable(formats: Formats, decoder: Decoder, longest: int) -> tuple[Formats, str | None]:
-    """Return the formats that a sequence of so many tokens reads at all, and what to say of the others.
-
-    What is never read costs nothing there; to score it 0 would be a lie about longer texts.
-    """
-    found = {
-        key: tuple(form for form in forms if form.is_full or reads_codes(form, decoder.window, longest))
-        for key, forms in formats.items()
-    }
-    found = {key: forms for key, forms in found.items() if forms}
-    left = []
-    for tensor in TENSORS:
-        names = [
-            {form.name: form.group_size for (_, name), forms in some.items() if name == tensor for form in forms}
-            for some in (formats, found)
-        ]
-        if missing := sorted(set(names[0]) - set(names[1]), key=lambda name: (names[0][name], name)):
-            left.append(f"{tensor}s in {', '.join(missing)}")
-    if not left:
-        return found, None
-    window = f"{decoder.window.sink_tokens} + {decoder.window.recent_tokens}"
-    return (
-        found,
-        f"not predicted: {'; '.join(left)}: no group of {longest} tokens leaves the window of {window}. {_ADVICE}",
-    )
 
 
 def _why_unsupported(model: PreTrainedModel, formats: Formats, calibration: CalibrationSet) -> str | None:

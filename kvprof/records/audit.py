@@ -12,6 +12,7 @@ from pydantic import Field
 
 from kvprof.records.document import Count, Document, LayerIndex, ModelInfo, Number, Positive, Record, Text
 from kvprof.records.formats import TensorName
+from kvprof.records.geometry import CacheGeometry, check_same_model
 from kvprof.records.plan import BitPlan
 from kvprof.records.scores import CalibrationInfo, DecodingSetup, KlCalibration
 
@@ -120,3 +121,7 @@ class Audit(Document):
     ratios: tuple[RatioSpread, ...]
     plans: tuple[PlanCheck, ...]
     remarks: tuple[Text, ...] = ()
+
+    def check_fits(self, geometry: CacheGeometry, fingerprint: str | None = None) -> None:
+        """Raise Mismatch, saying how they differ, when the audit is of another model than this one."""
+        check_same_model("audit", self.model, None, geometry, fingerprint)

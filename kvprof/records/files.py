@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import mode
 
 from kvprof.errors import InvalidFile, UsageError, did_you_mean
+from kvprof.records.audit import Audit
 from kvprof.records.document import read_json, schema_of
 from kvprof.records.evaluation import Evaluation
 from kvprof.records.formats import TENSORS
@@ -15,16 +16,17 @@ from kvprof.records.plan import BitPlan
 from kvprof.records.runs import OUTPUTS, output_folder
 from kvprof.records.scores import LOSS_INCREASE, METRICS, Scores, default_unit
 
-KINDS: dict[str, type[Scores] | type[BitPlan] | type[Evaluation] | type[Frontier]] = {
+KINDS: dict[str, type[Scores] | type[BitPlan] | type[Evaluation] | type[Frontier] | type[Audit]] = {
     "scores": Scores,
     "plan": BitPlan,
     "evaluation": Evaluation,
     "frontier": Frontier,
+    "audit": Audit,
 }
 """The kinds of file by the word that `kvprof schema` takes."""
 
 
-def load_any(path: str | Path) -> Scores | BitPlan | Evaluation | Frontier:
+def load_any(path: str | Path) -> Scores | BitPlan | Evaluation | Frontier | Audit:
     """Read and validate a file of whatever kind it says it is; raises InvalidFile."""
     value = read_json(path)
     schema = schema_of(value, str(path))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -172,10 +171,11 @@ class Scores(Document):
     def _numbers_are_finite(self) -> Self:
         for entry in self.layers:
             for tensor in TENSORS:
-                for metric, number in _numbers(entry.tensor(tensor)):
-                    if not math.isfinite(number) or number < 0:
+                for name in TensorScores.model_fields:
+                    unfit = _unfit(name, getattr(entry.tensor(tensor), name))
+                    if unfit is not None:
                         raise ValueError(
-                            f"layer {entry.layer}: {metric} of the {tensor} is {number}; "
+                            f"layer {entry.layer}: {unfit[0]} of the {tensor} is {unfit[1]}; "
                             "a metric is a finite, non-negative number"
                         )
         return self
@@ -297,19 +297,13 @@ def _can_be_stored(name: str, tensor: TensorName, head_dim: int | None) -> bool:
     return True
 
 
-def _numbers(scores: TensorScores) -> list[tuple[str, float]]:
-    """Return every number of one tensor's scores with the name it has in the file."""
-    return [
-        number
-        for name in TensorScores.model_fields
-        if (value := getattr(scores, name)) is not None
-        for number in _named(name, value)
-    ]
-
-
-def _named(name: str, value: object) -> Iterator[tuple[str, float]]:
+def _unfit(name: str, value: object) -> tuple[str, float] | None:
+    """Return the first number of a field that is negative or not finite, with the name that it has in the file."""
+    if isinstance(value, tuple) and all(map(math.isfinite, value)) and min(value, default=0) >= 0:
+        return None  # the many samples of a file, without a look at each
     if isinstance(value, dict | tuple):
-        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _named(f"{name}[{key}]", part)
-    elif isinstance(value, float | int):
-        yield name, value
+        parts = value.items() if isinstance(value, dict) else enumerate(value)
+        return next((found for key, part in parts if (found := _unfit(f"{name}[{key}]", part))), None)
+    if isinstance(value, float | int) and not (math.isfinite(value) and value >= 0):
+        return name, value
+    return None

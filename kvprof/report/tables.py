@@ -13,6 +13,7 @@ from kvprof.records.geometry import KVLayer, bytes_text
 from kvprof.records.inventory import Inventory
 from kvprof.records.plan import BitPlan, TensorPlan
 from kvprof.records.scores import SCALAR_METRICS, Scores
+from kvprof.report.audits import show_divergence
 from kvprof.report.console import Table, print_flag, print_note, print_plain
 from kvprof.report.losses import show_best_losses, show_losses
 from kvprof.report.sentences import (
@@ -85,8 +86,11 @@ def show_scores(scores: Scores, brief: bool = False) -> None:
         _show_single(scores, norms[0], title)
     if "gradient_norm" in scores.metrics:
         _show_gradients(scores, title)
-    (show_best_losses if brief else show_losses)(scores)
-    if not scores.metrics:
+    if scores.source == "divergence":
+        show_divergence(scores)
+    else:
+        (show_best_losses if brief else show_losses)(scores)
+    if not scores.metrics and scores.source != "divergence":  # a measured sample need not cover every layer
         print_plain(f"{title}: {len(scores.layers)} layers, and none of the metrics {', '.join(SCALAR_METRICS)} in all")
     for remark in score_remarks(scores):
         print_note(remark)

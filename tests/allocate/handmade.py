@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from kvprof import BitPlan
 from kvprof.records.geometry import CacheGeometry, KVLayer
 from kvprof.records.scores import Scores
 
@@ -65,3 +67,26 @@ def uneven_scores(dtype: str = "bfloat16") -> Scores:
     """Five layers: one sliding, one recurrent, values wider than keys, a head dimension that no group of 32 divides."""
     shape = geometry(full(0, 2, 64, 128), sliding(1), full(2, 3, 80, 80), recurrent(3), full(4, 1, 64, 96), dtype=dtype)
     return scores([5.0, 1.0, 3.0, 2.0], [2.0, 1.0, 0.5, 4.0], shape)
+
+
+def scored(
+    *layers: tuple[Mapping[str, float], Mapping[str, float]], geometry: CacheGeometry | None = None, **fields: Any
+) -> Scores:
+    """Scores that have for each layer the losses of its key's formats and of its value's; more fields as in a file."""
+    numbers = [layer.layer for layer in geometry.scored] if geometry else range(len(layers))
+    return Scores.model_validate(
+        {
+            "schema": "kvprof.scores/1",
+            "geometry": geometry,
+            "layers": [
+                {"layer": layer, "key": {"loss_increase": dict(key)}, "value": {"loss_increase": dict(value)}}
+                for layer, (key, value) in zip(numbers, layers, strict=True)
+            ],
+        }
+        | fields
+    )
+
+
+def format_names(plan: BitPlan) -> list[tuple[str, str]]:
+    """The names of each layer's formats, key and value."""
+    return [(entry.key.name, entry.value.name) for entry in plan.layers]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
-from kvprof.allocate.solver import Solution, solve
+from kvprof.allocate.solver import Knapsack, Solution, frontier, solve
 from kvprof.errors import InfeasibleBudget, KvprofError
 
 Items = list[list[tuple[int, float]]]
@@ -199,3 +199,89 @@ def test_refuses_what_has_no_answer() -> None:
             solve([[(1, loss)]], 9)
     with pytest.raises(KvprofError, match="beyond exact arithmetic"):
         solve([[(0, 1.0), (10**20, 0.5)], [(0, 1.0), (10**20 + 1, 0.5)]], 10**21)
+
+
+# Many capacities
+
+
+def model_items(seed: int = 0, layers: int = 126, formats: int = 20) -> Items:
+    """The keys and values of a model whose layers are of uneven width, each in so many formats."""
+    rng = np.random.default_rng(seed)
+    costs = np.sort(rng.integers(1, 4097, (2 * layers, formats)), axis=1)
+    losses = -np.sort(-rng.lognormal(0, 1, costs.shape), axis=1)
+    return [list(zip(*item, strict=True)) for item in zip(costs.tolist(), losses.tolist(), strict=True)]
+
+
+def capacities(items: Items, number: int) -> list[int]:
+    """Evenly spaced from what the cheapest choices cost to what the dearest do."""
+    low, high = (sum(end(cost for cost, _ in item) for item in items) for end in (min, max))
+    return [low + (high - low) * step // (number - 1) for step in range(number)]
+
+
+@settings(max_examples=300, deadline=None)
+@given(items=small_items, wanted=st.lists(st.integers(0, 60), max_size=6))
+def test_a_frontier_is_what_solve_finds_at_each_capacity(items: Items, wanted: list[int]) -> None:
+    least = sum(min(cost for cost, _ in item) for item in items)
+    wanted = [least + capacity for capacity in wanted]
+    assert frontier(items, wanted) == [solve(items, capacity) for capacity in wanted]
+
+
+@settings(max_examples=150, deadline=None)
+@given(items=small_items, steps=st.integers(1, 20))
+def test_a_frontier_is_what_brute_force_finds_ties_included(items: Items, steps: int) -> None:
+    wanted = capacities(items, steps + 1)
+    for capacity, solution in zip(wanted, frontier(items, wanted), strict=True):
+        found = [item[choice][0] for item, choice in zip(items, solution.choices, strict=True)]
+        assert (solution.cost, found) == by_brute_force(items, capacity)
+        assert solution.optimal
+
+
+def test_a_frontier_of_126_layers_of_20_formats_is_solve_at_each_capacity_and_proven() -> None:
+    items = model_items()
+    wanted = capacities(items, 41)
+    found = frontier(items, wanted)
+    assert all(solution.optimal for solution in found)
+    assert found[::5] == [solve(items, capacity) for capacity in wanted[::5]]
+    losses = [solution.loss for solution in found]
+    assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.35, 0.8])
+def test_agrees_with_milp_on_126_layers_of_20_formats(share: float) -> None:
+    items = model_items(seed=3)
+    low, high = capacities(items, 2)
+    capacity = low + int((high - low) * share)
+    solution = solve(items, capacity)
+    check(items, capacity, solution)
+    assert solution.optimal
+    assert solution.loss == pytest.approx(by_milp(items, capacity), rel=1e-7)
+
+
+def test_a_frontier_of_formats_in_proportion_to_bits_agrees_with_milp() -> None:
+    rng = np.random.default_rng(9)
+    items = bit_items(rng.choice([192, 512, 1024], 60), rng.lognormal(0, 1, 60))
+    wanted = capacities(items, 9)
+    for capacity, solution in zip(wanted, frontier(items, wanted), strict=True):
+        check(items, capacity, solution)
+        assert solution.loss == pytest.approx(by_milp(items, capacity), rel=1e-7)
+
+
+def test_a_frontier_of_nothing_is_empty_and_one_below_the_cheapest_is_refused() -> None:
+    assert frontier(model_items(layers=1), []) == []
+    with pytest.raises(InfeasibleBudget, match="more than the capacity of 9"):
+        frontier([[(4, 2.0)], [(6, 0.0), (9, 0.0)]], [20, 9])
+
+
+@settings(max_examples=200, deadline=None)
+@given(items=small_items, limit=st.integers(0, 60).map(float))
+def test_the_least_capacity_is_that_of_the_cheapest_selection_that_serves(items: Items, limit: float) -> None:
+    costs = [sum(c for c, _ in s) for s in itertools.product(*items) if sum(loss for _, loss in s) <= limit]
+    dearest = sum(max(cost for cost, _ in item) for item in items)
+    found = Knapsack(items, dearest).least_capacity(lambda solution: solution.loss <= limit)
+    if not costs:
+        assert found is None
+        return
+    assert found is not None
+    solution, proven = found
+    assert (solution.cost, proven) == (min(costs), True)
+    assert solution.loss <= limit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,10 +58,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(measured: Path, in_tmp: Path) -> Path:
     """A copy of it to work in."""
-    import shutil
-
     shutil.copytree(measured, in_tmp, dirs_exist_ok=True)
-    # The model's id is its path: the copy's results lie where those of the first one did.
+    # The model's id is the path of the first one: plans and scores name that, and it is still there.
     return in_tmp
 
 
@@ -73,21 +72,19 @@ def outputs() -> Path:
 
 
 def test_a_divergence_is_scores_that_show_and_validate_know(folder: Path) -> None:
-    said = done("divergence", "./model", *TEXT, *WINDOW, "--formats", "int2g4", "--layers", "1", "--tensors", "key")
-    file = next(path for path in Path("outputs").glob("*/divergence.json") if path.parent != outputs() or True)
+    sample = ("--formats", "int2g4", "--layers", "1", "--tensors", "key")
+    said = done("divergence", "./model", *TEXT, *WINDOW, *sample, "--out", "here")
+    file = Path("here/divergence.json")
     assert "measured divergence of" in said
     assert "3 sequences, the last 50% of each (60 tokens) of text.txt; sinks 1, window 4" in said
     assert "keys int2g4" in said
     assert "written to" in said
-    done("validate", file)
-    done("show", file)
-
-
-def test_a_divergence_goes_where_out_says(folder: Path) -> None:
-    done("divergence", "./model", *TEXT, *WINDOW, "--formats", "int2g4", "--layers", "0", "--out", "here")
-    scores = Scores.load("here/divergence.json")
-    assert scores.source == "divergence"
-    assert [entry.key.loss_increase is not None for entry in scores.layers] == [True, False]
+    assert "a valid kvprof.scores/1 file" in done("validate", file)
+    shown = done("show", file)
+    assert "measured divergence of" in shown
+    assert "none of the metrics" not in shown
+    scores = Scores.load(file)
+    assert [entry.key.loss_increase is not None for entry in scores.layers] == [False, True]
 
 
 def test_plans_calibrate_the_scores_they_were_made_from(folder: Path) -> None:
@@ -147,6 +144,10 @@ def test_an_audit_prints_ranks_ratios_and_whole_plans_and_draws_a_picture(folder
         "frobenius_norm",
     }
     assert (outputs() / "plots" / "audit.png").stat().st_size > 10_000
+    assert done("show", file) in said
+    assert "a valid kvprof.audit/1 file, and it fits ./model" in done("validate", file, "./model")
+    tiny_model("llama-mha").save_pretrained("other")
+    assert run("validate", file, "./other").exit_code == 4
     done("calibrate", outputs() / "plan-8.json", "--device", "cpu")
     assert "predictions hold the factor" in done("audit", outputs())
 

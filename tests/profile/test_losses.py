@@ -22,7 +22,8 @@ from kvprof.errors import UnsupportedAttention
 from kvprof.evaluate.metrics import token_kl
 from kvprof.models.inventory import take_inventory
 from kvprof.profile import losses
-from kvprof.profile.losses import Formats, loss_increases, usual_formats
+from kvprof.profile.decoder import Formats, usual_formats
+from kvprof.profile.losses import loss_increases
 from kvprof.records.document import ModelInfo
 from kvprof.records.formats import Format, TensorName, format_named
 from kvprof.records.plan import BitPlan, LayerPlan, Quantizer, TensorPlan, Window

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from kvprof.errors import Mismatch, UsageError
 from kvprof.models.load import ModelSource, resolve
 from kvprof.profile import sensitivity
-from kvprof.profile.sensitivity import Decoder, SensitivitySettings, run_sensitivity
+from kvprof.profile.decoder import Decoder
+from kvprof.profile.sensitivity import SensitivitySettings, run_sensitivity
 from kvprof.records.plan import Window
 from kvprof.records.scores import Scores
 

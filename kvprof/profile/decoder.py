@@ -1,0 +1,106 @@
+"""Of which decoder are losses predicted? The formats to try, what it keeps in full precision, which queries count.
+
+Reads an option's text and a geometry; does not know models, nor how a loss is predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from kvprof.records.formats import TENSORS, Format, TensorName, can_rotate, format_named, parse_formats
+from kvprof.records.geometry import CacheGeometry
+from kvprof.records.plan import USUAL_WINDOW, Quantizer, Window, head_dim_of, quantized_tokens
+
+Formats = Mapping[tuple[int, TensorName], Sequence[Format]]
+"""The formats to try of each layer's keys and values."""
+
+
+USUAL_FORMATS: dict[TensorName, tuple[str, ...]] = {
+    "key": (
+        *("int2g64c", "int2g64", "int3g64", "int4g64", "int6g64", "int8g64"),
+        *("int2g128c", "int2g128", "int3g128", "int4g128", "int6g128", "int8g128"),
+        *("rot2", "rot3", "rot4"),
+    ),
+    "value": (
+        *("rot1", "rot2", "rot3", "rot4"),
+        *("int2g64", "int3g64", "int4g64", "int5g64", "int6g64", "int8g64"),
+    ),
+}
+"""What is tried where no formats are named: what the best plans of the models seen so far are made of."""
+
+
+_ADVICE = "Raise --sequence-length, join rows with --pack, or lower --recent-tokens."
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Of what decoder the losses are predicted.
+
+    formats: names by tensor; None: those of `losses.usual_formats`; none at all: no losses are predicted.
+    suffix_fraction: the share of each sequence, at its end, whose loss counts.
+    """
+
+    formats: Mapping[TensorName, Sequence[str]] | None = None
+    window: Window = USUAL_WINDOW
+    suffix_fraction: float = 0.5
+    quantizer: Quantizer = field(default_factory=Quantizer)
+
+
+def read_formats(text: str | None) -> dict[TensorName, tuple[str, ...]] | None:
+    """Read the option: format names by tensor, `none` for no formats at all; None where nothing is said."""
+    if text is None:
+        return None
+    return {"key": (), "value": ()} if text.strip() == "none" else parse_formats(text)
+
+
+def formats_of(geometry: CacheGeometry, decoder: Decoder) -> Formats:
+    """Return the formats to try of each tensor that a plan gives bits to; raise UsageError for one it cannot have."""
+    found: dict[tuple[int, TensorName], tuple[Format, ...]] = {}
+    for layer in geometry.planned:
+        for tensor in TENSORS:
+            head_dim = head_dim_of(layer, tensor)
+            if decoder.formats is None:
+                found[layer.layer, tensor] = usual_formats(tensor, head_dim)
+            elif names := decoder.formats[tensor]:
+                forms = [format_named(name, tensor, head_dim) for name in names]
+                found[layer.layer, tensor] = tuple({form.name: form for form in forms}.values())
+    return found
+
+
+def usual_formats(tensor: TensorName, head_dim: int) -> tuple[Format, ...]:
+    """Return the formats to try where none are named, those left out that heads of this dimension cannot have."""
+    names = [name for name in USUAL_FORMATS[tensor] if not name.startswith("rot") or can_rotate(head_dim)]
+    return tuple({form.name: form for form in (format_named(name, tensor, head_dim) for name in names)}.values())
+
+
+def readable(formats: Formats, decoder: Decoder, longest: int) -> tuple[Formats, str | None]:
+    """Return the formats that a sequence of so many tokens reads at all, and what to say of the others.
+
+    What is never read costs nothing there; to score it 0 would be a lie about longer texts.
+    """
+    found = {
+        key: tuple(form for form in forms if form.is_full or reads_codes(form, decoder.window, longest))
+        for key, forms in formats.items()
+    }
+    found = {key: forms for key, forms in found.items() if forms}
+    left = []
+    for tensor in TENSORS:
+        names = [
+            {form.name: form.group_size for (_, name), forms in some.items() if name == tensor for form in forms}
+            for some in (formats, found)
+        ]
+        if missing := sorted(set(names[0]) - set(names[1]), key=lambda name: (names[0][name], name)):
+            left.append(f"{tensor}s in {', '.join(missing)}")
+    if not left:
+        return found, None
+    window = f"{decoder.window.sink_tokens} + {decoder.window.recent_tokens}"
+    return (
+        found,
+        f"not predicted: {'; '.join(left)}: no group of {longest} tokens leaves the window of {window}. {_ADVICE}",
+    )
+
+
+def reads_codes(form: Format, window: Window, tokens: int) -> bool:
+    """Whether any query of a sequence of so many tokens reads anything in this format."""
+    return quantized_tokens(form, window, tokens - 1) > 0
