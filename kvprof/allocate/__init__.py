@@ -17,7 +17,7 @@ from kvprof.records.formats import TensorName, parse_formats
 from kvprof.records.plan import BitPlan, Window
 from kvprof.records.scores import LOSS_INCREASE, METRICS, SCALAR_METRICS, Scores, default_unit
 
-__all__ = ["RULES", "allocate"]
+__all__ = ["RULES", "allocate", "metric_needed"]
 
 RULES = ("exact", "norm-greedy", "kvmix", "uniform")
 
@@ -29,6 +29,17 @@ _OPTIONS = {
     "uniform": ("--bits-key", "--bits-value", "--formats", "--metric"),
 }
 """The options that each rule obeys, besides those that all of them do."""
+
+
+def metric_needed(
+    rule: str, metric: str | None = None, max_kl: str | float | None = None, formats: str | None = None
+) -> str | None:
+    """Return the metric that scores must have to serve a request; None where any that can be allocated by will do."""
+    if rule == "kvmix":
+        return "gradient_norm"
+    if metric is None and rule == "exact" and (max_kl is not None or formats is not None):
+        return LOSS_INCREASE
+    return metric
 
 
 def allocate(

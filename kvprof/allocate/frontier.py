@@ -102,6 +102,8 @@ def _budgets(
     ends = []
     for option, given, end, rounded in (("--from", low, reach[0], math.ceil), ("--to", high, reach[1], math.floor)):
         limit = bit_limit(written(end, unit, rounded) if given is None else given, unit)
+        if given is None and not reach[0] <= limit.amount <= reach[1]:
+            limit = Limit(end, unit)  # where all plans cost nearly the same, no short number lies among them
         problem.check_reach(limit, option)
         ends.append(limit.amount)
     first, last = ends

@@ -6,6 +6,7 @@ Reads Scores and what a plan may choose from; writes BitPlans. Does not know how
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from kvprof.allocate.measured import Measured
 from kvprof.allocate.pricing import Prices, check_reach, price
 from kvprof.allocate.solver import Solution
 from kvprof.allocate.task import PlanTask
-from kvprof.errors import UsageError, did_you_mean
+from kvprof.errors import InvalidFile, UsageError, did_you_mean
 from kvprof.records.plan import BitPlan, Solver, Window
 from kvprof.records.scores import LOSS_INCREASE, Scores
 
@@ -60,6 +61,9 @@ class ExactProblem:
         self._items = self._tied() if tie else self._apart()
         self.items = [[self._total(item, choice) for choice in item.choices] for item in self._items]
         """What the solver is given: for each item its choices' costs and losses."""
+        most = max(loss for item in self.items for _, loss in item)
+        if not math.isfinite(most * len(self.items)):
+            raise InvalidFile(f"{metric} reaches {most}, too large to add up; measure it again.")
 
     @property
     def groups(self) -> list[_Item]:

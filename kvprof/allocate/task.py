@@ -73,17 +73,24 @@ class PlanTask:
 
         parts: each tensor's, not yet times the calibration's factor.
         """
-        samples = sum_of_samples(parts)
-        stderr = stderr_of_sum(parts) if samples is None else stderr_of_mean(samples)
-        objective = math.fsum(part.loss for part in parts)
         factor = kl_factor(self.scores)
+        try:
+            samples = sum_of_samples(parts)
+            stderr = stderr_of_sum(parts) if samples is None else stderr_of_mean(samples)
+            objective = math.fsum(part.loss for part in parts)
+        except OverflowError:
+            stderr = objective = math.inf
+        kl, kl_stderr = factor * objective, None if stderr is None else factor * stderr
+        if not math.isfinite(kl) or not math.isfinite(kl_stderr or 0.0):
+            most = max(part.loss for part in parts)
+            raise InvalidFile(f"{LOSS_INCREASE} reaches {most}, too large to add up; measure it again.")
         return Solver(
             method=method,
             metric=LOSS_INCREASE,
             objective=objective,
             optimal=optimal,
-            predicted_kl_nats=factor * objective,
-            predicted_kl_stderr_nats=None if stderr is None else factor * stderr,
+            predicted_kl_nats=kl,
+            predicted_kl_stderr_nats=kl_stderr,
         )
 
     def plan(self, formats: Sequence[Format], solver: Solver, limit: Limit | None = None) -> BitPlan:

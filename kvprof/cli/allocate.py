@@ -77,19 +77,27 @@ def allocate(
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
     from kvprof.allocate import allocate as make_plan
+    from kvprof.allocate import metric_needed
     from kvprof.allocate.budget import parse_bits
+    from kvprof.allocate.candidates import Allowed
+    from kvprof.allocate.doubts import doubts
     from kvprof.allocate.task import usual_window
     from kvprof.records.files import newest_scores, plan_path
     from kvprof.records.geometry import bytes_text
     from kvprof.records.scores import Scores
     from kvprof.report.console import print_note, print_plain, print_written
+    from kvprof.report.explanations import stability_lines
     from kvprof.report.sentences import plan_remarks
     from kvprof.report.tables import show_plan
 
-    path, found = (
-        newest_scores("gradient_norm" if rule == "kvmix" else metric)
-        if scores is None
-        else (scores, Scores.load(scores))
+    wanted = metric_needed(rule, metric, max_kl, formats)
+    path, found = newest_scores(wanted) if scores is None else (scores, Scores.load(scores))
+    allowed = Allowed(
+        bits=None if bits is None else parse_bits(bits),
+        formats=formats,
+        group_size=group_size,
+        min_key_bits=min_key_bits,
+        pins=pin or (),
     )
     plan = make_plan(
         found,
@@ -101,17 +109,13 @@ def allocate(
         batch=batch,
         max_kl=max_kl,
         metric=metric,
-        bits=None if bits is None else parse_bits(bits),
-        formats=formats,
         tie=tie,
-        min_key_bits=min_key_bits,
         top_fraction=top_fraction,
         bits_key=bits_key,
         bits_value=bits_value,
-        group_size=group_size,
-        pins=pin or (),
         window=usual_window(found, sink_tokens, recent_tokens),
         command=" ".join(["kvprof", *sys.argv[1:]]),
+        **allowed,
     )
     written = plan.save(plan_path(plan, path, out, max_kl))
     show_plan(plan)
@@ -120,6 +124,9 @@ def allocate(
         asked = "" if memory is None else f", of {memory} asked for"
         print_plain(f"{held} bytes ({bytes_text(held)}) at {context} tokens x {batch or 1}{asked}")
     print_plain(f"from {path}")
-    for remark in plan_remarks(plan, found):
+    doubted = doubts(found, plan, tie=tie, **allowed)
+    for line in stability_lines(doubted.stability):
+        print_plain(line)
+    for remark in (*plan_remarks(plan, found), *doubted.remarks):
         print_note(remark)
     print_written(written)

@@ -77,8 +77,6 @@ class Frontier(Document):
     context: Positive | None = None
     """Tokens a sequence, and sequences, that `bytes` are counted at."""
     batch: Positive | None = None
-    bytes_at_16_bits: Positive | None = None
-    """The same cache with nothing quantized."""
     kl_calibration: KlCalibration | None = None
     """What the predicted KL is multiplied by; null where the scores were not calibrated."""
     points: tuple[FrontierPoint, ...]

@@ -259,7 +259,7 @@ class Scores(Document):
         if name == LOSS_INCREASE:
             raise UsageError(f"{LOSS_INCREASE} is a number for each format of a tensor, not one a tensor.")
         if name not in SCALAR_METRICS:
-            raise UsageError(f"unknown metric {name!r}: {did_you_mean(name, SCALAR_METRICS)}")
+            raise UsageError(f"unknown metric {name!r}: {did_you_mean(name, METRICS)}")
         scores = []
         for entry in self.layers:
             for tensor in TENSORS:

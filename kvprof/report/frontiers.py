@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from kvprof.records.frontier import Frontier, FrontierPoint
 from kvprof.records.geometry import bytes_text
 from kvprof.report.console import Table, print_plain
+from kvprof.report.sentences import kl_text
 
 ROWS = 24
 """Rows of the table, knees aside: more are for the picture, and the file."""
@@ -45,10 +46,9 @@ def show_frontier(frontier: Frontier) -> None:
 
 def knee_lines(frontier: Frontier) -> list[str]:
     """Return what can be said of the knees: where they are, and the command that makes the plan at each."""
-    if len(frontier.points) < 3:
-        return []
     if not frontier.knees:
-        return ["no knee: every bit divides the KL divergence by about as much as the one before"]
+        few = len({point.plan for point in frontier.points}) < 3
+        return [] if few else ["no knee: every bit divides the KL divergence by about as much as the one before"]
     lines = ["knees, beyond which a further bit buys less than the bits before it did:"]
     for point in frontier.knees:
         lines.append(
@@ -97,8 +97,7 @@ def _counted(number: int, what: str) -> str:
 
 
 def _cells(point: FrontierPoint) -> list[str]:
-    stderr = point.predicted_kl_stderr_nats
-    kl = f"{point.predicted_kl_nats:#.3g}" + ("" if stderr is None else f" ± {stderr:#.2g}")
+    kl = kl_text(point.predicted_kl_nats, point.predicted_kl_stderr_nats)
     cells = [
         f"{point.budget:.4f}".rstrip("0").rstrip("."),
         f"{point.nominal_bits:.3f}",

@@ -9,8 +9,9 @@ import math
 from collections.abc import Sequence
 from itertools import groupby
 
+from kvprof.errors import UsageError
 from kvprof.records.evaluation import Evaluation
-from kvprof.records.formats import TENSORS
+from kvprof.records.formats import TENSORS, format_named
 from kvprof.records.geometry import bytes_text
 from kvprof.records.inventory import CONTEXTS
 from kvprof.records.plan import BitPlan, Window
@@ -74,8 +75,13 @@ def plan_remarks(plan: BitPlan, scores: Scores) -> list[str]:
 def loss_remarks(scores: Scores, window: Window) -> list[str]:
     """Return what a reader should know of plans made by `loss_increase`, of this window."""
     remarks = []
-    if scores.passed_over:
-        remarks.append(f"passed over, as no plan of kvprof's can store them: {', '.join(scores.passed_over)}")
+    unknown = [name for name in scores.passed_over if not _is_format(name)]
+    unfit = [name for name in scores.passed_over if _is_format(name)]
+    if unknown:
+        remarks.append(f"passed over, as no plan of kvprof's can store them: {', '.join(unknown)}")
+    if unfit:
+        why = "the scores do not say the head dimension" if scores.geometry is None else "some heads cannot have them"
+        remarks.append(f"passed over where {why}: {', '.join(unfit)}")
     if scores.decoding is not None and scores.decoding.window != window:
         remarks.append(
             f"the scores were measured with {_window_text(scores.decoding.window)} in full precision, the plan keeps "
@@ -84,13 +90,18 @@ def loss_remarks(scores: Scores, window: Window) -> list[str]:
     return remarks
 
 
+def kl_text(kl: float, stderr: float | None) -> str:
+    """Return a predicted KL divergence with its standard error, where that is known."""
+    return (f"{kl:#.3g}" if kl else "0") + (f" ± {stderr:#.2g}" if stderr else "")
+
+
 def prediction_text(plan: BitPlan) -> str | None:
     """Return the KL divergence that a plan is predicted to have, in words; None where it has no prediction."""
     solver = plan.solver
     if solver is None or solver.predicted_kl_nats is None:
         return None
     kl, stderr = solver.predicted_kl_nats, solver.predicted_kl_stderr_nats
-    text = f"predicted: {kl:#.3g}{'' if stderr is None else f' ± {stderr:#.2g}'} nats a token of KL divergence"
+    text = f"predicted: {kl_text(kl, stderr)} nats a token of KL divergence"
     if solver.objective is None or math.isclose(kl, solver.objective, rel_tol=1e-9):
         return f"{text} (the tensors' sum, not calibrated: kvprof calibrate measures the factor)"
     return f"{text} (calibrated: {kl / solver.objective:.3g} times the tensors' sum)"
@@ -134,6 +145,15 @@ def plan_lines(plan: BitPlan) -> list[str]:
         proof = least if plan.solver.optimal else "not claimed to be the least"
         lines.append(f"objective {plan.solver.objective:.6g} ({plan.solver.metric}): {proof}")
     return lines
+
+
+def _is_format(name: str) -> bool:
+    """Whether a name says a format that some heads can have."""
+    try:
+        format_named(name, "value", head_dim=64)
+    except UsageError:
+        return False
+    return True
 
 
 def _window_text(window: Window) -> str:

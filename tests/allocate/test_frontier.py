@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from handmade import scored, scores
+from handmade import full, geometry, scored, scores
 from handscored import random_scores
 
 from kvprof.allocate import allocate
@@ -59,6 +59,14 @@ def test_points_are_evenly_spaced_from_end_to_end() -> None:
     assert budgets == [2, 2.5, 3, 3.5, 4]
     assert len(frontier(random_scores(4), low=3, high=3).points) == 1
     assert len(frontier(random_scores(4), points=200).points) == 200
+
+
+def test_a_single_plan_has_a_frontier_of_one_point_whatever_it_costs() -> None:
+    shape = geometry(full(0, 1), full(1, 6))  # a fourteenth of the cache in full precision
+    table = {"int2g64": 0.1}
+    (point,) = frontier(scored((table, table), (table, table), geometry=shape), pins=["key:0=full"]).points
+    assert point.budget == point.stored_bits
+    assert round(point.budget, 4) != point.budget
 
 
 def test_bytes_are_those_of_the_plan_at_the_context_and_batch() -> None:

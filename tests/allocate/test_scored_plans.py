@@ -218,6 +218,22 @@ def test_heads_that_cannot_be_rotated_are_given_other_formats() -> None:
     assert format_names(plan)[0][0].startswith("int")
 
 
+@pytest.mark.parametrize("options", [{"budget": 3}, {"budget": 3, "tie": "key-value"}, {"max_kl": 1e308}])
+def test_losses_too_large_to_add_up_are_refused(options: dict[str, Any]) -> None:
+    table = {"int2g64": 1.7e308, "int4g64": 1.6e308}
+    with pytest.raises(InvalidFile, match="too large to add up"):
+        allocate(scored((table, table)), **options)
+    with pytest.raises(InvalidFile, match="too large to add up"):
+        allocate(scored((table, table)), rule="uniform", formats="int2g64")
+
+
+def test_losses_of_nothing_make_the_cheapest_plan() -> None:
+    table = {"int2g64": 0.0, "int4g64": 0.0}
+    plan = allocate(scored((table, table)), budget=4)
+    assert plan.budget.stored_bits == 2.5
+    assert (plan.solver.predicted_kl_nats, plan.solver.optimal) == (0.0, True)
+
+
 # Pins
 
 

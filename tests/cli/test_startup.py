@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from handscored import random_scores
 from test_commands import handmade_scores
 
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "safetensors")
@@ -21,6 +22,8 @@ HEAVY = ("torch", "transformers", "datasets", "accelerate", "safetensors")
         ["evaluate", "--help"],
         ["generate", "--help"],
         ["allocate", "--budget", "3", "--scores", "mine.json", "--out", "plan.json"],
+        ["allocate", "--max-kl", "0.05", "--scores", "losses.json", "--out", "plan.json"],
+        ["frontier", "--from", "2", "--to", "3", "--scores", "losses.json", "--out", "made"],
         ["show", "mine.json"],
         ["validate", "mine.json"],
         ["schema", "plan"],
@@ -30,6 +33,7 @@ HEAVY = ("torch", "transformers", "datasets", "accelerate", "safetensors")
 )
 def test_no_torch_is_imported(in_tmp: Path, arguments: list[str]) -> None:
     handmade_scores(in_tmp / "mine.json")
+    random_scores(2).save(in_tmp / "losses.json")
     (in_tmp / "kvtuner.yaml").write_text("0: {nbits_key: 4, nbits_value: 2}\n")
     code = f"""
 import sys

@@ -233,3 +233,52 @@ def test_a_metric_that_hardly_varies_is_flat_whatever_its_scale(numbers: tuple[f
         for layer, number in enumerate(numbers)
     ]
     assert read({"schema": "kvprof.scores/1", "layers": layers}).is_flat("spectral_norm", "key") is flat
+
+
+# Losses of formats
+
+
+def with_losses(*pairs: tuple[dict[str, float] | None, dict[str, float] | None], **fields: Any) -> Scores:
+    layers = [
+        {"layer": n, "key": {} if key is None else {"loss_increase": key},
+         "value": {} if value is None else {"loss_increase": value}}
+        for n, (key, value) in enumerate(pairs)
+    ]  # fmt: skip
+    return read({"schema": "kvprof.scores/1", "layers": layers, **fields})
+
+
+def test_losses_count_as_a_metric_where_every_tensor_that_a_plan_covers_has_them() -> None:
+    some = {"int2g64": 0.1}
+    assert with_losses((some, some), (some, some)).metrics == ("loss_increase",)
+    assert with_losses((some, some), (some, None)).metrics == ()
+    assert with_losses((some, some), (some, {})).metrics == ()
+    shape = {"kind": "full", "kv_heads": 1, "key_head_dim": 48, "value_head_dim": 64}
+    slides = {"kind": "sliding", "window": 8, "skipped": "sliding window of 8 tokens"}
+    geometry = {"dtype": "float16", "layers": [{"layer": 0, **shape}, {"layer": 1, **shape, **slides}]}
+    scores = with_losses((some, some), (None, None), geometry=geometry)
+    assert scores.metrics == ("loss_increase",)
+    assert [entry.layer for entry in scores.planned] == [0]
+
+
+def test_losses_are_no_number_a_tensor() -> None:
+    with pytest.raises(UsageError, match="loss_increase is a number for each format"):
+        with_losses(({"int2g64": 0.1}, {"int2g64": 0.1})).metric("loss_increase")
+
+
+def test_formats_that_no_plan_can_have_are_known() -> None:
+    losses = {"int2g64": 0.1, "q4_0": 0.1, "rot2": 0.1, "int2": 0.1}
+    shape = {"layer": 0, "kind": "full", "kv_heads": 1, "key_head_dim": 48, "value_head_dim": 64}
+    scores = with_losses((losses, {"rot3": 0.1}), geometry={"dtype": "float16", "layers": [shape]})
+    assert scores.passed_over == ("q4_0", "rot2", "int2")  # 48 is no power of two
+    assert with_losses((losses, {"rot3": 0.1})).passed_over == ("q4_0", "rot2", "int2", "rot3")
+
+
+@pytest.mark.parametrize("number", [-1e-9, math.inf, math.nan])
+@pytest.mark.parametrize("samples", [True, False])
+def test_an_impossible_loss_is_named_with_its_format(number: float, samples: bool) -> None:
+    tensor: dict[str, Any] = {"loss_increase": {"int2g64": 0.1, "rot2": 0.2 if samples else number}}
+    if samples:
+        tensor["loss_increase_samples"] = {"int2g64": [0.1, 0.1], "rot2": [0.4, number]}
+    words = refusal({"schema": "kvprof.scores/1", "layers": [{"layer": 0, "key": {}, "value": tensor}]})
+    assert "layer 0: loss_increase" in words
+    assert ("loss_increase_samples[rot2][1]" if samples else "loss_increase[rot2]") in words
