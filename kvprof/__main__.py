@@ -6,7 +6,7 @@ import io
 import os
 import sys
 
-from kvprof.cli.app import app
+from kvprof.cli.app import app_for
 
 
 def main() -> None:
@@ -15,7 +15,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without Unicode shows ? for a bar, and no traceback
-    app(prog_name="kvprof")
+    app_for(sys.argv[1:])(prog_name="kvprof")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
 
 
 def test_the_json_files_in_the_readme_are_valid(tmp_path: Path) -> None:
-    from kvprof.records.files import load_any
+    from kvprof.records.kinds import load_any
 
     kinds = []
     for number, body in enumerate(body for language, body in BLOCKS if language == "json"):

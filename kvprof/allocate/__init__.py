@@ -1,7 +1,44 @@
 """Arithmetic on records: from Scores and a budget to a BitPlan. No tensors.
 
 `allocate` is what the command calls: it picks the rule by name, reads the limit and refuses options that do not go
-together. It decides nothing about bits.
+together. It decides nothing about bits. The files of this room, in the order that the data flows:
+
+    what is asked for
+      budget      limits as a user writes them; what a plan costs in bits and bytes
+      pins        tensors set by hand
+    what may be chosen, at what cost and loss
+      measured    the losses that were measured of each format of a tensor; what those of a plan add up to
+      scored      the formats that were scored, and what a user's words leave of them
+      candidates  each tensor's candidates, of scored formats or of usual widths
+      pricing     what each candidate costs, in integers
+    what is chosen
+      hull        the corners of loss over cost, and the price of a bit that they make
+      pareto      dynamic programming over Pareto lists
+      solver      the exact knapsack, at one capacity or many
+      problem     the knapsack of a model: tensors in, a plan out
+      rules       exact, and the published rules
+      cheapest    the inverse: a KL divergence instead of a budget
+      frontier    every budget at once, and its knees
+    what is written
+      assemble    all that a plan says besides its formats
+      task        the tensors to plan, and how a plan of them is put together
+    how far to trust it
+      relaxed     many knapsacks at once, in the linear relaxation
+      sampled     the problem with every sequence's own losses
+      stability   would other sequences have made another plan?
+      sources     do the calibration texts agree about the plan?
+      doubts      both, of a plan just made
+    plans explained, compared, beaten
+      cases       every tensor of a plan with all that it could have
+      explain     why a tensor has the format that it has
+      diff        two plans side by side
+      pairs       uniform plans to beat
+      rivals      all plans that a plan must beat at the same stored bits
+    scores and predictions held against measurements
+      factor      plans to calibrate with, and what is foretold of them
+      ranks       Spearman's rank correlation
+      checks      whole plans, predicted and measured
+      agreement   single tensors, metric by metric
 """
 
 from __future__ import annotations

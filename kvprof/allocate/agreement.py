@@ -82,7 +82,7 @@ def hold_against(
         agreements=tuple(agreements),
         ratios=tuple(ratios),
         plans=tuple(checks),
-        remarks=tuple(_remarks(divergence, others, own, checks, labels)),
+        remarks=tuple(_remarks(divergence, others, plans or {}, own, checks, labels)),
     )
 
 
@@ -187,6 +187,7 @@ def _remarks(
     divergence: Scores,
     others: Mapping[str, Scores],
     plans: Mapping[str, BitPlan],
+    own: Mapping[str, BitPlan],
     checks: Sequence[PlanCheck],
     labels: Sequence[str],
 ) -> Iterator[str]:
@@ -203,7 +204,9 @@ def _remarks(
             )
     if not any(label.startswith(LOSS_INCREASE) for label in labels):
         yield "no scores here have loss_increase for what was measured, so only ranks are compared: kvprof gradients"
-    missing = [name for name in plans if name not in {check.name for check in checks}]
+    if strange := [name for name in plans if name not in own]:
+        yield f"left out, as plans of another model: {', '.join(strange)}"
+    missing = [name for name in own if name not in {check.name for check in checks}]
     if missing:
         yield f"not measured as a whole, or never predicted: {', '.join(missing)}; `kvprof evaluate PLAN` measures one"
     if any(check.measured_from == 0 for check in checks):

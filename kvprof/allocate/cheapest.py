@@ -62,7 +62,7 @@ def cheapest(
         raise InfeasibleBudget(
             f"{max_kl} nats a token is below what these formats are predicted to reach.\n"
             f"  least: {rounded_up(reached[0])} nats at {costs[0]} {of}    "
-            f"cheapest plan: {rounded_up(reached[1])} nats at {costs[1]} {of}\n"
+            f"cheapest plan: {reached[1]:.3g} nats at {costs[1]} {of}\n"
             f"  try --max-kl {rounded_up(reached[0])}, or allow better formats"
         )
     solution, proven = found

@@ -6,6 +6,7 @@ Does not know why a plan is as it is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from kvprof.allocate.budget import CachedTensor, spent
@@ -63,7 +64,10 @@ def compare(
         settings=tuple(_settings(first, second)),
         predicted_change_nats=known[1] - known[0] if len(known) == 2 else None,
         predicted_change_stderr_nats=None if predictions is None else _change_stderr(*predictions),
-        remarks=tuple(_remarks(first, second, scores, predictions, names)),
+        remarks=(
+            *_remarks(first, second, scores, predictions, names),
+            *(_stale_remarks((first, second), costs, geometry, bool(changes)) if scores is None else ()),
+        ),
     )
 
 
@@ -191,6 +195,21 @@ def _remarks(
         elif first.window != second.window:
             remarks.append("predicted KL does not know the window: it is that of the window that was scored")
     return remarks
+
+
+def _stale_remarks(
+    plans: Sequence[BitPlan], costs: Sequence[PlanCosts], geometry: CacheGeometry | None, moved: bool
+) -> list[str]:
+    """Return which plan's recorded KL is of what it was before somebody edited it."""
+    again = "so one was edited since; --scores FILE counts them anew"
+    for plan, cost in zip(plans, costs, strict=True):
+        # Its own bits were averaged over its own shapes, which need not be those that both are counted with here.
+        recorded = plan.budget.stored_bits if plan.budget and plan.geometry == geometry else None
+        if _predicts(plan) and recorded is not None and not math.isclose(recorded, cost.stored_bits, rel_tol=1e-9):
+            return [f"{cost.name} records {recorded:.4g} stored bits but has {cost.stored_bits:.4g}, {again}"]
+    if moved and _predicts(plans[0]) and costs[0].predicted_kl_nats == costs[1].predicted_kl_nats:
+        return [f"both plans record the same predicted KL though tensors moved, {again}"]
+    return []
 
 
 def _predicts(plan: BitPlan) -> bool:

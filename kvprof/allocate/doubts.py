@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing_extensions import Unpack
 
 from kvprof.allocate.candidates import Allowed
-from kvprof.allocate.sampled import why_unknown
+from kvprof.allocate.sampled import problem_of, why_unknown
 from kvprof.allocate.sources import disagreements
 from kvprof.allocate.stability import stability
 from kvprof.records.plan import BitPlan
@@ -36,10 +36,11 @@ def doubts(scores: Scores, plan: BitPlan, *, tie: str | None = None, **allowed: 
     if solver is None or solver.method != "exact" or solver.metric != LOSS_INCREASE:
         return Doubts()
     unknown = why_unknown(scores)
+    problem = None if unknown else problem_of(plan, scores, tie, allowed)
     return Doubts(
-        stability=stability(scores, plan, tie=tie, **allowed),
+        stability=None if unknown else stability(scores, plan, problem=problem),
         remarks=(
             *([f"how stable the plan is cannot be told: {unknown}"] if unknown else []),
-            *disagreements(scores, plan, tie=tie, **allowed),
+            *disagreements(scores, plan, problem=problem, tie=tie, **allowed),
         ),
     )

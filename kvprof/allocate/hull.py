@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
 
-Point = tuple[Fraction, float]
+Point = tuple[Fraction | int, float]
 """(cost, loss)."""
 
 
@@ -39,7 +39,7 @@ def shadow_price(items: Sequence[Sequence[Point]], spent: Fraction) -> float | N
     Every item takes one of its points, or a mixture of two. At a cost where the slope changes, the smaller slope: what
     more would save, not what less would lose. 0 where no item could save any more; None below the cheapest total.
     """
-    steps: list[tuple[float, Fraction]] = []
+    steps: list[tuple[float, Fraction | int]] = []
     left = spent
     for points in items:
         hull = [points[place] for place in corners(points)]

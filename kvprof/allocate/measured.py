@@ -87,9 +87,9 @@ def measured_formats(scores: Scores, tensor: CachedTensor, head_dim: int | None 
     head_dim: serves where the tensor's own is unknown. Full precision is a format only where it was scored.
     Raises InvalidFile where the tensor has no `loss_increase`.
     """
-    entry = next((entry for entry in scores.layers if entry.layer == tensor.layer), None)
+    entry = scores.entry(tensor.layer)
     found = None if entry is None else entry.tensor(tensor.name)
-    if found is None or found.loss_increase is None:
+    if found is None or not found.loss_increase:
         raise InvalidFile(
             f"these scores have no {LOSS_INCREASE} for the {tensor.name} of layer {tensor.layer}.\n"
             "  Measure it with `kvprof gradients` or `kvprof divergence`."

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kvprof.allocate.hull import corners
+
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
@@ -53,7 +55,11 @@ class Items:
         self.choices = choices
         self.capacity = capacity
         self.loss = loss
-        steps = [(item, *step) for item, row in enumerate(choices) for step in hull_steps(row)]
+        steps = [
+            (item, after, row[after].cost - row[before].cost, row[before].loss - row[after].loss)
+            for item, row in enumerate(choices)
+            for before, after in pairwise(corners(row))
+        ]
         steps.sort(key=lambda step: -step[3] / step[2])  # stable: an item's own steps keep their order
         self.step_item = np.array([step[0] for step in steps], dtype=np.int64)
         self.step_pick = np.array([step[1] for step in steps], dtype=np.int64)
@@ -199,21 +205,3 @@ def _complete(items: Items, stages: list[_Stage], incumbent: _Incumbent) -> list
             picks[item] = int(pick)
             spent += cost
     return picks + _walk(items, stages, incumbent.stage, incumbent.cost, incumbent.loss)
-
-
-def hull_steps(choices: Sequence[Choice]) -> list[tuple[int, int, float]]:
-    """Return (pick reached, added cost, loss saved) of each edge of the lower convex hull of one item's choices."""
-    hull = [0]
-    for pick in range(1, len(choices)):
-        while len(hull) > 1 and _slope(choices, hull[-2], hull[-1]) <= _slope(choices, hull[-1], pick):
-            hull.pop()
-        hull.append(pick)
-    return [
-        (after, choices[after].cost - choices[before].cost, choices[before].loss - choices[after].loss)
-        for before, after in pairwise(hull)
-    ]
-
-
-def _slope(choices: Sequence[Choice], before: int, after: int) -> float:
-    """Loss saved a unit of cost."""
-    return (choices[before].loss - choices[after].loss) / (choices[after].cost - choices[before].cost)

@@ -5,18 +5,20 @@ Reads Scores with samples and an exact problem; writes arrays of losses. Does no
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 
-from kvprof.allocate.budget import Limit
+from kvprof.allocate.budget import Limit, stored_bits_per_element
 from kvprof.allocate.candidates import Allowed
+from kvprof.allocate.measured import entries_of, planned_tensors
 from kvprof.allocate.problem import ExactProblem
 from kvprof.allocate.relaxed import Floats, Ints
 from kvprof.records.formats import TENSORS
-from kvprof.records.plan import Window
+from kvprof.records.plan import BitPlan, Window
 from kvprof.records.scores import LOSS_INCREASE, Scores
 
 
@@ -51,12 +53,13 @@ class Sampled:
         Of n sequences of a source n - 1 are drawn: the variance of their mean is then the unbiased one (McCarthy and
         Snowden 1985), which tells where sequences are few.
         """
-        rng = np.random.default_rng(seed)
+        rng = random.Random(seed)
         weights = np.zeros((resamples, self.sequences))
         for stratum in self.strata:
             number = len(stratum)
-            times = rng.multinomial(number - 1, np.full(number, 1 / number), size=resamples)
-            weights[:, stratum] = times / (number - 1) * number / self.sequences
+            for resample in weights:
+                drawn = rng.choices(range(number), k=number - 1)
+                resample[list(stratum)] = np.bincount(drawn, minlength=number) / (number - 1) * number / self.sequences
         return weights
 
     def mean(self, weights: Floats) -> Floats:
@@ -91,26 +94,29 @@ def why_unknown(scores: Scores) -> str | None:
     return None
 
 
-def sampled_problem(
-    scores: Scores, amount: Fraction, window: Window | None, tie: str | None, allowed: Allowed
-) -> Sampled:
-    """Return the problem of spending `amount` stored bits an element, by scores of which nothing is unknown.
-
-    tie, allowed: as `rules.exact` takes them. Raises as `ExactProblem` does, InfeasibleBudget among them.
-    """
-    problem = stored_problem(scores, amount, window, tie, allowed)
+def with_samples(problem: ExactProblem, scores: Scores) -> Sampled:
+    """Return a problem by scores of which nothing is unknown, its limit spent; raises InfeasibleBudget."""
     rows = [[choice.samples or () for choice in choices] for choices in problem.candidates]
     losses, costs, candidates = arrays(problem, rows)
-    capacity = problem.capacity(Limit(amount, "stored"))
-    return Sampled(losses, costs, capacity, candidates, _strata(scores, len(losses)))
+    return Sampled(losses, costs, problem.capacity(problem.limit), candidates, _strata(scores, len(losses)))
 
 
 def stored_problem(
     scores: Scores, amount: Fraction, window: Window | None, tie: str | None, allowed: Allowed
 ) -> ExactProblem:
-    """Return the exact problem in stored bits, by losses without the calibrated factor; raises as `ExactProblem`."""
+    """Return the problem of spending `amount` stored bits an element, by losses without the calibrated factor.
+
+    tie, allowed: as `rules.exact` takes them. Raises as `ExactProblem` does.
+    """
     plain = scores.model_copy(update={"kl_calibration": None})
     return ExactProblem(plain, Limit(amount, "stored"), LOSS_INCREASE, allowed, tie, window)
+
+
+def problem_of(plan: BitPlan, scores: Scores, tie: str | None, allowed: Allowed) -> ExactProblem:
+    """Return the problem that a plan solves, in the bits that it stores; raises as `stored_problem` does."""
+    tensors = planned_tensors(plan, scores.geometry)
+    amount = stored_bits_per_element(tensors, entries_of(plan, tensors))
+    return stored_problem(scores, amount, plan.window, tie, allowed)
 
 
 def arrays(problem: ExactProblem, rows: Sequence[Sequence[Sequence[float]]]) -> tuple[Floats, Floats, Ints]:

@@ -9,6 +9,7 @@ losses are known, sequences are dealt out to the sources at random, and only a r
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,9 +17,9 @@ from typing_extensions import Unpack
 
 from kvprof.allocate.candidates import Allowed
 from kvprof.allocate.measured import Measured, check_scores_fit
+from kvprof.allocate.problem import ExactProblem
 from kvprof.allocate.relaxed import Floats, Ints, relax
-from kvprof.allocate.sampled import arrays, stored_problem, why_unknown
-from kvprof.allocate.stability import stored_bits
+from kvprof.allocate.sampled import arrays, problem_of, why_unknown
 from kvprof.records.plan import BitPlan
 from kvprof.records.scores import Scores
 
@@ -28,10 +29,18 @@ DEALS = 20
 """Random deals of sequences; a ratio that none of them reaches is chance in less than one case in twenty."""
 
 
-def disagreements(scores: Scores, plan: BitPlan, *, tie: str | None = None, **allowed: Unpack[Allowed]) -> list[str]:
+def disagreements(
+    scores: Scores,
+    plan: BitPlan,
+    *,
+    problem: ExactProblem | None = None,
+    tie: str | None = None,
+    **allowed: Unpack[Allowed],
+) -> list[str]:
     """Return a sentence for each notable disagreement of the sources that scores were measured on.
 
-    scores: those that the plan was made from. tie, allowed: what it was made with, as `rules.exact` takes them.
+    scores: those that the plan was made from. tie, allowed: what it was made with, as `rules.exact` takes them; or
+    problem: `problem_of` these, made before.
     Nothing where there is one source, or the scores do not hold what each of them loses.
     Raises Mismatch for scores of another model, and as `ExactProblem` does.
     """
@@ -39,7 +48,7 @@ def disagreements(scores: Scores, plan: BitPlan, *, tie: str | None = None, **al
     names = _names(scores)
     if len(names) < 2:
         return []
-    problem = stored_problem(scores, stored_bits(plan, scores), plan.window, tie, allowed)
+    problem = problem or problem_of(plan, scores, tie, allowed)
     source_of = _source_of(scores, len(names))
     rows = [
         [_by_source(choice, names) if source_of is None else choice.samples or () for choice in choices]
@@ -55,8 +64,8 @@ def disagreements(scores: Scores, plan: BitPlan, *, tie: str | None = None, **al
         by_all, by_source = losses.mean(axis=0), _means(losses, [source_of])
     (neglected,), (astray,) = _ratios(by_all, by_source, costs, capacity)
     if source_of is not None and max(neglected.max(), astray.max()) > NOTABLE:
-        rng = np.random.default_rng(0)
-        dealt = _means(losses, [rng.permutation(source_of) for _ in range(DEALS)])
+        dealer, hands = random.Random(0), source_of.tolist()
+        dealt = _means(losses, [np.array(dealer.sample(hands, len(hands))) for _ in range(DEALS)])
         chance = [ratios.max(axis=0) for ratios in _ratios(by_all, dealt, costs, capacity)]
         neglected = np.where(neglected > chance[0], neglected, 1.0)
         astray = np.where(astray > chance[1], astray, 1.0)

@@ -17,12 +17,12 @@ from fractions import Fraction
 import numpy as np
 from typing_extensions import Unpack
 
-from kvprof.allocate.budget import Limit, bit_limit, stored_bits_per_element
+from kvprof.allocate.budget import Limit, bit_limit
 from kvprof.allocate.candidates import Allowed
-from kvprof.allocate.measured import check_scores_fit, entries_of, planned_tensors, predict
+from kvprof.allocate.measured import check_scores_fit, predict
 from kvprof.allocate.problem import ExactProblem
 from kvprof.allocate.relaxed import Floats, relax
-from kvprof.allocate.sampled import Sampled, sampled_problem, why_unknown
+from kvprof.allocate.sampled import Sampled, problem_of, stored_problem, why_unknown, with_samples
 from kvprof.records.plan import BitPlan
 from kvprof.records.scores import LOSS_INCREASE, Scores
 from kvprof.records.stability import Stability
@@ -42,6 +42,7 @@ def stability(
     scores: Scores,
     plan: BitPlan,
     *,
+    problem: ExactProblem | None = None,
     tie: str | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -49,7 +50,8 @@ def stability(
 ) -> Stability | None:
     """Return how much of a plan other sequences of the same text would have changed.
 
-    scores: those that the plan was made from. tie, allowed: what it was made with, as `rules.exact` takes them.
+    scores: those that the plan was made from. tie, allowed: what it was made with, as `rules.exact` takes them; or
+    problem: `problem_of` these, made before.
     None where `why_unknown` has a reason, or a format of the plan was not scored.
     Raises Mismatch for scores of another model, and as `ExactProblem` does.
     """
@@ -57,21 +59,21 @@ def stability(
     samples = None if why_unknown(scores) else predict(plan, scores).samples
     if samples is None:
         return None
-    sampled = sampled_problem(scores, stored_bits(plan, scores), plan.window, tie, allowed)
-    weights = sampled.drawn(resamples, seed)
-    changed, regret = _against_all(sampled, weights)
+    losses = with_samples(problem or problem_of(plan, scores, tie, allowed), scores)
+    weights = losses.drawn(resamples, seed)
+    changed, regret = _against_all(losses, weights)
     predicted = weights @ np.array(samples)
     return Stability(
         resamples=resamples,
-        sequences=sampled.sequences,
+        sequences=losses.sequences,
         tensors=2 * len(plan.layers),
         changed_mean=float(changed.mean()),
-        changed_p90=float(np.quantile(changed, 0.9)),
+        changed_p90=_quantile(changed, 0.9),
         kl_nats=float(np.mean(samples)),
-        kl_p5_nats=float(np.quantile(predicted, 0.05)),
-        kl_p95_nats=float(np.quantile(predicted, 0.95)),
+        kl_p5_nats=_quantile(predicted, 0.05),
+        kl_p95_nats=_quantile(predicted, 0.95),
         regret_mean=float(regret.mean()),
-        regret_p90=float(np.quantile(regret, 0.9)),
+        regret_p90=_quantile(regret, 0.9),
     )
 
 
@@ -94,9 +96,9 @@ def stable_at(scores: Scores, limit: Limit | None = None, *, seed: int = 0) -> b
     if why_unknown(scores) is not None or _fewest(scores) < FEWEST_SEQUENCES:
         return False
     for amount in _reachable(scores) if limit is None else [limit.amount]:
-        sampled = sampled_problem(scores, amount, None, None, {})
-        _, regret = _against_all(sampled, sampled.drawn(RESAMPLES, seed))
-        if np.quantile(regret, 0.9) > STABLE_REGRET:
+        losses = with_samples(stored_problem(scores, amount, None, None, {}), scores)
+        _, regret = _against_all(losses, losses.drawn(RESAMPLES, seed))
+        if _quantile(regret, 0.9) > STABLE_REGRET:
             return False
     return True
 
@@ -115,12 +117,6 @@ def stable_at_all(budgets: Sequence[str | float]) -> Callable[[Scores], bool]:
     return enough
 
 
-def stored_bits(plan: BitPlan, scores: Scores) -> Fraction:
-    """Return the stored bits of an element of the plan, averaged over the cache, exactly."""
-    tensors = planned_tensors(plan, scores.geometry)
-    return stored_bits_per_element(tensors, entries_of(plan, tensors))
-
-
 def _against_all(sampled: Sampled, weights: Floats) -> tuple[Floats, Floats]:
     """Return for each resample the tensors that change their format, and the regret: both (resamples,)."""
     by_all = sampled.mean(sampled.even)
@@ -132,6 +128,12 @@ def _against_all(sampled: Sampled, weights: Floats) -> tuple[Floats, Floats]:
     ratio = losses / least if least > 0 else np.where(losses > 0, np.inf, 1.0)
     regret = np.clip(ratio - 1, 0.0, MOST_REGRET)
     return sampled.changed(drawn.picks, best.picks).astype(np.float64), regret
+
+
+def _quantile(numbers: Floats, share: float) -> float:
+    """Return what a share of the numbers does not exceed, between two of them in proportion."""
+    ranked = np.sort(numbers)  # np.quantile would import numpy.ma for it
+    return float(np.interp(share * (len(ranked) - 1), np.arange(len(ranked)), ranked))
 
 
 def _fewest(scores: Scores) -> int:

@@ -16,6 +16,9 @@ from transformers import PreTrainedModel
 
 from kvprof.errors import CalibrationError, KvprofError
 
+_HALF = (torch.float16, torch.bfloat16)
+_DAMAGED = "  No wider dtype would help: its weights are damaged."
+
 
 def sample_tokens(
     model: PreTrainedModel,
@@ -64,7 +67,7 @@ def sample_tokens(
         dtype = str(model.dtype).removeprefix("torch.")
         raise CalibrationError(
             f"the model cannot write text: in {dtype} its predictions are not finite.\n"
-            "  Use --dtype float32, or leave `self` out of --data."
+            + ("  Use --dtype float32, or leave `self` out of --data." if model.dtype in _HALF else _DAMAGED)
         )
     return torch.stack(tokens, dim=1).cpu()
 

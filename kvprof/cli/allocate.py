@@ -86,9 +86,7 @@ def allocate(
     from kvprof.records.geometry import bytes_text
     from kvprof.records.scores import Scores
     from kvprof.report.console import print_note, print_plain, print_written
-    from kvprof.report.explanations import stability_lines
-    from kvprof.report.sentences import plan_remarks
-    from kvprof.report.tables import show_plan
+    from kvprof.report.plans import plan_remarks, show_plan, stability_lines
 
     wanted = metric_needed(rule, metric, max_kl, formats)
     path, found = newest_scores(wanted) if scores is None else (scores, Scores.load(scores))

@@ -1,22 +1,58 @@
-"""The Typer app: every command by name. Nothing heavy is imported before a command needs it."""
+"""The Typer app: every command by name. Nothing is imported before a command needs it, other commands neither."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterable
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
 
 from kvprof import __version__
-from kvprof.cli import allocate, audit, evaluate, exchange, explain, frontier, generate, measure, show
 from kvprof.cli.errors import explains_errors
 
-app = typer.Typer(
-    name="kvprof",
-    help="Which bits does a language model's KV cache need? Measure, allocate, obey.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+COMMANDS = {
+    "inspect": "measure",
+    "norms": "measure",
+    "gradients": "measure",
+    "allocate": "allocate",
+    "frontier": "frontier",
+    "explain": "explain",
+    "diff": "explain",
+    "evaluate": "evaluate",
+    "divergence": "audit",
+    "calibrate": "audit",
+    "audit": "audit",
+    "generate": "generate",
+    "show": "show",
+    "validate": "show",
+    "schema": "show",
+    "import": "exchange",
+}
+"""Each command, in the order of the help, and the module beside this one that has its function."""
+
+
+def make_app(names: Iterable[str] = COMMANDS) -> typer.Typer:
+    """Return the app with these commands. To make all of them, for one to run, takes a good part of a short run."""
+    made = typer.Typer(
+        name="kvprof",
+        help="Which bits does a language model's KV cache need? Measure, allocate, obey.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    made.callback()(_main)
+    for name in names:
+        module = import_module(f"kvprof.cli.{COMMANDS[name]}")
+        function = getattr(module, name, None) or getattr(module, f"{name}_")  # no function can be called `import`
+        several = module.TakesSeveralFiles if name == "evaluate" else None
+        made.command(name, cls=several)(explains_errors(function))
+    return made
+
+
+def app_for(words: list[str]) -> typer.Typer:
+    """Return the app that serves a command line: one command where it begins with one, else all of them."""
+    return make_app(words[:1] if words and words[0] in COMMANDS else COMMANDS)
 
 
 def _version(asked: bool) -> None:
@@ -25,7 +61,6 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _main(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
@@ -34,24 +69,9 @@ def _main(
     """Which bits does a language model's KV cache need? Measure, allocate, obey."""
 
 
-for _command in (
-    measure.inspect,
-    measure.norms,
-    measure.gradients,
-    allocate.allocate,
-    frontier.frontier,
-    explain.explain,
-    explain.diff,
-    evaluate.evaluate,
-    audit.divergence,
-    audit.calibrate,
-    audit.audit,
-    generate.generate,
-    show.show,
-    show.validate,
-    show.schema,
-):
-    several = _command is evaluate.evaluate
-    app.command(cls=evaluate.TakesSeveralFiles if several else None)(explains_errors(_command))
-
-app.command("import")(explains_errors(exchange.import_))  # a function cannot have the name
+def __getattr__(name: str) -> Any:
+    """Make `app`, with all commands, when it is first asked for."""
+    if name != "app":
+        raise AttributeError(f"module 'kvprof.cli.app' has no attribute {name!r}")
+    app = globals()["app"] = make_app()
+    return app

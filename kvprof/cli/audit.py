@@ -115,7 +115,8 @@ def calibrate(
 ) -> None:
     """By what factor do whole plans cost more than the sum of their tensors? Measured, and kept with the scores."""
     from kvprof.allocate.factor import foretell, usual_plans
-    from kvprof.records.beside import scores_of_plans, short_names
+    from kvprof.records.beside import scores_of_plans
+    from kvprof.records.files import short_names
     from kvprof.records.plan import BitPlan
     from kvprof.records.scores import Scores
 

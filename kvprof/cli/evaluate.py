@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -77,15 +76,16 @@ def evaluate(
     from kvprof.errors import NotBetter, UsageError
     from kvprof.evaluate.evaluation import EvaluationSettings, check_request, run_evaluation
     from kvprof.models.load import resolve
+    from kvprof.records.files import short_names
     from kvprof.records.plan import BitPlan
     from kvprof.records.runs import output_folder
     from kvprof.report.console import print_note, print_written, progress
-    from kvprof.report.tables import show_evaluation
+    from kvprof.report.evaluations import show_evaluation
 
     if check and not rivals and not against:
         raise UsageError("--check has nothing to compare with.\n  Leave out --no-rivals, or name plans with --against.")
     found = BitPlan.load(plan)
-    name, *others = _names([plan, *(against or ())])
+    name, *others = short_names([plan, *(against or ())])
     further = [(other, BitPlan.load(path)) for other, path in zip(others, against or (), strict=True)]
     source = resolve(model or found.model.id)
     folder = output_folder(source.id, out)
@@ -157,10 +157,3 @@ def _fitting(path: Path, metrics: Sequence[str], geometry: CacheGeometry, finger
             why = first_line(error)
     print_note(f"{why}: the rivals need {path.stem}, measured now")
     return None
-
-
-def _names(paths: Sequence[Path]) -> list[str]:
-    """Return a short name for each file: its stem, or where two are alike, all of its path."""
-    times = Counter(path.stem for path in paths)
-    names = [path.stem if times[path.stem] == 1 else str(path) for path in paths]
-    return [name.encode(errors="replace").decode() for name in names]  # a file's name may be no text

@@ -44,7 +44,7 @@ def import_(
     from kvprof.records.plan import Window
     from kvprof.records.runs import output_folder, slug
     from kvprof.report.console import print_plain, print_written
-    from kvprof.report.tables import show_plan
+    from kvprof.report.plans import show_plan
 
     if tool not in TOOLS:
         raise UsageError(f"kvprof cannot import from {tool!r}: {did_you_mean(tool, TOOLS)}")

@@ -53,8 +53,8 @@ def frontier(
     from kvprof.records.scores import LOSS_INCREASE, Scores
     from kvprof.report.console import print_note, print_plain, print_written
     from kvprof.report.frontiers import show_frontier
+    from kvprof.report.plans import loss_remarks
     from kvprof.report.plots import MissingMatplotlib, draw_frontier
-    from kvprof.report.sentences import loss_remarks
 
     path, found = newest_scores(LOSS_INCREASE) if scores is None else (scores, Scores.load(scores))
     result = find_frontier(

@@ -111,6 +111,7 @@ def gradients(
     """How much does the loss feel each layer's keys and values? Gradient norms, and the loss that each format costs."""
     from kvprof.allocate.stability import stable_at_all
     from kvprof.calibration.ingredients import USUAL_DATA
+    from kvprof.errors import UsageError
     from kvprof.models.load import resolve
     from kvprof.profile.decoder import Decoder, read_formats
     from kvprof.profile.sensitivity import SensitivitySettings, run_sensitivity
@@ -119,6 +120,8 @@ def gradients(
     from kvprof.report.console import print_note, print_written, progress
     from kvprof.report.tables import show_scores
 
+    if stable_at and not until_stable:
+        raise UsageError("--stable-at says what --until-stable looks at, which is not there.\n  Add --until-stable.")
     source = resolve(model)
     decoder = Decoder(
         read_formats(formats), Window(sink_tokens=sink_tokens, recent_tokens=recent_tokens), suffix_fraction

@@ -17,12 +17,14 @@ def show(file: File) -> None:
     """Print any Scores, BitPlan, Evaluation, Frontier or Audit file as a table."""
     from kvprof.records.audit import Audit
     from kvprof.records.evaluation import Evaluation
-    from kvprof.records.files import load_any
     from kvprof.records.frontier import Frontier
+    from kvprof.records.kinds import load_any
     from kvprof.records.plan import BitPlan
     from kvprof.report.audits import show_audit
+    from kvprof.report.evaluations import show_evaluation
     from kvprof.report.frontiers import show_frontier
-    from kvprof.report.tables import show_evaluation, show_plan, show_scores
+    from kvprof.report.plans import show_plan
+    from kvprof.report.tables import show_scores
 
     document = load_any(file)
     if isinstance(document, BitPlan):
@@ -44,7 +46,7 @@ def validate(
     ] = None,
 ) -> None:
     """Exit with 0, or say what is wrong with a file (1), or that it is for another model than the one named (4)."""
-    from kvprof.records.files import load_any
+    from kvprof.records.kinds import load_any
     from kvprof.report.console import print_plain
 
     document = load_any(file)
@@ -58,7 +60,7 @@ def validate(
 
 def schema(kind: Annotated[str, typer.Argument(help="`scores`, `plan`, `evaluation`, `frontier` or `audit`.")]) -> None:
     """Print the JSON Schema of Scores, BitPlan, Evaluation, Frontier or Audit files."""
-    from kvprof.records.files import KINDS
+    from kvprof.records.kinds import KINDS
     from kvprof.report.console import print_plain
 
     if kind not in KINDS:

@@ -1,11 +1,11 @@
 """Of which decoder are losses predicted? The formats to try, what it keeps in full precision, which queries count.
 
-Reads an option's text and a geometry; does not know models, nor how a loss is predicted.
+Reads options and a geometry; does not know models, nor how a loss is predicted or measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvprof.records.formats import TENSORS, Format, TensorName, can_rotate, format_named, parse_formats
@@ -30,7 +30,8 @@ USUAL_FORMATS: dict[TensorName, tuple[str, ...]] = {
 """What is tried where no formats are named: what the best plans of the models seen so far are made of."""
 
 
-_ADVICE = "Raise --sequence-length, join rows with --pack, or lower --recent-tokens."
+MORE_TOKENS = "Raise --sequence-length, join rows with --pack, or lower --recent-tokens."
+"""What to do where a text stays within the window."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,19 @@ def readable(formats: Formats, decoder: Decoder, longest: int) -> tuple[Formats,
     window = f"{decoder.window.sink_tokens} + {decoder.window.recent_tokens}"
     return (
         found,
-        f"not predicted: {'; '.join(left)}: no group of {longest} tokens leaves the window of {window}. {_ADVICE}",
+        f"not predicted: {'; '.join(left)}: no group of {longest} tokens leaves the window of {window}. {MORE_TOKENS}",
+    )
+
+
+def within_the_window(forms: Iterable[Format], window: Window, lengths: Sequence[int]) -> str | None:
+    """Return what to say of sequences that end before one of the formats quantizes anything, or None."""
+    forms = [form for form in forms if not form.is_full]
+    short = sum(not all(reads_codes(form, window, length) for form in forms) for length in lengths)
+    if not short:
+        return None
+    return (
+        f"{short} of {len(lengths)} sequences end before anything is quantized in some format, and count as 0 there: "
+        "try --pack"
     )
 
 

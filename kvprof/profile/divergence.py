@@ -27,8 +27,9 @@ from kvprof.evaluate.metrics import LOGIT_ROUNDING_NATS, token_kl
 from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
 from kvprof.models.inventory import take_inventory
 from kvprof.models.load import ModelSource, input_device, load_config, load_model, load_tokenizer, wider_dtype_advice
+from kvprof.profile.decoder import within_the_window
 from kvprof.profile.probes import USUAL_FORMATS, Probe, check_something_is_read, choose_probes
-from kvprof.profile.samples import loss_scores
+from kvprof.profile.samples import decoding_of, loss_scores
 from kvprof.records.formats import FULL_BITS, TENSORS, TensorName, usual_format
 from kvprof.records.inventory import Inventory
 from kvprof.records.plan import (
@@ -39,10 +40,9 @@ from kvprof.records.plan import (
     SkippedLayer,
     TensorPlan,
     Window,
-    quantized_tokens,
 )
 from kvprof.records.runs import Journal
-from kvprof.records.scores import DecodingSetup, LayerScores, Scores, suffix_start
+from kvprof.records.scores import LayerScores, Scores, suffix_start
 from kvprof.runtime.attention import decoding_reads
 
 
@@ -216,14 +216,13 @@ def _scores(
     found: dict[tuple[int, TensorName], dict[str, list[float]]] = {}
     for probe, samples in measured.items():
         found.setdefault((probe.layer, probe.tensor), {})[probe.form.name] = samples
-    counted = sum(len(ids) - suffix_start(len(ids), settings.suffix_fraction) for ids in text.sequences)
     return Scores(
         source="divergence",
         kvprof_version=__version__,
         model=inventory.model,
         calibration=text.info,
         geometry=inventory.geometry,
-        decoding=DecodingSetup(window=settings.window, suffix_fraction=settings.suffix_fraction, tokens=counted),
+        decoding=decoding_of(text, settings.window, settings.suffix_fraction),
         layers=tuple(
             LayerScores(
                 layer=shape.layer,
@@ -247,10 +246,9 @@ def _remarks(
         total = len(probes) * len(text.sequences)
         yield f"went on with a stopped run: {resumed} of {total} forwards were done before"
     yield from text.remarks(settings.sequences)
-    widest = max((probe.form for probe in probes), key=lambda form: form.group_size if form.axis == "channel" else 1)
-    short = sum(not quantized_tokens(widest, settings.window, len(ids) - 1) for ids in text.sequences)
-    if short and not widest.is_full:
-        yield f"{short} of {len(text.sequences)} sequences end before anything is quantized, and count as 0: try --pack"
+    lengths = [len(ids) for ids in text.sequences]
+    if short := within_the_window({probe.form for probe in probes}, settings.window, lengths):
+        yield short
     noise = LOGIT_ROUNDING_NATS.get(dtype.removeprefix("torch."), 0.0)
     numbers = [
         loss

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from kvprof.errors import UsageError, did_you_mean
+from kvprof.profile.decoder import MORE_TOKENS, reads_codes
 from kvprof.records.formats import TENSORS, Format, TensorName, format_named, parse_formats
 from kvprof.records.geometry import CacheGeometry
-from kvprof.records.plan import Window, head_dim_of, quantized_tokens
+from kvprof.records.plan import Window, head_dim_of
 
 USUAL_FORMATS = "int2g64"
 
@@ -88,11 +89,10 @@ def _chosen_layers(geometry: CacheGeometry, text: str | None) -> list[int]:
 def check_something_is_read(probes: Sequence[Probe], window: Window, longest: int) -> None:
     """Raise UsageError where no query of the longest sequence would read anything in one of the formats."""
     for probe in probes:
-        if not probe.form.is_full and not quantized_tokens(probe.form, window, longest - 1):
+        if not probe.form.is_full and not reads_codes(probe.form, window, longest):
             group = probe.form.group_size if probe.form.axis == "channel" else 1
             needed = window.sink_tokens + window.recent_tokens + group + 1
             raise UsageError(
                 f"in {longest} tokens, no query reads a {probe.tensor} in {probe.form.name}: the sinks and the window "
-                f"hold all but whole groups, so {needed} tokens are the least.\n"
-                "  Raise --sequence-length, or lower --recent-tokens."
+                f"hold all but whole groups, so {needed} tokens are the least.\n  {MORE_TOKENS}"
             )

@@ -1,4 +1,4 @@
-"""One number a sequence -> what Scores say of it: the mean, its standard error, the means of each source of text.
+"""One number a sequence -> what Scores say of it: the mean, its standard error, each source's means, and of what text.
 
 Plain arithmetic; does not know how a number was measured.
 """
@@ -9,7 +9,9 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 
-from kvprof.records.scores import CalibrationInfo, TensorScores
+from kvprof.calibration.sequences import CalibrationSet
+from kvprof.records.plan import Window
+from kvprof.records.scores import CalibrationInfo, DecodingSetup, TensorScores, suffix_start
 
 
 def loss_scores(samples: Mapping[str, Sequence[float]], info: CalibrationInfo) -> TensorScores:
@@ -27,6 +29,12 @@ def loss_scores(samples: Mapping[str, Sequence[float]], info: CalibrationInfo) -
         loss_increase_by_source=_by_source(samples, info),
         loss_increase_samples={name: tuple(numbers) for name, numbers in samples.items()},
     )
+
+
+def decoding_of(text: CalibrationSet, window: Window, suffix_fraction: float) -> DecodingSetup:
+    """Return what decoder numbers measured on a text speak of, and the tokens that counted."""
+    counted = sum(len(ids) - suffix_start(len(ids), suffix_fraction) for ids in text.sequences)
+    return DecodingSetup(window=window, suffix_fraction=suffix_fraction, tokens=counted)
 
 
 def _by_source(samples: Mapping[str, Sequence[float]], info: CalibrationInfo) -> dict[str, dict[str, float]] | None:

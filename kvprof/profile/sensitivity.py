@@ -1,16 +1,14 @@
 """How sensitive is each layer's cache, on calibration text? The two measurements that read text, in one resumable run.
 
-Reads a model and calibration text; writes gradients.json, and a journal while it runs. Does not know how a sequence is
-measured (gradients.py, losses.py), nor what the scores are spent on.
+Reads a model and calibration text; writes gradients.json, and a journal while it runs. Does not know how sequences are
+scored (scoring.py), nor what the scores are spent on.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -20,30 +18,17 @@ from kvprof import __version__
 from kvprof.calibration.ingredients import USUAL_DATA
 from kvprof.calibration.mix import mix_texts
 from kvprof.calibration.self_text import fill
-from kvprof.calibration.sequences import Batch, CalibrationSet, batches, choose_length
-from kvprof.errors import KvprofError, UnsupportedAttention, UsageError, first_line
+from kvprof.calibration.sequences import CalibrationSet, choose_length
+from kvprof.errors import UnsupportedAttention, UsageError, first_line
 from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
 from kvprof.models.inventory import take_inventory
 from kvprof.models.load import ModelSource, input_device, load_config, load_model, load_tokenizer
-from kvprof.profile.decoder import Decoder, Formats, formats_of, readable
-from kvprof.profile.gradients import gradient_norms, padded_on_the_right
-from kvprof.profile.losses import loss_increases
-from kvprof.profile.samples import loss_scores
-from kvprof.records.formats import TENSORS, TensorName
+from kvprof.profile.decoder import Decoder, Formats, formats_of, readable, within_the_window
+from kvprof.profile.scoring import SequenceResult, measure_sensitivity
 from kvprof.records.geometry import CacheGeometry
-from kvprof.records.inventory import Inventory
 from kvprof.records.runs import Journal
-from kvprof.records.scores import (
-    DecodingSetup,
-    LayerScores,
-    Scores,
-    TensorScores,
-    suffix_start,
-)
+from kvprof.records.scores import Scores
 from kvprof.runtime.interception import AttentionCall, attention_through
-
-FIRST_STAGE = 4
-"""Sequences of the first stage of a run that may stop early; each further stage has as many as all before it."""
 
 
 @dataclass(frozen=True)
@@ -76,18 +61,6 @@ class SensitivityRun:
     remarks: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class SequenceResult:
-    """What was measured on one sequence.
-
-    norms: (key, value) gradient norm of each scored layer, ascending. losses: for each layer, tensor and format of
-    `Formats`, in that order; empty where none were asked for.
-    """
-
-    norms: tuple[tuple[float, float], ...]
-    losses: tuple[float, ...]
-
-
 def run_sensitivity(
     source: ModelSource,
     settings: SensitivitySettings,
@@ -109,6 +82,9 @@ def run_sensitivity(
     whole_config = load_config(source)
     inventory = take_inventory(whole_config, source.id)
     formats = formats_of(inventory.geometry, settings.decoder)
+    wanted = settings.decoder.formats is None or any(settings.decoder.formats.values())
+    if is_enough is not None and not wanted:
+        raise UsageError("--until-stable looks at plans, which need predicted losses.\n  Leave out --formats none.")
     config = whole_config.get_text_config(decoder=True)
     length = choose_length(settings.sequence_length, getattr(config, "max_position_embeddings", None))
     tokenizer = load_tokenizer(source)
@@ -117,21 +93,21 @@ def run_sensitivity(
     formats, unread = readable(formats, settings.decoder, max(mix.lengths))
     model = load_model(source, settings.dtype, settings.device)
     fingerprint = live_fingerprint(model, inventory.geometry) or checkpoint_fingerprint(source, inventory.geometry)
-    calibration = fill(mix, model, tokenizer, fingerprint, writing)
     inventory = inventory.model_copy(update={"model": inventory.model.model_copy(update={"fingerprint": fingerprint})})
-    unsupported = _why_unsupported(model, formats, calibration)
+    unsupported = _why_unsupported(model, inventory.geometry) if wanted else None
     if unsupported is not None:
-        formats = {}
-    asked = any((settings.decoder.formats or {}).values())  # by name, and so not to be left out in silence
-    if asked and not any(formats.values()):
+        formats, unread = {}, None
+    if settings.decoder.formats is not None and wanted and not formats:
+        # Asked for by name, and so not to be left out in silence.
         raise UsageError(str(unsupported or unread))
+    calibration = fill(mix, model, tokenizer, fingerprint, writing)
     identity = {
         "model": source.id,
         "model fingerprint": fingerprint,
         "dtype": str(model.dtype),
         "kvprof version": __version__,
         **calibration.identity,
-        "formats": [[layer, tensor, *(form.name for form in forms)] for (layer, tensor), forms in formats.items()],
+        "formats": _in_words(formats),
         "window": settings.decoder.window.model_dump(),
         "suffix fraction": settings.decoder.suffix_fraction,
     }
@@ -149,70 +125,15 @@ def run_sensitivity(
         )
         path = scores.save(folder / "gradients.json")
         log.remove()
-    remarks = [remark for remark in (unsupported, unread) if remark] + list(
-        _remarks(calibration, settings, len(done), scores)
-    )
+    remarks = [remark for remark in (unsupported, unread) if remark]
+    remarks += _remarks(calibration, settings, formats, len(done), scores, is_enough)
     return SensitivityRun(scores, path, tuple(remarks))
 
 
-def measure_sensitivity(
-    model: PreTrainedModel,
-    calibration: CalibrationSet,
-    inventory: Inventory,
-    formats: Formats | None = None,
-    decoder: Decoder | None = None,
-    batch_size: int = 1,
-    done: Mapping[int, SequenceResult] | None = None,
-    finished: Callable[[Mapping[int, SequenceResult]], None] = lambda results: None,
-    is_enough: Callable[[Scores], bool] | None = None,
-) -> Scores:
-    """Measure the gradient norms of every layer's W_k and W_v, and the predicted losses of formats.
-
-    model: in eval mode, no parameter asking for a gradient; left as it was found. formats: None or none at all leaves
-    the losses out. done: results of sequences measured before, by index. finished: called with each batch's results.
-    is_enough: asked of the scores so far, as `run_sensitivity` has it; sequences beyond are then not in the result.
-    Returns Scores: means over sequences, with standard errors (0 for a single one).
-    Raises NonFiniteGradient, with advice, where half precision overflows.
-    """
-    formats, decoder = formats or {}, decoder or Decoder()
-    measured = dict(done or {})
-    number = len(calibration.sequences)
-    for stage in _stages(number) if is_enough is not None else [number]:
-        todo = [index for index in range(stage) if index not in measured]
-        for batch in batches(calibration.sequences, batch_size, todo):
-            results = _measure(model, inventory.geometry, batch, formats, decoder, calibration.info.seed)
-            finished(results)
-            measured.update(results)
-        text = calibration if stage == number else calibration.first(stage)
-        scores = _assemble(measured, text, inventory, formats, decoder)
-        if is_enough is not None and is_enough(scores):
-            break
-    return scores
-
-
-def _measure(
-    model: PreTrainedModel, geometry: CacheGeometry, batch: Batch, formats: Formats, decoder: Decoder, seed: int
-) -> dict[int, SequenceResult]:
-    """Return the results of each sequence of a batch, by index."""
-    batch = padded_on_the_right(batch)
-    try:
-        norms = gradient_norms(model, geometry, batch)
-        losses = (
-            loss_increases(model, batch, formats, decoder.window, decoder.quantizer, decoder.suffix_fraction, seed)
-            if formats
-            else {}
-        )
-    except torch.OutOfMemoryError:
-        rows, tokens = batch.input_ids.shape
-        raise KvprofError(
-            f"out of memory on {model.device} with a batch of {rows} sequences of {tokens} tokens.\n"
-            "  Lower --batch-size or --sequence-length; what is measured so far is kept."
-        ) from None
-    keys = [(layer, tensor, form.name) for (layer, tensor), forms in formats.items() for form in forms]
-    return {
-        index: SequenceResult(tuple(norms[index]), tuple(float(losses[key][row]) for key in keys))
-        for row, index in enumerate(batch.indices)
-    }
+def _in_words(formats: Formats) -> list[str]:
+    """Return `keys in int2g64, int4g64` and the like, each once: with the model's shapes, they say every layer's."""
+    named = [f"{tensor}s in {', '.join(form.name for form in forms)}" for (_, tensor), forms in formats.items()]
+    return list(dict.fromkeys(named))
 
 
 def _from_json(entry: Any) -> SequenceResult:
@@ -220,78 +141,40 @@ def _from_json(entry: Any) -> SequenceResult:
     return SequenceResult(tuple((key, value) for key, value in norms), tuple(losses))
 
 
-def _stages(number: int) -> Iterator[int]:
-    """Yield FIRST_STAGE, its doubles, and at last the whole number."""
-    stage = FIRST_STAGE
-    while stage < number:
-        yield stage
-        stage *= 2
-    yield number
-
-
-def _assemble(
-    measured: Mapping[int, SequenceResult],
-    calibration: CalibrationSet,
-    inventory: Inventory,
-    formats: Formats,
-    decoder: Decoder,
-) -> Scores:
-    """Return the scores of a set whose every sequence is measured."""
-    # In the order of the sequences, whatever the batches were: the same sum to the last bit.
-    results = [measured[index] for index in range(len(calibration.sequences))]
-    norms = torch.tensor([result.norms for result in results], dtype=torch.float64)  # (sequences, layers, 2)
-    columns = iter(zip(*(result.losses for result in results), strict=True))
-    losses = {
-        key: {form.name: [float(f"{loss:.6g}") for loss in next(columns)] for form in forms}
-        for key, forms in formats.items()
-    }
-
-    def scored(row: int, layer: int, tensor: TensorName) -> TensorScores:
-        norm = norms[:, row, TENSORS.index(tensor)].tolist()
-        own = TensorScores(gradient_norm=fmean(norm), gradient_norm_stderr=_stderr(norm))
-        of_formats = loss_scores(losses.get((layer, tensor), {}), calibration.info)
-        return own.model_copy(update=dict(of_formats.model_dump(exclude_none=True)))
-
-    counted = sum(len(ids) - suffix_start(len(ids), decoder.suffix_fraction) for ids in calibration.sequences)
-    return Scores(
-        source="gradients",
-        kvprof_version=__version__,
-        model=inventory.model,
-        calibration=calibration.info,
-        geometry=inventory.geometry,
-        decoding=DecodingSetup(window=decoder.window, suffix_fraction=decoder.suffix_fraction, tokens=counted)
-        if formats
-        else None,
-        layers=tuple(
-            LayerScores(layer=layer.layer, key=scored(row, layer.layer, "key"), value=scored(row, layer.layer, "value"))
-            for row, layer in enumerate(inventory.geometry.scored)
-        ),
-    )
-
-
-def _stderr(numbers: Sequence[float]) -> float:
-    """Return the standard error of the mean; 0 for a single number."""
-    return stdev(numbers) / math.sqrt(len(numbers)) if len(numbers) > 1 else 0.0
-
-
-def _why_unsupported(model: PreTrainedModel, formats: Formats, calibration: CalibrationSet) -> str | None:
+def _why_unsupported(model: PreTrainedModel, geometry: CacheGeometry) -> str | None:
     """Return why this model's attention cannot be asked, or None; some models show it only while they run."""
-    layers = {layer for layer, _ in formats}
-    ids = torch.tensor([calibration.sequences[0][:2]], device=input_device(model))
+    layers = {layer.layer for layer in geometry.planned}
+    if not layers:
+        return f"no loss is predicted: no plan gives bits to any layer ({geometry.layers[0].skipped})"
+    two_tokens = torch.zeros(1, 2, dtype=torch.long, device=input_device(model))
     try:
         with torch.no_grad(), attention_through(model, layers, AttentionCall.run):
-            model(input_ids=ids, use_cache=False)
+            model(input_ids=two_tokens, use_cache=False)
     except UnsupportedAttention as error:
         return f"no loss is predicted: {first_line(error)}"
     return None
 
 
-def _remarks(calibration: CalibrationSet, settings: SensitivitySettings, resumed: int, scores: Scores) -> Iterator[str]:
+def _remarks(
+    calibration: CalibrationSet,
+    settings: SensitivitySettings,
+    formats: Formats,
+    resumed: int,
+    scores: Scores,
+    is_enough: Callable[[Scores], bool] | None,
+) -> Iterator[str]:
+    total = len(calibration.sequences)
     measured = scores.calibration.sequences if scores.calibration is not None else 0
     if resumed:
-        yield f"went on with a stopped run: {resumed} of {len(calibration.sequences)} sequences were measured before"
-    if measured < len(calibration.sequences):
-        yield f"stable after {measured} of {len(calibration.sequences)} sequences: the others were not needed"
+        yield f"went on with a stopped run: {resumed} of {total} sequences were measured before"
+    if measured < total:
+        yield f"stable after {measured} of {total} sequences: the others were not needed"
+    elif is_enough is not None:
+        stable = bool(formats) and is_enough(scores)
+        yield f"stable after all {total} sequences" if stable else f"not known to be stable after all {total} sequences"
     yield from calibration.remarks(settings.sequences)
+    forms = [form for several in formats.values() for form in several]
+    if short := within_the_window(forms, settings.decoder.window, [len(ids) for ids in calibration.sequences]):
+        yield short
     if measured == 1:
         yield "a single sequence has no standard error: it is written as 0"

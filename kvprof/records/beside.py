@@ -5,14 +5,14 @@ Finds and reads JSON files; does not compare them.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvprof.errors import InvalidFile, KvprofError, UsageError, first_line
 from kvprof.records.evaluation import Evaluation
-from kvprof.records.files import load_any, newest_scores
+from kvprof.records.files import newest_scores, short_names
+from kvprof.records.kinds import load_any
 from kvprof.records.plan import BitPlan
 from kvprof.records.provenance import find_scores
 from kvprof.records.runs import OUTPUTS
@@ -112,14 +112,6 @@ def scores_of_plans(paths: Sequence[Path], plans: Sequence[BitPlan]) -> tuple[Pa
         )
     path = next(iter(named.values()), paths[0])
     return find_scores(plans[list(paths).index(path)], path)
-
-
-def short_names(paths: Iterable[Path]) -> list[str]:
-    """Return a short name for each file: its stem, or where two are alike, all of its path."""
-    found = list(paths)
-    times = Counter(path.stem for path in found)
-    names = [path.stem if times[path.stem] == 1 else str(path) for path in found]
-    return [name.encode(errors="replace").decode() for name in names]  # a file's name may be no text
 
 
 def _divergence(path: Path | None, outputs: Path) -> Path:

@@ -5,8 +5,10 @@ Reads and writes the bytes of Scores and BitPlan files; does not know what they 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import math
 import reprlib
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -112,13 +114,20 @@ def _text(value: object, indent: str = "\n") -> str:
 
     Half a million numbers, of every sequence and format, are also written several times as fast.
     """
+    if type(value) is float and math.isfinite(value):
+        return repr(value)
     inner = indent + "  "
     if isinstance(value, dict) and value:
-        parts = (f"{inner}{_compact(key)}: {_text(part, inner)}" for key, part in value.items())
+        parts = (f"{inner}{_key(key)}: {_text(part, inner)}" for key, part in value.items())
         return "{" + ",".join(parts) + indent + "}"
-    if isinstance(value, list) and not all(type(part) in (float, int) for part in value):
+    if isinstance(value, list) and not set(map(type, value)) <= {float, int}:
         return "[" + ",".join(f"{inner}{_text(part, inner)}" for part in value) + indent + "]"
     return _compact(value)
+
+
+@functools.cache
+def _key(key: str) -> str:
+    return _compact(key)  # the same few thousand times in a file
 
 
 def read_json(path: str | Path) -> object:

@@ -1,40 +1,18 @@
-"""Which file is which: any file opened by what it says it is, the newest scores, a plan's place and name."""
+"""Which file is which: the newest scores, a plan's place and name, short names of several files."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mode
 
 from kvprof.errors import InvalidFile, UsageError, did_you_mean
-from kvprof.records.audit import Audit
-from kvprof.records.document import read_json, schema_of
-from kvprof.records.evaluation import Evaluation
 from kvprof.records.formats import TENSORS
-from kvprof.records.frontier import Frontier
 from kvprof.records.geometry import bytes_text
 from kvprof.records.plan import BitPlan
 from kvprof.records.runs import OUTPUTS, output_folder
 from kvprof.records.scores import LOSS_INCREASE, METRICS, Scores, default_unit
-
-KINDS: dict[str, type[Scores] | type[BitPlan] | type[Evaluation] | type[Frontier] | type[Audit]] = {
-    "scores": Scores,
-    "plan": BitPlan,
-    "evaluation": Evaluation,
-    "frontier": Frontier,
-    "audit": Audit,
-}
-"""The kinds of file by the word that `kvprof schema` takes."""
-
-
-def load_any(path: str | Path) -> Scores | BitPlan | Evaluation | Frontier | Audit:
-    """Read and validate a file of whatever kind it says it is; raises InvalidFile."""
-    value = read_json(path)
-    schema = schema_of(value, str(path))
-    for kind in KINDS.values():
-        if schema.rpartition("/")[0] == kind.kind.rpartition("/")[0]:
-            return kind.from_json(value, str(path))
-    known = [kind.kind for kind in KINDS.values()]
-    raise InvalidFile(f"{path}: schema is {schema!r}, which is no file of kvprof's: {did_you_mean(schema, known)}")
 
 
 def newest_scores(metric: str | None = None, outputs: Path = OUTPUTS) -> tuple[Path, Scores]:
@@ -130,6 +108,14 @@ def plan_name(plan: BitPlan, max_kl: str | None = None) -> str:
     elif solver is not None and solver.method == "uniform":
         words.append(_uniform_name(plan))
     return "-".join(words) + ".json"
+
+
+def short_names(paths: Iterable[Path]) -> list[str]:
+    """Return a short name for each file: its stem, or where two are alike, all of its path."""
+    found = list(paths)
+    times = Counter(path.stem for path in found)
+    names = [path.stem if times[path.stem] == 1 else str(path) for path in found]
+    return [name.encode(errors="replace").decode() for name in names]  # a file's name may be no text
 
 
 def _amount(number: float) -> str:

@@ -5,6 +5,7 @@ Plain arithmetic; the rounding itself is the runtime's business.
 
 from __future__ import annotations
 
+import functools
 import re
 from fractions import Fraction
 from typing import Literal
@@ -61,6 +62,9 @@ class Format(Record):
                 raise ValueError("scheme 'rotated' has nothing to clip: clip must be 'none'")
         return self
 
+    def __hash__(self) -> int:
+        return hash((self.scheme, self.bits, self.group_size, self.axis, self.clip))  # a record's own hash is slow
+
     @property
     def is_full(self) -> bool:
         """Whether the tensor stays in the model's own dtype."""
@@ -98,6 +102,7 @@ def usual_format(tensor: TensorName, bits: int, group_size: int, head_dim: int |
     return Format(bits=bits, group_size=group_size, axis=axis)
 
 
+@functools.cache
 def format_named(name: str, tensor: TensorName, head_dim: int | None = None) -> Format:
     """Return the format of a short name, as `Format.name` writes it, along the tensor's usual axis.
 

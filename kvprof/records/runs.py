@@ -146,9 +146,13 @@ class Journal:
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with contextlib.suppress(OSError):  # what add() could not write, it has said
             self._file.close()
+        if kind is not None and issubclass(kind, Exception) and not self.done:
+            # Failed before its first piece: nothing to go on with that would forbid to try other settings.
+            with contextlib.suppress(OSError):
+                self.remove()
         self._release()
 
     def add(self, key: str, result: object) -> None:

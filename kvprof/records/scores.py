@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from bisect import bisect_left
 from collections import Counter
 from typing import Annotated, ClassVar, Literal
 
@@ -28,6 +29,7 @@ from kvprof.records.document import (
 )
 from kvprof.records.formats import TENSORS, TensorName, format_named
 from kvprof.records.geometry import CacheGeometry, check_same_model
+from kvprof.records.losses import Losses, contradiction
 from kvprof.records.plan import Window, head_dim_of
 
 LOSS_INCREASE = "loss_increase"
@@ -77,6 +79,22 @@ class CalibrationInfo(SparseRecord):
     """Where several texts were mixed: each of them."""
     source_of: tuple[Count, ...] | None = None
     """Then, for each sequence, the place of its text among `sources`."""
+
+    @model_validator(mode="after")
+    def _sources_add_up(self) -> Self:
+        if self.source_of is None:
+            return self
+        if self.sources is None:
+            raise ValueError("source_of stands without sources; add them, or remove it")
+        if len(self.source_of) != self.sequences:
+            raise ValueError(f"source_of has length {len(self.source_of)}, but there are {self.sequences} sequences")
+        if max(self.source_of) >= len(self.sources):
+            raise ValueError(f"source_of names source {max(self.source_of)}, but there are {len(self.sources)}, from 0")
+        for place, share in enumerate(self.sources):
+            found = self.source_of.count(place)
+            if found != share.sequences:
+                raise ValueError(f"source_of gives {share.dataset} {found} sequences, sources {share.sequences}")
+        return self
 
 
 class DecodingSetup(Record):
@@ -137,6 +155,16 @@ class TensorScores(SparseRecord):
         """Whether this was measured; a `loss_increase` of no format was not."""
         return getattr(self, metric) not in (None, {})
 
+    @property
+    def losses(self) -> Losses:
+        """All that is said of `loss_increase`."""
+        return Losses(
+            self.loss_increase or {},
+            self.loss_increase_stderr or {},
+            self.loss_increase_by_source or {},
+            self.loss_increase_samples or {},
+        )
+
 
 class LayerScores(Record):
     """Both tensors of one layer."""
@@ -181,6 +209,20 @@ class Scores(Document):
         return self
 
     @model_validator(mode="after")
+    def _losses_agree(self) -> Self:
+        sequences = None if self.calibration is None else self.calibration.sequences
+        sources = None if self.calibration is None else self.calibration.sources
+        datasets = None if sources is None else [source.dataset for source in sources]
+        for entry in self.layers:
+            for tensor in TENSORS:
+                losses = entry.tensor(tensor).losses
+                problem = contradiction(losses, sequences, datasets)
+                if problem is not None:
+                    raise ValueError(f"layer {entry.layer}: the {tensor} {problem}")
+                sequences = sequences or next(map(len, losses.samples.values()), None)
+        return self
+
+    @model_validator(mode="after")
     def _layers_are_complete(self) -> Self:
         if not self.layers:
             raise ValueError("layers is empty; there is nothing to allocate")
@@ -211,6 +253,11 @@ class Scores(Document):
         """`sha256:...` of the file's text but for `kl_calibration`: calibrated, they are still the same scores."""
         plain = self if self.kl_calibration is None else self.model_copy(update={"kl_calibration": None})
         return super(Scores, plain).digest
+
+    def entry(self, layer: int) -> LayerScores | None:
+        """Return what was measured of a layer; None where it was not."""
+        place = bisect_left(self.layers, layer, key=lambda entry: entry.layer)
+        return self.layers[place] if place < len(self.layers) and self.layers[place].layer == layer else None
 
     @property
     def planned(self) -> tuple[LayerScores, ...]:

@@ -1,12 +1,11 @@
-"""Why a plan's tensors have the formats that they have, and how much of it is chance, in tables and sentences.
+"""Why a plan's tensors have the formats that they have, in tables and sentences.
 
-Reads an Explanation or a Stability, prints it through `console`; knows nothing of how it was made.
+Reads an Explanation, prints it through `console`; knows nothing of how it was made.
 """
 
 from __future__ import annotations
 
 from kvprof.records.explanation import Explanation, Move, Offer, TensorExplanation
-from kvprof.records.stability import Stability
 from kvprof.report.console import Table, print_note, print_plain
 
 LEGEND = (
@@ -49,20 +48,6 @@ def price_lines(explanation: Explanation) -> list[str]:
             f"{explanation.shadow_price:.4g}{unit} where it saves the most"
         )
     return lines
-
-
-def stability_lines(stability: Stability | None) -> list[str]:
-    """Return what other calibration sequences would have changed of a plan, in sentences; none where it is unknown."""
-    if stability is None:
-        return []
-    return [
-        f"predicted KL {stability.kl_nats:.4g} nats; {stability.kl_p5_nats:.4g} to {stability.kl_p95_nats:.4g} in 9 of "
-        f"10 resamples of the {stability.sequences} calibration sequences",
-        f"by such a resample {stability.changed_mean:.1f} of {stability.tensors} tensors would have another format on "
-        f"average; {stability.changed_p90:.0f} or fewer in 9 of 10",
-        f"a plan from so few sequences has about {stability.regret_mean:.1%} more KL than one from any number of such "
-        f"would; in 9 of 10 cases at most {stability.regret_p90:.1%} more",
-    ]
 
 
 def conclusion(tensor: TensorExplanation, explanation: Explanation) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from kvprof.records.frontier import Frontier, FrontierPoint
 from kvprof.records.geometry import bytes_text
 from kvprof.report.console import Table, print_plain
-from kvprof.report.sentences import kl_text
+from kvprof.report.plans import kl_text
 
 ROWS = 24
 """Rows of the table, knees aside: more are for the picture, and the file."""

@@ -79,4 +79,7 @@ def _least(entry: LayerScores, tensor: TensorName, names: Sequence[str]) -> floa
 
 
 def _millinats(nats: float | None) -> str:
-    return "-" if nats is None else f"{nats * MILLINATS:#.3g}"
+    if nats is None:
+        return "-"
+    number = nats * MILLINATS
+    return f"{number:.0f}" if 99.95 <= number < 1e6 else f"{number:#.3g}"

@@ -1,4 +1,4 @@
-"""Records as tables: an inventory, Scores, a BitPlan in 80 columns, an Evaluation in 100.
+"""What was found of a model as tables: an inventory of its cache, Scores of every kind.
 
 Reads records, prints them through `console`; knows nothing of how they were made.
 """
@@ -7,27 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvprof.records.evaluation import Evaluation, PlanResult
 from kvprof.records.formats import TENSORS
 from kvprof.records.geometry import KVLayer, bytes_text
 from kvprof.records.inventory import Inventory
-from kvprof.records.plan import BitPlan, TensorPlan
 from kvprof.records.scores import SCALAR_METRICS, Scores
 from kvprof.report.audits import show_divergence
 from kvprof.report.console import Table, print_flag, print_note, print_plain
 from kvprof.report.losses import show_best_losses, show_losses
-from kvprof.report.sentences import (
-    evaluation_lines,
-    evaluation_verdict,
-    larger,
-    layers_text,
-    norm_verdict,
-    plan_lines,
-    score_remarks,
-)
-
-KL_FLOOR = 1e-7
-"""Nats; of two equal distributions, float32 logits that were added up in another order make about a tenth of it."""
+from kvprof.report.sentences import larger, layers_text, norm_verdict, score_remarks
 
 
 def show_inventory(inventory: Inventory) -> None:
@@ -96,85 +83,6 @@ def show_scores(scores: Scores, brief: bool = False) -> None:
         print_note(remark)
 
 
-def show_plan(plan: BitPlan) -> None:
-    """Print a plan: the format of every layer's K and V, then what it costs in every unit."""
-    title = f"bit plan for {plan.model.id or 'a model'}" + (f" by {plan.solver.method}" if plan.solver else "")
-    headings = ("layer", "key bits", "format", "", "value bits", "format", "")
-    table = Table(title, headings, left=[2, 3, 5, 6])
-    skipped = {entry.layer: entry.reason for entry in plan.skipped or ()}
-    entries = {entry.layer: entry for entry in plan.layers}
-    for layer in range(plan.model.num_layers):
-        if layer in skipped:
-            table.add(str(layer), "16", "full", skipped[layer], style="dim")
-        else:
-            cells = [cell for tensor in TENSORS for cell in _format_cells(entries[layer].tensor(tensor))]
-            table.add(str(layer), *cells)
-    table.print()
-    for line in plan_lines(plan):
-        print_plain(line)
-
-
-def show_evaluation(evaluation: Evaluation) -> None:
-    """Print every plan's results, those of the evaluated one by position, its costs, and a verdict."""
-    _show_results(evaluation)
-    _show_positions(evaluation.plan)
-    for line in evaluation_lines(evaluation):
-        print_plain(line)
-    if len(evaluation.plans) > 1:
-        print_plain(evaluation_verdict(evaluation), style="bold")
-
-
-def _show_results(evaluation: Evaluation) -> None:
-    """Print a line a plan, the best first."""
-    text, plan = evaluation.text, evaluation.plan
-    tokens = sum(part.tokens for part in plan.by_position)
-    where = f" from position {evaluation.measured_from}" if evaluation.measured_from else ""
-    sequences = f"{text.sequences} sequence{'s' if text.sequences != 1 else ''}"
-    split = f" ({text.split})" if text.split else ""
-    title = (
-        f"evaluation of {plan.name} on {evaluation.model.id or 'a model'} ({evaluation.dtype})\n"
-        f"{sequences}, {tokens} tokens{where} of {text.dataset}{split}"
-    )
-    headings = (
-        "",
-        "plan",
-        "stored\nbits",
-        "KL ± stderr\nnats/token",
-        "KL\n99th",
-        "top-1\nagrees",
-        "perp-\nlexity",
-        "KL /\nplan's",
-    )
-    table = Table(title, headings, left=[0, 1])
-    full = f"{evaluation.reference_perplexity:.2f}"
-    table.add("", "full precision", "16", "0", "0", "1", full, "-", style="dim")
-    for result in sorted(evaluation.plans, key=lambda result: result.kl_nats):
-        table.add(*_result_cells(result, plan), style="bold" if result is plan else "")
-    table.print()
-
-
-def _show_positions(plan: PlanResult) -> None:
-    table = Table(f"{plan.name} by position", ("positions", "tokens", "KL\nnats/token", "top-1\nagrees"))
-    for part in plan.by_position:
-        numbers = (str(part.tokens), _nats(part.kl_nats), f"{part.top1_agreement:.3f}")
-        table.add(f"{part.first}-{part.last}", *numbers)
-    table.print()
-
-
-def _result_cells(result: PlanResult, plan: PlanResult) -> list[str]:
-    stderr = f" ± {result.kl_stderr_nats:#.2g}" if result.kl_stderr_nats and result.kl_nats >= KL_FLOOR else ""
-    return [
-        {"plan": "▶", "rival": "", "against": "+"}[result.role],
-        result.name,
-        f"{result.stored_bits:.3f}",
-        f"{_nats(result.kl_nats)}{stderr}",
-        _nats(result.kl_p99_nats),
-        f"{result.top1_agreement:.3f}",
-        f"{result.perplexity:.2f}",
-        f"{result.kl_nats / plan.kl_nats:.2f}" if plan.kl_nats > 0 else "-",
-    ]
-
-
 def _show_norms(scores: Scores, title: str) -> None:
     norm_headings = [heading for norm in ("spec.", "frob.") for heading in (f"{norm}\nK", f"{norm}\nV", "K/V", "in")]
     table = Table(title, ("layer", *norm_headings, "rank\nK", "rank\nV"))
@@ -232,16 +140,6 @@ def _shape_cells(layer: KVLayer) -> list[str]:
         return [str(layer.layer), kind, "-", "-", "-", "-", "-"]
     numbers = (layer.kv_heads, layer.key_head_dim, layer.value_head_dim, layer.key_width, layer.value_width)
     return [str(layer.layer), kind, *map(str, numbers)]
-
-
-def _format_cells(form: TensorPlan) -> list[str]:
-    recent = f" recent {form.recent_fraction:.0%}" if form.recent_fraction else ""
-    return [str(form.bits), form.name + recent, "█" * form.bits if form.bits <= 8 else "█" * 8 + "…"]
-
-
-def _nats(kl: float) -> str:
-    """Write a divergence; what is below the rounding of float32 logits is none."""
-    return f"{kl:#.3g}" if kl >= KL_FLOOR else "0"
 
 
 def _number(value: float | None) -> str:

@@ -157,6 +157,16 @@ def test_predicted_kl_is_what_the_files_say() -> None:
     assert nothing.predicted_change_nats is None
 
 
+def test_a_plan_edited_after_its_kl_was_predicted_is_said_to_be() -> None:
+    solver, bits = {"method": "exact", "predicted_kl_nats": 0.5}, {"stored_bits": 2.875}
+    first = plan_of([PAIR] * 2, geometry=geometry_json(2), budget=bits, solver=solver)
+    assert compare(first, first).remarks == ()
+    (remark,) = compare(first, edited(first, 1, "key", bits=4)).remarks
+    assert remark.startswith("second records 2.875 stored bits but has 3.125, so one was edited")
+    (remark,) = compare(first, edited(first, 1, "key", recent_fraction=0.5)).remarks
+    assert remark.startswith("both plans record the same predicted KL though tensors moved")
+
+
 def test_predictions_from_different_scores_are_said_to_be_so() -> None:
     plans = [
         plan_of([PAIR], solver={"method": "exact", "predicted_kl_nats": 1.0}, provenance={"scores": digest})

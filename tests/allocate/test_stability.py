@@ -17,7 +17,7 @@ from kvprof.allocate.budget import bit_limit
 from kvprof.allocate.doubts import doubts
 from kvprof.allocate.relaxed import relax, total
 from kvprof.allocate.rules import exact, uniform
-from kvprof.allocate.sampled import Sampled, sampled_problem, why_unknown
+from kvprof.allocate.sampled import Sampled, stored_problem, why_unknown, with_samples
 from kvprof.allocate.sources import disagreements
 from kvprof.allocate.stability import STABLE_REGRET, is_stable, stability, stable_at, stable_at_all
 from kvprof.errors import InfeasibleBudget, Mismatch, UsageError
@@ -61,7 +61,8 @@ def test_a_mixture_is_the_best_that_linear_programming_finds(problem: tuple[np.n
 
 
 def test_losses_of_any_scale_are_relaxed_alike() -> None:
-    sampled = sampled_problem(random_scores(6, 4), THREE.amount, None, None, {})
+    scores = random_scores(6, 4)
+    sampled = with_samples(stored_problem(scores, THREE.amount, None, None, {}), scores)
     losses = sampled.mean(sampled.even)
     mixtures = [relax(losses * factor, sampled.costs, sampled.capacity) for factor in (1.0, 1e-200, 1e200)]
     assert all((other.picks == mixtures[0].picks).all() for other in mixtures)
@@ -163,7 +164,8 @@ def test_the_regret_is_what_more_sequences_would_really_save() -> None:
             }
             for entry in population
         ]
-        return sampled_problem(scores_of(few, geometry=geometry_json(20)), THREE.amount, None, None, {})
+        drawn = scores_of(few, geometry=geometry_json(20))
+        return with_samples(stored_problem(drawn, THREE.amount, None, None, {}), drawn)
 
     everything = sampled(list(range(1200)))
     truth = everything.mean(everything.even)

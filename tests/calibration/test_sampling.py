@@ -156,6 +156,13 @@ def test_predictions_that_are_not_finite_are_one_message_with_advice(wrong: floa
         sample_tokens(Fixed([0.0, wrong, 1.0]), [1], uniform(1, 4))
 
 
+def test_where_no_dtype_is_wider_damaged_weights_are_named() -> None:
+    model = Fixed([0.0, float("nan"), 1.0])
+    model.dtype = torch.float32
+    with pytest.raises(CalibrationError, match=r"float32 its predictions are not finite.*\n.*weights are damaged"):
+        sample_tokens(model, [1], uniform(1, 4))
+
+
 def test_a_model_without_a_cache_says_so() -> None:
     with pytest.raises(CalibrationError, match=r"keeps no cache.*\n.*Leave `self` out"):
         sample_tokens(Fixed([0.0, 1.0], keeps_a_cache=False), [1], uniform(1, 4))

@@ -1,4 +1,4 @@
-"""`kvprof divergence`, `calibrate` and `audit` as a user types them: one after another, and with what cannot be."""
+"""`gradients`, `divergence`, `calibrate`, `audit` as a user types them: one after another, and with what cannot be."""
 
 from __future__ import annotations
 
@@ -170,6 +170,8 @@ def test_norms_alone_have_ranks_and_no_picture(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
+        (("gradients", "./model", "--stable-at", "3"), 2, "Add --until-stable"),
+        (("gradients", "./model", "--until-stable", "--formats", "none"), 2, "Leave out --formats none"),
         (("divergence", "./model", "--formats", "int9g4"), 2, "'int9g4' is no format"),
         (("divergence", "./model", "--layers", "7"), 2, "there is no layer 7; the last is 1"),
         (("divergence", "./model", "--tensors", "keys"), 2, "did you mean 'key'"),

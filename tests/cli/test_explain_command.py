@@ -14,7 +14,7 @@ from test_commands import handmade_scores, run
 from kvprof.allocate.budget import bit_limit
 from kvprof.allocate.rules import exact
 from kvprof.allocate.stability import stability
-from kvprof.report.explanations import stability_lines
+from kvprof.report.plans import stability_lines
 
 LAYERS = 6
 

@@ -20,7 +20,7 @@ from kvprof.errors import NonFiniteGradient
 from kvprof.models.inventory import take_inventory
 from kvprof.models.layouts import find_projections
 from kvprof.profile.gradients import SequenceNorms, gradient_norms
-from kvprof.profile.sensitivity import SequenceResult, measure_sensitivity
+from kvprof.profile.scoring import SequenceResult, measure_sensitivity
 from kvprof.records.scores import CalibrationInfo, Scores
 
 MIXTURES = ("mixtral", "qwen3-moe", "gpt-oss", "jetmoe", "dbrx")

@@ -6,15 +6,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from folders import save_folder, save_text
 from tiny import tiny_model
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from kvprof.errors import Mismatch, UsageError
+from kvprof.errors import KvprofError, Mismatch, UsageError
 from kvprof.models.load import ModelSource, resolve
-from kvprof.profile import sensitivity
+from kvprof.profile import scoring, sensitivity
 from kvprof.profile.decoder import Decoder
 from kvprof.profile.sensitivity import SensitivitySettings, run_sensitivity
 from kvprof.records.plan import Window
@@ -50,13 +52,13 @@ def source(tmp_path: Path) -> ModelSource:
 def forwards(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The sequences of each forward and backward that runs."""
     seen: list[tuple[int, ...]] = []
-    measure = sensitivity.gradient_norms
+    measure = scoring.gradient_norms
 
-    def spy(model: object, geometry: object, batch: sensitivity.Batch) -> object:
+    def spy(model: object, geometry: object, batch: scoring.Batch) -> object:
         seen.append(batch.indices)
         return measure(model, geometry, batch)
 
-    monkeypatch.setattr(sensitivity, "gradient_norms", spy)
+    monkeypatch.setattr(scoring, "gradient_norms", spy)
     return seen
 
 
@@ -171,3 +173,99 @@ def test_settings_that_cannot_be_are_refused_before_the_model_loads(
     monkeypatch.setattr(sensitivity, "load_model", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(UsageError, match=f"--{field.replace('_', '-')} {value}"):
         run_sensitivity(source, replace(SETTINGS, **{field: value}), tmp_path / "out")
+
+
+def said(folder: Path, source: ModelSource, enough: Callable[[Scores], bool], **how: object) -> tuple[int, list[str]]:
+    """Return how many sequences a run measured that may stop early, and its remarks."""
+    run = run_sensitivity(source, replace(SETTINGS, **how), folder, is_enough=enough)
+    assert run.scores.calibration is not None
+    return run.scores.calibration.sequences, list(run.remarks)
+
+
+def test_a_run_that_may_stop_early_does_so_at_four_and_each_doubling(
+    source: ModelSource, tmp_path: Path, forwards: list[tuple[int, ...]]
+) -> None:
+    asked = []
+
+    def enough(scores: Scores) -> bool:
+        assert scores.calibration is not None
+        asked.append(scores.calibration.sequences)
+        return scores.calibration.sequences >= 8
+
+    sequences, remarks = said(tmp_path / "out", source, enough, sequences=12)
+    assert (sequences, asked, len(forwards)) == (8, [4, 8], 8)
+    assert remarks == ["stable after 8 of 12 sequences: the others were not needed"]
+    alone = run_sensitivity(source, replace(SETTINGS, sequences=8), tmp_path / "eight").path.read_bytes()
+    assert (tmp_path / "out" / "gradients.json").read_bytes() == alone
+
+
+def test_a_run_that_is_never_stable_says_so(source: ModelSource, tmp_path: Path) -> None:
+    assert said(tmp_path, source, lambda scores: False) == (6, ["not known to be stable after all 6 sequences"])
+
+
+def test_a_run_that_is_stable_only_at_its_end_says_so(source: ModelSource, tmp_path: Path) -> None:
+    def enough(scores: Scores) -> bool:
+        return scores.calibration is not None and scores.calibration.sequences == 6
+
+    assert said(tmp_path, source, enough) == (6, ["stable after all 6 sequences"])
+
+
+def test_without_losses_there_is_no_plan_to_be_stable(source: ModelSource, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--until-stable looks at plans.*\n.*--formats none"):
+        said(tmp_path, source, lambda scores: True, decoder=Decoder({"key": (), "value": ()}))
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("bloom", "BloomForCausalLM attends"), ("mistral-sliding", "sliding window")]
+)
+def test_where_no_loss_can_be_predicted_norms_are_measured_and_it_is_said_why(
+    tmp_path: Path, name: str, why: str
+) -> None:
+    source = resolve(str(save_folder(tmp_path / "model", name)))
+    text = replace(SETTINGS, data=(str(save_text(tmp_path / "text.txt")),), sequences=2)
+    usual = replace(text, decoder=Decoder(None, DECODER.window))
+    run = run_sensitivity(source, usual, tmp_path / "out")
+    assert [why in remark for remark in run.remarks] == [True]
+    assert all(entry.key.gradient_norm and entry.key.loss_increase is None for entry in run.scores.layers)
+    with pytest.raises(UsageError, match=why):  # formats that were named are not left out in silence
+        run_sensitivity(source, text, tmp_path / "named")
+    none = replace(text, decoder=Decoder({"key": (), "value": ()}))
+    assert run_sensitivity(source, none, tmp_path / "none").remarks == ()
+
+
+def test_each_text_of_a_mix_keeps_the_mean_of_its_own_sequences(source: ModelSource, tmp_path: Path) -> None:
+    other = tmp_path / "digits.txt"
+    other.write_text("\n".join(str(7**row * 10**40) for row in range(9)))
+    mixed = run_sensitivity(source, replace(SETTINGS, data=("builtin", f"{other}:2")), tmp_path / "mixed").scores
+    assert mixed.calibration is not None
+    assert mixed.calibration.source_of is not None
+    value = mixed.layers[1].value
+    for place, name in enumerate(("builtin", str(other))):
+        own = [row for row, of in enumerate(mixed.calibration.source_of) if of == place]
+        assert len(own) == 2 * (place + 1)
+        samples = value.loss_increase_samples["int3g8"]
+        mean = sum(samples[row] for row in own) / len(own)
+        assert value.loss_increase_by_source[name]["int3g8"] == pytest.approx(mean, rel=1e-12)
+    spread = np.std(samples, ddof=1) / np.sqrt(6)
+    assert value.loss_increase_stderr["int3g8"] == pytest.approx(spread, rel=1e-9)
+    assert value.loss_increase["int3g8"] == pytest.approx(np.mean(samples), rel=1e-12)
+
+
+def test_sequences_that_read_nothing_quantized_are_counted_aloud(source: ModelSource, tmp_path: Path) -> None:
+    text = tmp_path / "rows.txt"
+    text.write_text("abcdefghijklmnopqrstuvw\nabc\nbcd\n")
+    run = run_sensitivity(source, replace(SETTINGS, data=(str(text),), sequences=3), tmp_path / "out")
+    assert any(remark.startswith("2 of 3 sequences end before anything is quantized") for remark in run.remarks)
+
+
+def test_a_run_that_failed_at_its_first_sequence_forbids_no_other_settings(
+    source: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise KvprofError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "gradient_norms", fail)
+        with pytest.raises(KvprofError, match="out of memory"):
+            run_sensitivity(source, SETTINGS, tmp_path / "out")
+    run_sensitivity(source, replace(SETTINGS, sequence_length=20), tmp_path / "out")

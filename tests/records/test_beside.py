@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from kvprof.errors import InvalidFile, UsageError
-from kvprof.records.beside import find_audit_files, scores_of_plans, short_names
+from kvprof.records.beside import find_audit_files, scores_of_plans
+from kvprof.records.files import short_names
 from kvprof.records.plan import BitPlan
 from kvprof.records.scores import Scores
 

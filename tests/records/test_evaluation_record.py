@@ -12,8 +12,8 @@ import pytest
 
 from kvprof.errors import InvalidFile, Mismatch
 from kvprof.records.evaluation import Evaluation
-from kvprof.records.files import load_any
 from kvprof.records.geometry import CacheGeometry, KVLayer
+from kvprof.records.kinds import load_any
 
 
 def result_json(name: str = "mine", role: str = "plan", kl: float = 0.5, stored: float = 3.5) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from kvprof.errors import InvalidFile, Mismatch
-from kvprof.records.files import load_any
 from kvprof.records.frontier import Frontier
 from kvprof.records.geometry import CacheGeometry
+from kvprof.records.kinds import load_any
 
 
 def point(budget: float, **fields: Any) -> dict[str, Any]:

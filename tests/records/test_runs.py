@@ -264,6 +264,17 @@ def test_an_error_inside_the_run_keeps_its_pieces_and_lets_go_of_the_lock(tmp_pa
         assert run.done == {"layer 0": 0}
 
 
+def test_a_run_that_fails_before_its_first_piece_leaves_nothing_and_a_stopped_one_its_settings(tmp_path: Path) -> None:
+    path = tmp_path / "run.journal"
+    with pytest.raises(ValueError, match="too long"), journal(path):
+        raise ValueError("too long")
+    assert os.listdir(tmp_path) == []
+    with contextlib.suppress(KeyboardInterrupt), journal(path):
+        raise KeyboardInterrupt
+    with pytest.raises(Mismatch), journal(path, tokens=9):
+        pass
+
+
 def test_nothing_is_left_of_a_run_that_removes_its_journal(tmp_path: Path) -> None:
     with journal(tmp_path / "run.journal") as run:
         run.add("layer 0", 0)

@@ -282,3 +282,77 @@ def test_an_impossible_loss_is_named_with_its_format(number: float, samples: boo
     words = refusal({"schema": "kvprof.scores/1", "layers": [{"layer": 0, "key": {}, "value": tensor}]})
     assert "layer 0: loss_increase" in words
     assert ("loss_increase_samples[rot2][1]" if samples else "loss_increase[rot2]") in words
+
+
+# What is said beside a loss agrees with it
+
+
+def beside(tensor: dict[str, Any], calibration: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Scores whose second layer says this of its keys."""
+    plain = {"loss_increase": {"int2g64": 0.2, "rot2": 0.1}}
+    layers = [{"layer": 0, "key": plain, "value": plain}, {"layer": 1, "key": {**plain, **tensor}, "value": plain}]
+    return {"schema": "kvprof.scores/1", "calibration": calibration, "layers": layers}
+
+
+def text(sequences: int, **fields: Any) -> dict[str, Any]:
+    return {"dataset": "mix", "sequences": sequences, "sequence_length": 8, "tokens": 32, "seed": 0, **fields}
+
+
+def share(dataset: str, sequences: int) -> dict[str, Any]:
+    return {"dataset": dataset, "sequences": sequences, "tokens": 8 * sequences}
+
+
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [
+        ({"loss_increase_samples": {"int2g64": [0.1, 0.3], "rot2": [0.1]}}, "loss_increase_samples[rot2] of length 1"),
+        ({"loss_increase_samples": {"int2g64": []}}, "loss_increase_samples[int2g64] of length 0"),
+        ({"loss_increase_samples": {"int2g64": [0.1, 0.1]}}, "0.2 as loss_increase[int2g64]"),
+        ({"loss_increase_samples": {"int3g64": [0.1, 0.1]}}, "loss_increase_samples[int3g64] but no"),
+        ({"loss_increase_stderr": {"int3g64": 0.1}}, "loss_increase_stderr[int3g64] but no"),
+        ({"loss_increase_by_source": {"a": {"int3g64": 0.1}}}, "loss_increase_by_source[a][int3g64] but no"),
+    ],
+    ids=["lengths", "empty", "mean", "samples of nothing", "stderr of nothing", "source of nothing"],
+)
+def test_what_contradicts_a_loss_is_refused_with_its_layer(tensor: dict[str, Any], words: str) -> None:
+    message = refusal(beside(tensor))
+    assert "layer 1: the key has" in message
+    assert words in message
+
+
+def test_samples_are_one_a_sequence_of_the_text() -> None:
+    samples = {"loss_increase_samples": {"int2g64": [0.1, 0.3], "rot2": [0.1, 0.1]}}
+    Scores.from_json(beside(samples, text(2)), "mine")
+    assert "but there are 3 sequences" in refusal(beside(samples, text(3)))
+
+
+def test_samples_whose_sum_is_too_large_still_have_a_mean() -> None:
+    huge = {"loss_increase": {"int2g64": 1e308}, "loss_increase_samples": {"int2g64": [1e308, 1e308]}}
+    Scores.from_json(beside(huge), "mine")
+
+
+def test_sources_are_those_of_the_text() -> None:
+    means = {"loss_increase_by_source": {"a": {"int2g64": 0.2}}}
+    Scores.from_json(beside(means), "mine")
+    Scores.from_json(beside(means, text(2, sources=[share("a", 1), share("b", 1)])), "mine")
+    assert "by_source[a], which is none" in refusal(beside(means, text(2, sources=[share("b", 1), share("c", 1)])))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"source_of": [0, 1]}, "source_of stands without sources"),
+        ({"source_of": [0], "sources": [share("a", 1), share("b", 1)]}, "source_of has length 1, but there are 2"),
+        ({"source_of": [0, 2], "sources": [share("a", 1), share("b", 1)]}, "names source 2, but there are 2"),
+        ({"source_of": [0, 0], "sources": [share("a", 1), share("b", 1)]}, "gives a 2 sequences, sources 1"),
+    ],
+    ids=["alone", "short", "beyond", "counts"],
+)
+def test_a_mix_that_does_not_add_up_is_refused(fields: dict[str, Any], words: str) -> None:
+    assert words in refusal(beside({}, text(2, **fields)))
+
+
+def test_a_layer_is_found_by_its_number() -> None:
+    scores = Scores.from_json(beside({}), "mine")
+    assert scores.entry(1) == scores.layers[1]
+    assert scores.entry(2) is None

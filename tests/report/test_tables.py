@@ -9,7 +9,7 @@ from kvprof.records.geometry import CacheGeometry, KVLayer
 from kvprof.records.inventory import Inventory, RedFlag
 from kvprof.records.plan import BitPlan, ModelInfo
 from kvprof.records.scores import LayerScores, Scores, TensorScores
-from kvprof.report import sentences, tables
+from kvprof.report import plans, sentences, tables
 
 
 def norms(keys: list[float], values: list[float], gain: float | None = None) -> Scores:
@@ -96,7 +96,7 @@ def test_a_plan_prints_its_bits_and_costs_in_every_unit(capsys: pytest.CaptureFi
         },
         "plan.json",
     )
-    tables.show_plan(plan)
+    plans.show_plan(plan)
     printed = capsys.readouterr().out
     assert "int3g32" in printed
     assert "sliding window of 16 tokens" in " ".join(printed.split())

@@ -1,0 +1,33 @@
+"""The kinds of file that kvprof writes, and any of them opened by what it says it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kvprof.errors import InvalidFile, did_you_mean
+from kvprof.records.audit import Audit
+from kvprof.records.document import read_json, schema_of
+from kvprof.records.evaluation import Evaluation
+from kvprof.records.frontier import Frontier
+from kvprof.records.plan import BitPlan
+from kvprof.records.scores import Scores
+
+KINDS: dict[str, type[Scores] | type[BitPlan] | type[Evaluation] | type[Frontier] | type[Audit]] = {
+    "scores": Scores,
+    "plan": BitPlan,
+    "evaluation": Evaluation,
+    "frontier": Frontier,
+    "audit": Audit,
+}
+"""The kinds of file by the word that `kvprof schema` takes."""
+
+
+def load_any(path: str | Path) -> Scores | BitPlan | Evaluation | Frontier | Audit:
+    """Read and validate a file of whatever kind it says it is; raises InvalidFile."""
+    value = read_json(path)
+    schema = schema_of(value, str(path))
+    for kind in KINDS.values():
+        if schema.rpartition("/")[0] == kind.kind.rpartition("/")[0]:
+            return kind.from_json(value, str(path))
+    known = [kind.kind for kind in KINDS.values()]
+    raise InvalidFile(f"{path}: schema is {schema!r}, which is no file of kvprof's: {did_you_mean(schema, known)}")

@@ -1,0 +1,164 @@
+"""A BitPlan printed: the format of every tensor, what it costs, what it is predicted to lose, what to know of it.
+
+Reads records, prints them through `console`; knows nothing of how they were made.
+"""
+
+from __future__ import annotations
+
+import math
+
+from kvprof.errors import UsageError
+from kvprof.records.formats import TENSORS, format_named
+from kvprof.records.geometry import bytes_text
+from kvprof.records.inventory import CONTEXTS
+from kvprof.records.plan import BitPlan, TensorPlan, Window
+from kvprof.records.scores import LOSS_INCREASE, Scores
+from kvprof.records.stability import Stability
+from kvprof.report.console import Table, print_plain
+from kvprof.report.sentences import score_remarks
+
+
+def show_plan(plan: BitPlan) -> None:
+    """Print a plan: the format of every layer's K and V, then what it costs in every unit."""
+    title = f"bit plan for {plan.model.id or 'a model'}" + (f" by {plan.solver.method}" if plan.solver else "")
+    headings = ("layer", "key bits", "format", "", "value bits", "format", "")
+    table = Table(title, headings, left=[2, 3, 5, 6])
+    skipped = {entry.layer: entry.reason for entry in plan.skipped or ()}
+    entries = {entry.layer: entry for entry in plan.layers}
+    for layer in range(plan.model.num_layers):
+        if layer in skipped:
+            table.add(str(layer), "16", "full", skipped[layer], style="dim")
+        else:
+            cells = [cell for tensor in TENSORS for cell in _format_cells(entries[layer].tensor(tensor))]
+            table.add(str(layer), *cells)
+    table.print()
+    for line in plan_lines(plan):
+        print_plain(line)
+
+
+def plan_lines(plan: BitPlan) -> list[str]:
+    """Return what a plan costs, in sentences: all three units of its budget, and its bytes at some contexts."""
+    lines = []
+    budget = plan.budget
+    if budget is not None:
+        if budget.requested is not None:
+            in_bytes = budget.unit == "bytes"
+            what = bytes_text(budget.requested) if in_bytes else f"{budget.requested:g} {budget.unit} bits an element"
+            lines.append(f"asked for: {what}")
+        parts = []
+        if budget.nominal_bits is not None:
+            parts.append(f"{budget.nominal_bits:.4g} nominal bits an element")
+        if budget.stored_bits is not None:
+            parts.append(f"{budget.stored_bits:.4g} stored bits{_times_fewer(budget.stored_bits)}")
+        if budget.bytes_per_token is not None:
+            parts.append(f"{budget.bytes_per_token:g} bytes a token")
+        lines.append("costs: " + ", ".join(parts))
+    for tensor in TENSORS:
+        bits = [entry.tensor(tensor).bits for entry in plan.layers]
+        over = f"{len(bits)} layer{'s' if len(bits) > 1 else ''}"
+        lines.append(f"mean {tensor} bits over {over}: {sum(bits) / len(bits):.4f}")
+    window = plan.window
+    first = f"the first {window.sink_tokens} tokens and " if window.sink_tokens else ""
+    lines.append(f"in full precision: {first}the last {window.recent_tokens}" + ("" if first else " tokens"))
+    if plan.geometry is not None:
+        for context in CONTEXTS:
+            planned, full = plan.bytes_at(context), plan.geometry.bytes_at(context)
+            smaller = f"{full / planned:.2f} times smaller than {plan.geometry.dtype}" if planned else ""
+            lines.append(f"{context // 1024}k context: {bytes_text(planned)}, {smaller}")
+    predicted = prediction_text(plan)
+    if predicted is not None:
+        lines.append(predicted)
+    if plan.solver is not None and plan.solver.objective is not None:
+        least = "the least of all plans within the budget"
+        if budget is not None and budget.requested is None and plan.solver.method == "exact":
+            least = "the plan is the cheapest of all that are predicted to stay below what was asked for"
+        proof = least if plan.solver.optimal else "not claimed to be the least"
+        lines.append(f"objective {plan.solver.objective:.6g} ({plan.solver.metric}): {proof}")
+    return lines
+
+
+def prediction_text(plan: BitPlan) -> str | None:
+    """Return the KL divergence that a plan is predicted to have, in words; None where it has no prediction."""
+    solver = plan.solver
+    if solver is None or solver.predicted_kl_nats is None:
+        return None
+    kl, stderr = solver.predicted_kl_nats, solver.predicted_kl_stderr_nats
+    text = f"predicted: {kl_text(kl, stderr)} nats a token of KL divergence"
+    if not solver.objective or math.isclose(kl, solver.objective, rel_tol=1e-9):
+        return f"{text} (the tensors' sum, not calibrated: kvprof calibrate measures the factor)"
+    return f"{text} (calibrated: {kl / solver.objective:.3g} times the tensors' sum)"
+
+
+def kl_text(kl: float, stderr: float | None) -> str:
+    """Return a predicted KL divergence with its standard error, where that is known."""
+    return (f"{kl:#.3g}" if kl else "0") + (f" ± {stderr:#.2g}" if stderr else "")
+
+
+def stability_lines(stability: Stability | None) -> list[str]:
+    """Return what other calibration sequences would have changed of a plan, in sentences; none where it is unknown."""
+    if stability is None:
+        return []
+    return [
+        f"predicted KL {stability.kl_nats:.4g} nats; {stability.kl_p5_nats:.4g} to {stability.kl_p95_nats:.4g} in 9 of "
+        f"10 resamples of the {stability.sequences} calibration sequences",
+        f"by such a resample {stability.changed_mean:.1f} of {stability.tensors} tensors would have another format on "
+        f"average; {stability.changed_p90:.0f} or fewer in 9 of 10",
+        f"a plan from so few sequences has about {stability.regret_mean:.1%} more KL than one from any number of such "
+        f"would; in 9 of 10 cases at most {stability.regret_p90:.1%} more",
+    ]
+
+
+def plan_remarks(plan: BitPlan, scores: Scores) -> list[str]:
+    """Return what a reader of a new plan should know of its scores, its window and its rule."""
+    solver = plan.solver
+    if solver is None:
+        return []
+    remarks = score_remarks(scores, [solver.metric]) if solver.metric else []
+    if solver.metric == LOSS_INCREASE:
+        remarks += loss_remarks(scores, plan.window)
+        if solver.predicted_kl_nats is None:
+            remarks.append("not all of these formats were scored, so no KL is predicted")
+    if plan.budget is not None and plan.budget.requested is None and solver.method != "exact":
+        remarks.append(f"the rule {solver.method} takes no budget: its bits are what the rule says")
+    return remarks
+
+
+def loss_remarks(scores: Scores, window: Window) -> list[str]:
+    """Return what a reader should know of plans made by `loss_increase`, of this window."""
+    remarks = []
+    unknown = [name for name in scores.passed_over if not _is_format(name)]
+    unfit = [name for name in scores.passed_over if _is_format(name)]
+    if unknown:
+        remarks.append(f"passed over, as no plan of kvprof's can store them: {', '.join(unknown)}")
+    if unfit:
+        why = "the scores do not say the head dimension" if scores.geometry is None else "some heads cannot have them"
+        remarks.append(f"passed over where {why}: {', '.join(unfit)}")
+    if scores.decoding is not None and scores.decoding.window != window:
+        remarks.append(
+            f"the scores were measured with {_window_text(scores.decoding.window)} in full precision, the plan keeps "
+            f"{_window_text(window)}: the predicted KL is of the former"
+        )
+    return remarks
+
+
+def _format_cells(form: TensorPlan) -> list[str]:
+    recent = f" recent {form.recent_fraction:.0%}" if form.recent_fraction else ""
+    return [str(form.bits), form.name + recent, "█" * form.bits if form.bits <= 8 else "█" * 8 + "…"]
+
+
+def _times_fewer(stored_bits: float) -> str:
+    """Return the compression; nothing for a file edited by hand that stores nothing."""
+    return f" ({16 / stored_bits:.2f} times fewer than 16)" if stored_bits > 0 else ""
+
+
+def _is_format(name: str) -> bool:
+    """Whether a name says a format that some heads can have."""
+    try:
+        format_named(name, "value", head_dim=64)
+    except UsageError:
+        return False
+    return True
+
+
+def _window_text(window: Window) -> str:
+    return f"the first {window.sink_tokens} and the last {window.recent_tokens} tokens"
