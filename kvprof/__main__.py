@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import sys
 
-from kvprof.cli.app import app_for
+from kvprof.cli.app import QUICK, app_for
 
 
 def main() -> None:
     """Run the command line."""
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # kvprof has none, and looking for them takes time
+    if not QUICK.isdisjoint(sys.argv[1:2]):
+        gc.disable()  # they end before garbage could matter, and looking for it is a tenth of their time
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without Unicode shows ? for a bar, and no traceback

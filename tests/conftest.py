@@ -1,6 +1,7 @@
 """Fixtures for every test. No test writes outside its own temporary folder, or asks a hub for anything.
 
-The demo model's conversion is shared through KVPROF_CACHE, or the user's cache folder.
+The demo model's conversion is shared through KVPROF_CACHE, or the user's cache folder; what a model writes itself is
+kept apart for each test, but for commands that run in a process of their own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,12 @@ from transformers import PreTrainedModel
 def any_tiny(request: pytest.FixtureRequest) -> tuple[str, PreTrainedModel]:
     """Every tiny model in turn, with its name."""
     return request.param, tiny_model(request.param)
+
+
+@pytest.fixture(autouse=True)
+def own_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what models write themselves in the test's own folder."""
+    monkeypatch.setattr("kvprof.calibration.self_text.cache_folder", lambda: tmp_path / "cache")
 
 
 @pytest.fixture

@@ -32,6 +32,10 @@ COMMANDS = {
 """Each command, in the order of the help, and the module beside this one that has its function."""
 
 
+QUICK = frozenset({"allocate", "explain", "diff", "show", "schema"})
+"""Those that read a file or two, write one and stop."""
+
+
 def make_app(names: Iterable[str] = COMMANDS) -> typer.Typer:
     """Return the app with these commands. To make all of them, for one to run, takes a good part of a short run."""
     made = typer.Typer(

@@ -48,9 +48,9 @@ def newest_scores(metric: str | None = None, outputs: Path = OUTPUTS) -> tuple[P
     if broken is not None:
         raise broken
     wanted = f"scores with {metric}" if metric else "scores"
-    raise InvalidFile(
-        f"no {wanted} in {outputs}/.\n  Run `kvprof norms` or `kvprof gradients` first, or name a file with --scores."
-    )
+    makers = ["`kvprof norms`"] * (metric in (None, "spectral_norm", "frobenius_norm"))
+    makers += ["`kvprof gradients`"] * (metric in (None, "gradient_norm", LOSS_INCREASE))
+    raise InvalidFile(f"no {wanted} in {outputs}/.\n  Run {' or '.join(makers)} first, or name a file with --scores.")
 
 
 def _rank(path: Path, scores: Scores) -> tuple[bool, bool]:

@@ -42,7 +42,7 @@ def test_a_tiny_kl_is_not_lost_in_the_rounding_of_the_normalisers() -> None:
     reference, planned = (x.float() for x in logits(apart=1e-4, vocabulary=20_000))
     found, true = token_kl(reference, planned), true_kl(reference, planned)
     assert true.max() < 1e-7
-    assert np.abs(found.numpy() - true).max() < 3e-8  # the plain sum of p log(p/q) is off by 5e-7
+    assert np.abs(found.numpy() - true).max() < 1e-10  # the plain sum of p log(p/q) is off by 5e-7
 
 
 def test_equal_logits_have_no_kl_and_a_shift_changes_none() -> None:
