@@ -49,6 +49,7 @@ from kvprof.allocate.budget import Limit, bit_limit, memory_limit
 from kvprof.allocate.candidates import USUAL_GROUP_SIZE, Allowed
 from kvprof.allocate.cheapest import cheapest
 from kvprof.allocate.rules import KVMIX_FRACTION, default_metric, exact, kvmix, norm_greedy, uniform
+from kvprof.allocate.task import usual_window, without_sinks
 from kvprof.errors import UsageError, did_you_mean
 from kvprof.records.formats import TensorName, parse_formats
 from kvprof.records.plan import BitPlan, Window
@@ -61,8 +62,8 @@ RULES = ("exact", "norm-greedy", "kvmix", "uniform")
 _LIMIT_OPTIONS = ("--budget", "--unit", "--memory", "--context", "--batch")
 _OPTIONS = {
     "exact": (*_LIMIT_OPTIONS, "--max-kl", "--metric", "--bits", "--formats", "--min-key-bits", "--tie"),
-    "norm-greedy": (*_LIMIT_OPTIONS, "--metric", "--bits", "--min-key-bits"),
-    "kvmix": ("--top-fraction",),
+    "norm-greedy": (*_LIMIT_OPTIONS, "--metric", "--bits", "--min-key-bits", "--as-published"),
+    "kvmix": ("--top-fraction", "--as-published"),
     "uniform": ("--bits-key", "--bits-value", "--formats", "--metric"),
 }
 """The options that each rule obeys, besides those that all of them do."""
@@ -95,6 +96,7 @@ def allocate(
     min_key_bits: int | None = None,
     tie: str | None = None,
     top_fraction: str | float | None = None,
+    as_published: bool = False,
     bits_key: int | None = None,
     bits_value: int | None = None,
     group_size: int | None = None,
@@ -108,9 +110,10 @@ def allocate(
     that were scored, nominal bits by a norm. memory, context, batch: bytes of cache, such as "1.5GiB", for `batch`
     (default 1) sequences of `context` tokens. max_kl: instead of a limit, see `cheapest.cheapest`; costs are counted
     in `unit`, stored bits by default, or in bytes where a context is given. metric, bits, formats, min_key_bits, tie:
-    see `rules.exact`. top_fraction: for `kvmix`. bits_key, bits_value, or formats as "key:rot3,value:rot2": for
-    `uniform`. group_size: of scored formats, all by default; else USUAL_GROUP_SIZE. pins: see pins.py. window: by
-    default the scores' own. command: for the plan's provenance.
+    see `rules.exact`. top_fraction: for `kvmix`. as_published: `norm-greedy` and `kvmix` as their papers have them,
+    without sinks, and KVmix with the groups of its kernels. bits_key, bits_value, or formats as
+    "key:rot3,value:rot2": for `uniform`. group_size: of scored formats, all by default; else USUAL_GROUP_SIZE. pins:
+    see pins.py. window: by default the scores' own. command: for the plan's provenance.
     Raises UsageError for an unknown rule, an option that the rule would ignore or lacks, or options that contradict
     each other; and whatever the rule raises.
     """
@@ -129,6 +132,7 @@ def allocate(
         "--min-key-bits": min_key_bits,
         "--tie": tie,
         "--top-fraction": top_fraction,
+        "--as-published": as_published or None,
         "--bits-key": bits_key,
         "--bits-value": bits_value,
     }
@@ -137,9 +141,18 @@ def allocate(
             takes = ", ".join(_OPTIONS[rule])
             raise UsageError(f"--rule {rule} takes no {option}; it would change nothing.\n  {rule} takes {takes}.")
     usual_group = USUAL_GROUP_SIZE if group_size is None else group_size
+    if as_published:
+        window = without_sinks(window or usual_window(scores))
     if rule == "kvmix":
-        fraction = KVMIX_FRACTION if top_fraction is None else top_fraction
-        return kvmix(scores, top_fraction=fraction, group_size=usual_group, pins=pins, window=window, command=command)
+        return kvmix(
+            scores,
+            top_fraction=KVMIX_FRACTION if top_fraction is None else top_fraction,
+            group_size=usual_group,
+            as_published=as_published,
+            pins=pins,
+            window=window,
+            command=command,
+        )
     if rule == "uniform":
         key, value = _pair(bits_key, bits_value, formats)
         return uniform(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from statistics import median, quantiles
+from statistics import fmean, median, quantiles
 
 from kvprof import __version__
 from kvprof.allocate.checks import check_plans
@@ -19,7 +19,7 @@ from kvprof.records.evaluation import Evaluation
 from kvprof.records.formats import FULL_BITS, TENSORS, TensorName, format_named
 from kvprof.records.geometry import check_same_model
 from kvprof.records.plan import BitPlan, head_dim_of
-from kvprof.records.scores import LOSS_INCREASE, SCALAR_METRICS, DecodingSetup, Scores
+from kvprof.records.scores import LOSS_INCREASE, SCALAR_METRICS, DecodingSetup, Scores, TensorScores
 
 
 def hold_against(
@@ -30,8 +30,9 @@ def hold_against(
 ) -> Audit:
     """Hold every metric of the other scores against the measured divergence, and plans against their evaluations.
 
-    others: scores by name; where two of them have the same metric, the name tells them apart. plans: by name; a plan is
-    found in an evaluation by its digest.
+    others: scores by name; where two of them have the same metric, the name tells them apart. Of a `loss_increase` that
+    was predicted for every sequence that the divergence read, only these sequences count: that one text is harder than
+    another says nothing about a score. plans: by name; a plan is found in an evaluation by its digest.
     Raises UsageError for scores that are no measured divergence, Mismatch where a file is of another model, InvalidFile
     where nothing can be compared.
     """
@@ -90,6 +91,7 @@ def _points(divergence: Scores, others: Mapping[str, Scores]) -> list[AuditPoint
     """Return every measured number with what each metric says of the same tensor, and of the same format."""
     labels = _labels(others)
     entries = {name: {entry.layer: entry for entry in scores.layers} for name, scores in others.items()}
+    read = {name: _read_alike(divergence, scores) for name, scores in others.items()}
     points = []
     for entry in divergence.layers:
         for tensor in TENSORS:
@@ -103,9 +105,7 @@ def _points(divergence: Scores, others: Mapping[str, Scores]) -> list[AuditPoint
                     if entry.layer not in entries[name]:
                         continue
                     found = entries[name][entry.layer].tensor(tensor)
-                    number = (
-                        (found.loss_increase or {}).get(form) if metric == LOSS_INCREASE else getattr(found, metric)
-                    )
+                    number = _loss(found, form, read[name]) if metric == LOSS_INCREASE else getattr(found, metric)
                     if number is not None:
                         numbers[label] = number
                 points.append(
@@ -120,6 +120,22 @@ def _points(divergence: Scores, others: Mapping[str, Scores]) -> list[AuditPoint
                     )
                 )
     return points
+
+
+def _read_alike(divergence: Scores, scores: Scores) -> list[int] | None:
+    """Return the places of the divergence's sequences among those of other scores; None where one is not there."""
+    mine, theirs = (text and text.sequence_fingerprints for text in (divergence.calibration, scores.calibration))
+    if not mine or not theirs or not set(mine) <= set(theirs):
+        return None
+    return [theirs.index(fingerprint) for fingerprint in mine]
+
+
+def _loss(found: TensorScores, form: str, rows: Sequence[int] | None) -> float | None:
+    """Return what a format was predicted to lose, of these sequences alone where each one's own is known."""
+    samples = (found.loss_increase_samples or {}).get(form)
+    if rows is None or samples is None:
+        return (found.loss_increase or {}).get(form)
+    return fmean(samples[row] for row in rows)
 
 
 def _labels(others: Mapping[str, Scores]) -> dict[tuple[str, str], str]:
@@ -202,6 +218,11 @@ def _remarks(
                 f"{name} speaks of {_decoder(theirs)}, the divergence of {_decoder(ours)}: "
                 "their sizes are not comparable, only their order"
             )
+        read, text = _read_alike(divergence, scores), scores.calibration
+        if read is None:
+            yield f"{name} is not known to have read what the divergence read: how hard a text is counts, too"
+        elif text is not None and len(read) < text.sequences:
+            yield f"of {name}, the {len(read)} of {text.sequences} sequences that the divergence read"
     if not any(label.startswith(LOSS_INCREASE) for label in labels):
         yield "no scores here have loss_increase for what was measured, so only ranks are compared: kvprof gradients"
     if strange := [name for name in plans if name not in own]:

@@ -16,6 +16,7 @@ from kvprof.allocate.budget import Limit, stored_bits_per_element
 from kvprof.allocate.candidates import LARGEST_GROUP, USUAL_GROUP_SIZE
 from kvprof.allocate.pairs import all_can_rotate, fitted, uniform_pairs
 from kvprof.allocate.rules import kvmix, norm_greedy
+from kvprof.allocate.task import without_sinks
 from kvprof.errors import KvprofError, Mismatch
 from kvprof.records.formats import CODE_BITS, FULL_BITS, USUAL_AXIS, Format, usual_format
 from kvprof.records.geometry import CacheGeometry
@@ -37,9 +38,12 @@ def rival_plans(
     "norm-greedy spectral"    the rule of arXiv 2502.15075 by the spectral norm
     "norm-greedy frobenius"   the same by the Frobenius norm
     "random"                  the plan's own formats, dealt to other tensors
+    "kvmix, as published"     without sinks, and with the bits and the groups that its paper has
+    "spectral, as published"  the greedy rule's plan without sinks; and so "frobenius, as published"
 
     All have the plan's window, recent fractions and quantizer, and store at most its bits an element, counted exactly,
     and as many of them as the rule can spend. Where a rule cannot be as cheap as the plan, its cheapest plan stands.
+    As published, KVmix has more bits than the plan or fewer.
     norms: with `spectral_norm` and `frobenius_norm`. gradients: with `gradient_norm`, and `loss_increase` to tell which
     uniform pairs are worth a measurement. seed: of "random".
     Raises KvprofError for a plan without a geometry, Mismatch for scores of another model, InvalidFile for scores that
@@ -54,12 +58,17 @@ def rival_plans(
     scored = None if gradients is None else contest.scores(gradients)
     pairs = uniform_pairs(contest.tensors, contest.own, scored)
     rivals = [("uniform", tuple(contest.rival(formats, Solver(method="uniform")) for formats in pairs))]
+    published = []
     if gradients is not None:
         rivals.append(("kvmix", (_kvmix(contest, gradients),)))
+        published.append(("kvmix, as published", (_kvmix_as_published(contest, gradients),)))
     for norm in ("spectral", "frobenius"):
-        rivals.append((f"norm-greedy {norm}", (_norm_greedy(contest, norms, f"{norm}_norm"),)))
+        greedy = _norm_greedy(contest, norms, f"{norm}_norm")
+        rivals.append((f"norm-greedy {norm}", (greedy,)))
+        if plan.window.sink_tokens:  # else it would be the same plan
+            published.append((f"{norm}, as published", (_without_sinks(greedy),)))
     rivals.append(("random", (_random(contest, seed),)))
-    return tuple(rivals)
+    return (*rivals, *published)
 
 
 class _Contest:
@@ -129,6 +138,17 @@ def _kvmix(contest: _Contest, gradients: Scores) -> BitPlan:
         plans.append(made(max(allowed - 1, 0), group_size))
     nearest = min(plans, key=lambda plan: contest.distance(bits(plan)))
     return contest.rival(contest.formats_of(nearest), nearest.solver, gradients)
+
+
+def _kvmix_as_published(contest: _Contest, gradients: Scores) -> BitPlan:
+    """Return the plan that KVmix's paper would have of this model, at the bits that it has."""
+    scores = contest.scores(gradients)
+    plan = kvmix(scores, as_published=True, window=contest.plan.window)
+    return _without_sinks(contest.rival(contest.formats_of(plan), plan.solver, gradients))
+
+
+def _without_sinks(plan: BitPlan) -> BitPlan:
+    return plan.model_copy(update={"window": without_sinks(plan.window)})
 
 
 def _norm_greedy(contest: _Contest, norms: Scores, metric: str) -> BitPlan:

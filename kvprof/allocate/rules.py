@@ -27,6 +27,8 @@ from kvprof.records.plan import BitPlan, Window
 from kvprof.records.scores import LOSS_INCREASE, METRICS, SCALAR_METRICS, Scores
 
 KVMIX_FRACTION = 0.2
+KVMIX_KEY_GROUP = 11
+"""Tokens whose 3-bit keys share a scale in KVmix, which packs eleven codes into 32 bits (the last one has two)."""
 
 
 def exact(
@@ -113,6 +115,7 @@ def kvmix(
     *,
     top_fraction: str | float = KVMIX_FRACTION,
     group_size: int = USUAL_GROUP_SIZE,
+    as_published: bool = False,
     pins: Sequence[str] = (),
     window: Window | None = None,
     command: str | None = None,
@@ -121,7 +124,9 @@ def kvmix(
 
     Keys and values are ranked apart by `gradient_norm`; the top floor(top_fraction * layers) get 3 bits for keys and
     4 for values, the rest 2. Of equal norms, the earlier layer ranks first. It knows no budget.
-    top_fraction: from 0 to 1, taken as the decimal number it is written as.
+    top_fraction: from 0 to 1, taken as the decimal number it is written as. as_published: 3-bit keys have groups of
+    KVMIX_KEY_GROUP whatever the others have. The paper's recent window, a share of the uncompressed tokens that shrinks
+    with every step, is not modelled.
     Raises UsageError for a fraction outside, InvalidFile for scores without gradient norms.
     """
     task = PlanTask(scores, window, command)
@@ -132,8 +137,8 @@ def kvmix(
     if not 0 <= fraction <= 1:
         raise UsageError(f"a top fraction of {top_fraction} is not between 0 and 1.\n  Try {KVMIX_FRACTION}.")
     score_of = dict(zip(task.tensors, task.scores_of("gradient_norm"), strict=True))
-    wide: dict[TensorName, int] = {"key": 3, "value": 4}
-    bits_of: dict[CachedTensor, int] = {}
+    wide: dict[TensorName, int | str] = {"key": f"int3g{KVMIX_KEY_GROUP}" if as_published else 3, "value": 4}
+    bits_of: dict[CachedTensor, int | str] = {}
     for name in TENSORS:
         layers = [tensor for tensor in task.tensors if tensor.name == name]  # ascending, and sorting is stable
         ranked = sorted(layers, key=score_of.__getitem__, reverse=True)

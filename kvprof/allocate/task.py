@@ -37,6 +37,11 @@ def usual_window(scores: Scores, sink_tokens: int | None = None, recent_tokens: 
     )
 
 
+def without_sinks(window: Window) -> Window:
+    """Return a window as the published rules have it: their papers know no sinks."""
+    return window.model_copy(update={"sink_tokens": 0})
+
+
 class PlanTask:
     """The tensors to plan, in the order that ties favour, and how a plan of them is put together."""
 

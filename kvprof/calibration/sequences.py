@@ -50,7 +50,8 @@ class CalibrationSet:
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share, one field each, named so that a cause comes before its consequences."""
         fields = self.info.model_dump(mode="json")
-        shares, _ = fields.pop("sources", []), fields.pop("source_of", None)
+        shares = fields.pop("sources", [])
+        fields = {name: value for name, value in fields.items() if name not in ("source_of", "sequence_fingerprints")}
         mix = {f"{name}s": [share[name] for share in shares] for name in ("weight", "split") if shares}
         fields = {"dataset": fields.pop("dataset"), **mix, **fields}
         return {("text fingerprint" if name == "fingerprint" else name): value for name, value in fields.items()}
@@ -187,7 +188,7 @@ def describe(
         for place in present
     ]
     splits = {share.split for share in shares}
-    text = ";".join(",".join(map(str, ids)) for ids in sequences)
+    texts = [",".join(map(str, ids)) for ids in sequences]
     mixed = len(shares) > 1
     return CalibrationInfo(
         dataset="+".join(share.dataset for share in shares),
@@ -196,10 +197,15 @@ def describe(
         sequence_length=sequence_length,
         tokens=sum(map(len, sequences)),
         seed=seed,
-        fingerprint="sha256:" + hashlib.sha256(text.encode()).hexdigest(),
+        fingerprint="sha256:" + _sha256(";".join(texts)),
         sources=tuple(shares) if mixed else None,
         source_of=tuple(map(present.index, source_of)) if mixed else None,
+        sequence_fingerprints=tuple(_sha256(text)[:16] for text in texts),
     )
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def batches(

@@ -64,6 +64,13 @@ def allocate(
     top_fraction: Annotated[
         str | None, typer.Option(help="kvmix: the share of layers that get more bits.", show_default="0.2")
     ] = None,
+    as_published: Annotated[
+        bool,
+        typer.Option(
+            "--as-published",
+            help="norm-greedy, kvmix: as their papers have it, without sinks, KVmix's 3-bit keys in groups of 11.",
+        ),
+    ] = False,
     bits_key: Annotated[int | None, typer.Option(help="uniform: bits of every key.", show_default=False)] = None,
     bits_value: Annotated[int | None, typer.Option(help="uniform: bits of every value.", show_default=False)] = None,
     scores: ScoresFile = None,
@@ -82,12 +89,15 @@ def allocate(
     from kvprof.allocate.candidates import Allowed
     from kvprof.allocate.doubts import doubts
     from kvprof.allocate.task import usual_window
+    from kvprof.errors import UsageError
     from kvprof.records.files import newest_scores, plan_path
     from kvprof.records.geometry import bytes_text
     from kvprof.records.scores import Scores
     from kvprof.report.console import print_note, print_plain, print_written
     from kvprof.report.plans import plan_remarks, show_plan, stability_lines
 
+    if as_published and sink_tokens:
+        raise UsageError(f"--as-published has no sinks, --sink-tokens asks for {sink_tokens}; leave out one of them.")
     wanted = metric_needed(rule, metric, max_kl, formats)
     path, found = newest_scores(wanted) if scores is None else (scores, Scores.load(scores))
     allowed = Allowed(
@@ -109,6 +119,7 @@ def allocate(
         metric=metric,
         tie=tie,
         top_fraction=top_fraction,
+        as_published=as_published,
         bits_key=bits_key,
         bits_value=bits_value,
         window=usual_window(found, sink_tokens, recent_tokens),

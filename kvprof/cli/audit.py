@@ -50,7 +50,7 @@ def divergence(
             show_default="calibration; all of a file; train of a dataset",
         ),
     ] = None,
-    sequences: Annotated[int, typer.Option(help="Calibration sequences. Time grows with them.")] = 2,
+    sequences: Annotated[int, typer.Option(help="Calibration sequences. Time grows with them.")] = 4,
     sequence_length: SequenceLength = None,
     seed: Seed = 0,
     pack: Pack = False,

@@ -227,7 +227,7 @@ def _names(finalists: Sequence[tuple[_Entrant, BitPlan]]) -> list[str]:
     """Return a name for each line of the results, no two alike."""
     names: list[str] = []
     for entrant, plan in finalists:
-        label = name = entrant.name + _pair(plan) * (entrant.role == "rival")
+        label = name = entrant.name + (_pair(plan) if entrant.role == "rival" else "")
         number = 1
         while name in names:
             number += 1
@@ -237,7 +237,9 @@ def _names(finalists: Sequence[tuple[_Entrant, BitPlan]]) -> list[str]:
 
 
 def _pair(plan: BitPlan) -> str:
-    """Return ` int3g32/int2g32` for a plan that has one format for all keys and one for all values, else nothing."""
+    """Return ` int3g32/int2g32` for one format of all keys and one of all values, unless another rule chose them."""
+    if plan.solver is not None and plan.solver.method != "uniform":
+        return ""
     pairs = {(entry.key.name, entry.value.name) for entry in plan.layers}
     return " " + "/".join(pairs.pop()) if len(pairs) == 1 else ""
 

@@ -62,7 +62,7 @@ class DivergenceSettings:
     suffix_fraction: float = 0.5
     data: Sequence[str] = USUAL_DATA
     split: str | None = None
-    sequences: int = 2
+    sequences: int = 4
     sequence_length: int | None = None
     seed: int = 0
     pack: bool = False

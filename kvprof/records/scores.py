@@ -79,6 +79,17 @@ class CalibrationInfo(SparseRecord):
     """Where several texts were mixed: each of them."""
     source_of: tuple[Count, ...] | None = None
     """Then, for each sequence, the place of its text among `sources`."""
+    sequence_fingerprints: tuple[Text, ...] | None = None
+    """Of each sequence's token ids: what two measurements read alike can be compared alone."""
+
+    @model_validator(mode="after")
+    def _each_sequence_is_known(self) -> Self:
+        if self.sequence_fingerprints is not None and len(self.sequence_fingerprints) != self.sequences:
+            raise ValueError(
+                f"sequence_fingerprints has length {len(self.sequence_fingerprints)}, but there are {self.sequences} "
+                "sequences"
+            )
+        return self
 
     @model_validator(mode="after")
     def _sources_add_up(self) -> Self:

@@ -92,6 +92,43 @@ def test_predicted_over_measured_is_spread_as_numpy_says(divergence: Scores, gra
     assert (found.worst_layer, found.worst_tensor, found.worst) == (worst, "key", pytest.approx(ratios[worst]))
 
 
+def text_of(*fingerprints: str) -> dict[str, Any]:
+    number = len(fingerprints)
+    return {
+        "dataset": "handmade", "sequences": number, "sequence_length": 8, "tokens": 8 * number, "seed": 0,
+        "sequence_fingerprints": list(fingerprints),
+    }  # fmt: skip
+
+
+def sampled(seed: int, sequences: int) -> Any:
+    draw = random.Random(seed)
+    table = {
+        (n, tensor): [10 ** draw.gauss(-3, 1) for _ in range(sequences)]
+        for n in range(LAYERS)
+        for tensor in ("key", "value")
+    }
+    return lambda n, tensor: {
+        "loss_increase": {"int2g64": float(np.mean(table[n, tensor]))},
+        "loss_increase_samples": {"int2g64": table[n, tensor]},
+    }
+
+
+@pytest.mark.parametrize(("read", "rows"), [(("c", "a"), [2, 0]), (("b",), [1]), (("d", "a"), [0, 1, 2])])
+def test_a_prediction_is_held_against_what_was_measured_on_the_same_sequences(
+    read: tuple[str, ...], rows: list[int]
+) -> None:
+    predicted, known = sampled(5, 3), len(rows) < 3
+    theirs = make("gradients", predicted, decoding=DECODING, calibration=text_of("a", "b", "c"))
+    mine = make("divergence", sampled(6, len(read)), decoding=DECODING, calibration=text_of(*read))
+    audit = hold_against(mine, {"gradients": theirs})
+    for point in audit.points:
+        samples = predicted(point.layer, point.tensor)["loss_increase_samples"]["int2g64"]
+        assert point.scores["loss_increase"] == pytest.approx(np.mean([samples[row] for row in rows]))
+    said = "\n".join(audit.remarks)
+    assert (f"the {len(read)} of 3 sequences that the divergence read" in said) == known
+    assert ("not known to have read what the divergence read" in said) != known
+
+
 def test_norms_have_ranks_and_no_ratio(divergence: Scores) -> None:
     norms = make("norms", lambda n, tensor: {"spectral_norm": float(n + 1), "frobenius_norm": 1.0})
     audit = hold_against(divergence, {"norms": norms})

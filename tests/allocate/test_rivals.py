@@ -23,6 +23,7 @@ from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import LayerPlan, Quantizer, SkippedLayer, TensorPlan, Window
 
 NAMES = ["uniform", "kvmix", "norm-greedy spectral", "norm-greedy frobenius", "random"]
+PUBLISHED = ["kvmix, as published", "spectral, as published", "frobenius, as published"]
 METRICS = ("spectral_norm", "frobenius_norm", "gradient_norm")
 BITS = (1, 2, 3, 4, 5, 6, 8)
 EVEN = geometry(*(full(layer) for layer in range(6)))
@@ -95,6 +96,11 @@ def tokens_bits(plan: BitPlan, names: tuple[str, ...] = ("key", "value")) -> Fra
 
 
 def rivals_of(plan: BitPlan, seed: int = 0, kvmix: bool = True) -> dict[str, tuple[BitPlan, ...]]:
+    """The rivals on the plan's own terms."""
+    return {name: plans for name, plans in all_rivals(plan, seed, kvmix).items() if name in NAMES}
+
+
+def all_rivals(plan: BitPlan, seed: int = 0, kvmix: bool = True) -> dict[str, tuple[BitPlan, ...]]:
     assert plan.geometry is not None
     scores = measured(plan.geometry.num_layers)
     return dict(rival_plans(plan, scores, scores if kvmix else None, seed))
@@ -154,7 +160,7 @@ def test_the_rivals_are_named_and_say_by_which_rule_they_were_made() -> None:
     plan = plan_of(EVEN, [(key(4), value(2))] * 6)
     scores = measured(6)
     named = rival_plans(plan, scores, scores)
-    assert [name for name, _ in named] == NAMES
+    assert [name for name, _ in named] == NAMES + PUBLISHED
     made = [(rivals[0].solver.method, rivals[0].solver.metric) for _, rivals in named if rivals[0].solver]
     assert made == [
         ("uniform", None),
@@ -162,10 +168,40 @@ def test_the_rivals_are_named_and_say_by_which_rule_they_were_made() -> None:
         ("norm-greedy", "spectral_norm"),
         ("norm-greedy", "frobenius_norm"),
         ("random", None),
+        ("kvmix", "gradient_norm"),
+        ("norm-greedy", "spectral_norm"),
+        ("norm-greedy", "frobenius_norm"),
     ]
     sources = [rivals[0].provenance.scores for _, rivals in named if rivals[0].provenance]
-    assert sources == [None, scores.digest, scores.digest, scores.digest, None]
-    assert [name for name, _ in rival_plans(plan, scores)] == [name for name in NAMES if name != "kvmix"]
+    assert sources == [None, *[scores.digest] * 3, None, *[scores.digest] * 3]
+    without = [name for name, _ in rival_plans(plan, scores)]
+    assert without == [name for name in [*NAMES, *PUBLISHED] if "kvmix" not in name]
+
+
+def test_as_published_a_rule_has_no_sinks_and_kvmix_its_own_bits_and_groups() -> None:
+    shape = geometry(*(full(layer) for layer in range(30)))
+    plan = plan_of(shape, [(key(4), value(2))] * 30)
+    rivals = all_rivals(plan)
+    for name in PUBLISHED:
+        (rival,) = rivals[name]
+        assert rival.window == Window(sink_tokens=0, recent_tokens=48)
+        assert (rival.quantizer, rival.geometry, rival.model) == (plan.quantizer, plan.geometry, plan.model)
+    for norm in ("spectral", "frobenius"):
+        (same,), (rival,) = rivals[f"norm-greedy {norm}"], rivals[f"{norm}, as published"]
+        assert rival.layers == same.layers
+    (kvmix,) = rivals["kvmix, as published"]
+    keys = Counter(entry.key.name for entry in kvmix.layers)
+    values = Counter(entry.value.name for entry in kvmix.layers)
+    assert (keys, values) == ({"int2g32": 24, "int3g11": 6}, {"int2g32": 24, "int4g32": 6})
+    # The paper's codes take 64 / 11 bits; ours 1 / 11 more, as their eleventh code has one bit less than three.
+    as_theirs = Fraction(24 * 3 * 2, 60) + Fraction(6, 60) * (Fraction(64, 11) + 5)
+    assert float(as_theirs) == pytest.approx(3.48, abs=0.005)  # the figure that is told of it
+    assert kvmix.budget.stored_bits == pytest.approx(float(as_theirs + Fraction(6, 60) / 11))
+
+
+def test_where_there_are_no_sinks_the_greedy_rules_stand_once() -> None:
+    plan = plan_of(EVEN, [(key(4), value(2))] * 6).model_copy(update={"window": Window(sink_tokens=0, recent_tokens=9)})
+    assert list(all_rivals(plan)) == [*NAMES, "kvmix, as published"]
 
 
 def test_the_recent_fraction_stays_with_its_tensor() -> None:

@@ -159,6 +159,20 @@ def test_kvmix_ranks_keys_and_values_apart_and_ties_by_layer() -> None:
     assert plan.solver.objective == pytest.approx((1 + 4 + 25) / 16 + 50 / 64 + 98 / 256 + 3 / 16)
 
 
+def test_as_published_there_are_no_sinks_and_kvmix_has_groups_of_eleven() -> None:
+    source = scores([1, 5, 5, 2, 5], [7, 1, 1, 1, 7], metric="gradient_norm")
+    plan = allocate(source, rule="kvmix", top_fraction="0.4", group_size=64, as_published=True)
+    assert [entry.key.name for entry in plan.layers] == ["int2g64", "int3g11", "int3g11", "int2g64", "int2g64"]
+    assert [entry.value.name for entry in plan.layers] == ["int4g64", "int2g64", "int2g64", "int2g64", "int4g64"]
+    greedy = [
+        allocate(source, rule="norm-greedy", budget=3, window=Window(sink_tokens=4, recent_tokens=20), as_published=own)
+        for own in (False, True)
+    ]
+    assert greedy[0].layers == greedy[1].layers
+    assert (plan.window.sink_tokens, plan.window.recent_tokens) == (0, 128)
+    assert (greedy[1].window.sink_tokens, greedy[1].window.recent_tokens) == (0, 20)
+
+
 def test_kvmix_counts_its_fraction_as_a_decimal() -> None:
     source = scores([1.0] * 10, [1.0] * 10, metric="gradient_norm")
     assert key_bits(allocate(source, rule="kvmix", top_fraction=0.7)).count(3) == 7  # 0.7 * 10 < 7 in binary
@@ -299,6 +313,7 @@ def test_a_wrong_pin_is_named(pins: list[str], words: str) -> None:
         ({"rule": "kvmix", "metric": "spectral_norm"}, "kvmix takes no --metric"),
         ({"rule": "kvmix", "top_fraction": 1.5}, "not between 0 and 1"),
         ({"rule": "kvmix", "top_fraction": "many"}, "not between 0 and 1"),
+        ({"budget": 3, "as_published": True}, "exact takes no --as-published"),
         ({"rule": "uniform", "bits_key": 4}, "needs the bits of both"),
         ({"rule": "uniform", "bits_key": 4, "bits_value": 7}, "'7' is not a width"),
         ({"rule": "uniform", "bits_key": 4, "bits_value": 2, "budget": 3}, "uniform takes no --budget"),

@@ -112,6 +112,17 @@ def test_what_was_taken_is_written_down(pack: bool) -> None:
     assert (found.info.sequences, found.info.sequence_length, found.info.tokens) == (2, 7, 14)
 
 
+def test_each_sequence_has_a_fingerprint_of_its_own_that_no_neighbour_changes() -> None:
+    def of(*rows: str) -> tuple[str, ...]:
+        found = tokenize(source(*rows), a_tokenizer(), 5, 4).info.sequence_fingerprints
+        assert found is not None
+        return found
+
+    one, two = of("the cat sat on", "a mat at all")
+    assert one != two
+    assert of("a mat at all", "the cat sat on", "the cat sat on") == (two, one, one)
+
+
 def test_the_fingerprint_is_of_the_tokens() -> None:
     def of(*rows: str, length: int = 8, sequences: int = 9) -> str:
         return str(tokenize(source(*rows), a_tokenizer(), sequences, length).info.fingerprint)

@@ -180,6 +180,17 @@ def test_a_rule_that_takes_no_budget_refuses_one_and_says_so(in_tmp: Path) -> No
     assert "kvmix takes no --budget" in result.output
 
 
+def test_sinks_are_refused_where_a_rule_is_wanted_as_published(in_tmp: Path) -> None:
+    source = handmade_scores(in_tmp / "mine.json")
+    options = ["--rule", "norm-greedy", "--as-published", "--budget", "2", "--scores", source, "--out", "plan.json"]
+    result = run("allocate", *options, "--sink-tokens", "4")
+    assert result.exit_code == 2
+    assert "--as-published has no sinks" in result.output
+    assert not (in_tmp / "plan.json").exists()
+    assert run("allocate", *options).exit_code == 0
+    assert json.loads((in_tmp / "plan.json").read_text())["window"] == {"sink_tokens": 0, "recent_tokens": 128}
+
+
 def test_a_misspelt_command_and_option_name_the_nearest(in_tmp: Path) -> None:
     assert "norms" in run("nroms").output
     assert "--budget" in run("allocate", "--budgt", "2").output

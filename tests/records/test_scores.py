@@ -343,10 +343,11 @@ def test_sources_are_those_of_the_text() -> None:
     [
         ({"source_of": [0, 1]}, "source_of stands without sources"),
         ({"source_of": [0], "sources": [share("a", 1), share("b", 1)]}, "source_of has length 1, but there are 2"),
+        ({"sequence_fingerprints": ["0f"]}, "sequence_fingerprints has length 1, but there are 2"),
         ({"source_of": [0, 2], "sources": [share("a", 1), share("b", 1)]}, "names source 2, but there are 2"),
         ({"source_of": [0, 0], "sources": [share("a", 1), share("b", 1)]}, "gives a 2 sequences, sources 1"),
     ],
-    ids=["alone", "short", "beyond", "counts"],
+    ids=["alone", "short", "prints", "beyond", "counts"],
 )
 def test_a_mix_that_does_not_add_up_is_refused(fields: dict[str, Any], words: str) -> None:
     assert words in refusal(beside({}, text(2, **fields)))
