@@ -13,8 +13,17 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when transformers is first imported
 
+from quickstart import VENV, Quickstart, run_quickstart
 from tiny import TINY, tiny_model
 from transformers import PreTrainedModel
+
+
+@pytest.fixture(scope="session")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
+    """The quickstart, run once from a folder of its own: minutes of measuring that several tests look at."""
+    if not VENV.exists():
+        pytest.skip("the checkout has no .venv: bash tests/run.sh makes one")
+    return run_quickstart(tmp_path_factory.mktemp("elsewhere"))
 
 
 @pytest.fixture(params=sorted(TINY))

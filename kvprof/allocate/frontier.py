@@ -176,7 +176,7 @@ def _point(limit: Limit, solution: Solution, plan: BitPlan, context: int | None,
         compression=16 / budget.stored_bits,
         predicted_kl_nats=solver.predicted_kl_nats,
         predicted_kl_stderr_nats=solver.predicted_kl_stderr_nats,
-        plan=plan.recipe,
+        plan_digest=plan.recipe,
         optimal=solution.optimal,
         knee=False,
     )

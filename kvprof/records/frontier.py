@@ -42,8 +42,8 @@ class FrontierPoint(Record):
     """Nats a token."""
     predicted_kl_stderr_nats: Amount | None = None
     """Its standard error over the calibration sequences."""
-    plan: Text
-    """`BitPlan.recipe`: equal where two budgets have the same plan."""
+    plan_digest: Text
+    """`BitPlan.recipe` of the plan: equal where two budgets have the same one."""
     optimal: bool
     """Whether no plan within the budget is predicted to lose less: proven."""
     knee: bool

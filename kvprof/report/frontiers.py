@@ -24,7 +24,7 @@ _OWN = {"--from": 1, "--to": 1, "--points": 1, "--context": 1, "--batch": 1, "--
 def show_frontier(frontier: Frontier) -> None:
     """Print the frontier at round budgets, its ends and its knees, and how to make the plans at the knees."""
     model = frontier.model.id if frontier.model and frontier.model.id else "a model"
-    plans = len({point.plan for point in frontier.points})
+    plans = len({point.plan_digest for point in frontier.points})
     title = f"frontier of {model}: {_counted(len(frontier.points), 'budget')}, {_counted(plans, 'plan')}"
     headings = [f"budget\n{frontier.unit}", "nominal\nbits", "stored\nbits", "times\nsmaller", "bytes/\ntoken"]
     if frontier.context is not None:
@@ -47,7 +47,7 @@ def show_frontier(frontier: Frontier) -> None:
 def knee_lines(frontier: Frontier) -> list[str]:
     """Return what can be said of the knees: where they are, and the command that makes the plan at each."""
     if not frontier.knees:
-        few = len({point.plan for point in frontier.points}) < 3
+        few = len({point.plan_digest for point in frontier.points}) < 3
         return [] if few else ["no knee: every bit divides the KL divergence by about as much as the one before"]
     lines = ["knees, beyond which a further bit buys less than the bits before it did:"]
     for point in frontier.knees:

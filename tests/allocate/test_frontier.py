@@ -30,7 +30,7 @@ def test_every_point_is_the_plan_that_allocate_makes(options: dict[str, Any]) ->
     found = frontier(source, points=23, **options)
     for point in found.points[::3]:
         plan = allocate(source, budget=point.budget, **options)
-        assert plan.recipe == point.plan
+        assert plan.recipe == point.plan_digest
         assert (plan.budget.nominal_bits, plan.budget.stored_bits) == (point.nominal_bits, point.stored_bits)
         assert plan.budget.bytes_per_token == point.bytes_per_token
         assert plan.solver.predicted_kl_nats == point.predicted_kl_nats

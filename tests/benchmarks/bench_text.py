@@ -1,19 +1,22 @@
-"""Measure what calibrating on one kind of text costs on others, and what a mix costs anywhere.
+"""Measure what calibrating on one kind of text costs on others, and how many sequences a plan needs.
 
-python tests/benchmarks/bench_text.py [FILE ...]
+python tests/benchmarks/bench_text.py FOLDER [FILE ...]
 
-Plans of the demo model at 3 stored bits, made from 16 sequences of the built-in text, of its own text, and of both;
-their KL on held-out text of both kinds and on each file named (.txt, .jsonl ...; rows are packed), 1,024 tokens of
-which the last 512 count. Takes half an hour; prints nothing that holds or does not, since it decides nothing.
+Measures the demo model once on 64 sequences of the built-in text and 64 of its own, into FOLDER: stopped, it goes on
+from there. Since scores keep each sequence's own losses, every mix of the two and every number of sequences is then a
+choice of rows. Plans of 2.5 and 3 stored bits are made from each, and their KL measured on held-out text of both kinds
+and on each FILE (rows are packed; texts.py writes some): 1,024 tokens of which the last 512 count. An hour on 2 cores.
+Prints nothing that holds or does not, since it decides nothing.
 """
 
 from __future__ import annotations
 
 import sys
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
+from kvprof import BitPlan, Scores
 from kvprof.allocate.budget import bit_limit
 from kvprof.allocate.rules import exact
 from kvprof.calibration.mix import mix_texts
@@ -22,36 +25,87 @@ from kvprof.evaluate.logits import planned_logits, reference_logits
 from kvprof.evaluate.metrics import token_kl
 from kvprof.models.load import load_model, load_tokenizer, resolve
 from kvprof.profile.sensitivity import SensitivitySettings, run_sensitivity
+from kvprof.records.formats import TENSORS
+from kvprof.records.scores import LayerScores, TensorScores
 
-MIXES = (("builtin",), ("self",), ("builtin", "self"))
-BUDGET = 3
-TOKENS, FIRST, SEQUENCES = 1024, 512, 2
+BUDGETS = (2.5, 3)
+MOST = 64
+"""Sequences of each kind that are measured."""
+TOKENS, FIRST, SEQUENCES = 1024, 512, 4
+MIXES = {
+    "16 builtin": (16, 0),
+    "16 self": (0, 16),
+    "2 + 2": (2, 2),
+    "4 + 4": (4, 4),
+    "8 + 8": (8, 8),
+    "16 + 16": (16, 16),
+    "32 + 32": (32, 32),
+}
+"""How many sequences of the built-in text and of the model's own a plan is made from."""
 
 
-def main(files: list[str]) -> int:
+def main(folder: Path, files: Sequence[str]) -> int:
     source = resolve("demo")
-    plans, fingerprint = {}, ""
-    for mix in MIXES:
-        with tempfile.TemporaryDirectory() as folder:
-            scores = run_sensitivity(source, SensitivitySettings(data=mix), Path(folder)).scores
-        assert scores.model is not None
-        fingerprint = str(scores.model.fingerprint)
-        plans["+".join(mix)] = exact(scores, bit_limit(BUDGET, "stored"))
-        print(f"planned from {'+'.join(mix)}", file=sys.stderr)
+    kinds = [measured(folder / data, data) for data in ("builtin", "self")]
+    mixes = {name: of_sequences(kinds, numbers) for name, numbers in MIXES.items()}
+    plans = {
+        (budget, name): exact(scores, bit_limit(budget, "stored"))
+        for budget in BUDGETS
+        for name, scores in mixes.items()
+    }
     model, tokenizer = load_model(source), load_tokenizer(source)
-    print(f"{'KL in nats a token, on':<32}" + "".join(f"{name:>14}" for name in plans))
+    assert kinds[0].model is not None
+    fingerprint = str(kinds[0].model.fingerprint)
+    print("KL, nats a token   bits" + "".join(f"{name:>12}" for name in MIXES))
     for data in ("builtin", "self", *files):
         split = "held-out" if data in ("builtin", "self") else None
         mixed = mix_texts([data], split, tokenizer, SEQUENCES, TOKENS, pack=True)
         text = fill(mixed, model, tokenizer, fingerprint)
-        kl: dict[str, list[float]] = {name: [] for name in plans}
+        kl: dict[tuple[float, str], list[float]] = {key: [] for key in plans}
         for ids in text.sequences:
             reference = reference_logits(model, ids, FIRST)
-            for name, plan in plans.items():
-                kl[name].append(float(token_kl(reference, planned_logits(model, plan, ids, "fast", FIRST)).mean()))
-        print(f"{Path(data).name:<32}" + "".join(f"{fmean(numbers):14.5f}" for numbers in kl.values()), flush=True)
+            done: dict[str, float] = {}  # small mixes may make the same plan
+            for key, plan in plans.items():
+                if plan.recipe not in done:
+                    done[plan.recipe] = float(token_kl(reference, planned(model, plan, ids)).mean())
+                kl[key].append(done[plan.recipe])
+        for budget in BUDGETS:
+            numbers = (fmean(kl[budget, name]) for name in MIXES)
+            print(f"{Path(data).stem:<18}{budget:5g}" + "".join(f"{number:12.5f}" for number in numbers), flush=True)
     return 0
 
 
+def measured(folder: Path, data: str) -> Scores:
+    """Return the scores of one kind of text, measured now or before."""
+    if not (folder / "gradients.json").exists():
+        print(f"measuring {MOST} sequences of {data} into {folder}", file=sys.stderr)
+        run_sensitivity(resolve("demo"), SensitivitySettings(data=(data,), sequences=MOST), folder)
+    return Scores.load(folder / "gradients.json")
+
+
+def of_sequences(kinds: Sequence[Scores], numbers: Sequence[int]) -> Scores:
+    """Return scores of the first sequences of each kind, as if only these had been measured."""
+
+    def tensor(layer: int, name: str) -> TensorScores:
+        found = [scores.layers[layer].tensor(name).loss_increase_samples for scores in kinds]
+        rows = {
+            form: [loss for losses, number in zip(found, numbers, strict=True) for loss in losses[form][:number]]
+            for form in found[0]
+        }
+        return TensorScores(loss_increase={form: fmean(losses) for form, losses in rows.items()})
+
+    layers = tuple(
+        LayerScores(layer=entry.layer, **{name: tensor(entry.layer, name) for name in TENSORS})
+        for entry in kinds[0].layers
+    )
+    return Scores(model=kinds[0].model, geometry=kinds[0].geometry, decoding=kinds[0].decoding, layers=layers)
+
+
+def planned(model: object, plan: BitPlan, ids: Sequence[int]) -> object:
+    return planned_logits(model, plan, ids, "fast", FIRST)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))

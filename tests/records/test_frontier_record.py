@@ -20,7 +20,7 @@ def point(budget: float, **fields: Any) -> dict[str, Any]:
         "stored_bits": budget,
         "compression": 16 / budget,
         "predicted_kl_nats": 4.0**-budget,
-        "plan": f"sha256:{budget}",
+        "plan_digest": f"sha256:{budget}",
         "optimal": True,
         "knee": False,
     } | fields

@@ -49,7 +49,7 @@ def frontier(numbers: int = 40, stderr: float | None = 0.3, knees: tuple[int, ..
         points.append(
             FrontierPoint(
                 budget=bits, nominal_bits=bits, stored_bits=bits, compression=16 / bits, predicted_kl_nats=kl,
-                predicted_kl_stderr_nats=None if stderr is None else stderr * kl, plan=f"p{index}", optimal=True,
+                predicted_kl_stderr_nats=None if stderr is None else stderr * kl, plan_digest=f"p{index}", optimal=True,
                 knee=index in knees,
             )
         )  # fmt: skip

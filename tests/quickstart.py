@@ -1,0 +1,34 @@
+"""The quickstart as a newcomer runs it: what it prints, and the files that it leaves for other tests to look at."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+VENV = ROOT / ".venv"
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """What was printed, and the folder that holds the results."""
+
+    output: str
+    folder: Path
+
+    @property
+    def commands(self) -> list[str]:
+        """The commands that were run, as they are typed."""
+        return [line.removeprefix("$ ") for line in self.output.splitlines() if line.startswith("$ ")]
+
+
+def run_quickstart(elsewhere: Path) -> Quickstart:
+    """Run recipes/quickstart.sh from another folder."""
+    folder = ROOT / "outputs" / "demo"
+    (folder / "plan-2.50.json").unlink(missing_ok=True)
+    done = subprocess.run(
+        ["bash", str(ROOT / "recipes" / "quickstart.sh")], cwd=elsewhere, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Quickstart(done.stdout, folder)
