@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from kvprof.cli.options import Data, Device, Dtype, Out, Pack, PlannedModel, Restart, Seed, SequenceLength
+from kvprof.cli.options import (
+    Device,
+    Dtype,
+    HeldOutSplit,
+    HeldOutTexts,
+    Out,
+    Pack,
+    PlannedModel,
+    Restart,
+    Seed,
+    SequenceLength,
+)
 
 if TYPE_CHECKING:
     from kvprof.evaluate.evaluation import Rival
@@ -52,14 +63,8 @@ def evaluate(
     exact: Annotated[
         bool, typer.Option("--exact", help="Token by token through the packed cache; the same numbers, far slower.")
     ] = False,
-    data: Data = "builtin",
-    split: Annotated[
-        str | None,
-        typer.Option(
-            help="`calibration` or `held-out` (three rows to one, by hash), `all`; of a hub dataset, its own.",
-            show_default="held-out; all of a file; train of a dataset",
-        ),
-    ] = None,
+    data: HeldOutTexts = None,
+    split: HeldOutSplit = None,
     sequences: Annotated[int, typer.Option(help="Sequences of text. Time grows with them; the error shrinks.")] = 12,
     sequence_length: SequenceLength = None,
     measure_from: Annotated[
@@ -73,6 +78,7 @@ def evaluate(
     restart: Restart = False,
 ) -> None:
     """What does the plan cost in quality? KL, top-1 and perplexity on held-out text, beside rivals of equal size."""
+    from kvprof.calibration.text import BUILTIN
     from kvprof.errors import NotBetter, UsageError
     from kvprof.evaluate.evaluation import EvaluationSettings, check_request, run_evaluation
     from kvprof.models.load import resolve
@@ -90,13 +96,23 @@ def evaluate(
     source = resolve(model or found.model.id)
     folder = output_folder(source.id, out)
     settings = EvaluationSettings(
-        data, split, sequences, sequence_length, measure_from, seed, pack, dtype, device, exact
+        tuple(data or (BUILTIN,)),
+        split,
+        sequences,
+        sequence_length,
+        measure_from,
+        seed,
+        pack,
+        dtype,
+        device,
+        exact,
     )
     if rivals or check:  # run_evaluation asks the same, but after what the rivals need
         check_request(source, [(name, found), *further], settings, compares=check)
     published = _rivals(found, source, folder, dtype, device, restart) if rivals else []
     with progress("evaluate", "forwards") as advance:
-        run = run_evaluation(source, found, settings, folder, published, further, name, restart, advance)
+        writing = advance.beside("writing text", "tokens")
+        run = run_evaluation(source, found, settings, folder, published, further, name, restart, advance, writing)
     show_evaluation(run.evaluation)
     for remark in run.remarks:
         print_note(remark)

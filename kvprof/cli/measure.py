@@ -16,7 +16,9 @@ from kvprof.cli.options import (
     Seed,
     SequenceLength,
     SinkTokens,
+    Split,
     SuffixFraction,
+    Texts,
 )
 
 Model = Annotated[
@@ -64,21 +66,8 @@ def norms(model: Model = None, out: Out = None) -> None:
 def gradients(
     model: Model = None,
     out: Out = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Text: `builtin`, `self` (the model's own), a .txt, .jsonl, .parquet or .csv file, a hub dataset; "
-            "NAME:2 takes twice as much. Can be repeated.",
-            show_default="builtin and self",
-        ),
-    ] = None,
-    split: Annotated[
-        str | None,
-        typer.Option(
-            help="`calibration` or `held-out` (three rows to one, by hash), `all`; of a hub dataset, its own.",
-            show_default="calibration; all of a file; train of a dataset",
-        ),
-    ] = None,
+    data: Texts = None,
+    split: Split = None,
     sequences: Annotated[int, typer.Option(help="Calibration sequences. Time grows with them.")] = 16,
     sequence_length: SequenceLength = None,
     formats: Annotated[

@@ -14,7 +14,17 @@ PlannedModel = Annotated[
     ),
 ]
 Out = Annotated[Path | None, typer.Option(help="Folder for the result.", show_default="outputs/<model>")]
-Data = Annotated[str, typer.Option(help="Text: `builtin`, a .txt, .jsonl, .parquet or .csv file, or a hub dataset.")]
+TEXTS = (
+    "Text: `builtin`, `self` (the model's own), a .txt, .jsonl, .parquet or .csv file, a hub dataset; NAME:2 takes "
+    "twice as much. Can be repeated."
+)
+Texts = Annotated[list[str] | None, typer.Option("--data", help=TEXTS, show_default="builtin and self")]
+HeldOutTexts = Annotated[list[str] | None, typer.Option("--data", help=TEXTS, show_default="builtin")]
+SPLITS = "`calibration` or `held-out` (three rows to one, by hash), `all`; of a hub dataset, its own."
+Split = Annotated[str | None, typer.Option(help=SPLITS, show_default="calibration; all of a file; train of a dataset")]
+HeldOutSplit = Annotated[
+    str | None, typer.Option("--split", help=SPLITS, show_default="held-out; all of a file; train of a dataset")
+]
 SequenceLength = Annotated[
     int | None, typer.Option(help="Tokens a sequence has at most.", show_default="512, or the model's own limit")
 ]

@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from transformers import PretrainedConfig
 
 from kvprof import __version__
-from kvprof.calibration.sequences import CalibrationSet, choose_length, tokenize
-from kvprof.calibration.text import BUILTIN, open_text
+from kvprof.calibration.mix import MixedText, mix_texts
+from kvprof.calibration.self_text import fill
+from kvprof.calibration.sequences import CalibrationSet, choose_length
+from kvprof.calibration.text import BUILTIN
 from kvprof.errors import CalibrationError, Mismatch, UsageError
 from kvprof.evaluate.logits import choose_route
 from kvprof.evaluate.metrics import LOGIT_ROUNDING_NATS
@@ -38,12 +41,13 @@ FINALISTS = 2
 class EvaluationSettings:
     """What to measure on, and how.
 
-    split: None is held-out for the built-in text, else as `open_text` has it. sequence_length: None as
-    `calibration.sequences.choose_length` has it. measure_from: the first position that counts; those before it are only
-    read. dtype, device: as `models.load.load_model` takes them. exact: token by token through the packed cache.
+    data, split: as `mix_texts` has them; without a split, held-out text of what kvprof splits by itself.
+    sequence_length: None as `calibration.sequences.choose_length` has it. measure_from: the first position that counts;
+    those before it are only read. dtype, device: as `models.load.load_model` takes them. exact: token by token through
+    the packed cache.
     """
 
-    data: str = BUILTIN
+    data: tuple[str, ...] = (BUILTIN,)
     split: str | None = None
     sequences: int = 12
     sequence_length: int | None = None
@@ -95,9 +99,8 @@ def check_request(
     config = load_config(source)
     geometry = take_inventory(config, source.id).geometry
     _check_fit(plans, geometry)
-    text = _read_text(source, settings, config.get_text_config(decoder=True))
-    chosen = _long_enough(text, settings.measure_from)
-    lengths = [len(text.sequences[index]) for index in chosen]
+    mix, _ = _read_text(source, settings, config.get_text_config(decoder=True))
+    lengths = [mix.lengths[index] for index in _long_enough(mix.lengths, settings.measure_from)]
     first = _first_reading(plans[0][1], max(lengths))
     if compares and first is None and not _is_lossless(plans[0][1]):
         raise UsageError(
@@ -118,11 +121,13 @@ def run_evaluation(
     name: str = "plan",
     restart: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    writing: Callable[[int, int], None] = lambda done, total: None,
 ) -> EvaluationRun:
     """Load a model, measure a plan, its rivals and further plans on text, and write evaluation.json.
 
     against: further plans with their names. name: of the plan itself. folder: for the result, and for the journal of
-    finished pieces meanwhile. progress: called with (forwards done, forwards in all).
+    finished pieces meanwhile. progress: called with (forwards done, forwards in all); writing: with (tokens done,
+    tokens in all) of text that the model writes itself first.
     Raises KvprofError in its many kinds; Mismatch where a plan is for another model.
     """
     config = load_config(source)
@@ -135,11 +140,12 @@ def run_evaluation(
     ]
     plans = [(entrant.name, candidate) for entrant in entrants for candidate in entrant.candidates]
     _check_fit(plans, geometry)  # shapes differ without a look at the weights
-    text = _read_text(source, settings, config.get_text_config(decoder=True))
-    chosen = _long_enough(text, settings.measure_from)
+    mix, tokenizer = _read_text(source, settings, config.get_text_config(decoder=True))
+    chosen = _long_enough(mix.lengths, settings.measure_from)
     model = load_model(source, settings.dtype, settings.device)
     fingerprint = live_fingerprint(model, geometry) or checkpoint_fingerprint(source, geometry)
     _check_fit(plans, geometry, fingerprint)
+    text = fill(mix, model, tokenizer, fingerprint, writing)
     route = choose_route(model, plan, text.sequences[chosen[0]][:2], settings.exact)
     dtype = str(model.dtype).removeprefix("torch.")
     identity = {
@@ -175,19 +181,23 @@ def run_evaluation(
     return EvaluationRun(evaluation, written, remarks)
 
 
-def _read_text(source: ModelSource, settings: EvaluationSettings, config: PretrainedConfig) -> CalibrationSet:
-    """Return the text as a model of this config reads it; raises UsageError for lengths that cannot be."""
+def _read_text(source: ModelSource, settings: EvaluationSettings, config: PretrainedConfig) -> tuple[MixedText, Any]:
+    """Return the text as a model of this config reads it, and the tokenizer.
+
+    Raises UsageError for lengths that cannot be.
+    """
     length = choose_length(settings.sequence_length, getattr(config, "max_position_embeddings", None))
     if length >= 2 and not 0 <= settings.measure_from <= length - 2:
         raise UsageError(
             f"--measure-from {settings.measure_from}: a sequence of {length} tokens has its last target "
             f"at position {length - 2}."
         )
-    split = settings.split or ("held-out" if settings.data == BUILTIN else None)
-    rows = open_text(settings.data, split, settings.seed)
-    text = tokenize(rows, load_tokenizer(source), settings.sequences, length, settings.seed, settings.pack)
-    text.check_vocabulary(config.vocab_size)
-    return text
+    tokenizer = load_tokenizer(source)
+    mix = mix_texts(
+        settings.data, settings.split, tokenizer, settings.sequences, length, settings.seed, settings.pack, "held-out"
+    )
+    mix.check_vocabulary(config.vocab_size)
+    return mix, tokenizer
 
 
 def _measure(
@@ -253,9 +263,9 @@ def _check_fit(plans: Sequence[tuple[str, BitPlan]], geometry: CacheGeometry, fi
             raise Mismatch(f"{name}: {error}") from None
 
 
-def _long_enough(text: CalibrationSet, measure_from: int) -> list[int]:
+def _long_enough(lengths: Sequence[int], measure_from: int) -> list[int]:
     """Return the sequences that have a target from `measure_from` on."""
-    chosen = [index for index, ids in enumerate(text.sequences) if len(ids) >= measure_from + 2]
+    chosen = [index for index, length in enumerate(lengths) if length >= measure_from + 2]
     if not chosen:
         raise CalibrationError(
             f"no sequence reaches position {measure_from}, where measuring was to begin.\n"

@@ -36,7 +36,7 @@ Maker = Callable[..., BitPlan]
 
 @pytest.fixture
 def settings(text: str) -> EvaluationSettings:
-    return EvaluationSettings(data=text, pack=True, sequences=4, sequence_length=40, dtype="float32", device="cpu")
+    return EvaluationSettings(data=(text,), pack=True, sequences=4, sequence_length=40, dtype="float32", device="cpu")
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def test_the_numbers_are_those_of_a_loop_written_out(
     plan, start = make_plan(2, 3), 10
     found = run_evaluation(source, plan, replace(settings, measure_from=start), tmp_path / "out").evaluation
     model = load_model(source, "float32", "cpu")
-    text = tokenize(open_text(settings.data), load_tokenizer(source), 4, 40, 0, True)
+    text = tokenize(open_text(settings.data[0]), load_tokenizer(source), 4, 40, 0, True)
     kl, nll, reference_nll = [], [], []
     for ids in text.sequences:
         reference, planned = reference_logits(model, ids)[start:], planned_logits(model, plan, ids, "fast")[start:]
@@ -372,7 +372,7 @@ def test_settings_that_cannot_be_are_refused_before_the_model_loads(
 def test_rows_that_end_before_measuring_begins_are_left_out_and_counted(
     source: ModelSource, settings: EvaluationSettings, make_plan: Maker, tmp_path: Path
 ) -> None:
-    rows = Path(settings.data)
+    rows = Path(settings.data[0])
     rows.write_text("the cat sat on a mat\nthe cat sat on a mat and saw another cat that sat on no mat at all\n")
     ragged = replace(settings, pack=False, measure_from=8)
     run = run_evaluation(source, make_plan(2, 2), ragged, tmp_path / "out")
@@ -416,8 +416,21 @@ def test_the_file_holds_what_the_run_returned(
 def test_the_builtin_text_is_held_out_by_default(
     source: ModelSource, settings: EvaluationSettings, make_plan: Maker, tmp_path: Path
 ) -> None:
-    builtin = replace(settings, data="builtin", sequences=2)
+    builtin = replace(settings, data=("builtin",), sequences=2)
     assert run_evaluation(source, make_plan(2, 2), builtin, tmp_path / "out").evaluation.text.split == "held-out"
+
+
+def test_texts_can_be_mixed_and_the_model_writes_its_own_held_out(
+    source: ModelSource, settings: EvaluationSettings, make_plan: Maker, tmp_path: Path
+) -> None:
+    plan, (file,) = make_plan(2, 2), settings.data
+    both = run_evaluation(source, plan, replace(settings, data=(file, "self")), tmp_path / "both").evaluation
+    assert [(share.split, share.sequences) for share in both.text.sources] == [("all", 2), ("held-out", 2)]
+    kls = []
+    for data in (file, "self"):
+        alone = run_evaluation(source, plan, replace(settings, data=(data,), sequences=2), tmp_path / "alone")
+        kls.append(alone.evaluation.plan.kl_nats)
+    assert both.plan.kl_nats == pytest.approx(sum(kls) / 2, rel=1e-9)
 
 
 def test_the_error_of_a_mean_over_unequal_sequences_weighs_them_by_their_tokens(
