@@ -15,6 +15,8 @@ import pytest
 from folders import save_folder, save_text
 from quickstart import Quickstart
 
+from kvprof.cli.app import COMMANDS
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
@@ -93,7 +95,7 @@ def test_every_flag_named_in_the_readme_exists() -> None:
             check=True,
             env=os.environ | {"COLUMNS": "200"},
         ).stdout
-        for command in ("inspect", "norms", "gradients", "allocate", "evaluate", "generate", "import", "validate")
+        for command in COMMANDS
     )
     prose = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", prose)):

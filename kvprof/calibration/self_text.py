@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 ROWS = 16
 """Sequences that are written side by side."""
 
-TOKENS_AT_ONCE = 2**14
+TOKENS_AT_ONCE = 2**13
 """Tokens whose keys and values a batch may hold: of longer sequences, fewer are written side by side."""
 
 _LOOKS = 64

@@ -21,6 +21,10 @@ from kvprof.records.scores import CalibrationInfo, TextShare
 USUAL_LENGTH = 512
 """Tokens of a sequence, where nothing else is said."""
 
+CALIBRATION_LENGTH = 1024
+"""Likewise, where tensors are scored: on long texts, plans from 8 sequences of so many tokens are as good as those from
+64 of half the length (tests/benchmarks/bench_text.py)."""
+
 IGNORED = -100
 """The label of a position that has no target, by transformers' convention."""
 
@@ -94,13 +98,13 @@ class Batch:
     labels: Tensor
 
 
-def choose_length(asked: int | None, positions: int | None) -> int:
+def choose_length(asked: int | None, positions: int | None, usual: int = USUAL_LENGTH) -> int:
     """Return the length to cut sequences to, for a model made for so many positions (None: no limit).
 
-    asked: None is USUAL_LENGTH, or what the model was made for where that is less. Raises UsageError for more.
+    asked: None is `usual`, or what the model was made for where that is less. Raises UsageError for more.
     """
     if asked is None:
-        return min(USUAL_LENGTH, positions or USUAL_LENGTH)
+        return min(usual, positions or usual)
     if asked > (positions or asked):
         raise UsageError(f"--sequence-length {asked}: the model was made for {positions}.\n  Try {positions}.")
     return asked

@@ -9,6 +9,7 @@ import typer
 
 from kvprof.cli.measure import Model
 from kvprof.cli.options import (
+    CalibrationLength,
     Device,
     Dtype,
     Out,
@@ -17,7 +18,6 @@ from kvprof.cli.options import (
     RecentTokens,
     Restart,
     Seed,
-    SequenceLength,
     SinkTokens,
     Split,
     SuffixFraction,
@@ -39,8 +39,8 @@ def divergence(
     recent_tokens: RecentTokens = 128,
     data: Texts = None,
     split: Split = None,
-    sequences: Annotated[int, typer.Option(help="Calibration sequences. Time grows with them.")] = 4,
-    sequence_length: SequenceLength = None,
+    sequences: Annotated[int, typer.Option(help="Calibration sequences. Time grows with them.")] = 2,
+    sequence_length: CalibrationLength = None,
     seed: Seed = 0,
     pack: Pack = False,
     dtype: Dtype = "auto",

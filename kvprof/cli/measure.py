@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from kvprof.cli.options import (
+    CalibrationLength,
     Device,
     Dtype,
     Out,
@@ -14,7 +15,6 @@ from kvprof.cli.options import (
     RecentTokens,
     Restart,
     Seed,
-    SequenceLength,
     SinkTokens,
     Split,
     SuffixFraction,
@@ -68,8 +68,8 @@ def gradients(
     out: Out = None,
     data: Texts = None,
     split: Split = None,
-    sequences: Annotated[int, typer.Option(help="Calibration sequences. Time grows with them.")] = 16,
-    sequence_length: SequenceLength = None,
+    sequences: Annotated[int, typer.Option(help="Calibration sequences. Time grows with them.")] = 8,
+    sequence_length: CalibrationLength = None,
     formats: Annotated[
         str | None,
         typer.Option(

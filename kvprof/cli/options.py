@@ -28,6 +28,12 @@ HeldOutSplit = Annotated[
 SequenceLength = Annotated[
     int | None, typer.Option(help="Tokens a sequence has at most.", show_default="512, or the model's own limit")
 ]
+CalibrationLength = Annotated[
+    int | None,
+    typer.Option(
+        "--sequence-length", help="Tokens a sequence has at most.", show_default="1024, or the model's own limit"
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Which rows of the text are taken, and in what order.")]
 Pack = Annotated[bool, typer.Option("--pack", help="Join rows and cut windows of the full length.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]

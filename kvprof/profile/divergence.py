@@ -21,7 +21,7 @@ from kvprof import __version__
 from kvprof.calibration.ingredients import USUAL_DATA
 from kvprof.calibration.mix import mix_texts
 from kvprof.calibration.self_text import fill
-from kvprof.calibration.sequences import CalibrationSet, choose_length
+from kvprof.calibration.sequences import CALIBRATION_LENGTH, CalibrationSet, choose_length
 from kvprof.errors import KvprofError, UsageError
 from kvprof.evaluate.metrics import LOGIT_ROUNDING_NATS, token_kl
 from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
@@ -51,8 +51,9 @@ class DivergenceSettings:
     """What to measure, on what, and how.
 
     layers, tensors, formats: as `probes.choose_probes` reads them. suffix_fraction: the share of each sequence, at its
-    end, that counts. data: texts with their weights, as `calibration.mix` reads them. sequence_length: None as
-    `calibration.sequences.choose_length` has it. dtype, device: as `models.load.load_model` takes them.
+    end, that counts. data: texts with their weights, as `calibration.mix` reads them. sequence_length: None is
+    CALIBRATION_LENGTH, or what the model was made for where that is less. dtype, device: as `models.load.load_model`
+    takes them.
     """
 
     layers: str | None = None
@@ -62,7 +63,7 @@ class DivergenceSettings:
     suffix_fraction: float = 0.5
     data: Sequence[str] = USUAL_DATA
     split: str | None = None
-    sequences: int = 4
+    sequences: int = 2
     sequence_length: int | None = None
     seed: int = 0
     pack: bool = False
@@ -101,7 +102,8 @@ def run_divergence(
     geometry = inventory.geometry
     probes = choose_probes(geometry, settings.layers, settings.tensors, settings.formats)
     config = whole_config.get_text_config(decoder=True)
-    length = choose_length(settings.sequence_length, getattr(config, "max_position_embeddings", None))
+    positions = getattr(config, "max_position_embeddings", None)
+    length = choose_length(settings.sequence_length, positions, CALIBRATION_LENGTH)
     tokenizer = load_tokenizer(source)
     mix = mix_texts(settings.data, settings.split, tokenizer, settings.sequences, length, settings.seed, settings.pack)
     mix.check_vocabulary(config.vocab_size)

@@ -18,7 +18,7 @@ from kvprof import __version__
 from kvprof.calibration.ingredients import USUAL_DATA
 from kvprof.calibration.mix import mix_texts
 from kvprof.calibration.self_text import fill
-from kvprof.calibration.sequences import CalibrationSet, choose_length
+from kvprof.calibration.sequences import CALIBRATION_LENGTH, CalibrationSet, choose_length
 from kvprof.errors import UnsupportedAttention, UsageError, first_line
 from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
 from kvprof.models.inventory import take_inventory
@@ -35,14 +35,14 @@ from kvprof.runtime.interception import AttentionCall, attention_through
 class SensitivitySettings:
     """What to measure on, and how.
 
-    data: sources of text with their weights, as `calibration.ingredients` reads them. sequence_length: None as
-    `calibration.sequences.choose_length` has it. dtype, device: as `models.load.load_model` takes them. batch_size:
-    sequences in one forward; changes no score.
+    data: sources of text with their weights, as `calibration.ingredients` reads them. sequence_length: None is
+    CALIBRATION_LENGTH, or what the model was made for where that is less. dtype, device: as `models.load.load_model`
+    takes them. batch_size: sequences in one forward; changes no score.
     """
 
     data: tuple[str, ...] = USUAL_DATA
     split: str | None = None
-    sequences: int = 16
+    sequences: int = 8
     sequence_length: int | None = None
     batch_size: int = 1
     seed: int = 0
@@ -86,7 +86,8 @@ def run_sensitivity(
     if is_enough is not None and not wanted:
         raise UsageError("--until-stable looks at plans, which need predicted losses.\n  Leave out --formats none.")
     config = whole_config.get_text_config(decoder=True)
-    length = choose_length(settings.sequence_length, getattr(config, "max_position_embeddings", None))
+    positions = getattr(config, "max_position_embeddings", None)
+    length = choose_length(settings.sequence_length, positions, CALIBRATION_LENGTH)
     tokenizer = load_tokenizer(source)
     mix = mix_texts(settings.data, settings.split, tokenizer, settings.sequences, length, settings.seed, settings.pack)
     mix.check_vocabulary(config.vocab_size)

@@ -1,12 +1,12 @@
-"""Measure what calibrating on one kind of text costs on others, and how many sequences a plan needs.
+"""Measure what calibrating on one kind of text costs on others, and how many sequences of which length a plan needs.
 
 python tests/benchmarks/bench_text.py FOLDER [FILE ...]
 
-Measures the demo model once on 64 sequences of the built-in text and 64 of its own, into FOLDER: stopped, it goes on
-from there. Since scores keep each sequence's own losses, every mix of the two and every number of sequences is then a
-choice of rows. Plans of 2.5 and 3 stored bits are made from each, and their KL measured on held-out text of both kinds
-and on each FILE (rows are packed; texts.py writes some): 1,024 tokens of which the last 512 count. An hour on 2 cores.
-Prints nothing that holds or does not, since it decides nothing.
+Measures the demo model once on sequences of the built-in text and of its own, of 512 and of 1,024 tokens, into FOLDER:
+stopped, it goes on from there. Since scores keep each sequence's own losses, every mix of the two and every number of
+sequences is then a choice of rows. Plans of 2.5 and 3 stored bits are made from each, and their KL measured on held-out
+text of both kinds and on each FILE (rows are packed; texts.py writes some): 1,024 tokens of which the last 512 count.
+An hour on two cores. Prints nothing that holds or does not, since it decides nothing.
 """
 
 from __future__ import annotations
@@ -29,36 +29,39 @@ from kvprof.records.formats import TENSORS
 from kvprof.records.scores import LayerScores, TensorScores
 
 BUDGETS = (2.5, 3)
-MOST = 64
-"""Sequences of each kind that are measured."""
-TOKENS, FIRST, SEQUENCES = 1024, 512, 4
+KINDS = ("builtin", "self")
+MEASURED = {512: 32, 1024: 8}
+"""Sequences of each kind that are measured, of so many tokens."""
 MIXES = {
-    "16 builtin": (16, 0),
-    "16 self": (0, 16),
-    "2 + 2": (2, 2),
-    "4 + 4": (4, 4),
-    "8 + 8": (8, 8),
-    "16 + 16": (16, 16),
-    "32 + 32": (32, 32),
+    "8 b": (1024, 8, 0),
+    "8 s": (1024, 0, 8),
+    "2b + 2s": (1024, 2, 2),
+    "4b + 4s": (1024, 4, 4),
+    "8b + 8s": (1024, 8, 8),
+    "8b + 8s, 512": (512, 8, 8),
+    "32b + 32s, 512": (512, 32, 32),
 }
-"""How many sequences of the built-in text and of the model's own a plan is made from."""
+"""Of which length, and how many sequences of the built-in text and of the model's own, a plan is made from."""
+TOKENS, FIRST, SEQUENCES = 1024, 512, 6
 
 
 def main(folder: Path, files: Sequence[str]) -> int:
     source = resolve("demo")
-    kinds = [measured(folder / data, data) for data in ("builtin", "self")]
-    mixes = {name: of_sequences(kinds, numbers) for name, numbers in MIXES.items()}
+    kinds = {
+        length: [measured(folder / f"{data}-{length}", data, length, number) for data in KINDS]
+        for length, number in MEASURED.items()
+    }
+    mixes = {name: of_sequences(kinds[length], numbers) for name, (length, *numbers) in MIXES.items()}
     plans = {
         (budget, name): exact(scores, bit_limit(budget, "stored"))
         for budget in BUDGETS
         for name, scores in mixes.items()
     }
+    fingerprint = str(next(iter(mixes.values())).model.fingerprint)
     model, tokenizer = load_model(source), load_tokenizer(source)
-    assert kinds[0].model is not None
-    fingerprint = str(kinds[0].model.fingerprint)
-    print("KL, nats a token   bits" + "".join(f"{name:>12}" for name in MIXES))
-    for data in ("builtin", "self", *files):
-        split = "held-out" if data in ("builtin", "self") else None
+    print("KL, nats a token   bits" + "".join(f"{name:>16}" for name in MIXES))
+    for data in (*KINDS, *files):
+        split = "held-out" if data in KINDS else None
         mixed = mix_texts([data], split, tokenizer, SEQUENCES, TOKENS, pack=True)
         text = fill(mixed, model, tokenizer, fingerprint)
         kl: dict[tuple[float, str], list[float]] = {key: [] for key in plans}
@@ -71,15 +74,16 @@ def main(folder: Path, files: Sequence[str]) -> int:
                 kl[key].append(done[plan.recipe])
         for budget in BUDGETS:
             numbers = (fmean(kl[budget, name]) for name in MIXES)
-            print(f"{Path(data).stem:<18}{budget:5g}" + "".join(f"{number:12.5f}" for number in numbers), flush=True)
+            print(f"{Path(data).stem:<18}{budget:5g}" + "".join(f"{number:16.5f}" for number in numbers), flush=True)
     return 0
 
 
-def measured(folder: Path, data: str) -> Scores:
+def measured(folder: Path, data: str, length: int, number: int) -> Scores:
     """Return the scores of one kind of text, measured now or before."""
     if not (folder / "gradients.json").exists():
-        print(f"measuring {MOST} sequences of {data} into {folder}", file=sys.stderr)
-        run_sensitivity(resolve("demo"), SensitivitySettings(data=(data,), sequences=MOST), folder)
+        print(f"measuring {number} sequences of {data} into {folder}", file=sys.stderr)
+        settings = SensitivitySettings(data=(data,), sequences=number, sequence_length=length)
+        run_sensitivity(resolve("demo"), settings, folder)
     return Scores.load(folder / "gradients.json")
 
 
