@@ -26,7 +26,7 @@ from kvprof.records.comparison import Comparison, PlanCosts, SettingChange, Tens
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.inventory import CONTEXTS
 from kvprof.records.plan import BitPlan, TensorPlan
-from kvprof.records.scores import Scores
+from kvprof.records.scores import LOSS_INCREASE, Scores
 
 
 def compare(
@@ -194,6 +194,12 @@ def _remarks(
             remarks.append("the two KLs were predicted from different scores; name one file for both with --scores")
         elif first.window != second.window:
             remarks.append("predicted KL does not know the window: it is that of the window that was scored")
+        was, now = _factor(first), _factor(second)
+        if was and now and not math.isclose(was, now, rel_tol=1e-6):
+            remarks.append(
+                f"the two KLs were predicted with different calibrated factors, {was:.3g} and {now:.3g}; "
+                "--scores FILE counts both anew"
+            )
     return remarks
 
 
@@ -214,6 +220,14 @@ def _stale_remarks(
 
 def _predicts(plan: BitPlan) -> bool:
     return plan.solver is not None and plan.solver.predicted_kl_nats is not None
+
+
+def _factor(plan: BitPlan) -> float | None:
+    """Return what a plan's predicted KL is of the sum over its tensors, where it records both."""
+    solver = plan.solver
+    if solver is None or solver.metric != LOSS_INCREASE or not solver.objective or solver.predicted_kl_nats is None:
+        return None
+    return solver.predicted_kl_nats / solver.objective
 
 
 def _source(plan: BitPlan) -> str | None:

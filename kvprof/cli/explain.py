@@ -61,7 +61,10 @@ def diff(
     second: Annotated[Path, typer.Argument(metavar="B", help="A BitPlan file for the same model.")],
     scores: Annotated[
         Path | None,
-        typer.Option(help="Scores to predict both plans' KL from.", show_default="what each plan's file says"),
+        typer.Option(
+            help="Scores to predict both plans' KL from.",
+            show_default="those that both were made from, else what each file says",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON instead of tables.")] = False,
 ) -> None:
@@ -70,16 +73,14 @@ def diff(
 
     from kvprof.allocate.diff import compare
     from kvprof.records.plan import BitPlan
+    from kvprof.records.provenance import find_common_losses
     from kvprof.records.scores import Scores
     from kvprof.report.comparisons import show_comparison
     from kvprof.report.console import print_plain
 
-    comparison = compare(
-        BitPlan.load(first),
-        BitPlan.load(second),
-        None if scores is None else Scores.load(scores),
-        (str(first), str(second)),
-    )
+    before, after = BitPlan.load(first), BitPlan.load(second)
+    found = find_common_losses({first: before, second: after}) if scores is None else Scores.load(scores)
+    comparison = compare(before, after, found, (str(first), str(second)))
     if as_json:
         print_plain(comparison.model_dump_json(indent=2))
     else:

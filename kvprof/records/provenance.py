@@ -6,13 +6,14 @@ Reads a plan's provenance and the JSON files that may be its scores; does not kn
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from kvprof.errors import InvalidFile, KvprofError
 from kvprof.records.document import LARGEST_FILE_BYTES
 from kvprof.records.plan import BitPlan
 from kvprof.records.runs import OUTPUTS
-from kvprof.records.scores import Scores
+from kvprof.records.scores import LOSS_INCREASE, Scores
 
 
 def find_scores(plan: BitPlan, path: Path, outputs: Path = OUTPUTS) -> tuple[Path, Scores]:
@@ -41,6 +42,26 @@ def find_scores(plan: BitPlan, path: Path, outputs: Path = OUTPUTS) -> tuple[Pat
         f"the scores that {path} was made from are not beside it, nor in {outputs}/ ({digest[:19]}...).\n"
         "  They were measured anew or moved; name them, or others of the same model, with --scores FILE."
     )
+
+
+def find_common_losses(plans: Mapping[Path, BitPlan], outputs: Path = OUTPUTS) -> Scores | None:
+    """Find and read the scores with `loss_increase` that plans were made from; None where they name several or none.
+
+    plans: by the file that each was read from. Those that name no scores, such as plans written by hand, go along.
+    """
+    named = {
+        plan.provenance.scores: (plan, path)
+        for path, plan in plans.items()
+        if plan.provenance is not None and plan.provenance.scores is not None
+    }
+    if len(named) != 1:
+        return None
+    ((plan, path),) = named.values()
+    try:
+        _, scores = find_scores(plan, path, outputs)
+    except InvalidFile:
+        return None
+    return scores if LOSS_INCREASE in scores.metrics else None
 
 
 def _has_bytes(file: Path, digest: str) -> bool:

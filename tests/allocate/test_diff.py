@@ -176,6 +176,17 @@ def test_predictions_from_different_scores_are_said_to_be_so() -> None:
     assert not compare(plans[0], plans[0]).remarks
 
 
+def test_predictions_with_different_factors_are_said_to_be_so() -> None:
+    solvers = [
+        {"method": "exact", "metric": "loss_increase", "objective": 0.01, "predicted_kl_nats": 0.01 * factor}
+        for factor in (1, 1.5)
+    ]
+    before, after = (plan_of([PAIR] * 2, geometry=geometry_json(2), solver=solver) for solver in solvers)
+    (remark,) = compare(before, after).remarks
+    assert "different calibrated factors, 1 and 1.5" in remark
+    assert not compare(after, after).remarks
+
+
 def test_predicted_kl_is_counted_again_from_scores_with_their_factor() -> None:
     scores = scores_of(HANDFUL, factor=2.0)
     first, second = plan_of([PAIR] * 2), plan_of([("int2g64", "rot3"), PAIR])

@@ -11,6 +11,7 @@ import pytest
 from handscored import geometry_json, plan_of, random_scores
 from test_commands import handmade_scores, run
 
+from kvprof import BitPlan
 from kvprof.allocate.budget import bit_limit
 from kvprof.allocate.rules import exact
 from kvprof.allocate.stability import stability
@@ -131,9 +132,32 @@ def test_diff_of_equal_plans_says_so(folder: Path) -> None:
 def test_diff_gives_the_same_numbers_as_json(folder: Path) -> None:
     found = json.loads(said("diff", "best.json", "hand.json", "--json"))
     assert found["second"]["bytes_per_token"] == LAYERS * 192 * (3.5 + 2.25) / 8
-    assert found["second"]["predicted_kl_nats"] is None
     assert found["same"] is False
     assert {change["direction"] for change in found["changes"]} <= {"up", "down", "level"}
+
+
+def test_diff_predicts_both_plans_from_the_scores_that_they_were_made_from(folder: Path) -> None:
+    def predicted() -> list[float]:
+        found = json.loads(said("diff", "best.json", "hand.json", "--json"))
+        return [found[side]["predicted_kl_nats"] for side in ("first", "second")]
+
+    scores = Path("outputs/handmade/gradients.json")
+    value = json.loads(scores.read_text())
+    sums = [
+        1.5
+        * sum(
+            layer[tensor]["loss_increase"][getattr(entry, tensor).name]
+            for layer, entry in zip(value["layers"], BitPlan.load(path).layers, strict=True)
+            for tensor in ("key", "value")
+        )
+        for path in ("best.json", "hand.json")
+    ]
+    assert predicted() == pytest.approx(sums)
+    value["kl_calibration"]["factor"] = 3
+    scores.write_text(json.dumps(value))  # calibrated since: both are predicted as the scores would now
+    assert predicted() == pytest.approx([2 * total for total in sums])
+    scores.unlink()
+    assert predicted() == [pytest.approx(sums[0]), None]
 
 
 def test_diff_tells_a_changed_setting(folder: Path) -> None:
