@@ -48,12 +48,12 @@ from collections.abc import Sequence
 from kvprof.allocate.budget import Limit, bit_limit, memory_limit
 from kvprof.allocate.candidates import USUAL_GROUP_SIZE, Allowed
 from kvprof.allocate.cheapest import cheapest
-from kvprof.allocate.rules import KVMIX_FRACTION, default_metric, exact, kvmix, norm_greedy, uniform
+from kvprof.allocate.rules import GREEDY_METRICS, KVMIX_FRACTION, default_metric, exact, kvmix, norm_greedy, uniform
 from kvprof.allocate.task import usual_window, without_sinks
 from kvprof.errors import UsageError, did_you_mean
 from kvprof.records.formats import TensorName, parse_formats
 from kvprof.records.plan import BitPlan, Window
-from kvprof.records.scores import LOSS_INCREASE, METRICS, SCALAR_METRICS, Scores, default_unit
+from kvprof.records.scores import LOSS_INCREASE, METRICS, Scores, default_unit
 
 __all__ = ["RULES", "allocate", "metric_needed"]
 
@@ -75,6 +75,8 @@ def metric_needed(
     """Return the metric that scores must have to serve a request; None where any that can be allocated by will do."""
     if rule == "kvmix":
         return "gradient_norm"
+    if metric is None and rule == "norm-greedy":
+        return GREEDY_METRICS[0]
     if metric is None and rule == "exact" and (max_kl is not None or formats is not None):
         return LOSS_INCREASE
     return metric
@@ -166,7 +168,7 @@ def allocate(
             raise UsageError(f"--max-kl needs {LOSS_INCREASE}: {metric} foretells no KL divergence.")
         measure = _measure(unit, context, batch)
         return cheapest(scores, max_kl, measure, tie=tie, window=window, command=command, **allowed)
-    metric = metric or default_metric(scores, METRICS if rule == "exact" else SCALAR_METRICS)
+    metric = metric or default_metric(scores, METRICS if rule == "exact" else GREEDY_METRICS)
     limit = _limit(rule, metric, budget, unit, memory, context, batch)
     if rule == "norm-greedy":
         return norm_greedy(scores, limit, metric=metric, window=window, command=command, **allowed)
@@ -222,7 +224,9 @@ def _limit(
         raise UsageError("--budget and --memory are two limits; give one of them.")
     if budget is not None:
         if context is not None or batch is not None:
-            raise UsageError("--context and --batch belong to --memory; a budget in bits does not depend on them.")
+            raise UsageError(
+                "--context and --batch belong to --memory or --max-kl; a budget in bits does not depend on them."
+            )
         return bit_limit(budget, default_unit(metric) if unit is None else unit)
     if memory is not None:
         if unit is not None:

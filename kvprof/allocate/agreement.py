@@ -229,7 +229,10 @@ def _remarks(
         yield f"left out, as plans of another model: {', '.join(strange)}"
     missing = [name for name in own if name not in {check.name for check in checks}]
     if missing:
-        yield f"not measured as a whole, or never predicted: {', '.join(missing)}; `kvprof evaluate PLAN` measures one"
+        yield (
+            f"not measured as a whole, or never predicted: {', '.join(missing)}; "
+            "`kvprof evaluate PLAN --against ANOTHER` measures several for one evaluation.json"
+        )
     if any(check.measured_from == 0 for check in checks):
         yield (
             "an evaluation that counts every position, from 0 on, holds tokens that read nothing quantized, which the "

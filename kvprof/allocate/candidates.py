@@ -41,6 +41,18 @@ class Allowed(TypedDict, total=False):
     """Tensors set by hand: see pins.py. A pin may ask for what `bits` and `formats` leave out."""
 
 
+def narrowing(allowed: Allowed) -> list[str]:
+    """Return the options of a user that leave something out of the choice."""
+    options = {
+        "--pin": allowed.get("pins"),
+        "--min-key-bits": allowed.get("min_key_bits"),
+        "--formats": allowed.get("formats"),
+        "--bits": allowed.get("bits"),
+        "--group-size": allowed.get("group_size"),
+    }
+    return [option for option, value in options.items() if value]
+
+
 def candidates_of(
     scores: Scores, tensors: Sequence[CachedTensor], metric: str, allowed: Allowed
 ) -> list[list[Measured]]:

@@ -59,11 +59,12 @@ def cheapest(
         reached = [predicted(best), predicted(least)]
         costs = [written(problem.prices.amount(solution.cost), measure.unit, round) for solution in (best, least)]
         of = "of cache" if measure.unit == "bytes" else f"{measure.unit} bits"
+        better = f"loosen {' or '.join(problem.narrowed)}" if problem.narrowed else "allow better formats"
         raise InfeasibleBudget(
             f"{max_kl} nats a token is below what these formats are predicted to reach.\n"
             f"  least: {rounded_up(reached[0])} nats at {costs[0]} {of}    "
             f"cheapest plan: {reached[1]:.3g} nats at {costs[1]} {of}\n"
-            f"  try --max-kl {rounded_up(reached[0])}, or allow better formats"
+            f"  try --max-kl {rounded_up(reached[0])}, or {better}"
         )
     solution, proven = found
     parts = problem.chosen(solution)

@@ -22,27 +22,29 @@ def check_plans(
 
     predicting: scores with `loss_increase`.
     """
-    by_digest = {plan.digest: (name, plan) for name, plan in plans.items()}
+    by_digest: dict[str, list[tuple[str, BitPlan]]] = {}  # copies of a plan are plans, too
+    for name, plan in plans.items():
+        by_digest.setdefault(plan.digest, []).append((name, plan))
     checks = []
     for evaluation in evaluations:
+        split = f" ({evaluation.text.split})" if evaluation.text.split else ""
         for result in evaluation.plans:
-            name, plan = by_digest.get(result.digest, (None, None))
-            predicted = None if plan is None else _predicted(plan, predicting)
-            if name is None or predicted is None:
-                continue
-            split = f" ({evaluation.text.split})" if evaluation.text.split else ""
-            checks.append(
-                PlanCheck(
-                    name=name,
-                    digest=result.digest,
-                    stored_bits=result.stored_bits,
-                    predicted_kl_nats=predicted,
-                    measured_kl_nats=result.kl_nats,
-                    measured_kl_stderr_nats=result.kl_stderr_nats,
-                    text=evaluation.text.dataset + split,
-                    measured_from=evaluation.measured_from,
+            for name, plan in by_digest.get(str(result.digest), ()):
+                predicted = _predicted(plan, predicting)
+                if predicted is None:
+                    continue
+                checks.append(
+                    PlanCheck(
+                        name=name,
+                        digest=plan.digest,
+                        stored_bits=result.stored_bits,
+                        predicted_kl_nats=predicted,
+                        measured_kl_nats=result.kl_nats,
+                        measured_kl_stderr_nats=result.kl_stderr_nats,
+                        text=evaluation.text.dataset + split,
+                        measured_from=evaluation.measured_from,
+                    )
                 )
-            )
     return sorted(dict.fromkeys(checks), key=lambda check: check.stored_bits)
 
 

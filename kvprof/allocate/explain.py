@@ -250,8 +250,11 @@ def _remarks(
         remarks.append(unscored_remark(name, unscored))
     window = window_remark(name, plan, scores) if by_nats else None
     remarks += [window] if window is not None else []
-    if by_nats and plan.budget is not None and plan.budget.unit == "nominal":
+    unit = plan.budget.unit if by_nats and plan.budget is not None else None
+    if unit == "nominal":
         remarks.append("the plan's budget counts nominal bits, where scales are free; prices here are of stored bits")
+    elif unit == "bytes":
+        remarks.append("the plan's budget counts bytes at one context, window and all; prices here are of stored bits")
     recorded = plan.solver.predicted_kl_nats if plan.solver else None
     if by_nats and recorded and loss is not None and not math.isclose(recorded, loss, rel_tol=0.01):
         remarks.append(

@@ -94,14 +94,14 @@ def check_reach(
     dearest: Fraction,
     formats: Sequence[Sequence[Format]],
     scored: bool = False,
-    pinned: bool = False,
+    narrowed: Sequence[str] = (),
     option: str | None = None,
 ) -> None:
     """Raise InfeasibleBudget where the cheapest plan costs more than the limit or the dearest less.
 
     cheapest, dearest: in the limit's unit. formats: each tensor's candidates. scored: whether they are what scores
-    speak of, rather than widths at one group size. pinned: whether some are set by hand. option: that the limit was
-    given with.
+    speak of, rather than widths at one group size. narrowed: the options that left choices out. option: that the
+    limit was given with.
     """
     if cheapest <= limit.amount <= dearest:
         return
@@ -113,9 +113,13 @@ def check_reach(
         asked, usual = f"{float(limit.amount):.15g} {limit.unit} bits per element", "--budget"
     verdict = "is below what these formats can reach" if below else "is more than these formats can use"
     ways = [f"{option or usual} {low if below else high}"]
-    ways += _for_scored(below, formats) if scored else _for_widths(limit, below, formats)
-    if pinned:
-        ways.append("loosen a --pin")
+    if not scored:
+        narrowed = [option for option in narrowed if option not in ("--bits", "--group-size")]
+        ways += _for_widths(limit, below, formats)
+    elif not narrowed:
+        ways += _for_scored(below, formats)
+    if narrowed:
+        ways.append(f"loosen {' or '.join(narrowed)}")
     raise InfeasibleBudget(f"{asked} {verdict}.\n  cheapest plan: {low}    dearest: {high}\n  try {', or '.join(ways)}")
 
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from kvprof.allocate.budget import Limit
-from kvprof.allocate.candidates import Allowed, candidates_of
+from kvprof.allocate.candidates import Allowed, candidates_of, narrowing
 from kvprof.allocate.measured import Measured
 from kvprof.allocate.pricing import Prices, check_reach, price
 from kvprof.allocate.solver import Solution
@@ -57,7 +57,8 @@ class ExactProblem:
         self.candidates = candidates_of(scores, self.task.tensors, metric, allowed)
         self._formats = [[choice.format for choice in choices] for choices in self.candidates]
         self.prices: Prices = price(self.task.tensors, self._formats, limit, self.task.window, scores.geometry)
-        self._pinned = bool(allowed.get("pins"))
+        self.narrowed = [*narrowing(allowed), *(["--tie"] if tie else [])]
+        """The options that left something out of the choice, for messages."""
         self._items = self._tied() if tie else self._apart()
         self.items = [[self._total(item, choice) for choice in item.choices] for item in self._items]
         """What the solver is given: for each item its choices' costs and losses."""
@@ -88,7 +89,7 @@ class ExactProblem:
     def check_reach(self, limit: Limit, option: str | None = None) -> None:
         """Raise InfeasibleBudget for a limit that no plan meets. option: that it was given with, for the message."""
         low, high = self.prices.amount(self.cheapest), self.prices.amount(self.dearest)
-        check_reach(limit, low, high, self._formats, self.metric == LOSS_INCREASE, self._pinned, option)
+        check_reach(limit, low, high, self._formats, self.metric == LOSS_INCREASE, self.narrowed, option)
 
     def chosen(self, solution: Solution) -> list[Measured]:
         """Return what a solution gives each tensor."""

@@ -14,7 +14,7 @@ from fractions import Fraction
 from typing_extensions import Unpack
 
 from kvprof.allocate.budget import CachedTensor, Limit, known_bits
-from kvprof.allocate.candidates import USUAL_GROUP_SIZE, Allowed, candidates_of, check_group_size
+from kvprof.allocate.candidates import USUAL_GROUP_SIZE, Allowed, candidates_of, check_group_size, narrowing
 from kvprof.allocate.pareto import TIE
 from kvprof.allocate.pins import parse_pins
 from kvprof.allocate.pricing import check_reach, price
@@ -24,8 +24,10 @@ from kvprof.allocate.task import PlanTask
 from kvprof.errors import UsageError
 from kvprof.records.formats import TENSORS, Format, TensorName, format_named, usual_format
 from kvprof.records.plan import BitPlan, Window
-from kvprof.records.scores import LOSS_INCREASE, METRICS, SCALAR_METRICS, Scores
+from kvprof.records.scores import LOSS_INCREASE, METRICS, Scores
 
+GREEDY_METRICS = ("spectral_norm", "frobenius_norm", "gradient_norm")
+"""What `norm_greedy` goes by where nothing is named, the first that the scores have: its paper is about norms."""
 KVMIX_FRACTION = 0.2
 KVMIX_KEY_GROUP = 11
 """Tokens whose 3-bit keys share a scale in KVmix, which packs eleven codes into 32 bits (the last one has two)."""
@@ -73,18 +75,18 @@ def norm_greedy(
     over. Gains within 1e-12 of the greatest, relatively, tie: keys before values, earlier layers first.
     Arguments and errors as for `exact`, but that a metric must be a number a tensor.
     """
-    metric = metric or default_metric(scores, SCALAR_METRICS)
+    metric = metric or default_metric(scores, GREEDY_METRICS)
     if metric == LOSS_INCREASE:
         raise UsageError(
             f"--rule norm-greedy spends by one number a tensor, and {LOSS_INCREASE} is one a format.\n"
-            f"  Give --metric {SCALAR_METRICS[0]}, or spend {LOSS_INCREASE} by --rule exact."
+            f"  Give --metric {GREEDY_METRICS[0]}, or spend {LOSS_INCREASE} by --rule exact."
         )
     task = PlanTask(scores, window, command)
     candidates = candidates_of(scores, task.tensors, metric, allowed)
     formats = [[choice.format for choice in choices] for choices in candidates]
     prices = price(task.tensors, formats, limit, task.window, scores.geometry)
     low, high = (prices.amount(sum(map(end, prices.costs))) for end in (min, max))
-    check_reach(limit, low, high, formats, pinned=bool(allowed.get("pins")))
+    check_reach(limit, low, high, formats, narrowed=narrowing(allowed))
     costs, spare = prices.costs, prices.capacity(limit.amount)
     ladders = [
         [rung for rung in range(len(row)) if all(row[rung] < wider for wider in row[rung + 1 :])] for row in costs

@@ -4,7 +4,8 @@ Reads Scores of several sources and a plan made from them; writes sentences of w
 
 For each source its own best plan at the same stored bits is found in the linear relaxation, and what every such plan,
 and the mixed one, loses by every source's losses. Sources of few sequences differ by chance: where each sequence's own
-losses are known, sequences are dealt out to the sources at random, and only a ratio that no deal reaches counts.
+losses are known, sequences are dealt out to the sources at random, and only a ratio that none of any deal's reaches
+counts.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from kvprof.records.scores import Scores
 
 NOTABLE = 1.25
 """The ratio of two predicted KLs above which sources are said to disagree."""
-DEALS = 20
-"""Random deals of sequences; a ratio that none of them reaches is chance in less than one case in twenty."""
+DEALS = 40
+"""Random deals of sequences. That one ratio or another exceeds all of all deals is chance once in forty times."""
 
 
 def disagreements(
@@ -66,7 +67,7 @@ def disagreements(
     if source_of is not None and max(neglected.max(), astray.max()) > NOTABLE:
         dealer, hands = random.Random(0), source_of.tolist()
         dealt = _means(losses, [np.array(dealer.sample(hands, len(hands))) for _ in range(DEALS)])
-        chance = [ratios.max(axis=0) for ratios in _ratios(by_all, dealt, costs, capacity)]
+        chance = [float(ratios.max()) for ratios in _ratios(by_all, dealt, costs, capacity)]
         neglected = np.where(neglected > chance[0], neglected, 1.0)
         astray = np.where(astray > chance[1], astray, 1.0)
     return _sentences(names, neglected, astray)

@@ -11,18 +11,24 @@ same worth is no harm and hardly counts.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from math import ceil, floor
 
 import numpy as np
 from typing_extensions import Unpack
 
+from kvprof.allocate.assemble import tensors_of
 from kvprof.allocate.budget import Limit, bit_limit
 from kvprof.allocate.candidates import Allowed
 from kvprof.allocate.measured import check_scores_fit, predict
+from kvprof.allocate.pricing import written
 from kvprof.allocate.problem import ExactProblem
 from kvprof.allocate.relaxed import Floats, relax
 from kvprof.allocate.sampled import Sampled, problem_of, stored_problem, why_unknown, with_samples
+from kvprof.errors import InfeasibleBudget, UsageError
+from kvprof.records.formats import Format, TensorName
+from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import BitPlan
 from kvprof.records.scores import LOSS_INCREASE, Scores
 from kvprof.records.stability import Stability
@@ -103,18 +109,42 @@ def stable_at(scores: Scores, limit: Limit | None = None, *, seed: int = 0) -> b
     return True
 
 
-def stable_at_all(budgets: Sequence[str | float]) -> Callable[[Scores], bool]:
-    """Return whether scores have seen enough sequences for every one of these budgets, as a question of scores.
+class StableAt:
+    """Whether scores have seen enough sequences for plans of certain budgets, as a question of scores."""
 
-    budgets: stored bits an element; with none, `stable_at` asks at its own. Raises UsageError at once for one that is
-    no number; the question raises InfeasibleBudget for one that the scored formats cannot meet.
-    """
-    limits: list[Limit | None] = [bit_limit(budget, "stored") for budget in budgets]
+    def __init__(self, budgets: Sequence[str | float]) -> None:
+        """budgets: stored bits an element; with none, `stable_at` asks at its own. Raises UsageError for no number."""
+        self._limits: list[Limit | None] = [bit_limit(budget, "stored") for budget in budgets]
 
-    def enough(scores: Scores) -> bool:
-        return all(stable_at(scores, limit) for limit in limits or [None])
+    def __call__(self, scores: Scores) -> bool:
+        """Return whether they have; raises InfeasibleBudget for a budget that the scored formats cannot meet."""
+        return all(stable_at(scores, limit) for limit in self._limits or [None])
 
-    return enough
+    def check(self, geometry: CacheGeometry, formats: Mapping[tuple[int, TensorName], Sequence[Format]]) -> None:
+        """Raise before anything is measured what would stand in the way of plans afterwards.
+
+        formats: that will be scored, of each layer and tensor. Raises UsageError where a tensor will have none,
+        InfeasibleBudget for a budget that no plan of these formats can have.
+        """
+        tensors = tensors_of({layer.layer: layer for layer in geometry.planned})
+        sizes = []
+        for tensor in tensors:
+            forms = formats.get((tensor.layer, tensor.name), ())
+            if not forms:
+                raise UsageError(
+                    f"--until-stable looks at plans, and no format is predicted for the {tensor.name} of layer "
+                    f"{tensor.layer}.\n  Name --formats for keys and values."
+                )
+            sizes.append([tensor.width * form.stored_bits(tensor.head_dim) for form in forms])
+        width = sum(tensor.width for tensor in tensors)
+        low, high = (sum(map(end, sizes), Fraction(0)) / width for end in (min, max))
+        for limit in self._limits:
+            if limit is not None and not low <= limit.amount <= high:
+                raise InfeasibleBudget(
+                    f"--stable-at {float(limit.amount):g}: plans of these formats have {written(low, 'stored', ceil)} "
+                    f"to {written(high, 'stored', floor)} stored bits an element.\n  Name a budget between, or others "
+                    "of --formats."
+                )
 
 
 def _against_all(sampled: Sampled, weights: Floats) -> tuple[Floats, Floats]:

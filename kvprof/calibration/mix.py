@@ -120,7 +120,9 @@ def mix_again(info: CalibrationInfo, tokenizer: Any, pack: bool = False) -> Mixe
     else:
         ingredients = [Ingredient(share.dataset, exact_weight(share.weight)) for share in info.sources]
         splits = [share.split for share in info.sources]
-    return _mix(ingredients, splits, tokenizer, info.sequences, info.sequence_length, info.seed, pack)
+    # In the order that was written down: a text whose turn never came is not, and would have moved the others' turns.
+    order = info.source_of
+    return _mix(ingredients, splits, tokenizer, info.sequences, info.sequence_length, info.seed, pack, order)
 
 
 def turns(weights: Sequence[Fraction], before: Sequence[int] | None = None) -> Iterator[int]:
@@ -152,6 +154,7 @@ def _mix(
     sequence_length: int,
     seed: int,
     pack: bool,
+    order: Sequence[int] | None = None,
 ) -> MixedText:
     readers: list[SequenceReader | None] = []
     origins = []
@@ -165,7 +168,7 @@ def _mix(
             source = _open(ingredient.name, split, seed, len(ingredients) > 1)
             readers.append(SequenceReader(source, tokenizer, sequence_length, pack))
             origins.append(Origin(source.name, source.split, float(ingredient.weight)))
-    drawn, notes = _draw(ingredients, readers, sequences)
+    drawn, notes = _draw(ingredients, readers, sequences, order)
     skipped = sum(reader.skipped for reader in readers if reader)
     return MixedText(tuple(drawn), tuple(origins), sequence_length, seed, own_split, skipped, tuple(notes))
 
@@ -178,11 +181,17 @@ def _open(name: str, split: str | None, seed: int, mixed: bool) -> TextSource:
 
 
 def _draw(
-    ingredients: Sequence[Ingredient], readers: Sequence[SequenceReader | None], sequences: int
+    ingredients: Sequence[Ingredient],
+    readers: Sequence[SequenceReader | None],
+    sequences: int,
+    known: Sequence[int] | None,
 ) -> tuple[list[tuple[int, Tokens | None]], list[str]]:
-    """Take sequences in turns until there are enough or every text has run out; say which ran out."""
+    """Take sequences in turns until there are enough or every text has run out; say which ran out.
+
+    known: whose turn it is, for as many sequences, where that is known already.
+    """
     left = list(range(len(ingredients)))
-    order = turns([ingredient.weight for ingredient in ingredients])
+    order = turns([ingredient.weight for ingredient in ingredients]) if known is None else iter(known)
     drawn: list[tuple[int, Tokens | None]] = []
     notes = []
     while left and len(drawn) < sequences:

@@ -72,10 +72,6 @@ class CalibrationSet:
         )
         return replace(self, sequences=taken, info=described)
 
-    def check_vocabulary(self, size: int) -> None:
-        """Raise CalibrationError where a model of so large a vocabulary does not know a token."""
-        check_largest(self.sequences, size)
-
     def remarks(self, asked: int) -> Iterator[str]:
         """Yield what a reader should know of a text that so many sequences were asked of."""
         if self.skipped:

@@ -68,7 +68,10 @@ def gradients(
     out: Out = None,
     data: Texts = None,
     split: Split = None,
-    sequences: Annotated[int, typer.Option(help="Calibration sequences. Time grows with them.")] = 8,
+    sequences: Annotated[
+        int | None,
+        typer.Option(help="Calibration sequences. Time grows with them.", show_default="8; 32 with --until-stable"),
+    ] = None,
     sequence_length: CalibrationLength = None,
     formats: Annotated[
         str | None,
@@ -98,7 +101,7 @@ def gradients(
     restart: Restart = False,
 ) -> None:
     """How much does the loss feel each layer's keys and values? Gradient norms, and the loss that each format costs."""
-    from kvprof.allocate.stability import stable_at_all
+    from kvprof.allocate.stability import StableAt
     from kvprof.calibration.ingredients import USUAL_DATA
     from kvprof.errors import UsageError
     from kvprof.models.load import resolve
@@ -115,10 +118,13 @@ def gradients(
     decoder = Decoder(
         read_formats(formats), Window(sink_tokens=sink_tokens, recent_tokens=recent_tokens), suffix_fraction
     )
+    if sequences is None:
+        sequences = 32 if until_stable else 8
     settings = SensitivitySettings(
         tuple(data or USUAL_DATA), split, sequences, sequence_length, batch_size, seed, pack, dtype, device, decoder
     )
     folder = output_folder(source.id, out)
+    question = StableAt(stable_at or ()) if until_stable else None
     with progress("gradients", "sequences") as advance:
         run = run_sensitivity(
             source,
@@ -127,7 +133,8 @@ def gradients(
             restart,
             advance,
             advance.beside("writing text", "tokens"),
-            stable_at_all(stable_at or ()) if until_stable else None,
+            question,
+            question.check if question else lambda geometry, formats: None,
         )
     show_scores(run.scores, brief=True)
     for remark in run.remarks:

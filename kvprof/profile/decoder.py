@@ -38,7 +38,7 @@ MORE_TOKENS = "Raise --sequence-length, join rows with --pack, or lower --recent
 class Decoder:
     """Of what decoder the losses are predicted.
 
-    formats: names by tensor; None: those of `losses.usual_formats`; none at all: no losses are predicted.
+    formats: names by tensor; None: those of `usual_formats`; none at all: no losses are predicted.
     suffix_fraction: the share of each sequence, at its end, whose loss counts.
     """
 

@@ -136,7 +136,9 @@ def run_divergence(
                 progress(done, total)
         measured = {probe: [float(log.done[probe.key(index)]) for index in indices] for probe in probes}
         scores = _scores(measured, inventory, text, settings)
-        path = scores.save(folder / "divergence.json")
+        path = folder / "divergence.json"
+        scores = scores.calibrated_as(path)
+        scores.save(path)
         log.remove()
     return DivergenceRun(scores, path, tuple(_remarks(scores, text, probes, settings, str(model.dtype), resumed)))
 

@@ -6,6 +6,7 @@ backward, and for each format the attention of its layer once more. Does not kno
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 
 from kvprof.calibration.sequences import Batch
 from kvprof.errors import NonFiniteGradient
-from kvprof.models.load import input_device
+from kvprof.models.load import input_device, wider_dtype_advice
 from kvprof.profile.decoder import Formats
 from kvprof.records.formats import FULL_BITS, TENSORS, TensorName
 from kvprof.records.plan import LayerPlan, Quantizer, TensorPlan, Window
@@ -75,7 +76,8 @@ def loss_increases(
     its mean over the suffix.
 
     batch: padded on the right. suffix_fraction: the share of each sequence, at its end, that counts. seed: with a
-    sequence's index it decides the labels. Only activations get gradients; the model is left as it was found.
+    sequence's index it decides the labels. model: no parameter asks for a gradient, so that only activations get one;
+    left as it was found.
     Raises UnsupportedAttention, NonFiniteGradient.
     """
     suffix = suffix_of(batch, suffix_fraction)
@@ -94,7 +96,9 @@ def loss_increases(
     for (layer, tensor, name), loss_B in losses.items():
         if not loss_B.isfinite().all():
             raise NonFiniteGradient(
-                f"the loss increase of the {tensor} of layer {layer} in {name} is not finite in {model.dtype}."
+                f"the predicted loss of the {tensor} of layer {layer} in {name} is not finite in "
+                f"{str(model.dtype).removeprefix('torch.')}.\n  "
+                + wider_dtype_advice(model, "the weights are damaged, or the text drives the model out of range")
             )
     return losses
 
@@ -136,13 +140,21 @@ class _Probe:
 
     def _ask(self, call: AttentionCall, exact: Tensor, gradient: Tensor) -> None:
         """Add up g . d of every format of this layer's keys and values. exact, gradient: (B, T - first, heads, D)."""
+        # In half precision an output is rounded by more than 6 or 8 bits change it: d is taken between wider ones.
+        dtype = torch.promote_types(exact.dtype, torch.float32)
+        attend = functools.partial(
+            attend_as_decoding, window=self.window, quantizer=self.quantizer, first=self.suffix.first, dtype=dtype
+        )
+        if dtype != exact.dtype:
+            exact = attend(call, LayerPlan(layer=call.layer, key=_UNTOUCHED, value=_UNTOUCHED))
+            gradient = gradient.to(dtype)
         mask = self.suffix.mask(call.key.shape[2]).to(gradient.device)
         for tensor in TENSORS:
             for form in self.formats.get((call.layer, tensor), ()):
                 one = TensorPlan(**form.model_dump())
                 parts = {"key": _UNTOUCHED, "value": _UNTOUCHED} | {tensor: one}
                 entry = LayerPlan(layer=call.layer, **parts)
-                delta = attend_as_decoding(call, entry, self.window, self.quantizer, self.suffix.first).sub_(exact)
+                delta = attend(call, entry).sub_(exact)
                 dots = (delta.mul_(gradient)).flatten(2).sum(-1, dtype=torch.float64)
                 dots = dots.masked_fill_(~mask, 0.0).cpu()
                 key = (call.layer, tensor, form.name)

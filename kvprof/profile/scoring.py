@@ -58,7 +58,7 @@ def measure_sensitivity(
     model: in eval mode, no parameter asking for a gradient; left as it was found. formats: None or none at all leaves
     the losses out. done: results of sequences measured before, by index. finished: called with each batch's results.
     is_enough: asked of the scores so far, as `run_sensitivity` has it; sequences beyond are then not in the result.
-    Returns Scores: means over sequences, with standard errors (0 for a single one).
+    Returns Scores: means over sequences, with standard errors (of a single one, 0 for norms, none for losses).
     Raises NonFiniteGradient, with advice, where half precision overflows.
     """
     formats, decoder = formats or {}, decoder or Decoder()

@@ -69,12 +69,14 @@ def run_sensitivity(
     progress: Callable[[int, int], None] = lambda done, total: None,
     writing: Callable[[int, int], None] = lambda done, total: None,
     is_enough: Callable[[Scores], bool] | None = None,
+    check: Callable[[CacheGeometry, Formats], None] = lambda geometry, formats: None,
 ) -> SensitivityRun:
     """Load a model, measure it on calibration text and write gradients.json; go on where a stopped run was.
 
     folder: for the result, and for the journal of finished sequences meanwhile. progress: called with (sequences done,
     sequences in all); writing: with (tokens done, tokens in all) of text that the model writes itself first. is_enough:
-    asked after FIRST_STAGE sequences and at each doubling; where it says so, the rest is left.
+    asked after FIRST_STAGE sequences and at each doubling; where it says so, the rest is left. check: called with the
+    formats that will be scored, before anything is; may raise.
     Raises KvprofError in its many kinds: the model, the text, a setting or the journal is not fit.
     """
     if settings.batch_size < 1:
@@ -92,6 +94,8 @@ def run_sensitivity(
     mix = mix_texts(settings.data, settings.split, tokenizer, settings.sequences, length, settings.seed, settings.pack)
     mix.check_vocabulary(config.vocab_size)
     formats, unread = readable(formats, settings.decoder, max(mix.lengths))
+    if formats:
+        check(inventory.geometry, formats)
     model = load_model(source, settings.dtype, settings.device)
     fingerprint = live_fingerprint(model, inventory.geometry) or checkpoint_fingerprint(source, inventory.geometry)
     inventory = inventory.model_copy(update={"model": inventory.model.model_copy(update={"fingerprint": fingerprint})})
@@ -124,7 +128,9 @@ def run_sensitivity(
         scores = measure_sensitivity(
             model, calibration, inventory, formats, settings.decoder, settings.batch_size, done, finished, is_enough
         )
-        path = scores.save(folder / "gradients.json")
+        path = folder / "gradients.json"
+        scores = scores.calibrated_as(path)
+        scores.save(path)
         log.remove()
     remarks = [remark for remark in (unsupported, unread) if remark]
     remarks += _remarks(calibration, settings, formats, len(done), scores, is_enough)
@@ -178,4 +184,4 @@ def _remarks(
     if short := within_the_window(forms, settings.decoder.window, [len(ids) for ids in calibration.sequences]):
         yield short
     if measured == 1:
-        yield "a single sequence has no standard error: it is written as 0"
+        yield "a single sequence has no standard error: that of the gradient norms is written as 0"

@@ -5,7 +5,6 @@ Reads a plan's provenance and the JSON files that may be its scores; does not kn
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,8 +16,9 @@ from kvprof.records.scores import LOSS_INCREASE, Scores
 
 
 def find_scores(plan: BitPlan, path: Path, outputs: Path = OUTPUTS) -> tuple[Path, Scores]:
-    """Find and read the scores that a plan was made from: in the folder of the plan's file, then in the outputs.
+    """Find and read the scores that a plan was made from: in the outputs, or in the folder of the plan's file.
 
+    Of copies, a calibrated one is taken rather than one from before, and then one named as the command names it.
     path: where the plan was read from. Raises InvalidFile, saying what to do, where the plan names none or none is
     found.
     """
@@ -27,17 +27,13 @@ def find_scores(plan: BitPlan, path: Path, outputs: Path = OUTPUTS) -> tuple[Pat
         raise InvalidFile(
             f"{path} does not say which scores it was made from.\n  Name scores of its model with --scores FILE."
         )
-    files = dict.fromkeys([*path.parent.glob("*.json"), *outputs.glob("*/*.json"), *outputs.glob("*.json")])
-    candidates = [file for file in files if file.is_file()]
-    # A file as kvprof wrote it is known by its bytes; one written by hand, or calibrated since, only by what it says.
-    same_bytes = [file for file in candidates if _has_bytes(file, digest)]
-    for file in [*same_bytes, *candidates]:
-        try:
-            scores = Scores.load(file)
-        except KvprofError:
-            continue
-        if scores.digest == digest:
-            return file, scores
+    found = [
+        (file, scores)
+        for file in dict.fromkeys([*outputs.glob("*/*.json"), *outputs.glob("*.json"), *path.parent.glob("*.json")])
+        if file.is_file() and (scores := _scores_of(file, digest)) is not None
+    ]
+    if found:
+        return max(found, key=lambda pair: _rank(*pair))
     raise InvalidFile(
         f"the scores that {path} was made from are not beside it, nor in {outputs}/ ({digest[:19]}...).\n"
         "  They were measured anew or moved; name them, or others of the same model, with --scores FILE."
@@ -64,9 +60,17 @@ def find_common_losses(plans: Mapping[Path, BitPlan], outputs: Path = OUTPUTS) -
     return scores if LOSS_INCREASE in scores.metrics else None
 
 
-def _has_bytes(file: Path, digest: str) -> bool:
+def _scores_of(file: Path, digest: str) -> Scores | None:
+    """Return the scores that a file holds, if they are those; by what they say, since they may be calibrated since."""
     try:
-        small = file.stat().st_size <= LARGEST_FILE_BYTES
-        return small and f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}" == digest
-    except OSError:
-        return False
+        if file.stat().st_size > LARGEST_FILE_BYTES or b"kvprof.scores/" not in file.read_bytes():
+            return None
+        scores = Scores.load(file)
+    except (OSError, KvprofError):
+        return None
+    return scores if scores.digest == digest else None
+
+
+def _rank(file: Path, scores: Scores) -> tuple[bool, bool]:
+    """Return what makes one of several copies preferable; of equals, the first found is taken."""
+    return scores.kl_calibration is not None, file.name == f"{scores.source}.json"

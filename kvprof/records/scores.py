@@ -9,12 +9,13 @@ import functools
 import math
 from bisect import bisect_left
 from collections import Counter
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from kvprof.errors import InvalidFile, UsageError, did_you_mean
+from kvprof.errors import InvalidFile, KvprofError, UsageError, did_you_mean
 from kvprof.records.document import (
     Count,
     Document,
@@ -264,6 +265,16 @@ class Scores(Document):
         """`sha256:...` of the file's text but for `kl_calibration`: calibrated, they are still the same scores."""
         plain = self if self.kl_calibration is None else self.model_copy(update={"kl_calibration": None})
         return super(Scores, plain).digest
+
+    def calibrated_as(self, path: Path) -> Self:
+        """Return these scores with the factor of a file of the same scores, measured anew since; else as they are."""
+        try:
+            before = type(self).load(path)
+        except KvprofError:
+            return self
+        if before.kl_calibration is None or before.digest != self.digest:
+            return self
+        return self.model_copy(update={"kl_calibration": before.kl_calibration})
 
     def entry(self, layer: int) -> LayerScores | None:
         """Return what was measured of a layer; None where it was not."""

@@ -37,8 +37,3 @@ class Stability(Record):
     of how much more the resample's plan loses, by all sequences, than theirs does."""
     regret_p90: Amount
     """What 90 % of the resamples stay within."""
-
-    @property
-    def kept_share(self) -> float:
-        """The share of tensors that keep their format, on average."""
-        return 1 - self.changed_mean / self.tensors

@@ -89,6 +89,8 @@ def show_audit(audit: Audit) -> None:
 def show_pictures(audit: Audit, folder: Path) -> None:
     """Draw each loss_increase of an audit against what was measured, and say where; without matplotlib, say that."""
     labels = list(dict.fromkeys(spread.label for spread in audit.ratios))
+    for old in folder.glob("audit*.png"):  # of an audit that is no more
+        old.unlink()
     names = ["audit.png"] if len(labels) == 1 else [f"audit-{number}.png" for number in range(1, len(labels) + 1)]
     for label, name in zip(labels, names, strict=True):
         try:

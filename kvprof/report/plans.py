@@ -118,9 +118,24 @@ def plan_remarks(plan: BitPlan, scores: Scores) -> list[str]:
         remarks += loss_remarks(scores, plan.window)
         if solver.predicted_kl_nats is None:
             remarks.append("not all of these formats were scored, so no KL is predicted")
+    elif solver.method == "exact" and (lacking := _partly_predicted(scores)):
+        remarks.append(
+            f"planned by {solver.metric}: {LOSS_INCREASE} is there for some tensors, not for the {lacking}; "
+            "`kvprof gradients` predicts it for all"
+        )
     if plan.budget is not None and plan.budget.requested is None and solver.method != "exact":
         remarks.append(f"the rule {solver.method} takes no budget: its bits are what the rule says")
     return remarks
+
+
+def _partly_predicted(scores: Scores) -> str | None:
+    """Return the first tensor without predicted losses, where others have them."""
+    having = {
+        (entry.layer, name): entry.tensor(name).has(LOSS_INCREASE) for entry in scores.planned for name in TENSORS
+    }
+    if not any(having.values()):
+        return None
+    return next((f"{name} of layer {layer}" for (layer, name), has in having.items() if not has), None)
 
 
 def loss_remarks(scores: Scores, window: Window) -> list[str]:

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -56,11 +56,17 @@ def decoding_reads(model: PreTrainedModel, plan: BitPlan) -> Iterator[None]:
 
 
 def attend_as_decoding(
-    call: AttentionCall, entry: LayerPlan, window: Window, quantizer: Quantizer, first: int = 0
+    call: AttentionCall,
+    entry: LayerPlan,
+    window: Window,
+    quantizer: Quantizer,
+    first: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Attend each query to its own mixture of exact and restored keys and values, as the module does otherwise.
 
-    call: of a whole text. first: the queries before it are left out.
+    call: of a whole text. first: the queries before it are left out. dtype: to attend in, once keys and values are
+    rounded and restored in their own; by default the same.
     Returns (B, T - first, query heads, D).
     """
     tokens = call.key.shape[2]
@@ -71,8 +77,10 @@ def attend_as_decoding(
         )
     keys = _copies(call.layer, "key", entry.key, window, quantizer, call.key)
     values = _copies(call.layer, "value", entry.value, window, quantizer, call.value)
-    if keys.counts[-1] == values.counts[-1] == 0 and first == 0:
+    if keys.counts[-1] == values.counts[-1] == 0 and first == 0 and dtype is None:
         return call.run()
+    if dtype is not None:
+        call, keys, values = call.promoted(dtype), keys.promoted(dtype), values.promoted(dtype)
     mask = _additive(call.mask, tokens, call.query)
     bias = call.options.get("position_bias")
     outputs = []
@@ -125,6 +133,9 @@ class _Copies:
         if restored:
             return self.restored[:, :, start - self.sinks : stop - self.sinks]
         return self.exact[:, :, start:stop]
+
+    def promoted(self, dtype: torch.dtype) -> _Copies:
+        return replace(self, exact=self.exact.to(dtype), restored=self.restored.to(dtype))
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ import contextlib
 import sys
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
@@ -60,6 +61,15 @@ class AttentionCall:
             **{**self.options, **options},
         )
         return output
+
+    def promoted(self, dtype: torch.dtype) -> AttentionCall:
+        """Return the call with all its floating-point tensors in a dtype."""
+
+        def wide(given: Any) -> Any:
+            return given.to(dtype) if isinstance(given, Tensor) and given.is_floating_point() else given
+
+        states = {name: wide(getattr(self, name)) for name in ("query", "key", "value", "mask")}
+        return replace(self, **states, options={name: wide(given) for name, given in self.options.items()})
 
 
 @contextlib.contextmanager

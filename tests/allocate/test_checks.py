@@ -83,6 +83,12 @@ def test_a_plan_that_says_nothing_is_predicted_by_the_scores_at_hand(scores: Sco
     assert check.predicted_kl_nats == pytest.approx(total(scores))
 
 
+def test_a_copy_of_a_plan_was_measured_as_it_was(scores: Scores) -> None:
+    made = plan(scores)
+    checks = check_plans({"mine": made, "copy": made}, [evaluation(made)], [scores])
+    assert [check.name for check in checks] == ["mine", "copy"]
+
+
 def test_plans_that_nothing_predicts_or_measures_are_left_out(scores: Scores) -> None:
     unscored = plan(None, formats=[("int8g32", "int8g32")] * LAYERS)
     unmeasured = plan(scores)

@@ -127,7 +127,7 @@ def test_losses_are_preferred_where_every_planned_tensor_has_them() -> None:
 def test_norm_greedy_does_not_spend_losses() -> None:
     with pytest.raises(UsageError, match=r"one number a tensor(.|\n)*--rule exact"):
         allocate(two_layers(), budget=3, rule="norm-greedy", metric="loss_increase")
-    with pytest.raises(InvalidFile, match="no gradient_norm"):
+    with pytest.raises(InvalidFile, match="no spectral_norm"):
         allocate(two_layers(), budget=3, rule="norm-greedy")
 
 

@@ -7,7 +7,7 @@ import random
 
 import numpy as np
 import pytest
-from handscored import geometry_json, plan_of, random_samples, random_scores, scores_of
+from handscored import FORMATS, HEAD_DIM, geometry_json, plan_of, random_samples, random_scores, scores_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
@@ -19,8 +19,9 @@ from kvprof.allocate.relaxed import relax, total
 from kvprof.allocate.rules import exact, uniform
 from kvprof.allocate.sampled import Sampled, stored_problem, why_unknown, with_samples
 from kvprof.allocate.sources import disagreements
-from kvprof.allocate.stability import STABLE_REGRET, is_stable, stability, stable_at, stable_at_all
+from kvprof.allocate.stability import STABLE_REGRET, StableAt, is_stable, stability, stable_at
 from kvprof.errors import InfeasibleBudget, Mismatch, UsageError
+from kvprof.records.formats import format_named
 
 THREE = bit_limit("3", "stored")
 
@@ -118,7 +119,6 @@ def test_two_sequences_make_two_resamples_counted_by_hand() -> None:
     assert found.regret_p90 == pytest.approx(0.55 / 0.4 - 1)
     assert found.kl_nats == pytest.approx(3 * 0.4)
     assert (found.kl_p5_nats, found.kl_p95_nats) == (pytest.approx(3 * 0.1), pytest.approx(3 * 0.7))
-    assert found.kept_share == pytest.approx(1 - found.changed_mean / 2)
     assert not is_stable(found)
 
 
@@ -299,12 +299,28 @@ def test_a_budget_that_no_plan_meets_is_an_error_but_usual_ones_are_passed_over(
 def test_several_budgets_are_stable_when_each_one_is() -> None:
     few, many = (random_scores(20, sequences, seed=1, noise=1.0) for sequences in (4, 200))
     for budgets in ((), ("2.5",), ("2.5", 3.5)):
-        assert stable_at_all(budgets)(many)
-        assert not stable_at_all(budgets)(few)
+        assert StableAt(budgets)(many)
+        assert not StableAt(budgets)(few)
     with pytest.raises(UsageError, match="three"):
-        stable_at_all(["2.5", "three"])
+        StableAt(["2.5", "three"])
     with pytest.raises(InfeasibleBudget):
-        stable_at_all(["2.5", "0.5"])(many)
+        StableAt(["2.5", "0.5"])(many)
+
+
+def test_what_no_plan_could_be_made_of_is_refused_before_anything_is_measured() -> None:
+    geometry = random_scores(2, 4).geometry
+    formats = {
+        (layer, name): [format_named(form, name, HEAD_DIM) for form in FORMATS[name]]
+        for layer in range(2)
+        for name in ("key", "value")
+    }
+    for budgets in ((), ("1.75",), ("7.5",)):  # from int2g128 and rot1 to int6g64 and int8g64: 1.75 to 7.5
+        StableAt(budgets).check(geometry, formats)
+    for budget in ("1.74", "7.51"):
+        with pytest.raises(InfeasibleBudget, match=r"--stable-at .*have 1\.75 to 7\.5 stored bits"):
+            StableAt([budget]).check(geometry, formats)
+    with pytest.raises(UsageError, match="for the key of layer 1"):
+        StableAt([]).check(geometry, formats | {(1, "key"): []})
 
 
 def test_the_limit_of_a_stable_regret_is_what_the_readme_says() -> None:

@@ -24,7 +24,10 @@ def complete(reading: MixedText) -> CalibrationSet:
 
 
 @pytest.mark.parametrize("pack", [False, True])
-@pytest.mark.parametrize("data", [["{text}"], ["{text}:2", "builtin"], ["{text}", "self"]])
+@pytest.mark.parametrize(
+    "data",
+    [["{text}"], ["{text}:2", "builtin"], ["{text}", "self"], ["{text}", "builtin:3", "self:0.5"]],  # too late for self
+)
 def test_a_text_is_known_again_however_it_was_cut(
     tokenizer: object, tmp_path: Path, pack: bool, data: list[str]
 ) -> None:

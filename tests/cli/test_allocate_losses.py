@@ -85,6 +85,31 @@ def test_formats_of_another_runtime_are_named_as_passed_over(in_tmp: Path) -> No
     assert "passed over, as no plan of kvprof's can store them: q4_0" in " ".join(result.output.split())
 
 
+def test_losses_of_some_tensors_only_are_not_planned_by_and_that_is_said(in_tmp: Path) -> None:
+    value = json.loads(random_scores(2).to_text())
+    for layer in value["layers"]:
+        for tensor in ("key", "value"):
+            layer[tensor]["gradient_norm"] = 1 + layer["layer"]
+        layer["value"] = {"gradient_norm": 1}
+    Path("mine.json").write_text(json.dumps(value))
+    said = " ".join(run("allocate", "--budget", "3", "--scores", "mine.json", "--out", "plan.json").output.split())
+    assert "planned by gradient_norm: loss_increase is there for some tensors, not for the value of layer 0" in said
+
+
+def test_the_greedy_rule_goes_by_norms_whatever_is_newer(outputs: Path) -> None:
+    value = json.loads(random_scores(6).to_text()) | {"source": "norms"}
+    for layer in value["layers"]:
+        for tensor in ("key", "value"):
+            layer[tensor] = {"spectral_norm": 1.0 + layer["layer"], "frobenius_norm": 1}
+    result = run("allocate", "--rule", "norm-greedy", "--budget", "3")
+    assert result.exit_code == 1
+    assert "Run `kvprof norms` first" in result.output
+    (outputs / "norms.json").write_text(json.dumps(value))
+    result = run("allocate", "--rule", "norm-greedy", "--budget", "3", "--out", "plan.json")
+    assert result.exit_code == 0, result.output
+    assert BitPlan.load("plan.json").solver.metric == "spectral_norm"
+
+
 def test_max_kl_writes_the_cheapest_plan_and_says_what_it_is(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["kvprof", "allocate", "--max-kl", "0.01"])
     result = run("allocate", "--max-kl", "0.01")
@@ -111,11 +136,29 @@ def test_max_kl_writes_the_cheapest_plan_and_says_what_it_is(outputs: Path, monk
         (("allocate", "--max-kl", "much"), 2, ["no KL divergence"]),
         (("allocate", "--max-kl", "0.01", "--budget", "3"), 2, ["leave out --budget"]),
         (("allocate", "--budget", "1"), 3, ["cheapest plan: 1.75", "try --budget 1.75"]),
+        (("allocate", "--budget", "2", "--min-key-bits", "4"), 3, ["try --budget", "or loosen --min-key-bits"]),
+        (("allocate", "--budget", "9", "--tie", "key-value"), 3, ["or loosen --tie"]),
+        (("allocate", "--budget", "2", "--formats", "int4g64,rot3"), 3, ["or loosen --formats"]),
+        (("allocate", "--max-kl", "1e-6", "--pin", "key:*=2"), 3, ["or loosen --pin"]),
         (("allocate", "--budget", "3", "--formats", "int5g64"), 2, ["was not scored", "int2g128"]),
         (("allocate", "--budget", "3", "--formats", "q4_0"), 2, ["'q4_0' is no format"]),
         (("allocate", "--budget", "3", "--tie", "all"), 2, ["unknown --tie 'all'", "key-value"]),
         (("allocate", "--budget", "3", "--min-key-bits", "17"), 2, ["min-key-bits"]),
-        (("allocate", "--budget", "3", "--rule", "norm-greedy", "--tie", "key-value"), 2, ["takes no --tie"]),
+        (
+            (
+                "allocate",
+                "--scores",
+                "outputs/mine/gradients.json",
+                "--budget",
+                "3",
+                "--rule",
+                "norm-greedy",
+                "--tie",
+                "key-value",
+            ),
+            2,
+            ["takes no --tie"],
+        ),
         (("frontier", "--from", "1"), 3, ["try --from 1.75"]),
         (("frontier", "--points", "1"), 2, ["points"]),
         (("frontier", "--from", "4", "--to", "3"), 2, ["--from 4 is more than --to 3"]),

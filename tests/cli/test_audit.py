@@ -167,11 +167,28 @@ def test_norms_alone_have_ranks_and_no_picture(folder: Path) -> None:
     assert not Path("results/plots").exists()
 
 
+def test_no_picture_of_an_earlier_audit_stays(folder: Path) -> None:
+    done("audit", "--out", "results")
+    assert Path("results/plots/audit.png").exists()
+    done("audit", "--scores", outputs() / "norms.json", "--out", "results")
+    assert not Path("results/plots/audit.png").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
         (("gradients", "./model", "--stable-at", "3"), 2, "Add --until-stable"),
         (("gradients", "./model", "--until-stable", "--formats", "none"), 2, "Leave out --formats none"),
+        (
+            ("gradients", "./model", "--until-stable", "--stable-at", "99", *TEXT, *WINDOW, *FORMATS),
+            3,
+            "--stable-at 99: plans of these formats have",
+        ),
+        (
+            ("gradients", "./model", "--until-stable", "--formats", "key:int2g4", *TEXT, *WINDOW),
+            2,
+            "no format is predicted for the value of layer 0",
+        ),
         (("divergence", "./model", "--formats", "int9g4"), 2, "'int9g4' is no format"),
         (("divergence", "./model", "--layers", "7"), 2, "there is no layer 7; the last is 1"),
         (("divergence", "./model", "--tensors", "keys"), 2, "did you mean 'key'"),
@@ -225,6 +242,7 @@ def test_what_cannot_be_is_one_message_and_its_exit_code(
     assert result.exit_code == code, result.output
     assert words in " ".join(result.output.split())
     assert "Traceback" not in result.output
+    assert not list(outputs().glob("*.journal"))
 
 
 def test_without_a_divergence_the_audit_says_what_to_run(in_tmp: Path) -> None:

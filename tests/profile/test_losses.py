@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from kvprof.calibration.sequences import IGNORED, Batch
-from kvprof.errors import UnsupportedAttention
+from kvprof.errors import NonFiniteGradient, UnsupportedAttention
 from kvprof.evaluate.metrics import token_kl
 from kvprof.models.inventory import take_inventory
 from kvprof.profile import losses
@@ -80,6 +80,12 @@ class Recorder:
         return output, None
 
 
+def attended(query: Any, keys: Any, values: Any, scale: float) -> Any:
+    scores = keys @ query * scale
+    weights = np.exp(scores - scores.max())
+    return weights @ values / weights.sum()
+
+
 def by_definition(
     model: PreTrainedModel, ids: Tensor, labels: Tensor, start: int, formats: Formats
 ) -> dict[Any, float]:
@@ -93,8 +99,8 @@ def by_definition(
     expected = {}
     for (layer, tensor), forms in formats.items():
         query, key, value, output = recorder.seen[layer]
-        q, k, v = (x.detach()[0].numpy() for x in (query, key, value))
-        gradient, exact = output.grad[0].numpy(), output.detach()[0].numpy()
+        q, k, v = (x.detach()[0].double().numpy() for x in (query, key, value))
+        gradient = output.grad[0].double().numpy()
         heads, groups, scale = q.shape[0], q.shape[0] // k.shape[0], q.shape[2] ** -0.5
         for form in forms:
             total = 0.0
@@ -103,13 +109,15 @@ def by_definition(
                 mixed = {"key": k.copy(), "value": v.copy()}
                 inside = slice(WINDOW.sink_tokens, WINDOW.sink_tokens + coded)
                 if coded:
-                    mixed[tensor][:, inside] = rounded(mixed[tensor][:, inside], form, Quantizer())
+                    restored = torch.tensor(rounded(mixed[tensor][:, inside], form, Quantizer()))
+                    mixed[tensor][:, inside] = restored.to(model.dtype).double().numpy()
                 dot = 0.0
                 for head in range(heads):
-                    scores = mixed["key"][head // groups, : t + 1] @ q[head, t] * scale
-                    weights = np.exp(scores - scores.max())
-                    out = weights @ mixed["value"][head // groups, : t + 1] / weights.sum()
-                    dot += gradient[t, head] @ (out - exact[t, head])
+                    out, exact = (
+                        attended(q[head, t], keys[head // groups, : t + 1], values[head // groups, : t + 1], scale)
+                        for keys, values in ((mixed["key"], mixed["value"]), (k, v))
+                    )
+                    dot += gradient[t, head] @ (out - exact)
                 total += 0.5 * dot * dot
             expected[layer, tensor, form.name] = total / (len(ids) - start)
     return expected
@@ -127,6 +135,29 @@ def test_scores_are_those_of_the_definition(name: str, monkeypatch: pytest.Monke
     assert min(expected.values()) > 0
     for key, loss in expected.items():
         assert float(found[key][0]) == pytest.approx(loss, rel=1e-6), key  # the rotated levels are rounded to 4e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_in_half_precision_the_rounding_of_outputs_is_not_taken_for_what_a_format_loses(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight bits change an output by less than bfloat16 rounds it: taken for loss, that is some 40 times the score."""
+    model, batch = tiny_model("llama").to(dtype), batch_of(41)
+    formats = formats_for(model, {"key": ("int4g4", "int8g4"), "value": ("int8g8",)})
+    labels = torch.randint(1, 96, (20,), generator=torch.Generator().manual_seed(9))
+    monkeypatch.setattr(losses, "_sampled_labels", lambda *_: labels)
+    found = ask(model, batch, formats)
+    expected = by_definition(model, batch.input_ids[0], labels, 21, formats)
+    ratios = [float(found[key][0]) / loss for key, loss in expected.items()]
+    assert 0.6 < np.median(ratios) < 1.6
+    assert max(ratios) < 4  # a code may round otherwise
+
+
+def test_a_loss_that_is_not_finite_says_which_and_what_to_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama").to(torch.float16)
+    monkeypatch.setattr(losses, "attend_as_decoding", lambda *_, **__: torch.full((1, 20, 4, 8), math.inf))
+    with pytest.raises(NonFiniteGradient, match=r"key of layer 1 in int2g4 is not finite in float16\.\n.*bfloat16"):
+        ask(model, batch_of(41), formats_for(model))
 
 
 def measured_kl(model: PreTrainedModel, ids: Tensor, layer: int, tensor: TensorName, form: Format, start: int) -> float:
@@ -255,9 +286,9 @@ def test_memory_does_not_grow_with_the_number_of_formats(monkeypatch: pytest.Mon
     made: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
 
-    def watched(*arguments: Any) -> Tensor:
+    def watched(*arguments: Any, **options: Any) -> Tensor:
         alive.append(sum(one() is not None for one in made))
-        output = attend_as_decoding(*arguments)
+        output = attend_as_decoding(*arguments, **options)
         made.append(weakref.ref(output))
         return output
 

@@ -20,7 +20,7 @@ from kvprof.profile import scoring, sensitivity
 from kvprof.profile.decoder import Decoder
 from kvprof.profile.sensitivity import SensitivitySettings, run_sensitivity
 from kvprof.records.plan import Window
-from kvprof.records.scores import Scores
+from kvprof.records.scores import KlCalibration, Scores
 
 DECODER = Decoder({"key": ("int2g4", "rot2"), "value": ("int3g8",)}, Window(sink_tokens=1, recent_tokens=4), 0.5)
 SETTINGS = SensitivitySettings(
@@ -103,6 +103,19 @@ def test_a_finished_run_leaves_only_its_result_and_begins_anew(
     forwards.clear()
     assert run_sensitivity(source, SETTINGS, folder).path.read_bytes() == first
     assert len(forwards) == 6
+
+
+def test_the_same_scores_measured_again_keep_the_factor_that_they_were_calibrated_by(
+    source: ModelSource, tmp_path: Path
+) -> None:
+    scores = run_sensitivity(source, SETTINGS, tmp_path).scores
+    factor = KlCalibration(factor=1.5, plans=3, sequences=4, spread=1.1)
+    scores.model_copy(update={"kl_calibration": factor}).save(tmp_path / "gradients.json")
+    again = run_sensitivity(source, SETTINGS, tmp_path)
+    assert again.scores.kl_calibration == factor
+    assert Scores.load(again.path).kl_calibration == factor
+    other = run_sensitivity(source, replace(SETTINGS, seed=1), tmp_path).scores
+    assert other.kl_calibration is None
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,26 @@ def test_scores_that_were_calibrated_since_are_still_the_plans(in_tmp: Path) -> 
     assert find_scores(plan_from(SCORES), Path("plan.json"))[1].kl_calibration == calibrated.kl_calibration
 
 
+def test_of_copies_the_calibrated_one_is_taken_and_else_the_one_named_as_usual(in_tmp: Path) -> None:
+    plan, home = plan_from(SCORES), Path("outputs/demo/gradients.json")
+    SCORES.save("before.json")
+    SCORES.save(home)
+    assert find_scores(plan, Path("plan.json"))[0] == home
+    factor = KlCalibration(factor=1.7, plans=3, sequences=4, spread=1.2)
+    SCORES.model_copy(update={"kl_calibration": factor}).save("named-otherwise.json")
+    path, found = find_scores(plan, Path("plan.json"))
+    assert path == Path("named-otherwise.json")
+    assert found.kl_calibration == factor
+
+
+def test_scores_measured_anew_keep_the_factor_unless_they_are_others(in_tmp: Path) -> None:
+    factor = KlCalibration(factor=1.7, plans=3, sequences=4, spread=1.2)
+    assert SCORES.calibrated_as(Path("gradients.json")) == SCORES
+    path = SCORES.model_copy(update={"kl_calibration": factor}).save("gradients.json")
+    assert SCORES.calibrated_as(path).kl_calibration == factor
+    assert random_scores(2, 2, seed=9).calibrated_as(path).kl_calibration is None
+
+
 def test_whatever_else_lies_there_is_passed_over(in_tmp: Path) -> None:
     Path("broken.json").write_text("{")
     Path("list.json").write_text("[]")
