@@ -83,10 +83,10 @@ def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function, counting the time spent in it."""
 
     @functools.wraps(function)
-    def timing(*arguments: Any) -> Any:
+    def timing(*arguments: Any, **options: Any) -> Any:
         start = time.process_time()
         try:
-            return function(*arguments)
+            return function(*arguments, **options)
         finally:
             spent[name] += time.process_time() - start
 
