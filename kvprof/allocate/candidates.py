@@ -41,16 +41,19 @@ class Allowed(TypedDict, total=False):
     """Tensors set by hand: see pins.py. A pin may ask for what `bits` and `formats` leave out."""
 
 
+NARROWING = {
+    "--pin": "pins",
+    "--min-key-bits": "min_key_bits",
+    "--formats": "formats",
+    "--bits": "bits",
+    "--group-size": "group_size",
+}
+"""What a user calls each of `Allowed`."""
+
+
 def narrowing(allowed: Allowed) -> list[str]:
     """Return the options of a user that leave something out of the choice."""
-    options = {
-        "--pin": allowed.get("pins"),
-        "--min-key-bits": allowed.get("min_key_bits"),
-        "--formats": allowed.get("formats"),
-        "--bits": allowed.get("bits"),
-        "--group-size": allowed.get("group_size"),
-    }
-    return [option for option, value in options.items() if value]
+    return [option for option, name in NARROWING.items() if allowed.get(name)]
 
 
 def candidates_of(

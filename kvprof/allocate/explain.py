@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from kvprof.allocate.candidates import NARROWING
 from kvprof.allocate.cases import Case, cases_of
 from kvprof.allocate.hull import corners, shadow_price
 from kvprof.allocate.measured import (
@@ -82,7 +83,10 @@ def explain(
             for case in cases
             if (case.tensor.layer, case.tensor.name) == (layer, name)
         ),
-        remarks=tuple(_remarks(names[0], plan, scores, cases, market.loss, by_nats)),
+        remarks=(
+            *_remarks(names[0], plan, scores, cases, market.loss, by_nats),
+            *([] if formats else _narrowed_remarks(plan)),
+        ),
     )
 
 
@@ -235,6 +239,16 @@ def _verdict(case: Case, price: float | None) -> tuple[Verdict, Measured | None,
     if total(best) >= total(chosen) * (1 - EQUAL):
         return "stays", None, None
     return "would move", best, total(chosen) - total(best)
+
+
+def _narrowed_remarks(plan: BitPlan) -> list[str]:
+    """Return whether the plan says that it was made from less than all that was scored."""
+    command = plan.provenance.command if plan.provenance else None
+    words = {word.split("=")[0] for word in (command or "").split()}
+    options = [option for option in (*NARROWING, "--tie") if option in words]
+    if not options:
+        return []
+    return [f"the plan was made with {', '.join(options)}; prices here are of a free choice (--formats narrows it)"]
 
 
 def _remarks(

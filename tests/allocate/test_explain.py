@@ -270,10 +270,21 @@ def test_a_plan_that_predicts_another_kl_is_said_to_do_so() -> None:
     assert "0.5" in remark
 
 
-def test_a_budget_in_nominal_bits_is_said_to_have_other_prices() -> None:
-    plan = plan_of([("int4g64", "rot2")] * 2, geometry=geometry_json(2), budget={"requested": 3.0, "unit": "nominal"})
+def test_a_plan_made_from_less_than_all_is_said_to_be() -> None:
+    plan = plan_of(
+        [("int4g64", "rot2")] * 2,
+        geometry=geometry_json(2),
+        provenance={"scores": None, "command": "kvprof allocate --budget 3 --tie=key-value --min-key-bits 4"},
+    )
     (remark,) = explain(plan, scores_of(BY_HAND, geometry=geometry_json(2)), ["0"]).remarks
-    assert "nominal bits" in remark
+    assert "made with --min-key-bits, --tie; prices here are of a free choice" in remark
+
+
+@pytest.mark.parametrize(("unit", "words"), [("nominal", "nominal bits"), ("bytes", "bytes at one context")])
+def test_a_budget_in_other_units_is_said_to_have_other_prices(unit: str, words: str) -> None:
+    plan = plan_of([("int4g64", "rot2")] * 2, geometry=geometry_json(2), budget={"requested": 3.0, "unit": unit})
+    (remark,) = explain(plan, scores_of(BY_HAND, geometry=geometry_json(2)), ["0"]).remarks
+    assert words in remark
 
 
 def test_scores_of_another_model_are_refused() -> None:
