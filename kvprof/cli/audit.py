@@ -104,15 +104,14 @@ def calibrate(
 ) -> None:
     """By what factor do whole plans cost more than the sum of their tensors? Measured, and kept with the scores."""
     from kvprof.allocate.factor import foretell, usual_plans
-    from kvprof.records.beside import scores_of_plans
     from kvprof.records.files import short_names
     from kvprof.records.plan import BitPlan
+    from kvprof.records.provenance import scores_of_plans
     from kvprof.records.scores import Scores
 
-    paths = plans or []
-    read = [BitPlan.load(path) for path in paths]
-    path, found = scores_of_plans(paths, read) if scores is None else (scores, Scores.load(scores))
-    named = dict(zip(short_names(paths), read, strict=True)) if read else usual_plans(found)
+    read = {path: BitPlan.load(path) for path in plans or []}
+    path, found = scores_of_plans(read) if scores is None else (scores, Scores.load(scores))
+    named = dict(zip(short_names(read), read.values(), strict=True)) if read else usual_plans(found)
     foretold = foretell(found, named)
 
     from kvprof.evaluate.calibrate import CalibrateSettings, run_calibrate

@@ -1,4 +1,4 @@
-"""What calibrating and auditing read: the scores that plans come from, a measured divergence and what lies beside it.
+"""What an audit reads: a measured divergence, and the scores, plans and evaluations that lie beside it.
 
 Finds and reads JSON files; does not compare them.
 """
@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvprof.errors import InvalidFile, KvprofError, UsageError, first_line
+from kvprof.errors import InvalidFile, KvprofError, first_line
 from kvprof.records.evaluation import Evaluation
-from kvprof.records.files import newest_scores, short_names
+from kvprof.records.files import short_names
 from kvprof.records.kinds import load_any
 from kvprof.records.plan import BitPlan
-from kvprof.records.provenance import find_scores
 from kvprof.records.runs import OUTPUTS
-from kvprof.records.scores import LOSS_INCREASE, Scores
+from kvprof.records.scores import Scores
 
 OTHERS = ("gradients.json", "norms.json")
 """The scores that are looked for beside a divergence."""
@@ -91,27 +90,6 @@ def find_audit_files(
         evaluations=tuple(listed_evaluations.values()),
         remarks=tuple(remarks),
     )
-
-
-def scores_of_plans(paths: Sequence[Path], plans: Sequence[BitPlan]) -> tuple[Path, Scores]:
-    """Find the scores that plans were made from, by digest; the newest with `loss_increase` where there are no plans.
-
-    Raises UsageError where plans were made from different scores, InvalidFile where they are not found.
-    """
-    if not plans:
-        return newest_scores(LOSS_INCREASE)
-    named = {
-        plan.provenance.scores: path
-        for path, plan in zip(paths, plans, strict=True)
-        if plan.provenance is not None and plan.provenance.scores is not None
-    }
-    if len(named) > 1:
-        first, second, *_ = named.values()
-        raise UsageError(
-            f"{first} and {second} were made from different scores.\n  Name those to use with --scores FILE."
-        )
-    path = next(iter(named.values()), paths[0])
-    return find_scores(plans[list(paths).index(path)], path)
 
 
 def _divergence(path: Path | None, outputs: Path) -> Path:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from kvprof.errors import InvalidFile, KvprofError
+from kvprof.errors import InvalidFile, KvprofError, UsageError
 from kvprof.records.document import LARGEST_FILE_BYTES
+from kvprof.records.files import newest_scores
 from kvprof.records.plan import BitPlan
 from kvprof.records.runs import OUTPUTS
 from kvprof.records.scores import LOSS_INCREASE, Scores
@@ -40,24 +41,40 @@ def find_scores(plan: BitPlan, path: Path, outputs: Path = OUTPUTS) -> tuple[Pat
     )
 
 
-def find_common_losses(plans: Mapping[Path, BitPlan], outputs: Path = OUTPUTS) -> Scores | None:
-    """Find and read the scores with `loss_increase` that plans were made from; None where they name several or none.
+def scores_of_plans(plans: Mapping[Path, BitPlan]) -> tuple[Path, Scores]:
+    """Find the scores that plans were made from, by digest; the newest with `loss_increase` where there are no plans.
 
     plans: by the file that each was read from. Those that name no scores, such as plans written by hand, go along.
+    Raises UsageError where plans were made from different scores, InvalidFile where they are not found.
     """
-    named = {
-        plan.provenance.scores: (plan, path)
+    if not plans:
+        return newest_scores(LOSS_INCREASE)
+    named = _named(plans)
+    if len(named) > 1:
+        first, second, *_ = named.values()
+        raise UsageError(
+            f"{first} and {second} were made from different scores.\n  Name those to use with --scores FILE."
+        )
+    path = next(iter([*named.values(), *plans]))
+    return find_scores(plans[path], path)
+
+
+def find_common_losses(plans: Mapping[Path, BitPlan]) -> Scores | None:
+    """Return the scores of `scores_of_plans` where they have `loss_increase`; None where it finds none."""
+    try:
+        _, scores = scores_of_plans(plans)
+    except (UsageError, InvalidFile):
+        return None
+    return scores if LOSS_INCREASE in scores.metrics else None
+
+
+def _named(plans: Mapping[Path, BitPlan]) -> dict[str, Path]:
+    """Return the digests of scores that plans name, each with the last plan that does."""
+    return {
+        plan.provenance.scores: path
         for path, plan in plans.items()
         if plan.provenance is not None and plan.provenance.scores is not None
     }
-    if len(named) != 1:
-        return None
-    ((plan, path),) = named.values()
-    try:
-        _, scores = find_scores(plan, path, outputs)
-    except InvalidFile:
-        return None
-    return scores if LOSS_INCREASE in scores.metrics else None
 
 
 def _scores_of(file: Path, digest: str) -> Scores | None:

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from kvprof.errors import InvalidFile, UsageError
-from kvprof.records.beside import find_audit_files, scores_of_plans
+from kvprof.errors import InvalidFile
+from kvprof.records.beside import find_audit_files
 from kvprof.records.files import short_names
-from kvprof.records.plan import BitPlan
 from kvprof.records.scores import Scores
 
 
@@ -102,30 +101,6 @@ def test_a_divergence_alone_has_nothing_to_be_held_against(in_tmp: Path) -> None
     save_scores(in_tmp / "outputs" / "model" / "divergence.json", "divergence")
     with pytest.raises(InvalidFile, match="Run `kvprof gradients` or `kvprof norms` first"):
         find_audit_files()
-
-
-def test_plans_lead_to_the_scores_they_were_made_from(folder: Path) -> None:
-    gradients = folder / "gradients.json"
-    paths = [
-        save_plan(folder / "one.json", gradients),
-        save_plan(folder / "two.json"),
-        save_plan(folder / "three.json", gradients),
-    ]
-    plans = [BitPlan.load(path) for path in paths]
-    for chosen in ([0, 1, 2], [1, 0], [2]):
-        path, found = scores_of_plans([paths[n] for n in chosen], [plans[n] for n in chosen])
-        assert path.resolve() == gradients
-        assert found == Scores.load(gradients)
-    with pytest.raises(InvalidFile, match="does not say which scores"):
-        scores_of_plans(paths[1:2], plans[1:2])
-    other = save_plan(folder / "other.json", folder / "norms.json")
-    with pytest.raises(UsageError, match="made from different scores"):
-        scores_of_plans([*paths, other], [*plans, BitPlan.load(other)])
-
-
-def test_without_plans_the_newest_scores_with_losses_serve(folder: Path) -> None:
-    path, _ = scores_of_plans([], [])
-    assert path == Path("outputs/model/gradients.json")
 
 
 def test_names_are_stems_unless_two_are_alike() -> None:

@@ -10,8 +10,8 @@ import pytest
 from handscored import plan_of, random_scores
 
 from kvprof import BitPlan, Scores
-from kvprof.errors import InvalidFile
-from kvprof.records.provenance import find_scores
+from kvprof.errors import InvalidFile, UsageError
+from kvprof.records.provenance import find_common_losses, find_scores, scores_of_plans
 from kvprof.records.scores import KlCalibration
 
 SCORES = random_scores(2, 2)
@@ -85,3 +85,31 @@ def test_scores_that_are_gone_are_an_error_that_says_what_to_do(in_tmp: Path) ->
 def test_a_plan_that_names_no_scores_is_an_error_that_says_so(in_tmp: Path, provenance: dict[str, str] | None) -> None:
     with pytest.raises(InvalidFile, match="does not say which scores"):
         find_scores(plan_of([("int3g64", "rot2")], provenance=provenance), Path("plan.json"))
+
+
+# Of several plans
+
+
+def test_plans_lead_to_the_scores_they_were_made_from(in_tmp: Path) -> None:
+    path = SCORES.save("outputs/demo/gradients.json")
+    made, by_hand = plan_from(SCORES), plan_of([("int3g64", "rot2")] * 2)
+    for plans in ([made, by_hand, made], [by_hand, made], [made]):
+        named = {Path(f"{number}.json"): plan for number, plan in enumerate(plans)}
+        assert scores_of_plans(named) == (path, SCORES)
+        assert find_common_losses(named) == SCORES
+    assert scores_of_plans({}) == (path, SCORES)  # the newest with losses
+
+
+def test_plans_of_no_scores_or_several_have_none_in_common(in_tmp: Path) -> None:
+    SCORES.save("outputs/demo/gradients.json")
+    by_hand, other = plan_of([("int3g64", "rot2")] * 2), plan_from(random_scores(2, 2, seed=9))
+    cases: list[tuple[list[BitPlan], type[Exception], str]] = [
+        ([by_hand], InvalidFile, "does not say which scores"),
+        ([other], InvalidFile, "are not beside it"),
+        ([plan_from(SCORES), other], UsageError, "made from different scores"),
+    ]
+    for plans, kind, words in cases:
+        named = {Path(f"{number}.json"): plan for number, plan in enumerate(plans)}
+        with pytest.raises(kind, match=words):
+            scores_of_plans(named)
+        assert find_common_losses(named) is None
