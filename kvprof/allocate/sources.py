@@ -27,7 +27,7 @@ from kvprof.records.scores import Scores
 NOTABLE = 1.25
 """The ratio of two predicted KLs above which sources are said to disagree."""
 DEALS = 40
-"""Random deals of sequences: of either kind of ratio, chance alone makes one exceed all of theirs once in forty times."""
+"""Random deals of sequences. By chance one ratio of either kind exceeds all of theirs once in forty times."""
 
 
 def disagreements(
