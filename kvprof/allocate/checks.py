@@ -5,6 +5,7 @@ Reads plans, Scores and Evaluations; finds a plan in an evaluation by its digest
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from kvprof.allocate.measured import predict
@@ -22,14 +23,14 @@ def check_plans(
 
     predicting: scores with `loss_increase`.
     """
-    by_digest: dict[str, list[tuple[str, BitPlan]]] = {}  # copies of a plan are plans, too
+    named: dict[str | None, dict[str, BitPlan]] = defaultdict(dict)  # by digest: copies of a plan are plans, too
     for name, plan in plans.items():
-        by_digest.setdefault(plan.digest, []).append((name, plan))
+        named[plan.digest][name] = plan
     checks = []
     for evaluation in evaluations:
         split = f" ({evaluation.text.split})" if evaluation.text.split else ""
         for result in evaluation.plans:
-            for name, plan in by_digest.get(str(result.digest), ()):
+            for name, plan in named[result.digest].items():
                 predicted = _predicted(plan, predicting)
                 if predicted is None:
                     continue
@@ -50,9 +51,8 @@ def check_plans(
 
 def _predicted(plan: BitPlan, predicting: Sequence[Scores]) -> float | None:
     """Return a plan's predicted KL: by the scores that it was made from where they are here, as calibrated by now."""
-    named = plan.provenance.scores if plan.provenance else None
     said = plan.solver.predicted_kl_nats if plan.solver else None
-    own = [scores for scores in predicting if scores.digest == named]
+    own = [scores for scores in predicting if scores.digest == plan.scores_digest]
     for scores in own or ([] if said is not None else predicting):
         try:
             found = predict(plan, scores).kl_nats

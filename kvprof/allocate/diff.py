@@ -190,7 +190,7 @@ def _remarks(
         windows = (window_remark(name, plan, scores) for plan, name in zip((first, second), names, strict=True))
         remarks += [remark for remark in windows if remark is not None]
     if scores is None and _predicts(first) and _predicts(second):
-        if _source(first) != _source(second):
+        if first.scores_digest != second.scores_digest:
             remarks.append("the two KLs were predicted from different scores; name one file for both with --scores")
         elif first.window != second.window:
             remarks.append("predicted KL does not know the window: it is that of the window that was scored")
@@ -228,7 +228,3 @@ def _factor(plan: BitPlan) -> float | None:
     if solver is None or solver.metric != LOSS_INCREASE or not solver.objective or solver.predicted_kl_nats is None:
         return None
     return solver.predicted_kl_nats / solver.objective
-
-
-def _source(plan: BitPlan) -> str | None:
-    return None if plan.provenance is None else plan.provenance.scores

@@ -256,8 +256,7 @@ def _remarks(
 ) -> list[str]:
     """Return what a reader should know before trusting the explanation."""
     remarks = []
-    source = None if plan.provenance is None else plan.provenance.scores
-    if source is not None and source != scores.digest:
+    if plan.scores_digest not in (None, scores.digest):
         remarks.append("these are not the scores that the plan was made from: its choices followed other numbers")
     unscored = [(case.tensor, case.entry) for case in cases if case.chosen is None]
     if unscored:

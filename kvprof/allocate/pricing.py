@@ -31,6 +31,12 @@ class Prices:
     offset: int
     """Bytes that layers which no plan covers take in any case; 0 for bits."""
 
+    @property
+    def reach(self) -> tuple[Fraction, Fraction]:
+        """What the cheapest plan and the dearest cost, where each tensor is chosen for by itself."""
+        low, high = (self.amount(sum(map(end, self.costs))) for end in (min, max))
+        return low, high
+
     def capacity(self, amount: Fraction) -> int:
         """Return what all costs together may be under a limit."""
         return math.floor((amount * self.share - self.offset) * self.denominator)
@@ -114,7 +120,7 @@ def check_reach(
     verdict = "is below what these formats can reach" if below else "is more than these formats can use"
     ways = [f"{option or usual} {low if below else high}"]
     if not scored:
-        narrowed = [option for option in narrowed if option not in ("--bits", "--group-size")]
+        narrowed = [one for one in narrowed if one not in ("--bits", "--group-size")]  # said there, with a value
         ways += _for_widths(limit, below, formats)
     elif not narrowed:
         ways += _for_scored(below, formats)

@@ -85,8 +85,7 @@ def norm_greedy(
     candidates = candidates_of(scores, task.tensors, metric, allowed)
     formats = [[choice.format for choice in choices] for choices in candidates]
     prices = price(task.tensors, formats, limit, task.window, scores.geometry)
-    low, high = (prices.amount(sum(map(end, prices.costs))) for end in (min, max))
-    check_reach(limit, low, high, formats, narrowed=narrowing(allowed))
+    check_reach(limit, *prices.reach, formats, narrowed=narrowing(allowed))
     costs, spare = prices.costs, prices.capacity(limit.amount)
     ladders = [
         [rung for rung in range(len(row)) if all(row[rung] < wider for wider in row[rung + 1 :])] for row in costs

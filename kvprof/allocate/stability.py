@@ -22,14 +22,14 @@ from kvprof.allocate.assemble import tensors_of
 from kvprof.allocate.budget import Limit, bit_limit
 from kvprof.allocate.candidates import Allowed
 from kvprof.allocate.measured import check_scores_fit, predict
-from kvprof.allocate.pricing import written
+from kvprof.allocate.pricing import price, written
 from kvprof.allocate.problem import ExactProblem
 from kvprof.allocate.relaxed import Floats, relax
 from kvprof.allocate.sampled import Sampled, problem_of, stored_problem, why_unknown, with_samples
 from kvprof.errors import InfeasibleBudget, UsageError
 from kvprof.records.formats import Format, TensorName
 from kvprof.records.geometry import CacheGeometry
-from kvprof.records.plan import BitPlan
+from kvprof.records.plan import USUAL_WINDOW, BitPlan
 from kvprof.records.scores import LOSS_INCREASE, Scores
 from kvprof.records.stability import Stability
 
@@ -127,19 +127,16 @@ class StableAt:
         InfeasibleBudget for a budget that no plan of these formats can have.
         """
         tensors = tensors_of({layer.layer: layer for layer in geometry.planned})
-        sizes = []
-        for tensor in tensors:
-            forms = formats.get((tensor.layer, tensor.name), ())
+        choices = [formats.get((tensor.layer, tensor.name), ()) for tensor in tensors]
+        for tensor, forms in zip(tensors, choices, strict=True):
             if not forms:
                 raise UsageError(
                     f"--until-stable looks at plans, and no format is predicted for the {tensor.name} of layer "
                     f"{tensor.layer}.\n  Name --formats for keys and values."
                 )
-            sizes.append([tensor.width * form.stored_bits(tensor.head_dim) for form in forms])
-        width = sum(tensor.width for tensor in tensors)
-        low, high = (sum(map(end, sizes), Fraction(0)) / width for end in (min, max))
-        for limit in self._limits:
-            if limit is not None and not low <= limit.amount <= high:
+        for limit in filter(None, self._limits):
+            low, high = price(tensors, choices, limit, USUAL_WINDOW, geometry).reach
+            if not low <= limit.amount <= high:
                 raise InfeasibleBudget(
                     f"--stable-at {float(limit.amount):g}: plans of these formats have {written(low, 'stored', ceil)} "
                     f"to {written(high, 'stored', floor)} stored bits an element.\n  Name a budget between, or others "

@@ -106,7 +106,12 @@ def gradients(
     from kvprof.errors import UsageError
     from kvprof.models.load import resolve
     from kvprof.profile.decoder import Decoder, read_formats
-    from kvprof.profile.sensitivity import SensitivitySettings, run_sensitivity
+    from kvprof.profile.sensitivity import (
+        SEQUENCES_UNTIL_STABLE,
+        USUAL_SEQUENCES,
+        SensitivitySettings,
+        run_sensitivity,
+    )
     from kvprof.records.plan import Window
     from kvprof.records.runs import output_folder
     from kvprof.report.console import print_note, print_written, progress
@@ -119,7 +124,7 @@ def gradients(
         read_formats(formats), Window(sink_tokens=sink_tokens, recent_tokens=recent_tokens), suffix_fraction
     )
     if sequences is None:
-        sequences = 32 if until_stable else 8
+        sequences = SEQUENCES_UNTIL_STABLE if until_stable else USUAL_SEQUENCES
     settings = SensitivitySettings(
         tuple(data or USUAL_DATA), split, sequences, sequence_length, batch_size, seed, pack, dtype, device, decoder
     )
@@ -134,7 +139,7 @@ def gradients(
             advance,
             advance.beside("writing text", "tokens"),
             question,
-            question.check if question else lambda geometry, formats: None,
+            question.check if question else None,
         )
     show_scores(run.scores, brief=True)
     for remark in run.remarks:

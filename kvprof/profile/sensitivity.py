@@ -30,6 +30,10 @@ from kvprof.records.runs import Journal
 from kvprof.records.scores import Scores
 from kvprof.runtime.interception import AttentionCall, attention_through
 
+USUAL_SEQUENCES = 8
+SEQUENCES_UNTIL_STABLE = 32
+"""The most, where a run stops as soon as its plans are stable."""
+
 
 @dataclass(frozen=True)
 class SensitivitySettings:
@@ -42,7 +46,7 @@ class SensitivitySettings:
 
     data: tuple[str, ...] = USUAL_DATA
     split: str | None = None
-    sequences: int = 8
+    sequences: int = USUAL_SEQUENCES
     sequence_length: int | None = None
     batch_size: int = 1
     seed: int = 0
@@ -69,7 +73,7 @@ def run_sensitivity(
     progress: Callable[[int, int], None] = lambda done, total: None,
     writing: Callable[[int, int], None] = lambda done, total: None,
     is_enough: Callable[[Scores], bool] | None = None,
-    check: Callable[[CacheGeometry, Formats], None] = lambda geometry, formats: None,
+    check: Callable[[CacheGeometry, Formats], None] | None = None,
 ) -> SensitivityRun:
     """Load a model, measure it on calibration text and write gradients.json; go on where a stopped run was.
 
@@ -94,7 +98,7 @@ def run_sensitivity(
     mix = mix_texts(settings.data, settings.split, tokenizer, settings.sequences, length, settings.seed, settings.pack)
     mix.check_vocabulary(config.vocab_size)
     formats, unread = readable(formats, settings.decoder, max(mix.lengths))
-    if formats:
+    if check is not None and formats:
         check(inventory.geometry, formats)
     model = load_model(source, settings.dtype, settings.device)
     fingerprint = live_fingerprint(model, inventory.geometry) or checkpoint_fingerprint(source, inventory.geometry)

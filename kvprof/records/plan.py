@@ -162,6 +162,11 @@ class BitPlan(Document):
         fields = self.model_dump(mode="json", include={"quantizer", "window", "layers"})
         return "sha256:" + hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def scores_digest(self) -> str | None:
+        """The digest of the scores that the plan says it was made from."""
+        return None if self.provenance is None else self.provenance.scores
+
     def misfit(self, geometry: CacheGeometry) -> str | None:
         """Return why the plan cannot serve a model of this geometry, or None when it can."""
         if geometry.num_layers != self.model.num_layers:

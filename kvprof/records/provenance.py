@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kvprof.errors import InvalidFile, KvprofError, UsageError
-from kvprof.records.document import LARGEST_FILE_BYTES
 from kvprof.records.files import newest_scores
 from kvprof.records.plan import BitPlan
 from kvprof.records.runs import OUTPUTS
@@ -23,20 +22,19 @@ def find_scores(plan: BitPlan, path: Path, outputs: Path = OUTPUTS) -> tuple[Pat
     path: where the plan was read from. Raises InvalidFile, saying what to do, where the plan names none or none is
     found.
     """
-    digest = None if plan.provenance is None else plan.provenance.scores
-    if digest is None:
+    if plan.scores_digest is None:
         raise InvalidFile(
             f"{path} does not say which scores it was made from.\n  Name scores of its model with --scores FILE."
         )
     found = [
         (file, scores)
         for file in dict.fromkeys([*outputs.glob("*/*.json"), *outputs.glob("*.json"), *path.parent.glob("*.json")])
-        if file.is_file() and (scores := _scores_of(file, digest)) is not None
+        if file.is_file() and (scores := _scores_of(file, plan.scores_digest)) is not None
     ]
     if found:
         return max(found, key=lambda pair: _rank(*pair))
     raise InvalidFile(
-        f"the scores that {path} was made from are not beside it, nor in {outputs}/ ({digest[:19]}...).\n"
+        f"the scores that {path} was made from are not beside it, nor in {outputs}/ ({plan.scores_digest[:19]}...).\n"
         "  They were measured anew or moved; name them, or others of the same model, with --scores FILE."
     )
 
@@ -49,7 +47,7 @@ def scores_of_plans(plans: Mapping[Path, BitPlan]) -> tuple[Path, Scores]:
     """
     if not plans:
         return newest_scores(LOSS_INCREASE)
-    named = _named(plans)
+    named = {plan.scores_digest: path for path, plan in plans.items() if plan.scores_digest is not None}
     if len(named) > 1:
         first, second, *_ = named.values()
         raise UsageError(
@@ -68,22 +66,11 @@ def find_common_losses(plans: Mapping[Path, BitPlan]) -> Scores | None:
     return scores if LOSS_INCREASE in scores.metrics else None
 
 
-def _named(plans: Mapping[Path, BitPlan]) -> dict[str, Path]:
-    """Return the digests of scores that plans name, each with the last plan that does."""
-    return {
-        plan.provenance.scores: path
-        for path, plan in plans.items()
-        if plan.provenance is not None and plan.provenance.scores is not None
-    }
-
-
 def _scores_of(file: Path, digest: str) -> Scores | None:
     """Return the scores that a file holds, if they are those; by what they say, since they may be calibrated since."""
     try:
-        if file.stat().st_size > LARGEST_FILE_BYTES or b"kvprof.scores/" not in file.read_bytes():
-            return None
         scores = Scores.load(file)
-    except (OSError, KvprofError):
+    except KvprofError:
         return None
     return scores if scores.digest == digest else None
 
