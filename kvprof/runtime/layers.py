@@ -16,6 +16,8 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAtte
 from kvprof.errors import CacheError, Mismatch
 from kvprof.records.geometry import KVLayer
 from kvprof.records.plan import BitPlan, LayerPlan
+from kvprof.runtime.history import History
+from kvprof.runtime.kernels import TORCH, Kernels
 from kvprof.runtime.storage import TensorStore
 
 RECORDED_TOKENS = 128
@@ -32,12 +34,14 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, plan: BitPlan, entry: LayerPlan, shape: KVLayer) -> None:
+    def __init__(self, plan: BitPlan, entry: LayerPlan, shape: KVLayer, kernels: Kernels = TORCH) -> None:
         super().__init__()
         self.shape = shape
+        self.kernels = kernels
         self.record_past = False
-        self.key = TensorStore(entry.key, plan.window, plan.quantizer, shape.kv_heads, shape.key_head_dim)
-        self.value = TensorStore(entry.value, plan.window, plan.quantizer, shape.kv_heads, shape.value_head_dim)
+        heads, (window, quantizer) = shape.kv_heads, (plan.window, plan.quantizer)
+        self.key = TensorStore(entry.key, window, quantizer, heads, shape.key_head_dim, kernels)
+        self.value = TensorStore(entry.value, window, quantizer, heads, shape.value_head_dim, kernels)
         self.stores = (self.key, self.value)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -74,6 +78,10 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
             store.append(new.detach())
             store.settle(store.tokens - RECORDED_TOKENS if self.record_past else None)
         return read[0], read[1]
+
+    def history(self, key_states: Tensor, value_states: Tensor) -> History:
+        """Return what the query of a token, (B, H, 1, D) each, reads; adds nothing."""
+        return History(self.key.stored(self._distinct(key_states)), self.value.stored(self._distinct(value_states)))
 
     def get_seq_length(self) -> int:
         """Tokens of one sequence held."""

@@ -28,7 +28,7 @@ from kvprof.runtime.cache import PlanCache
 from kvprof.runtime.layers import PlannedLayer, planned_layer
 from kvprof.runtime.storage import TensorStore
 
-SCHEMA = "kvprof.cache/1"
+SCHEMA = "kvprof.cache/2"
 
 KNOWN_LAYERS = {
     "DynamicLayer",

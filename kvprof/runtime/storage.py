@@ -13,8 +13,11 @@ from torch import Tensor
 
 from kvprof.errors import CacheError
 from kvprof.records.plan import Quantizer, TensorPlan, Window, quantized_tokens
-from kvprof.runtime.blocks import CodeBlock, CodeTokens, FullTokens
+from kvprof.runtime.blocks import CodeTokens, FullTokens
+from kvprof.runtime.history import Addresses, CodeBlock, StoredTensor, rows_fill_bytes
+from kvprof.runtime.kernels import TORCH, Kernels
 from kvprof.runtime.packing import packed_bytes
+from kvprof.runtime.torch_kernels import restored
 
 
 class TensorStore:
@@ -24,12 +27,22 @@ class TensorStore:
     window has left it behind: the rule of `records.plan.quantized_tokens`.
     """
 
-    def __init__(self, form: TensorPlan, window: Window, quantizer: Quantizer, heads: int, head_dim: int) -> None:
+    def __init__(
+        self,
+        form: TensorPlan,
+        window: Window,
+        quantizer: Quantizer,
+        heads: int,
+        head_dim: int,
+        kernels: Kernels = TORCH,
+    ) -> None:
         self.form = form
         self.window = window
+        self.kernels = kernels
         self.sinks = FullTokens()
-        self.codes = CodeTokens(form, quantizer, heads, head_dim)
+        self.codes = CodeTokens(form, quantizer, heads, head_dim, kernels)
         self.recent = FullTokens()
+        self._addresses = Addresses()
 
     @property
     def tokens(self) -> int:
@@ -48,20 +61,22 @@ class TensorStore:
         if due > 0:
             self.codes.append(self.recent.pop_front(due))
 
-    def read(self, new_BHTD: Tensor) -> Tensor:
-        """Return what a query reads: everything held, and the new tokens behind it, (B, H, tokens + new, D)."""
-        sinks, coded = self.sinks.tokens, self.codes.tokens
-        if coded == 0:
-            full = [*self.sinks.blocks, *self.recent.blocks, new_BHTD]
-            return torch.cat(full, dim=2) if len(full) > 1 else new_BHTD
+    def stored(self, new_BHTD: Tensor) -> StoredTensor:
+        """Return what a query reads, in its blocks: everything held, and the new tokens behind it."""
         B, H, T, D = new_BHTD.shape
-        out_BHTD = torch.empty(B, H, self.tokens + T, D, dtype=new_BHTD.dtype, device=new_BHTD.device)
-        self.codes.write(out_BHTD[:, :, sinks : sinks + coded])
-        for first, blocks in ((0, self.sinks.blocks), (sinks + coded, [*self.recent.blocks, new_BHTD])):
-            for block in blocks:
-                out_BHTD[:, :, first : first + block.shape[2]] = block
-                first += block.shape[2]
-        return out_BHTD
+        return StoredTensor(
+            self.form,
+            self.codes.quantizer,
+            tuple(self.sinks.blocks),
+            tuple(self.codes.blocks),
+            (*self.recent.blocks, new_BHTD),
+            (B, H, self.tokens + T, D),
+            self._addresses,
+        )
+
+    def read(self, new_BHTD: Tensor) -> Tensor:
+        """Return what a query reads, unpacked: (B, H, tokens + new, D)."""
+        return restored(self.stored(new_BHTD), self.kernels.unpack_tokens)
 
     def check_crop(self, tokens: int) -> None:
         """Raise CacheError where keeping only so many tokens would need numbers that were rounded away."""
@@ -117,18 +132,25 @@ class TensorStore:
         for number in range(_count(tensors, "codes")):
             packed, scale = tensors.pop(f"codes.{number}"), tensors.pop(f"scale.{number}")
             zero = None if self.form.scheme == "rotated" else tensors.pop(f"zero.{number}")
-            units = scale.shape[1]
+            units = scale.shape[2]
+            if not 0 < units <= codes.page_units:
+                raise ValueError(f"a block of {units} units, where a page takes {codes.page_units}")
+            tokens, bits = units * codes.unit_tokens, self.form.bits
+            if rows_fill_bytes(self.form, head_dim):
+                _expect("codes", packed, (batch, heads, tokens, packed_bytes(head_dim, bits)), torch.uint8)
+            else:
+                run = packed_bytes(heads * tokens * head_dim, bits)
+                _expect("codes", packed, (batch, 1, 1, run), torch.uint8)
             channels = head_dim if self.form.axis == "channel" else -(-head_dim // self.form.group_size)
-            runs = 1 if codes.in_one_run(units) else units
-            count = units // runs * codes.unit_codes
-            _expect("codes", packed, (batch, runs, packed_bytes(count, self.form.bits)), torch.uint8)
             for name, tensor, stored in (
                 ("scale", scale, codes.quantizer.scale_dtype),
                 ("zero", zero, codes.quantizer.zero_dtype),
             ):
                 if tensor is not None:
-                    _expect(name, tensor, (batch, units, heads, channels), getattr(torch, stored))
+                    _expect(name, tensor, (batch, heads, units, channels), getattr(torch, stored))
             codes.blocks.append(CodeBlock(packed, scale, zero))
+        if any(block.units != codes.page_units for block in codes.blocks[:-1]):
+            raise ValueError("a page before the last is not full")
         if tensors:
             raise ValueError(f"{next(iter(tensors))} belongs to no cache of this form")
 

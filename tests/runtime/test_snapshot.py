@@ -105,7 +105,7 @@ def test_a_loaded_cache_does_not_hold_on_to_its_file(tmp_path: Path) -> None:
 def test_the_file_says_what_it_is(tmp_path: Path) -> None:
     cache = filled(build("llama"))
     header, tensors = read(cache.save(tmp_path / "cache.safetensors"))
-    assert header["schema"] == "kvprof.cache/1"
+    assert header["schema"] == "kvprof.cache/2"
     assert json.loads(header["plan"]) == json.loads(cache.plan.to_text())
     assert {fact["tokens"] for fact in json.loads(header["layers"])} == {40}
     assert sum(x.numel() * x.element_size() for x in tensors.values()) == cache.nbytes()
@@ -143,12 +143,12 @@ def test_a_truncated_file_is_refused(kept: float, tmp_path: Path) -> None:
 def test_what_is_no_file_of_a_cache_is_refused(tmp_path: Path) -> None:
     model = build("llama")
     save_file({"x": torch.zeros(2)}, tmp_path / "weights.safetensors")
-    save_file({"x": torch.zeros(2)}, tmp_path / "future.safetensors", metadata={"schema": "kvprof.cache/2"})
-    (tmp_path / "text.safetensors").write_text('{"schema": "kvprof.cache/1"}')
+    save_file({"x": torch.zeros(2)}, tmp_path / "future.safetensors", metadata={"schema": "kvprof.cache/3"})
+    (tmp_path / "text.safetensors").write_text('{"schema": "kvprof.cache/2"}')
     (tmp_path / "folder.safetensors").mkdir()
     for name, message in (
         ("weights", "its schema is None"),
-        ("future", "its schema is 'kvprof.cache/2'"),
+        ("future", "its schema is 'kvprof.cache/3'"),
         ("text", "truncated or corrupt"),
         ("folder", "folder.safetensors: "),
         ("nowhere", "no such file"),

@@ -16,8 +16,8 @@ from reference import rounded, tokens_in_codes
 from kvprof.errors import CacheError
 from kvprof.records.formats import CODE_BITS
 from kvprof.records.plan import Quantizer, TensorPlan, Window, quantized_tokens
-from kvprof.runtime.blocks import BLOCK_TOKENS, ENCODED_TOKENS
 from kvprof.runtime.cache import PlanCache
+from kvprof.runtime.history import PAGE_TOKENS
 from kvprof.runtime.storage import TensorStore
 
 USUAL = Quantizer()
@@ -127,7 +127,7 @@ def test_token_by_token_the_bytes_are_right_at_every_length(bits: int, name: str
 def test_token_by_token_past_the_end_of_a_block(sinks: int, window: int) -> None:
     key, value = tensor_plan("int3g32", "channel", 20), tensor_plan("int3g32", "token", 20, 0.1)
     cache = hand_cache(hand_plan([(key, value)], 1, (20, 20), (sinks, window)))
-    keys, values = numbers(2, 1, 1, BLOCK_TOKENS * 2 + 300, 20)
+    keys, values = numbers(2, 1, 1, PAGE_TOKENS * 2 + 300, 20)
     for tokens in range(1, keys.shape[2] + 1):
         cache.update(keys[:, :, tokens - 1 : tokens], values[:, :, tokens - 1 : tokens], 0)
         assert cache.nbytes() == cache.plan.bytes_at(tokens)
@@ -139,7 +139,7 @@ def test_token_by_token_past_the_end_of_a_block(sinks: int, window: int) -> None
 def test_a_long_prompt_leaves_nothing_larger_than_itself_behind() -> None:
     key, value = tensor_plan("int2g128", "channel", 64), tensor_plan("int2g64", "token", 64)
     cache = hand_cache(hand_plan([(key, value)], 2, (64, 64), (4, 128), "bfloat16"))
-    prompt = numbers(1, 2, 2 * ENCODED_TOKENS + 700, 64, dtype=torch.bfloat16)
+    prompt = numbers(1, 2, 8 * PAGE_TOKENS + 700, 64, dtype=torch.bfloat16)
     strided = torch.stack([prompt, prompt], dim=3)[:, :, :, 0]  # as a slice of a fused projection would be
     cache.update(strided, strided, 0)
     check_bytes(cache, prompt.shape[2], 1)
