@@ -32,11 +32,19 @@ class FullTokens:
 
     def append(self, x_BHTD: Tensor) -> None:
         """Add tokens at the end; copies them, so that no larger tensor is kept alive."""
-        room = min(x_BHTD.shape[2], PAGE_TOKENS - self.blocks[-1].shape[2]) if self.blocks else 0
+        self.blocks = self.blocks_with(x_BHTD)
+
+    def blocks_with(self, x_BHTD: Tensor) -> list[Tensor]:
+        """Return what the blocks would be with more tokens at the end."""
+        if x_BHTD.shape[2] == 0:
+            return self.blocks
+        blocks = list(self.blocks)
+        room = min(x_BHTD.shape[2], PAGE_TOKENS - blocks[-1].shape[2]) if blocks else 0
         if room > 0:
-            self.blocks[-1] = torch.cat([self.blocks[-1], x_BHTD[:, :, :room]], dim=2)
+            blocks[-1] = torch.cat([blocks[-1], x_BHTD[:, :, :room]], dim=2)
         if room < x_BHTD.shape[2]:
-            self.blocks += [_copy(block) for block in torch.split(x_BHTD[:, :, room:], PAGE_TOKENS, dim=2)]
+            blocks += [_copy(block) for block in torch.split(x_BHTD[:, :, room:], PAGE_TOKENS, dim=2)]
+        return blocks
 
     def pop_front(self, tokens: int) -> Tensor:
         """Take the oldest tokens out: (B, H, tokens, D), of at least one."""

@@ -92,6 +92,11 @@ class StoredTensor:
     addresses: Addresses
 
     @property
+    def like(self) -> Tensor:
+        """Some tokens in full precision: of the dtype and on the device that all is of."""
+        return (self.recent or self.sinks)[-1]
+
+    @property
     def unit_tokens(self) -> int:
         """Tokens that are quantized at once."""
         return unit_tokens(self.form)

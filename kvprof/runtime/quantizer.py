@@ -173,7 +173,8 @@ def _encode_range(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return codes, scale and zero where the codes span low to high; the codes are of scale and zero as stored."""
     top = 2**form.bits - 1
-    scale = _stored((high - low) / top, quantizer.scale_dtype)
+    # By a tensor: a GPU multiplies by the reciprocal of a number, which is not the same in the last place.
+    scale = _stored((high - low) / torch.full_like(low, top), quantizer.scale_dtype)
     zero = _stored(low, quantizer.zero_dtype)
     step = scale.to(groups.dtype)
     codes = ((groups - zero.to(groups.dtype)) / _nonzero(step)).round_().clamp_(0, top)
@@ -188,10 +189,10 @@ def _squared_error(groups: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, d
 def _encode_rotated(x_BHTD: Tensor, form: Format, quantizer: Quantizer) -> Encoded:
     """Encode in the rotated basis."""
     head_dim, work = x_BHTD.shape[-1], _widest(x_BHTD.device)
-    y = x_BHTD.to(work) @ _rotation(head_dim, quantizer.rotation_seed, work, x_BHTD.device).T / math.sqrt(head_dim)
+    y = x_BHTD.to(work) @ rotation(head_dim, quantizer.rotation_seed, work, x_BHTD.device).T
+    y = y / torch.full_like(y[..., :1], math.sqrt(head_dim))
     scale = _stored(y.square().mean(-1, keepdim=True).sqrt_(), quantizer.scale_dtype)  # (B, H, T, 1)
-    levels = lloyd_max_levels(form.bits)
-    edges = ((levels[1:] + levels[:-1]) / 2).to(device=y.device, dtype=work)
+    edges = level_edges(form.bits).to(device=y.device, dtype=work)
     codes = torch.bucketize(y / _nonzero(scale.to(work)), edges, out_int32=True)
     return Encoded(codes.to(torch.uint8).unsqueeze(3), scale, None)
 
@@ -199,14 +200,23 @@ def _encode_rotated(x_BHTD: Tensor, form: Format, quantizer: Quantizer) -> Encod
 def _decode_rotated(encoded: Encoded, form: Format, quantizer: Quantizer, units: Tensor) -> None:
     """Write what codes stand for into `units`, (B, H, T, 1, D), back in the basis of the model."""
     head_dim, work, device = units.shape[-1], units.dtype, units.device
-    levels = _exact_levels(form.bits, head_dim).to(device=device, dtype=work)
+    levels = exact_levels(form.bits, head_dim).to(device=device, dtype=work)
     y = levels.index_select(0, encoded.codes.flatten().int()).view(-1, head_dim)
-    x = y @ _rotation(head_dim, quantizer.rotation_seed, work, device)
-    torch.mul(x.view(units.shape), (encoded.scale.to(work) / math.sqrt(head_dim)).unsqueeze(3), out=units)
+    x = y @ rotation(head_dim, quantizer.rotation_seed, work, device)
+    scale = encoded.scale.to(work)
+    scale = scale / torch.full_like(scale, math.sqrt(head_dim))
+    torch.mul(x.view(units.shape), scale.unsqueeze(3), out=units)
 
 
 @functools.cache
-def _exact_levels(bits: int, head_dim: int) -> Tensor:
+def level_edges(bits: int) -> Tensor:
+    """Return what lies between neighbouring levels, where a number's code changes: (2^bits - 1,), float64."""
+    levels = lloyd_max_levels(bits)
+    return (levels[1:] + levels[:-1]) / 2
+
+
+@functools.cache
+def exact_levels(bits: int, head_dim: int) -> Tensor:
     """Return the Lloyd-Max levels, rounded so that float32 holds any sum of `head_dim` of them exactly.
 
     With 24 bits of which a sum needs log2(head_dim) and the largest level its own, 17 are left behind the point for 2
@@ -220,7 +230,7 @@ def _exact_levels(bits: int, head_dim: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _rotation(head_dim: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def rotation(head_dim: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return H diag(s), entries 1 and -1: Sylvester's Hadamard matrix, its columns with the signs that the seed draws.
 
     x diag(s) H / sqrt(D) rotates, and y H diag(s) / sqrt(D) rotates back.
@@ -228,9 +238,12 @@ def _rotation(head_dim: int, seed: int, dtype: torch.dtype, device: torch.device
     hadamard = torch.ones(1, 1)
     while hadamard.shape[0] < head_dim:
         hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
-    generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (head_dim,), generator=generator) * 2 - 1
-    return (hadamard * signs).to(device=device, dtype=dtype)
+    return (hadamard * rotation_signs(head_dim, seed)).to(device=device, dtype=dtype)
+
+
+def rotation_signs(head_dim: int, seed: int) -> Tensor:
+    """Return the signs s that a rotation begins with, (D,), int64."""
+    return torch.randint(0, 2, (head_dim,), generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 def _nonzero(step: Tensor) -> Tensor:

@@ -51,9 +51,9 @@ class TensorStore:
 
     def append(self, x_BHTD: Tensor) -> None:
         """Add tokens in full precision; nothing is quantized before `settle`."""
-        room = 0 if self.form.is_full else max(0, self.window.sink_tokens - self.sinks.tokens)
-        self.sinks.append(x_BHTD[:, :, :room])
-        self.recent.append(x_BHTD[:, :, room:])
+        sinks, recent = self._split(x_BHTD)
+        self.sinks.append(sinks)
+        self.recent.append(recent)
 
     def settle(self, tokens: int | None = None) -> None:
         """Quantize what the window has left behind, or what it would have of fewer tokens than are held."""
@@ -62,21 +62,37 @@ class TensorStore:
             self.codes.append(self.recent.pop_front(due))
 
     def stored(self, new_BHTD: Tensor) -> StoredTensor:
-        """Return what a query reads, in its blocks: everything held, and the new tokens behind it."""
-        B, H, T, D = new_BHTD.shape
-        return StoredTensor(
-            self.form,
-            self.codes.quantizer,
-            tuple(self.sinks.blocks),
-            tuple(self.codes.blocks),
-            (*self.recent.blocks, new_BHTD),
-            (B, H, self.tokens + T, D),
-            self._addresses,
-        )
+        """Return what a query reads, in blocks: everything held, and the new tokens behind it."""
+        sinks, recent = self._split(new_BHTD)
+        return self._as_stored(self.sinks.blocks_with(sinks), self.recent.blocks_with(recent))
+
+    def append_and_store(self, new_BHTD: Tensor) -> StoredTensor:
+        """Add tokens, and return what their query reads: before `settle` rounds any of it."""
+        self.append(new_BHTD)
+        return self._as_stored(self.sinks.blocks, self.recent.blocks)
 
     def read(self, new_BHTD: Tensor) -> Tensor:
         """Return what a query reads, unpacked: (B, H, tokens + new, D)."""
-        return restored(self.stored(new_BHTD), self.kernels.unpack_tokens)
+        stored = self._as_stored(self.sinks.blocks, [*self.recent.blocks, new_BHTD])
+        return restored(stored, self.kernels.unpack_tokens)
+
+    def _split(self, x_BHTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the tokens that are sinks, and the others."""
+        room = 0 if self.form.is_full else max(0, self.window.sink_tokens - self.sinks.tokens)
+        return x_BHTD[:, :, :room], x_BHTD[:, :, room:]
+
+    def _as_stored(self, sinks: list[Tensor], recent: list[Tensor]) -> StoredTensor:
+        B, H, _, D = (recent or sinks)[-1].shape
+        tokens = self.codes.tokens + sum(block.shape[2] for block in (*sinks, *recent))
+        return StoredTensor(
+            self.form,
+            self.codes.quantizer,
+            tuple(sinks),
+            tuple(self.codes.blocks),
+            tuple(recent),
+            (B, H, tokens, D),
+            self._addresses,
+        )
 
     def check_crop(self, tokens: int) -> None:
         """Raise CacheError where keeping only so many tokens would need numbers that were rounded away."""

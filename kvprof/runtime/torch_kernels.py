@@ -86,7 +86,7 @@ def restored(stored: StoredTensor, unpack_into: Unpack) -> Tensor:
     if not stored.coded:
         full = [*stored.sinks, *stored.recent]
         return torch.cat(full, dim=2) if len(full) > 1 else full[0]
-    like = stored.recent[-1]
+    like = stored.like
     out_BHTD = torch.empty(stored.shape, dtype=like.dtype, device=like.device)
     first = stored.sink_tokens
     behind = first + stored.coded_tokens
