@@ -42,6 +42,12 @@ def refusal(form: Format, head_dim: int, dtype: torch.dtype) -> str | None:
     return f"groups of {form.group_size} are no multiple of 16"
 
 
+def _in_words(form: Format, head_dim: int) -> bool:
+    """Whether codes are read in words of 32 bits: rows and groups must be of powers of two that are large enough."""
+    group = min(form.group_size, head_dim) if form.axis == "token" else head_dim
+    return not form.is_full and head_dim >= 32 and _power(head_dim) == head_dim and _power(group) == group >= head_dim // 8
+
+
 def pack_tokens(x_BHTD: Tensor, form: Format, quantizer: Quantizer) -> CodeBlock:
     """Quantize tokens, (B, H, T, D), T a multiple of the tokens in a unit, and pack their codes."""
     B, H, T, D = x_BHTD.shape
@@ -77,11 +83,11 @@ def pack_tokens(x_BHTD: Tensor, form: Format, quantizer: Quantizer) -> CodeBlock
         group, by_channel = form.group_size, form.axis == "channel"
         if by_channel:
             units, channels, rows, columns = T // group, D, _power(group), min(32, _power(D))
-            grid = (B * H, units, _ceil(D, columns))
+            grid = (B * H, units)
         else:
             group = min(group, D)
             units, channels, rows, columns = T, _ceil(D, group), 16, _power(group)
-            grid = (B * H, _ceil(T, rows), channels)
+            grid = (B * H, _ceil(T, rows))
         scale, zero = empty(units, channels, scale_dtype), empty(units, channels, zero_dtype)
         triton_kernels.pack_groups[grid](
             x_BHTD,
@@ -90,6 +96,7 @@ def pack_tokens(x_BHTD: Tensor, form: Format, quantizer: Quantizer) -> CodeBlock
             zero,
             *shape,
             D=D,
+            ALL=_power(D),
             GROUP=group,
             BY_CHANNEL=by_channel,
             BITS=form.bits,
@@ -126,7 +133,6 @@ def unpack_tokens(stored: StoredTensor, out_BHTD: Tensor) -> None:
             *out_BHTD.stride()[:3],
             SCHEME=_scheme(form),
             BITS=form.bits,
-            MAGNITUDES=_magnitudes(form, D),
             GROUP=form.group_size,
             D=D,
             LOG_D=D.bit_length() - 1,
@@ -272,6 +278,7 @@ class _Tensor:
             f"{letter}_WIDE": wide,
             f"{letter}_ALL": _power(D),
             f"{letter}_PADDED": _power(wide),
+            f"{letter}_IN_WORDS": _in_words(form, D),
         }
 
 
@@ -369,11 +376,20 @@ def _scheme(form: Format) -> Any:
     return triton_kernels.CHANNEL if form.axis == "channel" else triton_kernels.TOKEN
 
 
-def _magnitudes(form: Format, head_dim: int) -> tuple[float, ...]:
-    """Return the positive levels of a rotated format that the kernels choose from in registers."""
+@functools.cache
+def _magnitudes(form: Format, head_dim: int) -> tuple[int, ...]:
+    """Return what a rotated format's positive levels, in half precision, are sums of: one number a set of bits.
+
+    The level at place i is, in its bits, the sum over the sets of bits that are within i.
+    """
     if form.scheme != "rotated" or form.bits > 4:
-        return (0.0,)
-    return tuple(exact_levels(form.bits, head_dim)[2 ** (form.bits - 1) :].tolist())
+        return (0,)
+    half = 2 ** (form.bits - 1)
+    levels = exact_levels(form.bits, head_dim)[half:].to(torch.float16).view(torch.int16).tolist()
+    return tuple(
+        sum((-1) ** (i ^ part).bit_count() * levels[part] for part in range(half) if part & i == part)
+        for i in range(half)
+    )
 
 
 @functools.lru_cache(maxsize=256)

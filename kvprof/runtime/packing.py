@@ -1,8 +1,8 @@
 """Integer codes <-> bytes: b bits cost b bits, for every b in 1, 2, 3, 4, 5, 6, 8.
 
-A width that does not divide a byte is cut into planes that do: 3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2. In a plane the codes
-stand in order, the first in the lowest bits of the first byte, so that whoever reads some of a row's bytes, a GPU's
-threads too, has codes that are neighbours. Knows neither scales nor shapes: it packs the last dimension.
+A width that does not divide a byte is cut into planes that do: 3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2. In a plane of n bytes,
+byte j holds the codes j, j + n, j + 2n ..., so that both ways run along whole rows and nothing is shuffled. Knows
+neither scales nor shapes: it packs the last dimension.
 """
 
 from __future__ import annotations
@@ -21,9 +21,6 @@ PLANES: dict[int, tuple[tuple[int, int], ...]] = {
 }
 """For each width of codes, its planes: (bits of the plane, place of its lowest bit in the code)."""
 
-_WORDS = {1: torch.int64, 2: torch.int32, 4: torch.int16}
-"""For each width of a plane below a byte, the integer with a byte for every code that one byte holds."""
-
 
 def packed_bytes(count: int, bits: int) -> int:
     """Return the bytes that so many codes take."""
@@ -32,64 +29,53 @@ def packed_bytes(count: int, bits: int) -> int:
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Return codes (..., N), uint8 and below 2^bits, as bytes: (..., packed_bytes(N, bits)), uint8."""
-    whole = codes.shape[-1] // 8 * 8  # of these, every plane fills whole bytes
-    if whole == 0:
-        return _pack_stream(codes, bits)
-    pieces = []
-    for width, place in PLANES[bits]:
-        part = codes[..., :whole]
+    count = codes.shape[-1]
+    whole = count // 8 * 8  # of these, every plane fills whole bytes
+    packed = torch.empty(*codes.shape[:-1], packed_bytes(count, bits), dtype=torch.uint8, device=codes.device)
+    first = 0
+    for width, place in PLANES[bits] if whole else ():
+        slots = codes[..., :whole].unflatten(-1, (8 // width, -1))
+        last = first + slots.shape[-1]
         if width < bits:
-            part = (part >> place).bitwise_and_(2**width - 1)
-        pieces.append(part if width == 8 else _gathered(part, width))
-    if whole < codes.shape[-1]:
-        pieces.append(_pack_stream(codes[..., whole:], bits))
-    return pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+            slots = (slots >> place).bitwise_and_(2**width - 1)
+        slots, plane = _wide(slots, packed[..., first:last])
+        plane.copy_(slots[..., 0, :])
+        for slot in range(1, 8 // width):
+            plane.bitwise_or_(slots[..., slot, :] << slot * width)
+        first = last
+    if whole < count:
+        packed[..., first:] = _pack_stream(codes[..., whole:], bits)
+    return packed
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """Return the codes (..., count), uint8, of bytes that `pack` made."""
     whole = count // 8 * 8
-    if whole == 0:
-        return _unpack_stream(packed, bits, count)
-    codes = torch.empty(0)  # every width has a plane
+    codes = torch.empty(*packed.shape[:-1], count, dtype=torch.uint8, device=packed.device)
     first = 0
-    for width, place in PLANES[bits]:
+    for width, place in PLANES[bits] if whole else ():
         last = first + whole * width // 8
-        plane = packed[..., first:last]
-        if width < 8:
-            plane = _spread(plane, width)
-        codes = plane if place == 0 else codes.bitwise_or_(plane.bitwise_left_shift_(place))
+        slots, plane = _wide(codes[..., :whole].unflatten(-1, (8 // width, -1)), packed[..., first:last])
+        mask = (2**width - 1) * (0x0101010101010101 if slots.dtype == torch.int64 else 1)
+        for slot in range(8 // width):
+            part = plane if width == 8 else (plane >> slot * width).bitwise_and_(mask)
+            if place == 0:
+                slots[..., slot, :] = part
+            else:
+                slots[..., slot, :] |= part << place
         first = last
-    if whole == count:
-        return codes
-    return torch.cat([codes, _unpack_stream(packed[..., first:], bits, count - whole)], dim=-1)
+    if whole < count:
+        codes[..., whole:] = _unpack_stream(packed[..., first:], bits, count - whole)
+    return codes
 
 
-def _gathered(codes: Tensor, width: int) -> Tensor:
-    """Move the codes of each word, a byte apart, together into its lowest byte; return these."""
-    word = codes.clone(memory_format=torch.contiguous_format).view(_WORDS[width])
-    together = 1
-    while together < 8 // width:
-        word.bitwise_or_(word >> together * (8 - width))
-        together *= 2
-        word.bitwise_and_(_mask(width, together))
-    return word.to(torch.uint8)
-
-
-def _spread(plane: Tensor, width: int) -> Tensor:
-    """Move the codes of each byte apart, to a byte each: `_gathered` the other way."""
-    word = plane.to(_WORDS[width], memory_format=torch.contiguous_format)
-    together = 8 // width
-    while together > 1:
-        together //= 2
-        word.bitwise_or_(word << together * (8 - width)).bitwise_and_(_mask(width, together))
-    return word.view(torch.uint8)
-
-
-def _mask(width: int, together: int) -> int:
-    """Return the bits of a word in which so many codes stand together at the start of every so many bytes."""
-    runs = 8 // width // together
-    return sum((2 ** (width * together) - 1) << 8 * together * run for run in range(runs))
+def _wide(slots: Tensor, plane: Tensor) -> tuple[Tensor, Tensor]:
+    """View both as numbers of 64 bits, where they can be: then eight bytes are shifted at once."""
+    fits = all(
+        x.shape[-1] % 8 == 0 and x.stride(-1) == 1 and not any(n % 8 for n in (*x.stride()[:-1], x.storage_offset()))
+        for x in (slots, plane)
+    )
+    return (slots.view(torch.int64), plane.view(torch.int64)) if fits else (slots, plane)
 
 
 def _pack_stream(codes: Tensor, bits: int) -> Tensor:

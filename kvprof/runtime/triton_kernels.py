@@ -25,92 +25,113 @@ PAGE_COLUMNS = tl.constexpr(3)
 """Addresses of one page in the table: of its codes, scales and zeros."""
 
 
-# ---- codes in bytes
+# ---- codes in bytes (`packing` says how they lie)
 
 
 @triton.jit
-def _spread(packed, WIDTH: tl.constexpr):
-    """Return the codes of bytes (N, W), in order: (N, W * 8 / WIDTH)."""
-    N: tl.constexpr = packed.shape[0]
-    W: tl.constexpr = packed.shape[1]
-    if WIDTH == 8:
-        return packed
-    if WIDTH == 4:
-        return tl.reshape(tl.join(packed & 15, packed >> 4), (N, W * 2))
-    if WIDTH == 2:
-        even = tl.join(packed & 3, (packed >> 4) & 3)
-        odd = tl.join((packed >> 2) & 3, packed >> 6)
-        return tl.reshape(tl.join(even, odd), (N, W * 4))
-    c0 = tl.join(packed & 1, (packed >> 4) & 1)
-    c1 = tl.join((packed >> 1) & 1, (packed >> 5) & 1)
-    c2 = tl.join((packed >> 2) & 1, (packed >> 6) & 1)
-    c3 = tl.join((packed >> 3) & 1, packed >> 7)
-    return tl.reshape(tl.join(tl.join(c0, c2), tl.join(c1, c3)), (N, W * 8))
+def _plane_codes(rows, channel, inside, BYTES: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the parts of codes (N, C) that a plane of BYTES bytes holds; rows: where it begins for each token, (N,)."""
+    packed = tl.load(rows[:, None] + (channel % BYTES)[None, :], mask=inside[None, :], other=0)
+    return (packed >> ((channel // BYTES) * WIDTH).to(tl.uint8)[None, :]) & (2**WIDTH - 1)
 
 
 @triton.jit
-def _gather(codes, WIDTH: tl.constexpr):
-    """Return codes (N, C), below 2^WIDTH, in bytes: (N, C * WIDTH / 8). `_spread` the other way."""
-    N: tl.constexpr = codes.shape[0]
-    C: tl.constexpr = codes.shape[1]
-    SLOTS: tl.constexpr = 8 // WIDTH
-    slots = tl.reshape(codes.to(tl.int32), (N, C // SLOTS, SLOTS))
-    return tl.sum(slots << (tl.arange(0, SLOTS) * WIDTH)[None, None, :], 2).to(tl.uint8)
-
-
-@triton.jit
-def _load_plane(rows, FIRST: tl.constexpr, COUNT: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr):
-    """Return channels FIRST to FIRST + COUNT of a plane, (N, PADDED); rows: where it begins for each token, (N,)."""
-    column = tl.arange(0, PADDED * WIDTH // 8)
-    places = rows[:, None] + FIRST * WIDTH // 8 + column[None, :]
-    if COUNT == PADDED:
-        packed = tl.load(places)
-    else:
-        packed = tl.load(places, mask=column[None, :] < COUNT * WIDTH // 8, other=0)
-    return _spread(packed, WIDTH)
-
-
-@triton.jit
-def _load_codes(
-    rows, D: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr
-):
-    """Return the codes of channels FIRST to FIRST + COUNT, (N, PADDED); rows: where each token's bytes begin, (N,)."""
+def _load_codes(rows, channel, inside, D: tl.constexpr, BITS: tl.constexpr):
+    """Return the codes of any channels, (N, C), uint8; rows: where the bytes of each token begin, (N,)."""
     if BITS == 3:
-        high = _load_plane(rows + D * 2 // 8, FIRST, COUNT, PADDED, 1)
-        return _load_plane(rows, FIRST, COUNT, PADDED, 2) | (high << 2)
-    if BITS == 5:
-        high = _load_plane(rows + D * 4 // 8, FIRST, COUNT, PADDED, 1)
-        return _load_plane(rows, FIRST, COUNT, PADDED, 4) | (high << 4)
-    if BITS == 6:
-        high = _load_plane(rows + D * 4 // 8, FIRST, COUNT, PADDED, 2)
-        return _load_plane(rows, FIRST, COUNT, PADDED, 4) | (high << 4)
-    return _load_plane(rows, FIRST, COUNT, PADDED, BITS)
-
-
-@triton.jit
-def _store_plane(rows, codes, first, count, valid, PLACE: tl.constexpr, WIDTH: tl.constexpr):
-    """Write a plane of codes (N, C) from channel `first` on; of them `count` columns, and the rows that are valid."""
-    part = (codes.to(tl.int32) >> PLACE) & (2**WIDTH - 1)
-    packed = _gather(part, WIDTH)
-    column = tl.arange(0, packed.shape[1])
-    places = rows[:, None] + first * WIDTH // 8 + column[None, :]
-    tl.store(places, packed, mask=valid[:, None] & (column[None, :] < count * WIDTH // 8))
-
-
-@triton.jit
-def _store_codes(rows, codes, first, count, valid, D: tl.constexpr, BITS: tl.constexpr):
-    """Write codes (N, C) from channel `first` on; rows: where each token's bytes begin, (N,)."""
-    if BITS == 3:
-        _store_plane(rows, codes, first, count, valid, 0, 2)
-        _store_plane(rows + D * 2 // 8, codes, first, count, valid, 2, 1)
+        codes = _plane_codes(rows, channel, inside, D // 4, 2)
+        codes |= _plane_codes(rows + D // 4, channel, inside, D // 8, 1) << 2
     elif BITS == 5:
-        _store_plane(rows, codes, first, count, valid, 0, 4)
-        _store_plane(rows + D * 4 // 8, codes, first, count, valid, 4, 1)
+        codes = _plane_codes(rows, channel, inside, D // 2, 4)
+        codes |= _plane_codes(rows + D // 2, channel, inside, D // 8, 1) << 4
     elif BITS == 6:
-        _store_plane(rows, codes, first, count, valid, 0, 4)
-        _store_plane(rows + D * 4 // 8, codes, first, count, valid, 4, 2)
+        codes = _plane_codes(rows, channel, inside, D // 2, 4)
+        codes |= _plane_codes(rows + D // 2, channel, inside, D // 4, 2) << 4
     else:
-        _store_plane(rows, codes, first, count, valid, 0, BITS)
+        codes = _plane_codes(rows, channel, inside, D * BITS // 8, BITS)
+    return codes
+
+
+@triton.jit
+def _plane_words(rows, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Return a plane in words of 32 bits: a tuple of WIDTH runs of D / 8 bytes, each (N, D / 32)."""
+    word = tl.arange(0, D // 32)
+    runs = ()
+    for run in tl.static_range(WIDTH):
+        runs = runs + (tl.load((rows + run * D // 8).to(tl.pointer_type(tl.int32))[:, None] + word[None, :]),)
+    return runs
+
+
+@triton.jit
+def _load_words(rows, D: tl.constexpr, BITS: tl.constexpr):
+    """Return the planes of whole rows in words; D is a power of two, of at least 32."""
+    if BITS == 3:
+        planes = (_plane_words(rows, D, 2), _plane_words(rows + D // 4, D, 1))
+    elif BITS == 5:
+        planes = (_plane_words(rows, D, 4), _plane_words(rows + D // 2, D, 1))
+    elif BITS == 6:
+        planes = (_plane_words(rows, D, 4), _plane_words(rows + D // 2, D, 2))
+    else:
+        planes = (_plane_words(rows, D, BITS),)
+    return planes
+
+
+@triton.jit
+def _pair(runs, SLOT: tl.constexpr, HALF: tl.constexpr):
+    """Return two codes of each word, 16 bits apart: of channels SLOT * D / 8 + 4 * word + HALF, and of that plus 2."""
+    WIDTH: tl.constexpr = len(runs)
+    return (runs[SLOT % WIDTH] >> (SLOT // WIDTH * WIDTH + HALF * 8)) & ((2**WIDTH - 1) * 0x10001)
+
+
+@triton.jit
+def _code_pairs(planes, SLOT: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr):
+    if BITS == 3:
+        pair = _pair(planes[0], SLOT, HALF) | (_pair(planes[1], SLOT, HALF) << 2)
+    elif BITS == 5 or BITS == 6:
+        pair = _pair(planes[0], SLOT, HALF) | (_pair(planes[1], SLOT, HALF) << 4)
+    else:
+        pair = _pair(planes[0], SLOT, HALF)
+    return pair
+
+
+@triton.jit
+def _interleaved(parts, FIRST: tl.constexpr, STRIDE: tl.constexpr, COUNT: tl.constexpr):
+    """Join parts FIRST, FIRST + STRIDE ... along dimensions of two behind the last one, in order."""
+    if COUNT == 1:
+        joined = parts[FIRST]
+    else:
+        even = _interleaved(parts, FIRST, STRIDE * 2, COUNT // 2)
+        joined = tl.join(even, _interleaved(parts, FIRST + STRIDE, STRIDE * 2, COUNT // 2))
+    return joined
+
+
+@triton.jit
+def _halves(pairs, DTYPE: tl.constexpr):
+    """Return pairs of 16 bits, each (N, D / 32), as what is stored in them: (N, D / 16 * pairs), neighbours together."""
+    low, high = (), ()
+    for i in tl.static_range(len(pairs)):
+        low = low + ((pairs[i] & 0xFFFF).to(tl.uint16).to(DTYPE, bitcast=True),)
+        high = high + ((pairs[i] >> 16).to(tl.uint16).to(DTYPE, bitcast=True),)
+    joined = tl.join(_interleaved(low, 0, 1, len(pairs)), _interleaved(high, 0, 1, len(pairs)))
+    return tl.reshape(joined, (pairs[0].shape[0], pairs[0].shape[1] * len(pairs) * 2))
+
+
+@triton.jit
+def _column_channels(
+    D: tl.constexpr, FIRST: tl.constexpr, WIDE: tl.constexpr, PADDED: tl.constexpr, IN_WORDS: tl.constexpr
+):
+    """Return the channel that each column of WIDE channels from FIRST on stands for, (PADDED,), and whether it is one.
+
+    Read in words, the columns come as the words have them; queries and values then go by the same order.
+    """
+    column = tl.arange(0, PADDED)
+    if IN_WORDS:
+        SLOTS: tl.constexpr = WIDE * 8 // D
+        slot = column // 4 % SLOTS
+        channel = FIRST + slot * (D // 8) + column // (4 * SLOTS) * 4 + column // 2 % 2 + column % 2 * 2
+    else:
+        channel = FIRST + column
+    return channel, (column < WIDE) & (channel < D)
 
 
 # ---- numbers and codes
@@ -128,13 +149,25 @@ def _rounded(x, DTYPE: tl.constexpr):
     if INTERPRETED and DTYPE == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits = tl.where(x != x, 0x7FC00000, bits + 0x7FFF + ((bits >> 16) & 1))
-        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return x.to(DTYPE)
+        rounded = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        rounded = x.to(DTYPE)
+    return rounded
 
 
 @triton.jit
-def _range_codes(
-    x,
+def _codes_of(x, scale, zero, TOP: tl.constexpr):
+    """Return the codes of numbers, float32, taken with scale and zero as they are stored."""
+    step = scale.to(tl.float32)
+    distance = x - zero.to(tl.float32)
+    steps = tl.div_rn(distance, tl.broadcast_to(tl.where(step == 0, 1.0, step), distance.shape))
+    # Added and taken away, 1.5 * 2^23 rounds what lies below 2^22 to a whole number, halves to the even one.
+    codes = (_limited(steps, 0.0, TOP) + 12582912.0) - 12582912.0
+    return tl.where(step == 0, 0.0, codes)
+
+
+@triton.jit
+def _of_range(
     low,
     high,
     TOP: tl.constexpr,
@@ -143,16 +176,12 @@ def _range_codes(
     ZERO: tl.constexpr,
     ZERO_MAX: tl.constexpr,
 ):
-    """Return codes, scale and zero where codes span low to high, as `quantizer._encode_range` does."""
+    """Return scale and zero, as stored, where codes span low to high."""
     scale = tl.div_rn(high - low, tl.full(low.shape, TOP, tl.float32))
-    scale = _rounded(_limited(scale, -SCALE_MAX, SCALE_MAX), SCALE)
-    zero = _rounded(_limited(low, -ZERO_MAX, ZERO_MAX), ZERO)
-    step = scale.to(tl.float32)
-    distance = x - zero.to(tl.float32)
-    steps = tl.div_rn(distance, tl.broadcast_to(tl.where(step == 0, 1.0, step), distance.shape))
-    # Added and taken away, 1.5 * 2^23 rounds what lies below 2^22 to a whole number, halves to the even one.
-    codes = (_limited(steps, 0.0, TOP) + 12582912.0) - 12582912.0
-    return tl.where(step == 0, 0.0, codes), scale, zero
+    return (
+        _rounded(_limited(scale, -SCALE_MAX, SCALE_MAX), SCALE),
+        _rounded(_limited(low, -ZERO_MAX, ZERO_MAX), ZERO),
+    )
 
 
 @triton.jit
@@ -167,37 +196,82 @@ def _hadamard(x, LOG_D: tl.constexpr):
 
 
 @triton.jit
-def _centred(codes, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """Return codes less the middle one, 2^(BITS - 1), exactly: as small as they can be, what they multiply rounds less.
+def _level_bits(pair, BITS: tl.constexpr, MAGNITUDES: tl.constexpr):
+    """Return, for pairs of codes of at most 4 bits, the half-precision bits of their levels.
 
-    In half precision the bits 0x6400 are 1024, and a code put into their lowest bits is added: no conversion is needed.
+    The lower half of the levels mirrors the upper. Which of its 1, 2, 4 or 8 magnitudes a code means is a sum over its
+    bits, of whole numbers, and so exact: MAGNITUDES are their bits, less those of the ones that a sum has already.
+    """
+    HALF: tl.constexpr = 2 ** (BITS - 1)
+    upper = (pair >> (BITS - 1)) & 0x10001
+    place = (pair & ((HALF - 1) * 0x10001)) ^ ((0x10001 - upper) * (HALF - 1))
+    bits = (0x10001 - upper) << 15
+    bits += MAGNITUDES[0] * 0x10001
+    for i in tl.static_range(1, HALF):
+        has = 0x10001
+        for j in tl.static_range(BITS - 1):
+            if (i >> j) & 1:
+                has = has & (place >> j)
+        bits += (has & 0x10001) * MAGNITUDES[i]
+    return bits
+
+
+@triton.jit
+def _code_source(rows, D: tl.constexpr, BITS: tl.constexpr, IN_WORDS: tl.constexpr):
+    """Return what `_numbers` makes numbers of: the words of whole rows, or where the rows begin."""
+    if IN_WORDS:
+        source = _load_words(rows, D, BITS)
+    else:
+        source = rows
+    return source
+
+
+@triton.jit
+def _numbers(
+    source,
+    levels,
+    D: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDE: tl.constexpr,
+    PADDED: tl.constexpr,
+    SCHEME: tl.constexpr,
+    BITS: tl.constexpr,
+    MAGNITUDES: tl.constexpr,
+    IN_WORDS: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Return what codes multiply their scale with, (N, PADDED), columns as `_column_channels` says.
+
+    For a rotated tensor the levels; else the codes less the middle one, 2^(BITS - 1): small, so that what they are
+    multiplied with rounds less. In half precision a code put into the lowest bits of 1024 is added to it.
     """
     MIDDLE: tl.constexpr = 2 ** (BITS - 1)
-    if DTYPE == tl.float16:
-        return (codes.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - (1024.0 + MIDDLE)
-    return codes.to(DTYPE) - MIDDLE
-
-
-@triton.jit
-def _levels(codes, table, BITS: tl.constexpr, MAGNITUDES: tl.constexpr, DTYPE: tl.constexpr):
-    """Return the level of each code. Up to 4 bits they are chosen in registers: the lower half mirrors the upper."""
-    if BITS > 4:
-        return tl.load(table + codes.to(tl.int32)).to(DTYPE)
-    HALF: tl.constexpr = 2 ** (BITS - 1)
-    upper = codes >= HALF
-    place = tl.where(upper, codes, ~codes) & (HALF - 1)
-    level = _chosen(place, MAGNITUDES, 0, HALF, DTYPE)
-    return tl.where(upper, level, -level)
-
-
-@triton.jit
-def _chosen(place, MAGNITUDES: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, DTYPE: tl.constexpr):
-    """Return MAGNITUDES[FIRST + place], place below COUNT, a power of two."""
-    if COUNT == 1:
-        return tl.full(place.shape, MAGNITUDES[FIRST], DTYPE)
-    low = _chosen(place, MAGNITUDES, FIRST, COUNT // 2, DTYPE)
-    high = _chosen(place, MAGNITUDES, FIRST + COUNT // 2, COUNT // 2, DTYPE)
-    return tl.where((place & (COUNT // 2)) != 0, high, low)
+    if IN_WORDS:
+        SLOTS: tl.constexpr = WIDE * 8 // D
+        pairs = ()
+        for i in tl.static_range(SLOTS * 2):
+            pair = _code_pairs(source, FIRST * 8 // D + i // 2, i % 2, BITS)
+            if DOT == tl.float16 and SCHEME != ROTATED:
+                pair = pair | 0x64006400
+            elif DOT == tl.float16 and BITS <= 4:
+                pair = _level_bits(pair, BITS, MAGNITUDES)
+            pairs = pairs + (pair,)
+        if DOT == tl.float16 and SCHEME != ROTATED:
+            numbers = _halves(pairs, tl.float16) - (1024.0 + MIDDLE)
+        elif DOT == tl.float16 and BITS <= 4:
+            numbers = _halves(pairs, tl.float16)
+        elif SCHEME == ROTATED:
+            numbers = tl.load(levels + _halves(pairs, tl.uint16).to(tl.int32)).to(DOT)
+        else:
+            numbers = _halves(pairs, tl.uint16).to(DOT) - MIDDLE
+    else:
+        channel, inside = _column_channels(D, FIRST, WIDE, PADDED, False)
+        codes = _load_codes(source, channel, inside, D, BITS)
+        if SCHEME == ROTATED:
+            numbers = tl.load(levels + codes.to(tl.int32)).to(DOT)
+        else:
+            numbers = tl.where(inside[None, :], codes.to(DOT) - MIDDLE, 0.0)
+    return numbers
 
 
 # ---- quantize and pack
@@ -215,6 +289,7 @@ def pack_groups(
     stride_h,
     stride_t,
     D: tl.constexpr,
+    ALL: tl.constexpr,
     GROUP: tl.constexpr,
     BY_CHANNEL: tl.constexpr,
     BITS: tl.constexpr,
@@ -226,65 +301,109 @@ def pack_groups(
 ):
     """Quantize (B, H, T, D) and pack it. FRACTIONS: what `clip` tries besides the whole range.
 
-    A program has ROWS tokens and COLUMNS channels, more than the group where that is no power of two. By channel: one
-    group of tokens, some channels; else: some tokens, one group of channels.
+    A program has one group of tokens, or some tokens: ROWS of them, or fewer. It first finds scales and zeros, COLUMNS
+    channels at a time, then reads the numbers again as the bytes want them, eight or fewer channels to a byte.
     """
     bh = tl.program_id(0).to(tl.int64)
     SPAN: tl.constexpr = GROUP if BY_CHANNEL else ROWS
-    WIDE: tl.constexpr = COLUMNS if BY_CHANNEL else GROUP
     row = tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
     token = tl.program_id(1) * SPAN + row
-    first = tl.program_id(2) * WIDE
-    count = tl.minimum(WIDE, D - first)
     valid = (row < SPAN) & (token < tokens)
-    inside = valid[:, None] & (column[None, :] < count)
-    place = x + (bh // heads) * stride_b + (bh % heads) * stride_h
-    place += token.to(tl.int64)[:, None] * stride_t + (first + column)[None, :]
-    numbers = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-
-    ALONG: tl.constexpr = 0 if BY_CHANNEL else 1
-    low = tl.min(tl.where(inside, numbers, float("inf")), ALONG, keep_dims=True)
-    high = tl.max(tl.where(inside, numbers, float("-inf")), ALONG, keep_dims=True)
-    some = tl.max(inside.to(tl.int32), ALONG, keep_dims=True) > 0
-    broken = tl.max((numbers != numbers).to(tl.int32), ALONG, keep_dims=True) > 0
-    low = tl.where(broken, float("nan"), tl.where(some, low, 0.0))
-    high = tl.where(broken, float("nan"), tl.where(some, high, 0.0))
-
+    x_at = x + (bh // heads) * stride_b + (bh % heads) * stride_h + token.to(tl.int64) * stride_t
+    if BY_CHANNEL:
+        unit = (bh * (tokens // GROUP) + tl.program_id(1)) * D
+    else:
+        unit = ((bh * tokens + token) * ((D + GROUP - 1) // GROUP))[:, None]
     SCALE: tl.constexpr = scale.dtype.element_ty
     ZERO: tl.constexpr = zero.dtype.element_ty
     TOP: tl.constexpr = 2**BITS - 1.0
-    best, best_scale, best_zero = _range_codes(numbers, low, high, TOP, SCALE, SCALE_MAX, ZERO, ZERO_MAX)
-    if len(FRACTIONS) > 0:
-        middle, reach = (low + high) / 2, (high - low) / 2
-        least = _squared_error(numbers, inside, best, best_scale, best_zero, ALONG)
-        for i in tl.static_range(len(FRACTIONS)):
-            away = reach * FRACTIONS[i]
-            tried, new_scale, new_zero = _range_codes(
-                numbers, middle - away, middle + away, TOP, SCALE, SCALE_MAX, ZERO, ZERO_MAX
-            )
-            error = _squared_error(numbers, inside, tried, new_scale, new_zero, ALONG)
-            better = error < least
-            best = tl.where(better, tried, best)
-            best_scale = tl.where(better, new_scale, best_scale)
-            best_zero = tl.where(better, new_zero, best_zero)
-            least = tl.where(better, error, least)
+    ALONG: tl.constexpr = 0 if BY_CHANNEL else 1
+    WIDE: tl.constexpr = COLUMNS if BY_CHANNEL else GROUP
+    column = tl.arange(0, COLUMNS)
+    for part in range((D + WIDE - 1) // WIDE):
+        channel = part * WIDE + column
+        known = (column < WIDE) & (channel < D)
+        inside = valid[:, None] & known[None, :]
+        numbers = tl.load(x_at[:, None] + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+        low = tl.min(tl.where(inside, numbers, float("inf")), ALONG, keep_dims=True)
+        high = tl.max(tl.where(inside, numbers, float("-inf")), ALONG, keep_dims=True)
+        broken = tl.max((numbers != numbers).to(tl.int32), ALONG, keep_dims=True) > 0
+        low, high = tl.where(broken, float("nan"), low), tl.where(broken, float("nan"), high)
+        best_scale, best_zero = _of_range(low, high, TOP, SCALE, SCALE_MAX, ZERO, ZERO_MAX)
+        if len(FRACTIONS) > 0:
+            middle, reach = (low + high) / 2, (high - low) / 2
+            least = _squared_error(numbers, inside, best_scale, best_zero, TOP, ALONG)
+            for i in tl.static_range(len(FRACTIONS)):
+                away = reach * FRACTIONS[i]
+                new_scale, new_zero = _of_range(
+                    middle - away, middle + away, TOP, SCALE, SCALE_MAX, ZERO, ZERO_MAX
+                )
+                error = _squared_error(numbers, inside, new_scale, new_zero, TOP, ALONG)
+                better = error < least
+                best_scale = tl.where(better, new_scale, best_scale)
+                best_zero = tl.where(better, new_zero, best_zero)
+                least = tl.where(better, error, least)
+        if BY_CHANNEL:
+            place, stored = unit + channel[None, :], known[None, :]
+        else:
+            place, stored = unit + part, valid[:, None]
+        tl.store(scale + place, best_scale, mask=stored)
+        tl.store(zero + place, best_zero, mask=stored)
+    tl.debug_barrier()  # what one thread stored another now reads
 
-    _store_codes(codes + (bh * tokens + token) * (D * BITS // 8), best, first, count, valid, D, BITS)
-    if BY_CHANNEL:
-        place = (bh * (tokens // GROUP) + tl.program_id(1)) * D + first + column[None, :]
-        stored = column[None, :] < count
+    rows = codes + (bh * tokens + token) * (D * BITS // 8)
+    if BITS == 3:
+        _pack_plane(x_at, rows, scale, zero, unit, valid, D, ALL, GROUP, BY_CHANNEL, TOP, 0, 2)
+        _pack_plane(x_at, rows + D // 4, scale, zero, unit, valid, D, ALL, GROUP, BY_CHANNEL, TOP, 2, 1)
+    elif BITS == 5:
+        _pack_plane(x_at, rows, scale, zero, unit, valid, D, ALL, GROUP, BY_CHANNEL, TOP, 0, 4)
+        _pack_plane(x_at, rows + D // 2, scale, zero, unit, valid, D, ALL, GROUP, BY_CHANNEL, TOP, 4, 1)
+    elif BITS == 6:
+        _pack_plane(x_at, rows, scale, zero, unit, valid, D, ALL, GROUP, BY_CHANNEL, TOP, 0, 4)
+        _pack_plane(x_at, rows + D // 2, scale, zero, unit, valid, D, ALL, GROUP, BY_CHANNEL, TOP, 4, 2)
     else:
-        GROUPS: tl.constexpr = (D + GROUP - 1) // GROUP
-        place = (bh * tokens + token[:, None]) * GROUPS + tl.program_id(2)
-        stored = valid[:, None]
-    tl.store(scale + place, best_scale, mask=stored)
-    tl.store(zero + place, best_zero, mask=stored)
+        _pack_plane(x_at, rows, scale, zero, unit, valid, D, ALL, GROUP, BY_CHANNEL, TOP, 0, BITS)
 
 
 @triton.jit
-def _squared_error(numbers, inside, codes, scale, zero, ALONG: tl.constexpr):
-    away = codes * scale.to(tl.float32) + zero.to(tl.float32) - numbers
+def _pack_plane(
+    x_at,
+    rows,
+    scale,
+    zero,
+    unit,
+    valid,
+    D: tl.constexpr,
+    ALL: tl.constexpr,
+    GROUP: tl.constexpr,
+    BY_CHANNEL: tl.constexpr,
+    TOP: tl.constexpr,
+    PLACE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Write the bits PLACE to PLACE + WIDTH of the codes of whole rows."""
+    BYTES: tl.constexpr = D * WIDTH // 8
+    row = tl.arange(0, valid.shape[0])
+    byte = tl.arange(0, ALL * WIDTH // 8)
+    inside = valid[:, None] & (byte < BYTES)[None, :]
+    packed = tl.zeros(inside.shape, tl.int32)
+    for slot in tl.static_range(8 // WIDTH):
+        channel = slot * BYTES + byte
+        numbers = tl.load(x_at[:, None] + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+        if BY_CHANNEL:
+            place = unit + channel[None, :] + (row * 0)[:, None]
+        else:
+            place = unit + (channel // GROUP)[None, :]
+        codes = _codes_of(
+            numbers, tl.load(scale + place, mask=inside, other=0.0), tl.load(zero + place, mask=inside, other=0.0), TOP
+        )
+        packed |= ((codes.to(tl.int32) >> PLACE) & (2**WIDTH - 1)) << (slot * WIDTH)
+    tl.store(rows[:, None] + byte[None, :], packed.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _squared_error(numbers, inside, scale, zero, TOP: tl.constexpr, ALONG: tl.constexpr):
+    away = _codes_of(numbers, scale, zero, TOP) * scale.to(tl.float32) + zero.to(tl.float32) - numbers
     return tl.sum(tl.where(inside, away * away, 0.0).to(tl.float64), ALONG, keep_dims=True)
 
 
@@ -325,8 +444,30 @@ def pack_rotated(
     for i in tl.static_range(BITS):
         STRIDE: tl.constexpr = 2 ** (BITS - 1 - i)
         found = tl.where(y > tl.load(edges + found + (STRIDE - 1)), found + STRIDE, found)
-    _store_codes(codes + (bh * tokens + token) * (D * BITS // 8), found, 0, D, valid, D, BITS)
     tl.store(scale + bh * tokens + token[:, None], stored, mask=valid[:, None])
+    rows = codes + (bh * tokens + token) * (D * BITS // 8)
+    if BITS == 3:
+        _store_plane(rows, found, valid, 0, 2)
+        _store_plane(rows + D // 4, found, valid, 2, 1)
+    elif BITS == 5:
+        _store_plane(rows, found, valid, 0, 4)
+        _store_plane(rows + D // 2, found, valid, 4, 1)
+    elif BITS == 6:
+        _store_plane(rows, found, valid, 0, 4)
+        _store_plane(rows + D // 2, found, valid, 4, 2)
+    else:
+        _store_plane(rows, found, valid, 0, BITS)
+
+
+@triton.jit
+def _store_plane(rows, codes, valid, PLACE: tl.constexpr, WIDTH: tl.constexpr):
+    """Write the bits PLACE to PLACE + WIDTH of codes (N, D), int32, D a power of two."""
+    SLOTS: tl.constexpr = 8 // WIDTH
+    BYTES: tl.constexpr = codes.shape[1] // SLOTS
+    part = tl.reshape((codes >> PLACE) & (2**WIDTH - 1), (codes.shape[0], SLOTS, BYTES))
+    packed = tl.sum(part << (tl.arange(0, SLOTS) * WIDTH)[None, :, None], 1)
+    place = rows[:, None] + tl.arange(0, BYTES)[None, :]
+    tl.store(place, packed.to(tl.uint8), mask=valid[:, None])
 
 
 # ---- pages
@@ -360,7 +501,6 @@ def unpack_rows(
     stride_t,
     SCHEME: tl.constexpr,
     BITS: tl.constexpr,
-    MAGNITUDES: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     LOG_D: tl.constexpr,
@@ -377,34 +517,28 @@ def unpack_rows(
     tokens = tl.where(page < pages, PAGE, rest_tokens)
     row = (tl.program_id(1) % TILES) * N + tl.arange(0, N)
     known = tl.minimum(row, tokens - 1)
-    column = tl.arange(0, PADDED)
     codes_at = _address(table, page, pages, rest_codes, 0) + (bh * tokens + known) * (D * BITS // 8)
     scale_at = _address(table, page, pages, rest_scale, 1)
     for g in tl.static_range((D + WIDE - 1) // WIDE):
-        FIRST: tl.constexpr = g * WIDE
-        COUNT: tl.constexpr = WIDE if FIRST + WIDE <= D else D - FIRST
-        codes = _load_codes(codes_at, D, FIRST, COUNT, PADDED, BITS)
+        channel, inside = _column_channels(D, g * WIDE, WIDE, PADDED, False)
+        codes = _load_codes(codes_at, channel, inside, D, BITS)
         if SCHEME == ROTATED:
-            y = _hadamard(_levels(codes, levels, BITS, MAGNITUDES, tl.float32), LOG_D) * tl.load(signs + column)[None, :]
+            y = _hadamard(tl.load(levels + codes.to(tl.int32)), LOG_D) * tl.load(signs + channel)[None, :]
             scale = tl.load(scale_at + bh * tokens + known).to(tl.float32)
             numbers = y * tl.div_rn(scale, tl.full(scale.shape, ROOT_D, tl.float32))[:, None]
         else:
             zero_at = _address(table, page, pages, rest_zero, 2)
             if SCHEME == CHANNEL:
-                unit = bh * (tokens // GROUP) + known // GROUP
-                place = unit[:, None] * D + FIRST + tl.minimum(column, COUNT - 1)[None, :]
+                place = (bh * (tokens // GROUP) + known // GROUP)[:, None] * D + tl.minimum(channel, D - 1)[None, :]
             else:
                 place = ((bh * tokens + known) * ((D + GROUP - 1) // GROUP) + g)[:, None]
             numbers = codes.to(tl.float32) * tl.load(scale_at + place).to(tl.float32)
             numbers = numbers + tl.load(zero_at + place).to(tl.float32)
         token = (page * PAGE + row).to(tl.int64)
         place = out + (bh // heads) * stride_b + (bh % heads) * stride_h
-        place += token[:, None] * stride_t + FIRST + column[None, :]
-        tl.store(
-            place,
-            _rounded(numbers, out.dtype.element_ty),
-            mask=(row < tokens)[:, None] & (column < COUNT)[None, :],
-        )
+        place += token[:, None] * stride_t + channel[None, :]
+        stored = (row < tokens)[:, None] & inside[None, :]
+        tl.store(place, _rounded(numbers, out.dtype.element_ty), mask=stored)
 
 
 # ---- attend
@@ -424,31 +558,29 @@ def _paged_numbers(table, pages, rest, rest_tokens, bh, token, D: tl.constexpr, 
 
 
 @triton.jit
-def _flat_numbers(
-    numbers, first, count, bh, token, D: tl.constexpr, FROM: tl.constexpr, COUNT: tl.constexpr, PADDED: tl.constexpr
-):
-    """Return channels of tokens in full precision, (N, PADDED), that lie behind each other from token `first` on."""
+def _flat_numbers(numbers, first, count, bh, token, channel, inside, D: tl.constexpr):
+    """Return channels of tokens in full precision, (N, C), that lie behind each other from token `first` on."""
     row = tl.minimum(tl.maximum(token - first, 0), count - 1)
-    column = tl.arange(0, PADDED)
-    places = numbers + ((bh * count + row) * D + FROM)[:, None] + column[None, :]
-    return tl.load(places, mask=column[None, :] < COUNT, other=0.0)
+    return tl.load(numbers + ((bh * count + row) * D)[:, None] + channel[None, :], mask=inside[None, :], other=0.0)
 
 
 @triton.jit
 def _two_part_dot(x, numbers, DOT: tl.constexpr):
     """Multiply x (M, K), float32, by numbers (K, N) of a dtype that would round x: what it rounds away comes second."""
     if DOT == tl.float32:
-        return _dot(x, numbers)
-    high = x.to(DOT)
-    low = (x - high.to(tl.float32)).to(DOT)
-    return _dot(high, numbers) + _dot(low, numbers)
+        product = _dot(x, numbers)
+    else:
+        high = x.to(DOT)
+        low = (x - high.to(tl.float32)).to(DOT)
+        product = _dot(high, numbers) + _dot(low, numbers)
+    return product
 
 
 @triton.jit
 def _dot(x, y):
     """Multiply x (M, K) by y (K, N), and add in float32."""
     if INTERPRETED and x.dtype == tl.bfloat16:
-        return tl.dot(x.to(tl.float32), y.to(tl.float32), input_precision="ieee")
+        x, y = x.to(tl.float32), y.to(tl.float32)
     return tl.dot(x, y, input_precision="ieee")
 
 
@@ -466,6 +598,7 @@ def _coded_scores(
     D: tl.constexpr,
     WIDE: tl.constexpr,
     PADDED: tl.constexpr,
+    IN_WORDS: tl.constexpr,
     N: tl.constexpr,
     DOT: tl.constexpr,
 ):
@@ -473,41 +606,38 @@ def _coded_scores(
 
     By channel, s * c + z is never made: (q * s) . c + q . z has the same value, and the scale once a group.
     """
-    MIDDLE: tl.constexpr = 2 ** (BITS - 1)
     table, pages, rest, rest_scale, rest_zero, rest_tokens, levels = k
+    MIDDLE: tl.constexpr = 2 ** (BITS - 1)
+    GROUPS: tl.constexpr = (D + WIDE - 1) // WIDE
     page = place // PAGE
     tokens = tl.where(page < pages, PAGE, rest_tokens)
     row = bh * tokens + tl.minimum(place % PAGE + tl.arange(0, N), tokens - 1)
-    codes_at = _address(table, page, pages, rest, 0) + row * (D * BITS // 8)
+    source = _code_source(_address(table, page, pages, rest, 0) + row * (D * BITS // 8), D, BITS, IN_WORDS)
     scale_at = _address(table, page, pages, rest_scale, 1)
-    if SCHEME == ROTATED:
-        level = _levels(_load_codes(codes_at, D, 0, D, PADDED, BITS), levels, BITS, MAGNITUDES, DOT)
-        scale = tl.load(scale_at + row).to(tl.float32)
-        return _two_part_dot(q[0], tl.trans(level), DOT) * scale[None, :]
     zero_at = _address(table, page, pages, rest_zero, 2)
-    if SCHEME == CHANNEL:
-        column = tl.arange(0, PADDED)
-        unit = (bh * (tokens // GROUP) + (place % PAGE) // GROUP) * D + column
-        scale = tl.load(scale_at + unit, mask=column < D, other=0.0).to(tl.float32)
-        zero = tl.load(zero_at + unit, mask=column < D, other=0.0).to(tl.float32)
-        codes = _centred(_load_codes(codes_at, D, 0, D, PADDED, BITS), BITS, DOT)
-        scores = _two_part_dot(q[0] * scale[None, :], tl.trans(codes), DOT)
-        return scores + tl.sum(q[0] * (zero + scale * MIDDLE)[None, :], 1)[:, None]
-    GROUPS: tl.constexpr = (D + WIDE - 1) // WIDE
     scores = tl.zeros((q[0].shape[0], N), tl.float32)
     for g in tl.static_range(GROUPS):
-        COUNT: tl.constexpr = WIDE if (g + 1) * WIDE <= D else D - g * WIDE
-        codes = _centred(_load_codes(codes_at, D, g * WIDE, COUNT, PADDED, BITS), BITS, DOT)
-        scale = tl.load(scale_at + row * GROUPS + g).to(tl.float32)
-        zero = tl.load(zero_at + row * GROUPS + g).to(tl.float32)
-        scores += _two_part_dot(q[g], tl.trans(codes), DOT) * scale[None, :]
-        scores += tl.sum(q[g], 1)[:, None] * (zero + scale * MIDDLE)[None, :]
+        numbers = _numbers(source, levels, D, g * WIDE, WIDE, PADDED, SCHEME, BITS, MAGNITUDES, IN_WORDS, DOT)
+        if SCHEME == CHANNEL:
+            channel, inside = _column_channels(D, 0, D, PADDED, IN_WORDS)
+            unit = (bh * (tokens // GROUP) + (place % PAGE) // GROUP) * D + channel
+            scale = tl.load(scale_at + unit, mask=inside, other=0.0).to(tl.float32)
+            zero = tl.load(zero_at + unit, mask=inside, other=0.0).to(tl.float32) + scale * MIDDLE
+            scores += _two_part_dot(q[0] * scale[None, :], tl.trans(numbers), DOT)
+            scores += tl.sum(q[0] * zero[None, :], 1)[:, None]
+        else:
+            scale = tl.load(scale_at + row * GROUPS + g).to(tl.float32)
+            scores += _two_part_dot(q[g], tl.trans(numbers), DOT) * scale[None, :]
+            if SCHEME == TOKEN:
+                zero = tl.load(zero_at + row * GROUPS + g).to(tl.float32) + scale * MIDDLE
+                scores += tl.sum(q[g], 1)[:, None] * zero[None, :]
     return scores
 
 
 @triton.jit
 def _with_coded(
     sums,
+    offsets,
     p,
     v,
     bh,
@@ -520,58 +650,66 @@ def _with_coded(
     D: tl.constexpr,
     WIDE: tl.constexpr,
     PADDED: tl.constexpr,
+    IN_WORDS: tl.constexpr,
     N: tl.constexpr,
     DOT: tl.constexpr,
 ):
     """Add N values in codes, from the one at `place` on, weighted with p (M, N), to the sums (M, PADDED) of channels.
 
-    A scale a token goes into the weights; these are kept near 1, where half precision is densest.
+    A scale a token goes into the weights; these are kept near 1, where half precision is densest. A zero a token is
+    the same for all channels of its group, whose `offsets` (M, N) it goes to.
     """
-    MIDDLE: tl.constexpr = 2 ** (BITS - 1)
     table, pages, rest, rest_scale, rest_zero, rest_tokens, levels = v
+    MIDDLE: tl.constexpr = 2 ** (BITS - 1)
+    GROUPS: tl.constexpr = (D + WIDE - 1) // WIDE
     page = place // PAGE
     tokens = tl.where(page < pages, PAGE, rest_tokens)
     row = bh * tokens + tl.minimum(place % PAGE + tl.arange(0, N), tokens - 1)
-    codes_at = _address(table, page, pages, rest, 0) + row * (D * BITS // 8)
+    source = _code_source(_address(table, page, pages, rest, 0) + row * (D * BITS // 8), D, BITS, IN_WORDS)
     scale_at = _address(table, page, pages, rest_scale, 1)
     zero_at = _address(table, page, pages, rest_zero, 2)
-    GROUPS: tl.constexpr = (D + WIDE - 1) // WIDE
-    added = ()
+    added, shifted = (), ()
     for g in tl.static_range(GROUPS):
-        COUNT: tl.constexpr = WIDE if (g + 1) * WIDE <= D else D - g * WIDE
-        codes = _load_codes(codes_at, D, g * WIDE, COUNT, PADDED, BITS)
+        numbers = _numbers(source, levels, D, g * WIDE, WIDE, PADDED, SCHEME, BITS, MAGNITUDES, IN_WORDS, DOT)
+        offset = offsets[g]
         if SCHEME == CHANNEL:
-            column = tl.arange(0, PADDED)
-            unit = (bh * (tokens // GROUP) + (place % PAGE) // GROUP) * D + column
-            scale = tl.load(scale_at + unit, mask=column < D, other=0.0).to(tl.float32)
-            zero = tl.load(zero_at + unit, mask=column < D, other=0.0).to(tl.float32)
-            product = _dot(p.to(DOT), _centred(codes, BITS, DOT)) * scale[None, :]
-            product += tl.sum(p, 1)[:, None] * (zero + scale * MIDDLE)[None, :]
+            channel, inside = _column_channels(D, 0, D, PADDED, IN_WORDS)
+            unit = (bh * (tokens // GROUP) + (place % PAGE) // GROUP) * D + channel
+            scale = tl.load(scale_at + unit, mask=inside, other=0.0).to(tl.float32)
+            zero = tl.load(zero_at + unit, mask=inside, other=0.0).to(tl.float32) + scale * MIDDLE
+            product = _dot(p.to(DOT), numbers) * scale[None, :] + tl.sum(p, 1)[:, None] * zero[None, :]
         else:
             scale = tl.load(scale_at + row * GROUPS + g).to(tl.float32)
             largest = tl.max(scale, 0)
             weights = p * (scale / tl.where(largest == 0, 1.0, largest))[None, :]
-            if SCHEME == ROTATED:
-                numbers = _levels(codes, levels, BITS, MAGNITUDES, DOT)
-            else:
-                numbers = _centred(codes, BITS, DOT)
             product = _dot(weights.to(DOT), numbers) * largest
             if SCHEME == TOKEN:
-                zero = tl.load(zero_at + row * GROUPS + g).to(tl.float32)
-                product += tl.sum(p * (zero + scale * MIDDLE)[None, :], 1)[:, None]
+                zero = tl.load(zero_at + row * GROUPS + g).to(tl.float32) + scale * MIDDLE
+                offset += p * zero[None, :]
         added = added + (sums[g] + product,)
-    return added
+        shifted = shifted + (offset,)
+    return added, shifted
 
 
 @triton.jit
 def _with_flat(
-    sums, p, numbers, first, count, bh, token, D: tl.constexpr, WIDE: tl.constexpr, PADDED: tl.constexpr
+    sums,
+    p,
+    numbers,
+    first,
+    count,
+    bh,
+    token,
+    D: tl.constexpr,
+    WIDE: tl.constexpr,
+    PADDED: tl.constexpr,
+    IN_WORDS: tl.constexpr,
 ):
     """Add values in full precision to the sums of channels, as `_with_coded` does those in codes."""
     added = ()
     for g in tl.static_range((D + WIDE - 1) // WIDE):
-        COUNT: tl.constexpr = WIDE if (g + 1) * WIDE <= D else D - g * WIDE
-        values = _flat_numbers(numbers, first, count, bh, token, D, g * WIDE, COUNT, PADDED)
+        channel, inside = _column_channels(D, g * WIDE, WIDE, PADDED, IN_WORDS)
+        values = _flat_numbers(numbers, first, count, bh, token, channel, inside, D)
         added = added + (sums[g] + _two_part_dot(p, values, values.dtype),)
     return added
 
@@ -585,13 +723,11 @@ def _shrunk(sums, by):
 
 
 @triton.jit
-def _weights(scores, largest, total):
-    """Return the weights of a tile's scores, base 2, the shrinking of what was summed before, and both of its sums."""
+def _weights(scores, largest):
+    """Return the weights of a tile's scores, base 2, by how much earlier sums shrink, and the largest score now."""
     now = tl.maximum(largest, tl.max(scores, 1))
     finite = tl.where(now == float("-inf"), 0.0, now)
-    p = tl.exp2(scores - finite[:, None])
-    shrunk = tl.exp2(largest - finite)
-    return p, shrunk, now, total * shrunk + tl.sum(p, 1)
+    return tl.exp2(scores - finite[:, None]), tl.exp2(largest - finite), now
 
 
 @triton.jit
@@ -608,7 +744,7 @@ def _masked(scores, valid, mask, token, HAS_MASK: tl.constexpr):
 def _capped(scores, cap, SOFTCAP: tl.constexpr):
     """Return cap * tanh(scores), where the model has a cap."""
     if SOFTCAP:
-        return cap * (1 - 2 / (tl.exp(2 * scores) + 1))
+        scores = cap * (1 - 2 / (tl.exp(2 * scores) + 1))
     return scores
 
 
@@ -683,6 +819,8 @@ def attend_splits(
     K_PADDED: tl.constexpr,
     V_ALL: tl.constexpr,
     V_PADDED: tl.constexpr,
+    K_IN_WORDS: tl.constexpr,
+    V_IN_WORDS: tl.constexpr,
     OTHER_TILES: tl.constexpr,
     DOT: tl.constexpr,
 ):
@@ -710,19 +848,19 @@ def attend_splits(
     whole = tl.load(source + q_at + channel[None, :], mask=asks[:, None] & (channel[None, :] < K_D), other=0.0)
     size = tl.max(tl.abs(whole.to(tl.float32)), 1)
     size = tl.where(size == 0, 1.0, size)
-    part = tl.arange(0, K_PADDED)
     unit_q = ()
     for g in tl.static_range((K_D + K_WIDE - 1) // K_WIDE):
-        inside = asks[:, None] & ((part < K_WIDE) & (g * K_WIDE + part < K_D))[None, :]
-        piece = tl.load(source + q_at + g * K_WIDE + part[None, :], mask=inside, other=0.0)
+        column, inside = _column_channels(K_D, g * K_WIDE, K_WIDE, K_PADDED, K_IN_WORDS)
+        piece = tl.load(source + q_at + column[None, :], mask=asks[:, None] & inside[None, :], other=0.0)
         unit_q = unit_q + (piece.to(tl.float32) / size[:, None],)
     size *= factor
 
     largest = tl.full((M,), float("-inf"), tl.float32)
-    total = tl.zeros((M,), tl.float32)
-    sums = ()
+    total = tl.zeros((M, N), tl.float32)
+    sums, offsets = (), ()
     for _ in tl.static_range((V_D + V_WIDE - 1) // V_WIDE):
         sums = sums + (tl.zeros((M, V_PADDED), tl.float32),)
+        offsets = offsets + (tl.zeros((M, N if V_SCHEME == TOKEN else 1), tl.float32),)
 
     if split < main:
         for tile in range(split * main_tiles, tl.minimum((split + 1) * main_tiles, tl.cdiv(stop - start, N))):
@@ -734,18 +872,19 @@ def attend_splits(
             else:
                 scores = size[:, None] * _coded_scores(
                     unit_q, k, bh, first - k_first,
-                    K_SCHEME, K_BITS, K_GROUP, K_MAGNITUDES, K_PAGE, K_D, K_WIDE, K_PADDED, N, DOT,
+                    K_SCHEME, K_BITS, K_GROUP, K_MAGNITUDES, K_PAGE, K_D, K_WIDE, K_PADDED, K_IN_WORDS, N, DOT,
                 )  # fmt: skip
             scores = _masked(_capped(scores, cap, SOFTCAP), token < stop, mask, token, HAS_MASK)
-            p, shrunk, largest, total = _weights(scores, largest, total)
-            sums = _shrunk(sums, shrunk)
+            p, shrunk, largest = _weights(scores, largest)
+            sums, offsets = _shrunk(sums, shrunk), _shrunk(offsets, shrunk)
+            total = total * shrunk[:, None] + p
             if V_SCHEME == FULL:
                 values = _paged_numbers(v_table, v_pages, v_rest, v_rest_tokens, bh, token, V_D, V_ALL, V_PAGE)
                 sums = (sums[0] + _two_part_dot(p, values, values.dtype),)
             else:
-                sums = _with_coded(
-                    sums, p, v, bh, first - v_first,
-                    V_SCHEME, V_BITS, V_GROUP, V_MAGNITUDES, V_PAGE, V_D, V_WIDE, V_PADDED, N, DOT,
+                sums, offsets = _with_coded(
+                    sums, offsets, p, v, bh, first - v_first,
+                    V_SCHEME, V_BITS, V_GROUP, V_MAGNITUDES, V_PAGE, V_D, V_WIDE, V_PADDED, V_IN_WORDS, N, DOT,
                 )  # fmt: skip
     else:
         other = split - main
@@ -770,36 +909,37 @@ def attend_splits(
             elif k_in_codes:
                 scores = size[:, None] * _coded_scores(
                     unit_q, k, bh, first - k_first,
-                    K_SCHEME, K_BITS, K_GROUP, K_MAGNITUDES, K_PAGE, K_D, K_WIDE, K_PADDED, N, DOT,
+                    K_SCHEME, K_BITS, K_GROUP, K_MAGNITUDES, K_PAGE, K_D, K_WIDE, K_PADDED, K_IN_WORDS, N, DOT,
                 )  # fmt: skip
             else:
-                keys = _flat_numbers(k_flat, k_flat_first, k_flat_count, bh, token, K_D, 0, K_D, K_ALL)
+                keys = _flat_numbers(k_flat, k_flat_first, k_flat_count, bh, token, channel, channel < K_D, K_D)
                 scores = _dot(exact, tl.trans(keys)) * factor
             valid = (token >= low) & (token < high)
             scores = _masked(_capped(scores, cap, SOFTCAP), valid, mask, token, HAS_MASK)
-            p, shrunk, largest, total = _weights(scores, largest, total)
-            sums = _shrunk(sums, shrunk)
+            p, shrunk, largest = _weights(scores, largest)
+            sums, offsets = _shrunk(sums, shrunk), _shrunk(offsets, shrunk)
+            total = total * shrunk[:, None] + p
             if V_SCHEME == FULL:
                 values = _paged_numbers(v_table, v_pages, v_rest, v_rest_tokens, bh, token, V_D, V_ALL, V_PAGE)
                 sums = (sums[0] + _two_part_dot(p, values, values.dtype),)
             elif v_in_codes:
-                sums = _with_coded(
-                    sums, p, v, bh, first - v_first,
-                    V_SCHEME, V_BITS, V_GROUP, V_MAGNITUDES, V_PAGE, V_D, V_WIDE, V_PADDED, N, DOT,
+                sums, offsets = _with_coded(
+                    sums, offsets, p, v, bh, first - v_first,
+                    V_SCHEME, V_BITS, V_GROUP, V_MAGNITUDES, V_PAGE, V_D, V_WIDE, V_PADDED, V_IN_WORDS, N, DOT,
                 )  # fmt: skip
             else:
                 sums = _with_flat(
-                    sums, p, v_flat, v_flat_first, v_flat_count, bh, token, V_D, V_WIDE, V_PADDED
+                    sums, p, v_flat, v_flat_first, v_flat_count, bh, token, V_D, V_WIDE, V_PADDED, V_IN_WORDS
                 )
 
     splits = tl.num_programs(0)
     row = (bh * QUERIES + head) * splits + split
     tl.store(extent + row * 2, largest, mask=asks)
-    tl.store(extent + row * 2 + 1, total, mask=asks)
-    part = tl.arange(0, V_PADDED)
+    tl.store(extent + row * 2 + 1, tl.sum(total, 1), mask=asks)
     for g in tl.static_range((V_D + V_WIDE - 1) // V_WIDE):
-        inside = asks[:, None] & ((part < V_WIDE) & (g * V_WIDE + part < V_D))[None, :]
-        tl.store(partial + row[:, None] * V_D + g * V_WIDE + part[None, :], sums[g], mask=inside)
+        column, inside = _column_channels(V_D, g * V_WIDE, V_WIDE, V_PADDED, V_IN_WORDS)
+        values = sums[g] + tl.sum(offsets[g], 1)[:, None]
+        tl.store(partial + row[:, None] * V_D + column[None, :], values, mask=asks[:, None] & inside[None, :])
 
 
 @triton.jit(do_not_specialize=["splits", "main", "sinks", "mixed", "v_late"])
@@ -823,9 +963,9 @@ def merge_splits(
 ):
     """Add up the splits of one query head by their log-sum-exp; rotate back what was summed in the rotated basis."""
     row = tl.program_id(0).to(tl.int64)
-    split = tl.arange(0, SPLITS)
-    places = extent + (row * splits + split) * 2
-    largest = tl.max(tl.load(places, mask=split < splits, other=float("-inf")), 0)
+    every = tl.arange(0, SPLITS)
+    largest = tl.load(extent + (row * splits + every) * 2, mask=every < splits, other=float("-inf"))
+    largest = tl.max(largest, 0)
     largest = tl.where(largest == float("-inf"), 0.0, largest)
     column = tl.arange(0, PADDED)
     total = 0.0
