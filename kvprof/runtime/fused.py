@@ -25,8 +25,9 @@ LOG2_E = math.log2(math.e)
 OTHER_TILES = 4
 """Tiles of a split that is not of codes alone."""
 
+LEAST_TILES = 2
 MOST_SPLITS = 128
-"""Splits of codes at most, so that merging them stays a small part."""
+"""Tiles of a split of codes at least, and such splits at most, so that beginning and merging them stay small parts."""
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -217,8 +218,13 @@ def attend(
             **value.constants("V"),
             M=max(16, _power(queries // heads)),
             N=tile,
+            STRETCH=math.gcd(key.page_tokens, value.page_tokens) or PAGE_TOKENS,
+            V_PADDED_PAGE=_power(value.page_tokens or 1),
             OTHER_TILES=OTHER_TILES,
             DOT=triton_kernels.tl.float32 if exact else triton_kernels.tl.float16,
+            num_stages=2,
+            # Three programs of 128 threads a multiprocessor, of 65,536 registers, hide each other's waits.
+            maxnreg=168 if max(D, value_D) <= 128 else None,
             enable_fp_fusion=True,
         )
         turns = value.form.scheme == "rotated"
@@ -252,6 +258,7 @@ class _Tensor:
         self.form, self.quantizer, self.head_dim = form, stored.quantizer, head_dim
         self.first = 0 if form.is_full else stored.sink_tokens
         self.coded_end = tokens if form.is_full else self.first + stored.coded_tokens
+        self.page_tokens = 0 if form.is_full else _page_tokens(form)
         pages = _Pages(stored, device)
         sinks, recent = (_joined(blocks) for blocks in (stored.sinks, () if form.is_full else stored.recent))
         nothing = stored.like
@@ -297,7 +304,7 @@ class _Cut:
         self.values_late = stop < late == value.coded_end and not value.form.is_full
         tiles = _ceil(stop - start, tile)
         wanted = min(MOST_SPLITS, _ceil(_programs(device), rows))
-        self.main_tiles = max(1, _ceil(tiles, wanted))
+        self.main_tiles = max(LEAST_TILES, _ceil(tiles, wanted))
         self.main = _ceil(tiles, self.main_tiles)
         self.sinks = _ceil(_ceil(start, tile), OTHER_TILES)
         self.mixed = _splits(stop - start, late - start, tile)
@@ -331,10 +338,13 @@ def _tile_tokens(key: _Tensor, value: _Tensor, dtype: torch.dtype) -> int:
 
 
 def _programs(device: torch.device) -> int:
-    """Return how many programs keep a device busy."""
+    """Return how many programs keep a device busy: three a multiprocessor at once, and some five times over.
+
+    So the last ones to end leave little of it idle.
+    """
     if device.type != "cuda":
         return 4
-    return 4 * torch.cuda.get_device_properties(device).multi_processor_count
+    return 16 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _joined(blocks: tuple[Tensor, ...]) -> Tensor | None:

@@ -442,8 +442,8 @@ def pack_rotated(
     y = y / tl.where(step == 0, 1.0, step)
     found = tl.zeros(y.shape, tl.int32)  # how many edges lie below, by halving
     for i in tl.static_range(BITS):
-        STRIDE: tl.constexpr = 2 ** (BITS - 1 - i)
-        found = tl.where(y > tl.load(edges + found + (STRIDE - 1)), found + STRIDE, found)
+        half = 2 ** (BITS - 1 - i)
+        found = tl.where(y > tl.load(edges + found + (half - 1)), found + half, found)
     tl.store(scale + bh * tokens + token[:, None], stored, mask=valid[:, None])
     rows = codes + (bh * tokens + token) * (D * BITS // 8)
     if BITS == 3:
@@ -585,16 +585,51 @@ def _dot(x, y):
 
 
 @triton.jit
+def _open_page(
+    x, page, bh, SCHEME: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr
+):
+    """Return where the codes, scales and zeros of one head begin in a page, and how many tokens it has."""
+    table, pages, rest, rest_scale, rest_zero, rest_tokens, levels = x
+    tokens = tl.where(page < pages, PAGE, rest_tokens)
+    if SCHEME == CHANNEL:
+        scales = tokens // GROUP * D
+    elif SCHEME == TOKEN:
+        scales = tokens * ((D + GROUP - 1) // GROUP)
+    else:
+        scales = tokens
+    codes_at = _address(table, page, pages, rest, 0) + bh * tokens * (D * BITS // 8)
+    scale_at = _address(table, page, pages, rest_scale, 1) + bh * scales
+    return codes_at, scale_at, _address(table, page, pages, rest_zero, 2) + bh * scales, tokens, levels
+
+
+@triton.jit
+def _largest_scales(
+    opened, SCHEME: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr, PADDED_PAGE: tl.constexpr
+):
+    """Return the largest scale of each group of channels in a page; 1 where the scales are by channel, or all 0."""
+    codes_at, scale_at, zero_at, tokens, levels = opened
+    GROUPS: tl.constexpr = (D + WIDE - 1) // WIDE
+    token = tl.arange(0, PADDED_PAGE)
+    largest = ()
+    for g in tl.static_range(GROUPS):
+        if SCHEME == CHANNEL:
+            found = 1.0
+        else:
+            found = tl.max(tl.load(scale_at + token * GROUPS + g, mask=token < tokens, other=0.0).to(tl.float32), 0)
+            found = tl.where(found == 0, 1.0, found)
+        largest = largest + (found,)
+    return largest
+
+
+@triton.jit
 def _coded_scores(
     q,
-    k,
-    bh,
+    opened,
     place,
     SCHEME: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     MAGNITUDES: tl.constexpr,
-    PAGE: tl.constexpr,
     D: tl.constexpr,
     WIDE: tl.constexpr,
     PADDED: tl.constexpr,
@@ -602,25 +637,21 @@ def _coded_scores(
     N: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Return the scores (M, N) of N keys in codes, from the one at `place` on, for queries q of size 1 at most.
+    """Return the scores (M, N) of N keys in codes, from one at a place in a page on, for queries q of size 1 at most.
 
     By channel, s * c + z is never made: (q * s) . c + q . z has the same value, and the scale once a group.
     """
-    table, pages, rest, rest_scale, rest_zero, rest_tokens, levels = k
+    codes_at, scale_at, zero_at, tokens, levels = opened
     MIDDLE: tl.constexpr = 2 ** (BITS - 1)
     GROUPS: tl.constexpr = (D + WIDE - 1) // WIDE
-    page = place // PAGE
-    tokens = tl.where(page < pages, PAGE, rest_tokens)
-    row = bh * tokens + tl.minimum(place % PAGE + tl.arange(0, N), tokens - 1)
-    source = _code_source(_address(table, page, pages, rest, 0) + row * (D * BITS // 8), D, BITS, IN_WORDS)
-    scale_at = _address(table, page, pages, rest_scale, 1)
-    zero_at = _address(table, page, pages, rest_zero, 2)
+    row = tl.minimum(place + tl.arange(0, N), tokens - 1)
+    source = _code_source(codes_at + row * (D * BITS // 8), D, BITS, IN_WORDS)
     scores = tl.zeros((q[0].shape[0], N), tl.float32)
     for g in tl.static_range(GROUPS):
         numbers = _numbers(source, levels, D, g * WIDE, WIDE, PADDED, SCHEME, BITS, MAGNITUDES, IN_WORDS, DOT)
         if SCHEME == CHANNEL:
             channel, inside = _column_channels(D, 0, D, PADDED, IN_WORDS)
-            unit = (bh * (tokens // GROUP) + (place % PAGE) // GROUP) * D + channel
+            unit = place // GROUP * D + channel
             scale = tl.load(scale_at + unit, mask=inside, other=0.0).to(tl.float32)
             zero = tl.load(zero_at + unit, mask=inside, other=0.0).to(tl.float32) + scale * MIDDLE
             scores += _two_part_dot(q[0] * scale[None, :], tl.trans(numbers), DOT)
@@ -639,14 +670,13 @@ def _with_coded(
     sums,
     offsets,
     p,
-    v,
-    bh,
+    opened,
+    largest,
     place,
     SCHEME: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     MAGNITUDES: tl.constexpr,
-    PAGE: tl.constexpr,
     D: tl.constexpr,
     WIDE: tl.constexpr,
     PADDED: tl.constexpr,
@@ -654,39 +684,35 @@ def _with_coded(
     N: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Add N values in codes, from the one at `place` on, weighted with p (M, N), to the sums (M, PADDED) of channels.
+    """Add N values in codes, from one at a place in a page on, weighted with p (M, N), to sums (M, PADDED) of channels.
 
-    A scale a token goes into the weights; these are kept near 1, where half precision is densest. A zero a token is
-    the same for all channels of its group, whose `offsets` (M, N) it goes to.
+    A scale a token goes into the weights, as a share of the page's largest scale: half precision is densest below 1.
+    What is added counts such largest scales. A zero a token is the same for all channels of its group, whose offsets
+    (M, N) it goes to.
     """
-    table, pages, rest, rest_scale, rest_zero, rest_tokens, levels = v
+    codes_at, scale_at, zero_at, tokens, levels = opened
     MIDDLE: tl.constexpr = 2 ** (BITS - 1)
     GROUPS: tl.constexpr = (D + WIDE - 1) // WIDE
-    page = place // PAGE
-    tokens = tl.where(page < pages, PAGE, rest_tokens)
-    row = bh * tokens + tl.minimum(place % PAGE + tl.arange(0, N), tokens - 1)
-    source = _code_source(_address(table, page, pages, rest, 0) + row * (D * BITS // 8), D, BITS, IN_WORDS)
-    scale_at = _address(table, page, pages, rest_scale, 1)
-    zero_at = _address(table, page, pages, rest_zero, 2)
+    row = tl.minimum(place + tl.arange(0, N), tokens - 1)
+    source = _code_source(codes_at + row * (D * BITS // 8), D, BITS, IN_WORDS)
     added, shifted = (), ()
     for g in tl.static_range(GROUPS):
         numbers = _numbers(source, levels, D, g * WIDE, WIDE, PADDED, SCHEME, BITS, MAGNITUDES, IN_WORDS, DOT)
         offset = offsets[g]
         if SCHEME == CHANNEL:
             channel, inside = _column_channels(D, 0, D, PADDED, IN_WORDS)
-            unit = (bh * (tokens // GROUP) + (place % PAGE) // GROUP) * D + channel
+            unit = place // GROUP * D + channel
             scale = tl.load(scale_at + unit, mask=inside, other=0.0).to(tl.float32)
             zero = tl.load(zero_at + unit, mask=inside, other=0.0).to(tl.float32) + scale * MIDDLE
-            product = _dot(p.to(DOT), numbers) * scale[None, :] + tl.sum(p, 1)[:, None] * zero[None, :]
+            total = sums[g] + _dot(p.to(DOT), numbers) * scale[None, :] + tl.sum(p, 1)[:, None] * zero[None, :]
         else:
             scale = tl.load(scale_at + row * GROUPS + g).to(tl.float32)
-            largest = tl.max(scale, 0)
-            weights = p * (scale / tl.where(largest == 0, 1.0, largest))[None, :]
-            product = _dot(weights.to(DOT), numbers) * largest
+            weights = p * (scale * (1.0 / largest[g]))[None, :]
+            total = sums[g] + _dot(weights.to(DOT), numbers)
             if SCHEME == TOKEN:
                 zero = tl.load(zero_at + row * GROUPS + g).to(tl.float32) + scale * MIDDLE
                 offset += p * zero[None, :]
-        added = added + (sums[g] + product,)
+        added = added + (total,)
         shifted = shifted + (offset,)
     return added, shifted
 
@@ -720,6 +746,15 @@ def _shrunk(sums, by):
     for g in tl.static_range(len(sums)):
         less = less + (sums[g] * by[:, None],)
     return less
+
+
+@triton.jit
+def _counted_in(sums, units, new):
+    """Return sums that count some units, group by group, in new ones."""
+    counted = ()
+    for g in tl.static_range(len(sums)):
+        counted = counted + (sums[g] * (units[g] / new[g]),)
+    return counted
 
 
 @triton.jit
@@ -821,6 +856,8 @@ def attend_splits(
     V_PADDED: tl.constexpr,
     K_IN_WORDS: tl.constexpr,
     V_IN_WORDS: tl.constexpr,
+    STRETCH: tl.constexpr,
+    V_PADDED_PAGE: tl.constexpr,
     OTHER_TILES: tl.constexpr,
     DOT: tl.constexpr,
 ):
@@ -862,30 +899,47 @@ def attend_splits(
         sums = sums + (tl.zeros((M, V_PADDED), tl.float32),)
         offsets = offsets + (tl.zeros((M, N if V_SCHEME == TOKEN else 1), tl.float32),)
 
+    one = ()
+    for _ in tl.static_range((V_D + V_WIDE - 1) // V_WIDE):
+        one = one + (1.0,)
+
     if split < main:
-        for tile in range(split * main_tiles, tl.minimum((split + 1) * main_tiles, tl.cdiv(stop - start, N))):
-            first = start + tile * N
-            token = first + tl.arange(0, N)
-            if K_SCHEME == FULL:
-                keys = _paged_numbers(k_table, k_pages, k_rest, k_rest_tokens, bh, token, K_D, K_ALL, K_PAGE)
-                scores = _dot(exact, tl.trans(keys)) * factor
-            else:
-                scores = size[:, None] * _coded_scores(
-                    unit_q, k, bh, first - k_first,
-                    K_SCHEME, K_BITS, K_GROUP, K_MAGNITUDES, K_PAGE, K_D, K_WIDE, K_PADDED, K_IN_WORDS, N, DOT,
-                )  # fmt: skip
-            scores = _masked(_capped(scores, cap, SOFTCAP), token < stop, mask, token, HAS_MASK)
-            p, shrunk, largest = _weights(scores, largest)
-            sums, offsets = _shrunk(sums, shrunk), _shrunk(offsets, shrunk)
-            total = total * shrunk[:, None] + p
-            if V_SCHEME == FULL:
-                values = _paged_numbers(v_table, v_pages, v_rest, v_rest_tokens, bh, token, V_D, V_ALL, V_PAGE)
-                sums = (sums[0] + _two_part_dot(p, values, values.dtype),)
-            else:
-                sums, offsets = _with_coded(
-                    sums, offsets, p, v, bh, first - v_first,
-                    V_SCHEME, V_BITS, V_GROUP, V_MAGNITUDES, V_PAGE, V_D, V_WIDE, V_PADDED, V_IN_WORDS, N, DOT,
-                )  # fmt: skip
+        units = one
+        low = start + split * main_tiles * N
+        high = tl.minimum(low + main_tiles * N, stop)
+        for stretch in range((low - start) // STRETCH, tl.cdiv(high - start, STRETCH)):
+            begin = tl.maximum(low, start + stretch * STRETCH)
+            end = tl.minimum(high, start + (stretch + 1) * STRETCH)
+            if K_SCHEME != FULL:
+                k_opened = _open_page(k, (begin - k_first) // K_PAGE, bh, K_SCHEME, K_BITS, K_GROUP, K_D, K_PAGE)
+            if V_SCHEME != FULL:
+                v_opened = _open_page(v, (begin - v_first) // V_PAGE, bh, V_SCHEME, V_BITS, V_GROUP, V_D, V_PAGE)
+                new = _largest_scales(v_opened, V_SCHEME, V_D, V_WIDE, V_PAGE, V_PADDED_PAGE)
+                sums, units = _counted_in(sums, units, new), new
+            for tile in range(0, tl.cdiv(end - begin, N)):
+                first = begin + tile * N
+                token = first + tl.arange(0, N)
+                if K_SCHEME == FULL:
+                    keys = _paged_numbers(k_table, k_pages, k_rest, k_rest_tokens, bh, token, K_D, K_ALL, K_PAGE)
+                    scores = _dot(exact, tl.trans(keys)) * factor
+                else:
+                    scores = size[:, None] * _coded_scores(
+                        unit_q, k_opened, (begin - k_first) % K_PAGE + tile * N,
+                        K_SCHEME, K_BITS, K_GROUP, K_MAGNITUDES, K_D, K_WIDE, K_PADDED, K_IN_WORDS, N, DOT,
+                    )  # fmt: skip
+                scores = _masked(_capped(scores, cap, SOFTCAP), token < stop, mask, token, HAS_MASK)
+                p, shrunk, largest = _weights(scores, largest)
+                sums, offsets = _shrunk(sums, shrunk), _shrunk(offsets, shrunk)
+                total = total * shrunk[:, None] + p
+                if V_SCHEME == FULL:
+                    values = _paged_numbers(v_table, v_pages, v_rest, v_rest_tokens, bh, token, V_D, V_ALL, V_PAGE)
+                    sums = (sums[0] + _two_part_dot(p, values, values.dtype),)
+                else:
+                    sums, offsets = _with_coded(
+                        sums, offsets, p, v_opened, units, (begin - v_first) % V_PAGE + tile * N,
+                        V_SCHEME, V_BITS, V_GROUP, V_MAGNITUDES, V_D, V_WIDE, V_PADDED, V_IN_WORDS, N, DOT,
+                    )  # fmt: skip
+        sums = _counted_in(sums, units, one)
     else:
         other = split - main
         low, high, origin, number = 0, start, 0, other
@@ -907,9 +961,10 @@ def attend_splits(
                 keys = _paged_numbers(k_table, k_pages, k_rest, k_rest_tokens, bh, token, K_D, K_ALL, K_PAGE)
                 scores = _dot(exact, tl.trans(keys)) * factor
             elif k_in_codes:
+                opened = _open_page(k, (first - k_first) // K_PAGE, bh, K_SCHEME, K_BITS, K_GROUP, K_D, K_PAGE)
                 scores = size[:, None] * _coded_scores(
-                    unit_q, k, bh, first - k_first,
-                    K_SCHEME, K_BITS, K_GROUP, K_MAGNITUDES, K_PAGE, K_D, K_WIDE, K_PADDED, K_IN_WORDS, N, DOT,
+                    unit_q, opened, (first - k_first) % K_PAGE,
+                    K_SCHEME, K_BITS, K_GROUP, K_MAGNITUDES, K_D, K_WIDE, K_PADDED, K_IN_WORDS, N, DOT,
                 )  # fmt: skip
             else:
                 keys = _flat_numbers(k_flat, k_flat_first, k_flat_count, bh, token, channel, channel < K_D, K_D)
@@ -923,10 +978,13 @@ def attend_splits(
                 values = _paged_numbers(v_table, v_pages, v_rest, v_rest_tokens, bh, token, V_D, V_ALL, V_PAGE)
                 sums = (sums[0] + _two_part_dot(p, values, values.dtype),)
             elif v_in_codes:
+                opened = _open_page(v, (first - v_first) // V_PAGE, bh, V_SCHEME, V_BITS, V_GROUP, V_D, V_PAGE)
+                units = _largest_scales(opened, V_SCHEME, V_D, V_WIDE, V_PAGE, V_PADDED_PAGE)
                 sums, offsets = _with_coded(
-                    sums, offsets, p, v, bh, first - v_first,
-                    V_SCHEME, V_BITS, V_GROUP, V_MAGNITUDES, V_PAGE, V_D, V_WIDE, V_PADDED, V_IN_WORDS, N, DOT,
+                    _counted_in(sums, one, units), offsets, p, opened, units, (first - v_first) % V_PAGE,
+                    V_SCHEME, V_BITS, V_GROUP, V_MAGNITUDES, V_D, V_WIDE, V_PADDED, V_IN_WORDS, N, DOT,
                 )  # fmt: skip
+                sums = _counted_in(sums, units, one)
             else:
                 sums = _with_flat(
                     sums, p, v_flat, v_flat_first, v_flat_count, bh, token, V_D, V_WIDE, V_PADDED, V_IN_WORDS
