@@ -23,6 +23,8 @@ from kvprof.models.identity import live_fingerprint
 from kvprof.models.inventory import take_inventory
 from kvprof.records.geometry import ELEMENT_BYTES
 from kvprof.records.plan import BitPlan
+from kvprof.runtime.hook import hook
+from kvprof.runtime.kernels import TORCH, kernels_named
 from kvprof.runtime.layers import PlannedHybridLayer, PlannedLayer, planned_layer, tokens_left
 
 
@@ -46,8 +48,13 @@ class PlanCache(Cache):  # type: ignore[misc]
         """The plan, its geometry that of the model in the dtype that it is loaded in: so its bytes are the cache's."""
 
     @classmethod
-    def from_plan(cls, plan: BitPlan, model: PreTrainedModel) -> PlanCache:
+    def from_plan(cls, plan: BitPlan, model: PreTrainedModel, kernels: str = "auto") -> PlanCache:
         """Return an empty cache for this model; raises Mismatch for a plan of another.
+
+        kernels: `triton` packs with Triton's kernels and attends a lone query straight to the codes; `torch` unpacks
+        the history at every step; `auto` is the first on a GPU that has Triton, else the second. With Triton's the
+        model attends through kvprof from now on (`model.set_attn_implementation` takes that back), which any other
+        cache bears. Raises CacheError where they cannot run.
 
         Reads W_k and W_v where the plan has a fingerprint to compare. For many caches of one model, `copy.deepcopy` an
         empty one. Keys and values beyond 65,504, which float16 ends at, need bfloat16 scales and zeros in the plan.
@@ -62,10 +69,15 @@ class PlanCache(Cache):  # type: ignore[misc]
         if dtype in ELEMENT_BYTES:
             geometry = geometry.model_copy(update={"dtype": dtype})
         plan = plan.model_copy(update={"geometry": geometry})
+        chosen = kernels_named(kernels, model.device)
+        make_hooked = None
+        if chosen is not TORCH:
+            make_hooked = hook(model, chosen, any(layer.kind == "shared" for layer in geometry.layers))
         layers = list(DynamicCache(config=model.config).layers)
         layers += [DynamicLayer() for _ in range(geometry.num_layers - len(layers))]
         for entry in plan.layers:
-            planned = PlannedLayer(plan, entry, geometry.layers[entry.layer])
+            hooked = None if make_hooked is None else make_hooked()
+            planned = PlannedLayer(plan, entry, geometry.layers[entry.layer], chosen, hooked)
             own = layers[entry.layer]
             if isinstance(own, LinearAttentionCacheLayerMixin):
                 layers[entry.layer] = PlannedHybridLayer(planned, own.number_of_states)
@@ -88,14 +100,14 @@ class PlanCache(Cache):  # type: ignore[misc]
         return save_cache(self, Path(path))
 
     @classmethod
-    def load(cls, path: str | Path, model: PreTrainedModel) -> PlanCache:
-        """Read a cache that `save` wrote, to go on where it was.
+    def load(cls, path: str | Path, model: PreTrainedModel, kernels: str = "auto") -> PlanCache:
+        """Read a cache that `save` wrote, to go on where it was; kernels: as `from_plan` takes them.
 
         Raises InvalidFile for a file that is none or is damaged, Mismatch for one of another model or dtype.
         """
         from kvprof.runtime.snapshot import load_cache
 
-        return load_cache(Path(path), model)
+        return load_cache(Path(path), model, kernels)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens, by a negative number, of every layer; a positive one is the length to keep.

@@ -29,6 +29,9 @@ LEAST_TILES = 2
 MOST_SPLITS = 128
 """Tiles of a split of codes at least, and such splits at most, so that beginning and merging them stay small parts."""
 
+INTERPRETED = bool(triton_kernels.INTERPRETED.value)
+"""Whether the kernels run under Triton's interpreter, on the CPU too."""
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -46,7 +49,9 @@ def refusal(form: Format, head_dim: int, dtype: torch.dtype) -> str | None:
 def _in_words(form: Format, head_dim: int) -> bool:
     """Whether codes are read in words of 32 bits: rows and groups must be of powers of two that are large enough."""
     group = min(form.group_size, head_dim) if form.axis == "token" else head_dim
-    return not form.is_full and head_dim >= 32 and _power(head_dim) == head_dim and _power(group) == group >= head_dim // 8
+    return (
+        not form.is_full and head_dim >= 32 and _power(head_dim) == head_dim and _power(group) == group >= head_dim // 8
+    )
 
 
 def pack_tokens(x_BHTD: Tensor, form: Format, quantizer: Quantizer) -> CodeBlock:
@@ -221,7 +226,7 @@ def attend(
             STRETCH=math.gcd(key.page_tokens, value.page_tokens) or PAGE_TOKENS,
             V_PADDED_PAGE=_power(value.page_tokens or 1),
             OTHER_TILES=OTHER_TILES,
-            DOT=triton_kernels.tl.float32 if exact else triton_kernels.tl.float16,
+            DOT=triton_kernels.SINGLE if exact else triton_kernels.HALF,
             num_stages=2,
             # Three programs of 128 threads a multiprocessor, of 65,536 registers, hide each other's waits.
             maxnreg=168 if max(D, value_D) <= 128 else None,
@@ -358,7 +363,8 @@ class _Pages:
 
     def __init__(self, stored: StoredTensor, device: torch.device) -> None:
         if stored.form.is_full:
-            blocks, page = [(block,) for block in stored.recent], PAGE_TOKENS
+            blocks: list[tuple[Tensor, ...]] = [(block,) for block in stored.recent]
+            page = PAGE_TOKENS
             held = [block.shape[2] for block in stored.recent]
         else:
             blocks, page = [block.tensors for block in stored.coded], _page_tokens(stored.form)
@@ -417,7 +423,7 @@ def _rotated_tables(
 
 def _device(tensor: Tensor) -> Any:
     """Return a context in which kernels are launched on a tensor's device."""
-    return torch.cuda.device_of(tensor)
+    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)  # -1: where there is none, nothing changes
 
 
 def _power(count: int) -> int:

@@ -82,7 +82,7 @@ def attention_through(
     Raises UnsupportedAttention for a model whose attention cannot be replaced, at once or at the end of the first
     forward.
     """
-    decoders = _decoders(model)
+    decoders = text_decoders(model)
     configs = {id(decoder.config): decoder.config for decoder in decoders}
     before = [(config, config._attn_implementation, _active.get(key)) for key, config in configs.items()]
     _, name, outer = before[0]
@@ -156,7 +156,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Attend as the module would by itself, or as the caller says. Returns weights only where a layer is left alone."""
     here = _active[id(module.config)]
-    own = _own_attention(module, here)
+    own = own_attention(module, here.own)
     layer = here.layer_of(module, key)
     if layer is None:
         return own(module, query, key, value, attention_mask, **kwargs)
@@ -171,7 +171,7 @@ AttentionInterface.register(NAME, _attend)
 AttentionMaskInterface.register(NAME, eager_mask)
 
 
-def _decoders(model: PreTrainedModel) -> list[PreTrainedModel]:
+def text_decoders(model: PreTrainedModel) -> list[PreTrainedModel]:
     """Return the modules that are a text decoder, with or without its head; raise UnsupportedAttention."""
     # Told by its config's class: the text config may have been copied on its way into the decoder.
     kind = type(model.config.get_text_config(decoder=True))
@@ -184,13 +184,11 @@ def _decoders(model: PreTrainedModel) -> list[PreTrainedModel]:
     return decoders
 
 
-def _own_attention(module: nn.Module, here: _Interception) -> Attention:
-    """Return the function that the module would call, taken from the file that defines it, as the module does."""
+def own_attention(module: nn.Module, name: str) -> Attention:
+    """Return the function of a name (`eager`, `sdpa`) that a module would call, as the file that defines it has it."""
     for kind in type(module).__mro__:
         names = vars(sys.modules[kind.__module__])
-        if "ALL_ATTENTION_FUNCTIONS" in names and (here.own != "eager" or "eager_attention_forward" in names):
-            own: Attention = names["ALL_ATTENTION_FUNCTIONS"].get_interface(
-                here.own, names.get("eager_attention_forward")
-            )
+        if "ALL_ATTENTION_FUNCTIONS" in names and (name != "eager" or "eager_attention_forward" in names):
+            own: Attention = names["ALL_ATTENTION_FUNCTIONS"].get_interface(name, names.get("eager_attention_forward"))
             return own
-    raise UnsupportedAttention(f"{here.model_name}: {type(module).__name__} names no attention function of its own.")
+    raise UnsupportedAttention(f"{type(module).__name__} names no attention function of its own.")

@@ -17,8 +17,10 @@ from kvprof.errors import CacheError, Mismatch
 from kvprof.records.geometry import KVLayer
 from kvprof.records.plan import BitPlan, LayerPlan
 from kvprof.runtime.history import History
+from kvprof.runtime.hook import Handed, HookedLayer, Packed
 from kvprof.runtime.kernels import TORCH, Kernels
 from kvprof.runtime.storage import TensorStore
+from kvprof.runtime.torch_kernels import restored
 
 RECORDED_TOKENS = 128
 """After `activate_past_recording`, how many tokens since the last `crop` wait for the next in full precision."""
@@ -34,10 +36,17 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, plan: BitPlan, entry: LayerPlan, shape: KVLayer, kernels: Kernels = TORCH) -> None:
+    def __init__(
+        self,
+        plan: BitPlan,
+        entry: LayerPlan,
+        shape: KVLayer,
+        kernels: Kernels = TORCH,
+        hooked: HookedLayer | None = None,
+    ) -> None:
         super().__init__()
         self.shape = shape
-        self.kernels = kernels
+        self.hooked = hooked
         self.record_past = False
         heads, (window, quantizer) = shape.kv_heads, (plan.window, plan.quantizer)
         self.key = TensorStore(entry.key, window, quantizer, heads, shape.key_head_dim, kernels)
@@ -70,14 +79,41 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
         if key_states.device != self.device:  # loaded from a file, which knows no device
             self.device = key_states.device
             self.change_batch(lambda x: x.to(self.device))
+        if self.hooked is not None and key_states.shape[2] == 1 and self.hooked.takes_history():
+            return self._hand_over(self.hooked, key_states, value_states)
         read = []
         for store, states in zip(self.stores, (key_states, value_states), strict=True):
             new = self._distinct(states)
             # Contiguous, as DynamicCache's are: some attention sums in an order that the layout of its keys decides.
             read.append(self._repeated(store.read(new)).contiguous())
             store.append(new.detach())
+        self._settle()
+        keys, values = read if self.hooked is None else Handed(self.hooked).mark(*read)
+        return keys, values
+
+    def _hand_over(self, hooked: HookedLayer, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Add a token; return it alone, with the history that its query reads: nothing is unpacked."""
+        history = History(
+            *(
+                store.append_and_store(self._distinct(states).detach())
+                for store, states in zip(self.stores, (key_states, value_states), strict=True)
+            )
+        )
+        self._settle()
+
+        def unpack() -> tuple[Tensor, Tensor]:
+            keys, values = (
+                self._repeated(restored(stored, store.kernels.unpack_tokens))
+                for stored, store in zip((history.key, history.value), self.stores, strict=True)
+            )
+            return keys, values
+
+        keys, values = Handed(hooked, Packed(history, unpack)).mark(key_states, value_states)
+        return keys, values
+
+    def _settle(self) -> None:
+        for store in self.stores:
             store.settle(store.tokens - RECORDED_TOKENS if self.record_past else None)
-        return read[0], read[1]
 
     def history(self, key_states: Tensor, value_states: Tensor) -> History:
         """Return what the query of a token, (B, H, 1, D) each, reads; adds nothing."""

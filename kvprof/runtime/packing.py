@@ -34,7 +34,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     packed = torch.empty(*codes.shape[:-1], packed_bytes(count, bits), dtype=torch.uint8, device=codes.device)
     first = 0
     for width, place in PLANES[bits] if whole else ():
-        slots = codes[..., :whole].unflatten(-1, (8 // width, -1))
+        slots = torch.unflatten(codes[..., :whole], -1, (8 // width, -1))
         last = first + slots.shape[-1]
         if width < bits:
             slots = (slots >> place).bitwise_and_(2**width - 1)
@@ -55,7 +55,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     first = 0
     for width, place in PLANES[bits] if whole else ():
         last = first + whole * width // 8
-        slots, plane = _wide(codes[..., :whole].unflatten(-1, (8 // width, -1)), packed[..., first:last])
+        slots, plane = _wide(torch.unflatten(codes[..., :whole], -1, (8 // width, -1)), packed[..., first:last])
         mask = (2**width - 1) * (0x0101010101010101 if slots.dtype == torch.int64 else 1)
         for slot in range(8 // width):
             part = plane if width == 8 else (plane >> slot * width).bitwise_and_(mask)

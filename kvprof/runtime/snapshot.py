@@ -88,7 +88,7 @@ def save_cache(cache: PlanCache, path: Path) -> Path:
     return path
 
 
-def load_cache(path: Path, model: PreTrainedModel) -> PlanCache:
+def load_cache(path: Path, model: PreTrainedModel, kernels: str) -> PlanCache:
     """Read a cache for the model that wrote it; raises InvalidFile, Mismatch."""
     header, tensors = _read(path)
     try:
@@ -96,7 +96,7 @@ def load_cache(path: Path, model: PreTrainedModel) -> PlanCache:
         facts = [LayerFacts.model_validate(fact) for fact in json.loads(header["layers"])]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InvalidFile(f"{path}: truncated or corrupt: its header is damaged: {first_line(error)}.") from None
-    cache = PlanCache.from_plan(plan, model)
+    cache = PlanCache.from_plan(plan, model, kernels)
     saved, own = plan.geometry, _geometry(cache)
     if saved is None or saved.dtype != own.dtype:
         raise Mismatch(

@@ -81,6 +81,10 @@ def attend(
     return scores.softmax(-1).to(values.dtype) @ values
 
 
+def why_not(query_BHqD: Tensor, history: History, mask: Tensor | None) -> None:
+    """Return None: it takes every query."""
+
+
 def restored(stored: StoredTensor, unpack_into: Unpack) -> Tensor:
     """Return the tokens held, (B, H, T, D), those in codes as these stand for them."""
     if not stored.coded:

@@ -18,6 +18,9 @@ TOKEN = tl.constexpr(2)
 ROTATED = tl.constexpr(3)
 """How a tensor is held: in the model's dtype; in codes with a scale a channel, or a scale a token; rotated."""
 
+HALF, SINGLE = tl.float16, tl.float32
+"""What attention multiplies codes in: half precision, or single where scales or queries need it."""
+
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether kernels run under the interpreter, which cuts bfloat16 off and multiplies its bits: helped around here."""
 
@@ -146,7 +149,7 @@ def _limited(x, low, high):
 @triton.jit
 def _rounded(x, DTYPE: tl.constexpr):
     """Return float32 in a dtype, rounded to the nearest, halves to the even one."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
+    if INTERPRETED and tl.bfloat16 == DTYPE:
         bits = x.to(tl.uint32, bitcast=True)
         bits = tl.where(x != x, 0x7FC00000, bits + 0x7FFF + ((bits >> 16) & 1))
         rounded = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -251,14 +254,14 @@ def _numbers(
         pairs = ()
         for i in tl.static_range(SLOTS * 2):
             pair = _code_pairs(source, FIRST * 8 // D + i // 2, i % 2, BITS)
-            if DOT == tl.float16 and SCHEME != ROTATED:
+            if tl.float16 == DOT and SCHEME != ROTATED:
                 pair = pair | 0x64006400
-            elif DOT == tl.float16 and BITS <= 4:
+            elif tl.float16 == DOT and BITS <= 4:
                 pair = _level_bits(pair, BITS, MAGNITUDES)
             pairs = pairs + (pair,)
-        if DOT == tl.float16 and SCHEME != ROTATED:
+        if tl.float16 == DOT and SCHEME != ROTATED:
             numbers = _halves(pairs, tl.float16) - (1024.0 + MIDDLE)
-        elif DOT == tl.float16 and BITS <= 4:
+        elif tl.float16 == DOT and BITS <= 4:
             numbers = _halves(pairs, tl.float16)
         elif SCHEME == ROTATED:
             numbers = tl.load(levels + _halves(pairs, tl.uint16).to(tl.int32)).to(DOT)
@@ -335,9 +338,7 @@ def pack_groups(
             least = _squared_error(numbers, inside, best_scale, best_zero, TOP, ALONG)
             for i in tl.static_range(len(FRACTIONS)):
                 away = reach * FRACTIONS[i]
-                new_scale, new_zero = _of_range(
-                    middle - away, middle + away, TOP, SCALE, SCALE_MAX, ZERO, ZERO_MAX
-                )
+                new_scale, new_zero = _of_range(middle - away, middle + away, TOP, SCALE, SCALE_MAX, ZERO, ZERO_MAX)
                 error = _squared_error(numbers, inside, new_scale, new_zero, TOP, ALONG)
                 better = error < least
                 best_scale = tl.where(better, new_scale, best_scale)
@@ -545,7 +546,9 @@ def unpack_rows(
 
 
 @triton.jit
-def _paged_numbers(table, pages, rest, rest_tokens, bh, token, D: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr):
+def _paged_numbers(
+    table, pages, rest, rest_tokens, bh, token, D: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr
+):
     """Return tokens of a tensor in full precision, (N, PADDED), from whatever pages they are in."""
     page = token // PAGE
     listed = tl.load(table + page * PAGE_COLUMNS, mask=page < pages, other=0)
@@ -567,7 +570,7 @@ def _flat_numbers(numbers, first, count, bh, token, channel, inside, D: tl.const
 @triton.jit
 def _two_part_dot(x, numbers, DOT: tl.constexpr):
     """Multiply x (M, K), float32, by numbers (K, N) of a dtype that would round x: what it rounds away comes second."""
-    if DOT == tl.float32:
+    if tl.float32 == DOT:
         product = _dot(x, numbers)
     else:
         high = x.to(DOT)
@@ -894,13 +897,10 @@ def attend_splits(
 
     largest = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M, N), tl.float32)
-    sums, offsets = (), ()
+    sums, offsets, one = (), (), ()
     for _ in tl.static_range((V_D + V_WIDE - 1) // V_WIDE):
         sums = sums + (tl.zeros((M, V_PADDED), tl.float32),)
         offsets = offsets + (tl.zeros((M, N if V_SCHEME == TOKEN else 1), tl.float32),)
-
-    one = ()
-    for _ in tl.static_range((V_D + V_WIDE - 1) // V_WIDE):
         one = one + (1.0,)
 
     if split < main:
