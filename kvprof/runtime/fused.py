@@ -49,9 +49,8 @@ def refusal(form: Format, head_dim: int, dtype: torch.dtype) -> str | None:
 def _in_words(form: Format, head_dim: int) -> bool:
     """Whether codes are read in words of 32 bits: rows and groups must be of powers of two that are large enough."""
     group = min(form.group_size, head_dim) if form.axis == "token" else head_dim
-    return (
-        not form.is_full and head_dim >= 32 and _power(head_dim) == head_dim and _power(group) == group >= head_dim // 8
-    )
+    powers = _power(head_dim) == head_dim and _power(group) == group
+    return not form.is_full and powers and head_dim >= 32 and group >= head_dim // 8
 
 
 def pack_tokens(x_BHTD: Tensor, form: Format, quantizer: Quantizer) -> CodeBlock:
@@ -256,10 +255,10 @@ def attend(
 
 
 class _Tensor:
-    """Keys or values as the attention kernel is given them: pages, sinks, recent tokens, and what it is compiled for."""
+    """Keys or values as the attention kernel gets them: pages, sinks, recent tokens, and what it is compiled for."""
 
     def __init__(self, stored: StoredTensor, device: torch.device) -> None:
-        form, (B, H, tokens, head_dim) = stored.form, stored.shape
+        form, (_, _, tokens, head_dim) = stored.form, stored.shape
         self.form, self.quantizer, self.head_dim = form, stored.quantizer, head_dim
         self.first = 0 if form.is_full else stored.sink_tokens
         self.coded_end = tokens if form.is_full else self.first + stored.coded_tokens

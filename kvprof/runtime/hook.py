@@ -37,7 +37,7 @@ _HANDED = "_kvprof_handed"
 
 @dataclass
 class Packed:
-    """What the newest token's keys and values stand for; unpack: makes what an attention needs that knows no history."""
+    """What the newest token's keys and values stand for; unpack: makes what other attentions need."""
 
     history: History
     unpack: Callable[[], tuple[Tensor, Tensor]]
@@ -115,8 +115,8 @@ def _attend(
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend to a history as it is packed, or as the model does by itself. Returns (B, T, query heads, D)."""
-    handed: Handed | None = getattr(key, _HANDED, None)
-    if handed is not None and getattr(value, _HANDED, None) is handed:
+    handed = getattr(key, _HANDED, None)
+    if isinstance(handed, Handed) and getattr(value, _HANDED, None) is handed:
         handed.layer.seen = True
         if handed.packed is not None:
             reason = _why_not(handed.layer.kernels, handed.packed.history, query, attention_mask, options)

@@ -33,7 +33,7 @@ PAGE_COLUMNS = tl.constexpr(3)
 
 @triton.jit
 def _plane_codes(rows, channel, inside, BYTES: tl.constexpr, WIDTH: tl.constexpr):
-    """Return the parts of codes (N, C) that a plane of BYTES bytes holds; rows: where it begins for each token, (N,)."""
+    """Return what a plane of BYTES bytes holds of codes (N, C); rows: where it begins for each token, (N,)."""
     packed = tl.load(rows[:, None] + (channel % BYTES)[None, :], mask=inside[None, :], other=0)
     return (packed >> ((channel // BYTES) * WIDTH).to(tl.uint8)[None, :]) & (2**WIDTH - 1)
 
@@ -110,7 +110,7 @@ def _interleaved(parts, FIRST: tl.constexpr, STRIDE: tl.constexpr, COUNT: tl.con
 
 @triton.jit
 def _halves(pairs, DTYPE: tl.constexpr):
-    """Return pairs of 16 bits, each (N, D / 32), as what is stored in them: (N, D / 16 * pairs), neighbours together."""
+    """Return pairs of 16 bits, each (N, D / 32), as what they hold: (N, D / 16 * pairs), neighbours together."""
     low, high = (), ()
     for i in tl.static_range(len(pairs)):
         low = low + ((pairs[i] & 0xFFFF).to(tl.uint16).to(DTYPE, bitcast=True),)
@@ -610,7 +610,7 @@ def _largest_scales(
     opened, SCHEME: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr, PADDED_PAGE: tl.constexpr
 ):
     """Return the largest scale of each group of channels in a page; 1 where the scales are by channel, or all 0."""
-    codes_at, scale_at, zero_at, tokens, levels = opened
+    _, scale_at, _, tokens, _ = opened
     GROUPS: tl.constexpr = (D + WIDE - 1) // WIDE
     token = tl.arange(0, PADDED_PAGE)
     largest = ()
