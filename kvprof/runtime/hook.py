@@ -116,7 +116,8 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Attend to a history as it is packed, or as the model does by itself. Returns (B, T, query heads, D)."""
     handed = getattr(key, _HANDED, None)
-    if isinstance(handed, Handed) and getattr(value, _HANDED, None) is handed:
+    same = handed is getattr(value, _HANDED, None)
+    if isinstance(handed, Handed) and same:
         handed.layer.seen = True
         if handed.packed is not None:
             reason = _why_not(handed.layer.kernels, handed.packed.history, query, attention_mask, options)

@@ -52,11 +52,17 @@ def kernels_named(name: str, device: torch.device | str) -> Kernels:
     if not installed:
         raise CacheError("kernels 'triton' need the package triton.\n  pip install 'kvprof-bits[gpu]'")
 
-    from kvprof.runtime import fused
+    from kvprof.runtime import triton_kernels
 
-    if device.type != "cuda" and not fused.INTERPRETED:
+    if device.type != "cuda" and not triton_kernels.INTERPRETED:
         raise CacheError(
             f"kernels 'triton' need a GPU, the model is on {device}.\n"
             "  Take kernels='auto', or set TRITON_INTERPRET=1 to run them slowly on the CPU."
         )
-    return Kernels("triton", fused.pack_tokens, fused.unpack_tokens, fused.attend, fused.why_not)
+    return Kernels(
+        "triton",
+        triton_kernels.pack_tokens,
+        triton_kernels.unpack_tokens,
+        triton_kernels.attend,
+        triton_kernels.why_not,
+    )
