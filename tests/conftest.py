@@ -10,8 +10,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when transformers is first imported
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read once, when Triton is first imported
 
 from quickstart import VENV, Quickstart, run_quickstart
 from tiny import TINY, tiny_model

@@ -27,10 +27,10 @@ NAMES = {"sdpa": "kvprof", "eager": "kvprof_eager"}
 """What transformers calls the attention, by what it leaves other queries to: a prompt's, or those of another cache."""
 
 HARMLESS = frozenset(
-    {"cache_position", "is_causal", "output_attentions", "output_hidden_states", "position_ids", "scaling", "softcap",
-     "use_cache"}
+    {"cache_position", "is_causal", "output_attentions", "output_hidden_states", "position_ids", "scaling",
+     "sliding_window", "softcap", "use_cache"}
 )  # fmt: skip
-"""Options of an attention function that change nothing of what the kernels compute, or that they obey."""
+"""Options of an attention function that the kernels obey, or that say nothing which the mask does not say."""
 
 _HANDED = "_kvprof_handed"
 
