@@ -23,6 +23,7 @@ COMMANDS = {
     "divergence": "audit",
     "calibrate": "audit",
     "audit": "audit",
+    "benchmark": "benchmark",
     "generate": "generate",
     "show": "show",
     "validate": "show",

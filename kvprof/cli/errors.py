@@ -56,7 +56,7 @@ def explains_errors(command: Callable[P, None]) -> Callable[P, None]:
         except KeyboardInterrupt:
             from kvprof.report.console import print_note
 
-            print_note("\nstopped. The same command goes on from the last finished sequence, or begins again.")
+            print_note("\nstopped. The same command goes on from the last finished piece, or begins again.")
             raise typer.Exit(INTERRUPTED) from None
 
     return wrapped

@@ -10,17 +10,19 @@ import typer
 
 from kvprof.errors import UsageError, did_you_mean
 
-File = Annotated[Path, typer.Argument(help="A Scores, BitPlan, Evaluation, Frontier or Audit file.")]
+File = Annotated[Path, typer.Argument(help="A Scores, BitPlan, Evaluation, Frontier, Audit or Benchmark file.")]
 
 
 def show(file: File) -> None:
-    """Print any Scores, BitPlan, Evaluation, Frontier or Audit file as a table."""
+    """Print any Scores, BitPlan, Evaluation, Frontier, Audit or Benchmark file as a table."""
     from kvprof.records.audit import Audit
+    from kvprof.records.benchmark import Benchmark
     from kvprof.records.evaluation import Evaluation
     from kvprof.records.frontier import Frontier
     from kvprof.records.kinds import load_any
     from kvprof.records.plan import BitPlan
     from kvprof.report.audits import show_audit
+    from kvprof.report.benchmarks import show_benchmark
     from kvprof.report.evaluations import show_evaluation
     from kvprof.report.frontiers import show_frontier
     from kvprof.report.plans import show_plan
@@ -35,6 +37,8 @@ def show(file: File) -> None:
         show_frontier(document)
     elif isinstance(document, Audit):
         show_audit(document)
+    elif isinstance(document, Benchmark):
+        show_benchmark(document)
     else:
         show_scores(document)
 
@@ -58,8 +62,10 @@ def validate(
     print_plain(f"{file}: a valid {document.kind} file" + (f", and it fits {model}" if model else ""))
 
 
-def schema(kind: Annotated[str, typer.Argument(help="`scores`, `plan`, `evaluation`, `frontier` or `audit`.")]) -> None:
-    """Print the JSON Schema of Scores, BitPlan, Evaluation, Frontier or Audit files."""
+def schema(
+    kind: Annotated[str, typer.Argument(help="`scores`, `plan`, `evaluation`, `frontier`, `audit` or `benchmark`.")],
+) -> None:
+    """Print the JSON Schema of Scores, BitPlan, Evaluation, Frontier, Audit or Benchmark files."""
     from kvprof.records.kinds import KINDS
     from kvprof.report.console import print_plain
 

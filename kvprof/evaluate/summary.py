@@ -62,7 +62,7 @@ def summarise(
     counts = [len(sequence.kl_nats) for sequence in sequences]
     totals = [math.fsum(sequence.kl_nats) for sequence in sequences]
     excess = [total - math.fsum(other.kl_nats) for total, other in zip(totals, evaluated, strict=True)]
-    nominal_bits, stored_bits, bytes_per_token = _costs(plan, geometry)
+    nominal_bits, stored_bits, bytes_per_token = costs(plan, geometry)
     longest = measured_from + max(counts)
     return PlanResult(
         name=name,
@@ -101,7 +101,7 @@ def context_bytes(plan: BitPlan, geometry: CacheGeometry, tokens: int) -> Contex
     return ContextBytes(tokens=tokens, bytes=planned, bytes_at_16_bits=full, compression=full / planned)
 
 
-def _costs(plan: BitPlan, geometry: CacheGeometry) -> tuple[float, float, float]:
+def costs(plan: BitPlan, geometry: CacheGeometry) -> tuple[float, float, float]:
     """Return nominal and stored bits an element, weighted by cached width, and bytes a token."""
     width, nominal, stored = 0, 0, Fraction(0)
     for entry in plan.layers:

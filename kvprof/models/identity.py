@@ -16,6 +16,7 @@ from kvprof.models.inventory import take_inventory
 from kvprof.models.load import ModelSource, load_config
 from kvprof.models.weights import LayerWeights, LiveCheckpoint, open_checkpoint, stream_projections
 from kvprof.records.audit import Audit
+from kvprof.records.benchmark import Benchmark
 from kvprof.records.evaluation import Evaluation
 from kvprof.records.frontier import Frontier
 from kvprof.records.geometry import CacheGeometry
@@ -67,7 +68,7 @@ def checkpoint_fingerprint(source: ModelSource, geometry: CacheGeometry) -> str:
     return fingerprint.text
 
 
-def check_fits(document: Scores | BitPlan | Evaluation | Frontier | Audit, source: ModelSource) -> None:
+def check_fits(document: Scores | BitPlan | Evaluation | Frontier | Audit | Benchmark, source: ModelSource) -> None:
     """Raise Mismatch, saying how they differ, when a file is for another model than this one."""
     geometry = take_inventory(load_config(source), source.id).geometry
     document.check_fits(geometry)  # shapes differ without a look at the weights

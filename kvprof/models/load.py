@@ -124,8 +124,7 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto") -
     CPU; the CPU where there is no GPU), or a torch device such as cpu, cuda:1, mps.
     Raises UsageError for an unknown dtype or device, ModelError for a checkpoint that cannot be loaded.
     """
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UsageError(f"unknown --dtype {dtype!r}: {did_you_mean(dtype, ['auto', *DTYPES])}")
+    check_dtype(dtype)
     config = load_config(source)
     target = _placement(device, config, dtype)
     place = source.fetch(weights=True)
@@ -139,6 +138,12 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto") -
         if target is not None:
             model = model.to(target)
     return model.eval().requires_grad_(False)
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise UsageError for a word that names neither `auto` nor a dtype that a model can be loaded in."""
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UsageError(f"unknown --dtype {dtype!r}: {did_you_mean(dtype, ['auto', *DTYPES])}")
 
 
 def need_gguf() -> None:
@@ -159,6 +164,13 @@ def _placement(device: str, config: PretrainedConfig, dtype: str) -> torch.devic
         free_bytes, _ = torch.cuda.mem_get_info(0)
         free_bytes += torch.cuda.memory_reserved(0) - torch.cuda.memory_allocated(0)  # torch's own idle blocks
         return torch.device("cuda:0") if weight_bytes(config, dtype) <= GPU_SHARE * free_bytes else None
+    return usable_device(device)
+
+
+def usable_device(device: str) -> torch.device:
+    """Return one device: of `auto` the first GPU, else the CPU. Raises UsageError for one that is not there."""
+    if device == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
         target = torch.device(device)
         torch.empty(1, device=target)
@@ -179,7 +191,8 @@ def wider_dtype_advice(model: PreTrainedModel, otherwise: str) -> str:
 def weight_bytes(config: PretrainedConfig, dtype: str = "auto") -> int:
     """Return the bytes that a model's weights take in a dtype, counted on its module tree without any storage."""
     modules = build_skeleton(config).modules.values()
-    elements = sum(parameter.numel() for module in modules for parameter in module.parameters(recurse=False))
+    parameters = [parameter for module in modules for parameter in module.parameters(recurse=False)]
+    elements = sum({id(parameter): parameter.numel() for parameter in parameters}.values())  # tied ones are one
     return elements * DTYPES.get(dtype, config.dtype or torch.float32).itemsize
 
 

@@ -178,7 +178,7 @@ def _known_schemas() -> str:
 def _schema_advice(schema: str) -> str:
     if schema == "kvprof.scores/1":
         return "Scores become a plan with kvprof allocate --scores FILE."
-    if schema in ("kvprof.plan/1", "kvprof.evaluation/1", "kvprof.frontier/1", "kvprof.audit/1"):
+    if schema in (f"kvprof.{kind}/1" for kind in ("plan", "evaluation", "frontier", "audit", "benchmark")):
         return "kvprof show FILE prints what it is."
     if schema.startswith("kvprof.") and not schema.endswith("/1"):
         return "The file was written by another version of kvprof; upgrade, or measure again."

@@ -6,23 +6,25 @@ from pathlib import Path
 
 from kvprof.errors import InvalidFile, did_you_mean
 from kvprof.records.audit import Audit
+from kvprof.records.benchmark import Benchmark
 from kvprof.records.document import read_json, schema_of
 from kvprof.records.evaluation import Evaluation
 from kvprof.records.frontier import Frontier
 from kvprof.records.plan import BitPlan
 from kvprof.records.scores import Scores
 
-KINDS: dict[str, type[Scores] | type[BitPlan] | type[Evaluation] | type[Frontier] | type[Audit]] = {
+KINDS: dict[str, type[Scores] | type[BitPlan] | type[Evaluation] | type[Frontier] | type[Audit] | type[Benchmark]] = {
     "scores": Scores,
     "plan": BitPlan,
     "evaluation": Evaluation,
     "frontier": Frontier,
     "audit": Audit,
+    "benchmark": Benchmark,
 }
 """The kinds of file by the word that `kvprof schema` takes."""
 
 
-def load_any(path: str | Path) -> Scores | BitPlan | Evaluation | Frontier | Audit:
+def load_any(path: str | Path) -> Scores | BitPlan | Evaluation | Frontier | Audit | Benchmark:
     """Read and validate a file of whatever kind it says it is; raises InvalidFile."""
     value = read_json(path)
     schema = schema_of(value, str(path))

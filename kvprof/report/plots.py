@@ -1,4 +1,4 @@
-"""Pictures: predicted against measured losses, and the frontier of plans. The only importer of matplotlib.
+"""Pictures: predicted against measured losses, and the frontier of plans. The importer of matplotlib.
 
 Reads records, writes PNG files. Does not know how the numbers were made.
 """
@@ -51,9 +51,9 @@ def draw_audit(audit: Audit, label: str, path: Path) -> Path:
         raise KvprofError(f"no tensor has both a measured divergence and {label} above zero: nothing to draw.")
     columns = min(len(widths), PANELS_A_ROW)
     rows = -(-len(widths) // columns)
-    figure = _figure(0.8 + 5.0 * columns, 0.9 + 5.15 * rows)
+    figure = new_figure(0.8 + 5.0 * columns, 0.9 + 5.15 * rows)
     model = audit.model.id if audit.model and audit.model.id else "a model"
-    figure.suptitle(f"{label} against measured divergence\n{_cut(model, 56 * columns)}", fontsize=12)
+    figure.suptitle(f"{label} against measured divergence\n{cut_text(model, 56 * columns)}", fontsize=12)
     panels = []
     for number, bits in enumerate(widths, start=1):
         axes = figure.add_subplot(rows, columns, number)
@@ -65,7 +65,7 @@ def draw_audit(audit: Audit, label: str, path: Path) -> Path:
     figure.set_layout_engine("none")
     for axes, points in panels:
         _label_outliers(axes, points, label)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def draw_frontier(frontier: Frontier, path: Path) -> Path:
@@ -77,7 +77,7 @@ def draw_frontier(frontier: Frontier, path: Path) -> Path:
     shown = sorted((point for point in frontier.points if point.predicted_kl_nats > 0), key=lambda p: p.stored_bits)
     if not shown:
         raise KvprofError("every plan is predicted to lose nothing: there is nothing to draw.")
-    figure = _figure(7.6, 5.0)
+    figure = new_figure(7.6, 5.0)
     axes = figure.add_subplot()
     bits = [point.stored_bits for point in shown]
     losses = [point.predicted_kl_nats for point in shown]
@@ -111,7 +111,7 @@ def draw_frontier(frontier: Frontier, path: Path) -> Path:
     factor = frontier.kl_calibration
     basis = "not calibrated" if factor is None else f"calibrated, factor {factor.factor:.2f}"
     window = f"sinks {frontier.window.sink_tokens}, window {frontier.window.recent_tokens}"
-    figure.suptitle(f"{_cut(model, 70)}\nbest plan at every budget ({basis}; {window})", fontsize=11)
+    figure.suptitle(f"{cut_text(model, 70)}\nbest plan at every budget ({basis}; {window})", fontsize=11)
     axes.set_xlabel("stored bits an element (codes and scales)")
     axes.set_ylabel("predicted KL divergence, nats a token")
     axes.grid(visible=True, which="major", color="#D8D8D8", linewidth=0.5)
@@ -121,7 +121,7 @@ def draw_frontier(frontier: Frontier, path: Path) -> Path:
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     _label_knees(axes, knees)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _mark_compression(axes: Axes, bits: Sequence[float]) -> None:
@@ -261,12 +261,16 @@ def _down_and_up(points: Sequence[AuditPoint]) -> list[list[float]] | None:
     return [[min(error, 0.9 * nats) for nats, error in errors], [error for _, error in errors]]
 
 
-def _cut(text: str, length: int) -> str:
+def cut_text(text: str, length: int) -> str:
+    """Return a text, its end cut off where it is longer than a picture has room for."""
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def _figure(width: float, height: float) -> Any:
-    """Return an empty figure of so many inches; of its own, so that no global state of matplotlib's is touched."""
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty figure of so many inches; of its own, so that no global state of matplotlib's is touched.
+
+    Raises MissingMatplotlib.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -276,7 +280,8 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure, whole or not at all; raises OutputError."""
     with replaced_when_whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
     return path

@@ -20,6 +20,7 @@ HEAVY = ("torch", "transformers", "datasets", "accelerate", "safetensors")
         ["--version"],
         ["gradients", "--help"],
         ["evaluate", "--help"],
+        ["benchmark", "--help"],
         ["generate", "--help"],
         ["allocate", "--budget", "3", "--scores", "mine.json", "--out", "plan.json"],
         ["allocate", "--max-kl", "0.05", "--scores", "losses.json", "--out", "plan.json"],

@@ -67,8 +67,8 @@ def png_size(path: Path) -> tuple[int, int]:
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that are saved."""
     seen: list[Any] = []
-    save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: (seen.append(figure), save(figure, path))[1])
+    save = plots.save_figure
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: (seen.append(figure), save(figure, path))[1])
     return seen
 
 
