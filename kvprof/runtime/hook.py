@@ -7,7 +7,7 @@ model but the name of its attention. Does not know plans, nor how codes are stor
 from __future__ import annotations
 
 import functools
-import warnings
+import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,10 +96,10 @@ def hook(model: PreTrainedModel, kernels: Kernels, shares_keys: bool) -> Callabl
 
 
 def say_once(message: str) -> None:
-    """Warn, once in a process, of what is slower than it could be."""
+    """Log, once in a process, what is slower than it could be."""
     if message not in _said:
         _said.add(message)
-        warnings.warn(f"kvprof: {message}", RuntimeWarning, stacklevel=2)
+        logging.getLogger("kvprof").warning(message)
 
 
 _said: set[str] = set()

@@ -142,7 +142,10 @@ def test_the_help_names_shapes_that_there_are() -> None:
 def test_ctrl_c_leaves_a_journal_and_no_half_written_file(folder: Path) -> None:
     contexts = ",".join(map(str, range(40, 440)))  # far more than are done before the first of them is seen
     words = [sys.executable, "-m", "kvprof", "benchmark", "plan.json", "--context", contexts, "--repeats", "100"]
+    # A shell's background job ignores Ctrl-C, and so would what it starts.
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     journal = None
     while process.poll() is None and journal is None:
         time.sleep(0.01)

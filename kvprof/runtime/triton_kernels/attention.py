@@ -137,8 +137,8 @@ def attend(
             LOG_D=value_D.bit_length() - 1,
             D=value_D,
             PADDED=next_power(value_D),
-            SPLITS=next_power(cut.splits),
-            AT_ONCE=min(16, next_power(cut.splits)),
+            SPLITS=max(2 * MOST_SPLITS, next_power(cut.splits)),
+            AT_ONCE=16,
             enable_fp_fusion=True,
         )
     return out

@@ -53,7 +53,11 @@ class Pages:
         self.rest_tokens = held[-1] if full < len(blocks) else 0
         assert self.rest_tokens < page
         self.table = stored.addresses.of(blocks[:full], device)
-        rest = blocks[-1] if full < len(blocks) else blocks[0] if blocks else (stored.like,)
+        if blocks:
+            rest = blocks[-1] if full < len(blocks) else blocks[0]
+        else:
+            names = ("uint8", stored.quantizer.scale_dtype, stored.quantizer.zero_dtype)
+            rest = tuple(_nothing(getattr(torch, name), device) for name in names)
         codes, scale, zero = (rest[min(index, len(rest) - 1)] for index in range(3))
         self.arguments = (self.table, full, codes, scale, zero, self.rest_tokens)
 
@@ -89,14 +93,19 @@ def magnitudes_of(form: Format, head_dim: int) -> tuple[int, ...]:
     )
 
 
+@functools.lru_cache(maxsize=64)
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return what stands for a tensor that is not there: of the type that kernels are compiled for all the same."""
+    return torch.empty(16, dtype=dtype, device=device)
+
+
 @functools.lru_cache(maxsize=256)
 def rotated_tables(
     bits: int, head_dim: int, seed: int, device: torch.device, used: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the rotation's signs, the edges between levels in float64, and the levels in float32."""
     if not used:
-        nothing = torch.empty(1, device=device)
-        return nothing, nothing, nothing
+        return (_nothing(torch.float32, device),) * 3
     signs = rotation_signs(head_dim, seed).to(device=device, dtype=torch.float32)
     levels = exact_levels(bits, head_dim).to(device=device, dtype=torch.float32)
     return signs, level_edges(bits).to(device), levels
