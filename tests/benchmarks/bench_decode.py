@@ -24,8 +24,9 @@ from kvprof.models.load import load_model, load_tokenizer, resolve
 from kvprof.records.plan import BitPlan
 from kvprof.runtime import PlanCache
 
-CONTEXT = 2000
-TOKENS = 40
+QUICK = "--quick" in sys.argv  # a look whether it runs: too few tokens for the claim
+CONTEXT = 300 if QUICK else 2000
+TOKENS = 4 if QUICK else 40
 TIMES_DYNAMIC = 2.5
 
 KEYS = {"bits": 2, "group_size": 32, "axis": "channel"}

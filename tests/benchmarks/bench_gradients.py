@@ -21,7 +21,8 @@ from kvprof.models.inventory import take_inventory
 from kvprof.models.load import load_model, load_tokenizer, resolve
 from kvprof.profile.gradients import gradient_norms
 
-TOKENS = 128
+QUICK = "--quick" in sys.argv  # a look whether it runs: too few tokens for the claims
+TOKENS = 16 if QUICK else 128
 ROUNDS = 8
 LAYER_ROUNDS = 1
 TIMES_BARE = 1.15
