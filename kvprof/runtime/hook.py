@@ -7,7 +7,6 @@ model but the name of its attention. Does not know plans, nor how codes are stor
 from __future__ import annotations
 
 import functools
-import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from kvprof.errors import UnsupportedAttention, first_line
 from kvprof.runtime.history import History
 from kvprof.runtime.interception import own_attention, text_decoders
-from kvprof.runtime.kernels import Kernels
+from kvprof.runtime.kernels import Kernels, say_once
 
 NAMES = {"sdpa": "kvprof", "eager": "kvprof_eager"}
 """What transformers calls the attention, by what it leaves other queries to: a prompt's, or those of another cache."""
@@ -93,16 +92,6 @@ def hook(model: PreTrainedModel, kernels: Kernels, shares_keys: bool) -> Callabl
     for decoder in decoders:
         decoder.set_attn_implementation(NAMES[own])
     return functools.partial(HookedLayer, decoders[0].config, kernels)
-
-
-def say_once(message: str) -> None:
-    """Log, once in a process, what is slower than it could be."""
-    if message not in _said:
-        _said.add(message)
-        logging.getLogger("kvprof").warning(message)
-
-
-_said: set[str] = set()
 
 
 def _attend(

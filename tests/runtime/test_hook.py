@@ -15,11 +15,11 @@ from transformers import DynamicCache, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 from kvprof.errors import CacheError
 from kvprof.models.inventory import take_inventory
 from kvprof.records.plan import BitPlan
-from kvprof.runtime import PlanCache, hook
+from kvprof.runtime import PlanCache, kernels
 from kvprof.runtime.attention import decoding_reads
 from kvprof.runtime.kernels import kernels_named
 
-pytest.importorskip("triton")
+errors = pytest.importorskip("triton.runtime.errors")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS: dict[str, Any] = {
@@ -55,7 +55,7 @@ def attended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return attend(*args)
 
     monkeypatch.setattr(triton_kernels, "attend", counted)
-    monkeypatch.setattr(hook, "_said", set())
+    monkeypatch.setattr(kernels, "_said", set())
     return seen
 
 
@@ -138,8 +138,8 @@ def full() -> dict[str, Any]:
 def test_several_queries_with_a_history_read_unpacked_codes(llama: LlamaForCausalLM, attended: list[str]) -> None:
     plan, ids = plan_for(llama), random_ids(llama, 40)
     results = []
-    for kernels in ("torch", "triton"):
-        cache = PlanCache.from_plan(plan, llama, kernels=kernels)
+    for name in ("torch", "triton"):
+        cache = PlanCache.from_plan(plan, llama, kernels=name)
         with torch.inference_mode():
             llama(ids[:, :30], past_key_values=cache)
             results.append(llama(ids[:, 30:], past_key_values=cache).logits)
@@ -157,8 +157,8 @@ def test_a_prompt_is_read_exactly(llama: LlamaForCausalLM) -> None:
 
 def test_beams_copies_and_cropping_work_as_with_unpacked_codes(llama: LlamaForCausalLM, attended: list[str]) -> None:
     ids, texts = random_ids(llama, 30), []
-    for kernels in ("torch", "triton"):
-        empty = PlanCache.from_plan(plan_for(llama), llama, kernels=kernels)
+    for name in ("torch", "triton"):
+        empty = PlanCache.from_plan(plan_for(llama), llama, kernels=name)
         with torch.inference_mode():
             text = llama.generate(
                 ids, past_key_values=copy.deepcopy(empty), max_new_tokens=3, num_beams=2, do_sample=False
@@ -298,6 +298,21 @@ def test_a_gradient_takes_the_plain_way(
     assert "a gradient is wanted" in caplog.text
     assert attended == []
     assert llama.lm_head.weight.grad is not None
+
+
+def test_a_gpu_that_is_too_small_for_a_kernel_attends_the_plain_way(
+    llama: LlamaForCausalLM, attended: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(*_: Any) -> Tensor:
+        raise errors.OutOfResources(2**20, 101376, "shared memory")
+
+    monkeypatch.setattr("kvprof.runtime.triton_kernels.attention._attend", refused)
+    plan, ids = plan_for(llama), random_ids(llama, 36)
+    expected = decoded(llama, PlanCache.from_plan(plan, llama, kernels="torch"), ids, 32)
+    found = decoded(llama, PlanCache.from_plan(plan, llama, kernels="triton"), ids, 32)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert len(caplog.messages) == 1
+    assert "shared memory" in caplog.text
 
 
 # ---- which kernels

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from kvprof.runtime import torch_kernels
 from kvprof.runtime.history import PAGE_TOKENS, History, StoredTensor
+from kvprof.runtime.kernels import say_once
 from kvprof.runtime.quantizer import rotation
 from kvprof.runtime.triton_kernels import attention_kernels
 from kvprof.runtime.triton_kernels.forms import (
@@ -65,8 +67,15 @@ def attend(
     softcap: float | None = None,
 ) -> Tensor:
     """Attend with the last token's query to all that is held, codes as they are packed; as `torch_kernels.attend`."""
-    if why_not(query_BHqD, history, mask):
-        return torch_kernels.attend(query_BHqD, history, scaling, mask, softcap)
+    if why_not(query_BHqD, history, mask) is None:
+        try:
+            return _attend(query_BHqD, history, scaling, mask, softcap)
+        except OutOfResources as error:  # of a GPU that is smaller than those which the tiles are made for
+            say_once(f"a query attends to unpacked keys and values: on {query_BHqD.device} the kernel is {error}")
+    return torch_kernels.attend(query_BHqD, history, scaling, mask, softcap)
+
+
+def _attend(query_BHqD: Tensor, history: History, scaling: float, mask: Tensor | None, softcap: float | None) -> Tensor:
     B, queries, _, D = query_BHqD.shape
     _, heads, tokens, value_D = history.value.shape
     device = query_BHqD.device
