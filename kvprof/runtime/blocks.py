@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvprof.records.plan import Quantizer, TensorPlan
-from kvprof.runtime.history import PAGE_TOKENS, CodeBlock, rows_fill_bytes
+from kvprof.runtime.history import PAGE_TOKENS, CodeBlock, rows_fill_bytes, tokens_in, units_in
 from kvprof.runtime.kernels import TORCH, Kernels
 from kvprof.runtime.quantizer import unit_tokens
 from kvprof.runtime.torch_kernels import packed_rows, unpacked_rows
@@ -28,7 +28,7 @@ class FullTokens:
     @property
     def tokens(self) -> int:
         """Tokens of one sequence."""
-        return sum(block.shape[2] for block in self.blocks)
+        return tokens_in(self.blocks)
 
     def append(self, x_BHTD: Tensor) -> None:
         """Add tokens at the end; copies them, so that no larger tensor is kept alive."""
@@ -92,7 +92,7 @@ class CodeTokens:
     @property
     def tokens(self) -> int:
         """Tokens of one sequence."""
-        return sum(block.units for block in self.blocks) * self.unit_tokens
+        return units_in(self.blocks) * self.unit_tokens
 
     def append(self, x_BHTD: Tensor) -> None:
         """Quantize tokens, whole units of them, and add them at the end."""

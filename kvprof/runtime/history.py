@@ -57,21 +57,37 @@ class Addresses:
         self._last: weakref.ref[Tensor] | None = None
         self._table = torch.empty(0, 3, dtype=torch.int64)
 
-    def of(self, pages: Sequence[tuple[Tensor, ...]], device: torch.device) -> Tensor:
-        """Return the addresses of each page's tensors, 0 for one that it lacks: (pages, 3), int64, on the device.
+    def of(self, blocks: Sequence[Tensor | CodeBlock], pages: int, device: torch.device) -> Tensor:
+        """Return the addresses of the tensors of the first blocks, 0 for one that is not there: (pages, 3), int64.
 
-        pages: those of the last call and more at the end; or, where the last page is another one, any others.
+        blocks: those of the last call and more at the end; or, where the last page is another one, any others.
         """
-        last = pages[-1][0] if pages else None
+        last = _tensors_of(blocks[pages - 1])[0] if pages else None
         known = None if self._last is None else self._last()
-        if last is not known or len(pages) != len(self._table) or self._table.device != device:
-            rows = [[tensor.data_ptr() for tensor in page] + [0] * (3 - len(page)) for page in pages]
+        if last is not known or pages != len(self._table) or self._table.device != device:
+            tensors = [_tensors_of(block) for block in blocks[:pages]]
+            rows = [[tensor.data_ptr() for tensor in page] + [0] * (3 - len(page)) for page in tensors]
             self._table = torch.tensor(rows, dtype=torch.int64).view(-1, 3).to(device)
             self._last = None if last is None else weakref.ref(last)
         return self._table
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Addresses:
         return Addresses()  # a copy's pages lie elsewhere
+
+
+def _tensors_of(block: Tensor | CodeBlock) -> tuple[Tensor, ...]:
+    return (block,) if isinstance(block, Tensor) else block.tensors
+
+
+def tokens_in(blocks: Sequence[Tensor]) -> int:
+    """Return the tokens in blocks of (B, H, tokens, D), of which all but the first and the last are pages."""
+    inner = max(0, len(blocks) - 2)
+    return inner * PAGE_TOKENS + sum(block.shape[2] for block in (*blocks[:1], *blocks[max(1, len(blocks) - 1) :]))
+
+
+def units_in(blocks: Sequence[CodeBlock]) -> int:
+    """Return the units in blocks of codes, of which all but the last are pages of as many each."""
+    return (len(blocks) - 1) * blocks[0].units + blocks[-1].units if blocks else 0
 
 
 @dataclass(frozen=True)
@@ -104,12 +120,12 @@ class StoredTensor:
     @property
     def sink_tokens(self) -> int:
         """Tokens before the codes."""
-        return sum(block.shape[2] for block in self.sinks)
+        return tokens_in(self.sinks)
 
     @property
     def coded_tokens(self) -> int:
         """Tokens in codes."""
-        return sum(block.units for block in self.coded) * self.unit_tokens
+        return units_in(self.coded) * self.unit_tokens
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from kvprof.errors import CacheError
 from kvprof.records.plan import Quantizer, TensorPlan, Window, quantized_tokens
 from kvprof.runtime.blocks import CodeTokens, FullTokens
-from kvprof.runtime.history import Addresses, CodeBlock, StoredTensor, rows_fill_bytes
+from kvprof.runtime.history import PAGE_TOKENS, Addresses, CodeBlock, StoredTensor, rows_fill_bytes, tokens_in
 from kvprof.runtime.kernels import TORCH, Kernels
 from kvprof.runtime.packing import packed_bytes
 from kvprof.runtime.torch_kernels import restored
@@ -83,7 +83,7 @@ class TensorStore:
 
     def _as_stored(self, sinks: list[Tensor], recent: list[Tensor]) -> StoredTensor:
         B, H, _, D = (recent or sinks)[-1].shape
-        tokens = self.codes.tokens + sum(block.shape[2] for block in (*sinks, *recent))
+        tokens = tokens_in(sinks) + self.codes.tokens + tokens_in(recent)
         return StoredTensor(
             self.form,
             self.codes.quantizer,
@@ -144,6 +144,8 @@ class TensorStore:
             full.blocks = [tensors.pop(f"{name}.{number}") for number in range(_count(tensors, name))]
             for block in full.blocks:
                 _expect(name, block, (batch, heads, block.shape[2], head_dim), dtype)
+            if any(block.shape[2] != PAGE_TOKENS for block in full.blocks[1:-1]):
+                raise ValueError(f"a block of {name} between others is no page of {PAGE_TOKENS} tokens")
         codes.blocks = []
         for number in range(_count(tensors, "codes")):
             packed, scale = tensors.pop(f"codes.{number}"), tensors.pop(f"scale.{number}")

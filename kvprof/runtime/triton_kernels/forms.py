@@ -6,13 +6,14 @@ Reads formats and packed blocks; launches nothing. Does not know layers, nor wha
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvprof.records.formats import Format
-from kvprof.runtime.history import PAGE_TOKENS, StoredTensor
+from kvprof.runtime.history import PAGE_TOKENS, CodeBlock, StoredTensor
 from kvprof.runtime.quantizer import exact_levels, level_edges, rotation_signs, unit_tokens
 from kvprof.runtime.triton_kernels.arithmetic import CHANNEL, FULL, ROTATED, TOKEN
 
@@ -41,25 +42,22 @@ class Pages:
     """A tensor's pages and the rest behind them, as kernels are given them."""
 
     def __init__(self, stored: StoredTensor, device: torch.device) -> None:
+        blocks: Sequence[Tensor | CodeBlock] = stored.recent if stored.form.is_full else stored.coded
         if stored.form.is_full:
-            blocks: list[tuple[Tensor, ...]] = [(block,) for block in stored.recent]
-            page = PAGE_TOKENS
-            held = [block.shape[2] for block in stored.recent]
+            page, held = PAGE_TOKENS, stored.recent[-1].shape[2]
         else:
-            blocks, page = [block.tensors for block in stored.coded], page_tokens(stored.form)
-            held = [block.units * stored.unit_tokens for block in stored.coded]
-        full = len(blocks) if not held or held[-1] == page else len(blocks) - 1
-        assert all(tokens == page for tokens in held[:full])
-        self.rest_tokens = held[-1] if full < len(blocks) else 0
-        assert self.rest_tokens < page
-        self.table = stored.addresses.of(blocks[:full], device)
-        if blocks:
-            rest = blocks[-1] if full < len(blocks) else blocks[0]
-        else:
+            page, held = page_tokens(stored.form), stored.coded[-1].units * stored.unit_tokens if stored.coded else 0
+        pages = len(blocks) if held in (0, page) else len(blocks) - 1
+        assert held <= page
+        if not blocks:
             names = ("uint8", stored.quantizer.scale_dtype, stored.quantizer.zero_dtype)
             rest = tuple(_nothing(getattr(torch, name), device) for name in names)
+        else:
+            last = blocks[-1]
+            rest = (last,) if isinstance(last, Tensor) else last.tensors
         codes, scale, zero = (rest[min(index, len(rest) - 1)] for index in range(3))
-        self.arguments = (self.table, full, codes, scale, zero, self.rest_tokens)
+        table = stored.addresses.of(blocks, pages, device)
+        self.arguments = (table, pages, codes, scale, zero, held % page)
 
 
 def page_tokens(form: Format) -> int:
