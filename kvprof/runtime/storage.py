@@ -14,7 +14,7 @@ from torch import Tensor
 from kvprof.errors import CacheError
 from kvprof.records.plan import Quantizer, TensorPlan, Window, quantized_tokens
 from kvprof.runtime.blocks import CodeTokens, FullTokens
-from kvprof.runtime.history import PAGE_TOKENS, Addresses, CodeBlock, StoredTensor, rows_fill_bytes, tokens_in
+from kvprof.runtime.history import PAGE_TOKENS, Addresses, CodeBlock, StoredTensor, rows_fill_bytes
 from kvprof.runtime.kernels import TORCH, Kernels
 from kvprof.runtime.packing import packed_bytes
 from kvprof.runtime.torch_kernels import restored
@@ -64,16 +64,18 @@ class TensorStore:
     def stored(self, new_BHTD: Tensor) -> StoredTensor:
         """Return what a query reads, in blocks: everything held, and the new tokens behind it."""
         sinks, recent = self._split(new_BHTD)
-        return self._as_stored(self.sinks.blocks_with(sinks), self.recent.blocks_with(recent))
+        tokens = self.tokens + new_BHTD.shape[2]
+        return self._as_stored(self.sinks.blocks_with(sinks), self.recent.blocks_with(recent), tokens)
 
     def append_and_store(self, new_BHTD: Tensor) -> StoredTensor:
         """Add tokens, and return what their query reads: before `settle` rounds any of it."""
         self.append(new_BHTD)
-        return self._as_stored(self.sinks.blocks, self.recent.blocks)
+        return self._as_stored(self.sinks.blocks, self.recent.blocks, self.tokens)
 
     def read(self, new_BHTD: Tensor) -> Tensor:
         """Return what a query reads, unpacked: (B, H, tokens + new, D)."""
-        stored = self._as_stored(self.sinks.blocks, [*self.recent.blocks, new_BHTD])
+        blocks = [*self.recent.blocks, new_BHTD]  # not appended: nothing is copied, and a gradient passes
+        stored = self._as_stored(self.sinks.blocks, blocks, self.tokens + new_BHTD.shape[2])
         return restored(stored, self.kernels.unpack_tokens)
 
     def _split(self, x_BHTD: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,9 +83,8 @@ class TensorStore:
         room = 0 if self.form.is_full else max(0, self.window.sink_tokens - self.sinks.tokens)
         return x_BHTD[:, :, :room], x_BHTD[:, :, room:]
 
-    def _as_stored(self, sinks: list[Tensor], recent: list[Tensor]) -> StoredTensor:
+    def _as_stored(self, sinks: list[Tensor], recent: list[Tensor], tokens: int) -> StoredTensor:
         B, H, _, D = (recent or sinks)[-1].shape
-        tokens = tokens_in(sinks) + self.codes.tokens + tokens_in(recent)
         return StoredTensor(
             self.form,
             self.codes.quantizer,
