@@ -70,13 +70,10 @@ class PlanCache(Cache):  # type: ignore[misc]
             geometry = geometry.model_copy(update={"dtype": dtype})
         plan = plan.model_copy(update={"geometry": geometry})
         chosen = kernels_named(kernels, model.device)
-        make_hooked = None
-        if chosen is not TORCH:
-            make_hooked = hook(model, chosen, any(layer.kind == "shared" for layer in geometry.layers))
+        hooked = None if chosen is TORCH else hook(model, chosen)
         layers = list(DynamicCache(config=model.config).layers)
         layers += [DynamicLayer() for _ in range(geometry.num_layers - len(layers))]
         for entry in plan.layers:
-            hooked = None if make_hooked is None else make_hooked()
             planned = PlannedLayer(plan, entry, geometry.layers[entry.layer], chosen, hooked)
             own = layers[entry.layer]
             if isinstance(own, LinearAttentionCacheLayerMixin):

@@ -74,6 +74,9 @@ class Addresses:
     def __deepcopy__(self, memo: dict[int, Any]) -> Addresses:
         return Addresses()  # a copy's pages lie elsewhere
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Addresses, ()
+
 
 def _tensors_of(block: Tensor | CodeBlock) -> tuple[Tensor, ...]:
     return (block,) if isinstance(block, Tensor) else block.tensors

@@ -17,7 +17,7 @@ from kvprof.errors import CacheError, Mismatch
 from kvprof.records.geometry import KVLayer
 from kvprof.records.plan import BitPlan, LayerPlan
 from kvprof.runtime.history import History
-from kvprof.runtime.hook import Handed, HookedLayer, Packed
+from kvprof.runtime.hook import Hook, Packed
 from kvprof.runtime.kernels import TORCH, Kernels
 from kvprof.runtime.storage import TensorStore
 from kvprof.runtime.torch_kernels import restored
@@ -42,11 +42,11 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
         entry: LayerPlan,
         shape: KVLayer,
         kernels: Kernels = TORCH,
-        hooked: HookedLayer | None = None,
+        hook: Hook | None = None,
     ) -> None:
         super().__init__()
         self.shape = shape
-        self.hooked = hooked
+        self.hook = hook
         self.record_past = False
         heads, (window, quantizer) = shape.kv_heads, (plan.window, plan.quantizer)
         self.key = TensorStore(entry.key, window, quantizer, heads, shape.key_head_dim, kernels)
@@ -79,8 +79,8 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
         if key_states.device != self.device:  # loaded from a file, which knows no device
             self.device = key_states.device
             self.change_batch(lambda x: x.to(self.device))
-        if self.hooked is not None and key_states.shape[2] == 1 and self.hooked.takes_history():
-            return self._hand_over(self.hooked, key_states, value_states)
+        if key_states.shape[2] == 1 and self._hands_over(key_states, value_states):
+            return self._hand_over(key_states, value_states)
         read = []
         for store, states in zip(self.stores, (key_states, value_states), strict=True):
             new = self._distinct(states)
@@ -88,11 +88,16 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
             read.append(self._repeated(store.read(new)).contiguous())
             store.append(new.detach())
         self._settle()
-        keys, values = read if self.hooked is None else Handed(self.hooked).mark(*read)
-        return keys, values
+        return read[0], read[1]
 
-    def _hand_over(self, hooked: HookedLayer, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Add a token; return it alone, with the history that its query reads: nothing is unpacked."""
+    def _hands_over(self, key_states: Tensor, value_states: Tensor) -> bool:
+        """Whether the attention that comes next reads codes where they lie. No gradient passes through them."""
+        wanted = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
+        return self.hook is not None and self.hook.attends() and not wanted
+
+    def _hand_over(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Add a token; return what stands for the history that its query reads: nothing is unpacked."""
+        assert self.hook is not None
         history = History(
             *(
                 store.append_and_store(self._distinct(states).detach())
@@ -103,13 +108,12 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
 
         def unpack() -> tuple[Tensor, Tensor]:
             keys, values = (
-                self._repeated(restored(stored, store.kernels.unpack_tokens))
-                for stored, store in zip((history.key, history.value), self.stores, strict=True)
+                self._repeated(restored(stored, self.key.kernels.unpack_tokens))
+                for stored in (history.key, history.value)
             )
             return keys, values
 
-        keys, values = Handed(hooked, Packed(history, unpack)).mark(key_states, value_states)
-        return keys, values
+        return Packed(self.hook.kernels, history, unpack).hand_over(key_states, value_states)
 
     def _settle(self) -> None:
         for store in self.stores:

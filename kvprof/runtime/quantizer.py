@@ -151,7 +151,8 @@ def _head_parts(units: Tensor, group_size: int) -> list[Tensor]:
 
 def _encode_groups(groups: Tensor, dim: int, form: Format, quantizer: Quantizer) -> tuple[Tensor, Tensor, Tensor]:
     """Return codes, scale and zero of groups that lie along `dim`."""
-    low, high = groups.amin(dim, keepdim=True), groups.amax(dim, keepdim=True)
+    # Zero is added so that of -0.0 and 0.0, which are equal, it is 0.0 that is stored, whichever was found first.
+    low, high = groups.amin(dim, keepdim=True) + 0.0, groups.amax(dim, keepdim=True)
     codes, scale, zero = _encode_range(groups, low, high, form, quantizer)
     if form.clip == "none":
         return codes, scale, zero

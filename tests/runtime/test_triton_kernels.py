@@ -111,6 +111,7 @@ def test_hard_numbers_are_packed_alike(name: str) -> None:
     x[0, 0, 4] *= 1e6  # a range beyond float16
     x[0, 0, 5] *= 1e-30
     x[0, 0, 6, 5] = 65504.0
+    x[0, 0, 7, :32] = torch.tensor([0.0, -0.0]).repeat(16)
     check_packing(form, x, Quantizer())
 
 
@@ -293,6 +294,21 @@ def test_small_values_keep_their_precision() -> None:
     check_attention(History(keys, values))
 
 
+@pytest.mark.parametrize("factor", [300.0, 3000.0])
+def test_a_value_that_is_far_off_and_not_read_disturbs_no_other(factor: float) -> None:
+    """In a group of values by channel it makes the scale so large that scale and zero all but cancel for the others."""
+    forms = form_of("int4g32", "channel", 64), form_of("int8g32", "channel", 64)
+    tokens = random_tokens(1, 1, 61, 64, torch.float16, DEVICE)
+    far = tokens.clone()
+    far[:, :, 20] *= factor
+    read = History(
+        *(filled(form, x[:, :, :60]).stored(x[:, :, 60:]) for form, x in zip(forms, (tokens, far), strict=True))
+    )
+    mask = torch.ones(1, 1, 1, 61, dtype=torch.bool, device=DEVICE)
+    mask[..., 20] = False
+    check_attention(read, mask=mask)
+
+
 def test_what_the_kernels_do_not_take_is_said() -> None:
     query = torch.zeros(1, 2, 1, 64, dtype=torch.float16)
     usual = form_of("int4g32", "channel", 64), form_of("int4g64", "token", 64)
@@ -307,7 +323,11 @@ def test_what_the_kernels_do_not_take_is_said() -> None:
     assert "float64" in reason(dtype=torch.float64, query=query.double())
     assert "dtypes" in reason(query=query.float())
     assert "2 queries" in reason(query=query.expand(1, 2, 2, 64))
-    assert "mask of shape" in reason(mask=torch.zeros(1, 2, 1, 91))
+    assert "same for all heads" in reason(mask=torch.zeros(1, 2, 1, 91))
+    assert "as many tokens" in reason(mask=torch.zeros(1, 1, 1, 90))
+    wide = query.float().expand(1, 2, 1, 64)[:, :1].expand(1, 64, 1, 64)
+    assert "64 float32 queries" not in (triton_kernels.why_not(wide, history(*usual, dtype=torch.float32), None) or "")
+    assert "groups of 512" in reason(TensorPlan(bits=4, group_size=512, axis="channel"), usual[1])
     assert "65 query heads" in reason(query=query[:, :1].expand(1, 65, 1, 64))
 
 

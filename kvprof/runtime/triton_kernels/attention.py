@@ -37,6 +37,9 @@ LOG2_E = math.log2(math.e)
 OTHER_TILES = 4
 """Tiles of a split that is not of codes alone."""
 
+MOST_SINGLE = 4096
+"""Channels of float32 queries that share a KV head, at most."""
+
 LEAST_TILES = 2
 MOST_SPLITS = 128
 """Tiles of a split of codes at least, and such splits at most, so that beginning and merging them stay small parts."""
@@ -44,7 +47,7 @@ MOST_SPLITS = 128
 
 def why_not(query_BHqD: Tensor, history: History, mask: Tensor | None) -> str | None:
     """Return why the kernel does not attend to a history, or None where it does."""
-    B, queries, asked, _ = query_BHqD.shape
+    B, queries, asked, D = query_BHqD.shape
     if asked != 1:
         return f"{asked} queries came at once"
     for stored in (history.key, history.value):
@@ -55,7 +58,11 @@ def why_not(query_BHqD: Tensor, history: History, mask: Tensor | None) -> str | 
     if queries % history.key.shape[1] or queries // history.key.shape[1] > 64:
         return f"{queries} query heads share {history.key.shape[1]} KV heads"
     if mask is not None and (mask.shape[1:3] != (1, 1) or mask.shape[0] not in (1, B)):
-        return f"a mask of shape {tuple(mask.shape)} is not the same for all heads"
+        return "the mask is not the same for all heads"
+    if mask is not None and mask.shape[3] != history.key.shape[2]:
+        return "the mask is not of as many tokens as there are"
+    if query_BHqD.dtype == torch.float32 and next_power(queries // history.key.shape[1]) * D > MOST_SINGLE:
+        return f"{queries // history.key.shape[1]} float32 queries of {D} channels are more than the registers hold"
     return None
 
 
@@ -67,12 +74,18 @@ def attend(
     softcap: float | None = None,
 ) -> Tensor:
     """Attend with the last token's query to all that is held, codes as they are packed; as `torch_kernels.attend`."""
-    if why_not(query_BHqD, history, mask) is None:
+    kind = (query_BHqD.device, query_BHqD.dtype, query_BHqD.shape[1:], history.key.form, history.value.form)
+    if kind not in _too_large and why_not(query_BHqD, history, mask) is None:
         try:
             return _attend(query_BHqD, history, scaling, mask, softcap)
         except OutOfResources as error:  # of a GPU that is smaller than those which the tiles are made for
+            _too_large.add(kind)
             say_once(f"a query attends to unpacked keys and values: on {query_BHqD.device} the kernel is {error}")
     return torch_kernels.attend(query_BHqD, history, scaling, mask, softcap)
+
+
+_too_large: set[tuple[Any, ...]] = set()
+"""What a GPU had no room for: it is not asked again."""
 
 
 def _attend(query_BHqD: Tensor, history: History, scaling: float, mask: Tensor | None, softcap: float | None) -> Tensor:

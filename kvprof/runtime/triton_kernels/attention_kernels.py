@@ -164,7 +164,9 @@ def _with_coded(
             unit = place // GROUP * D + channel
             scale = tl.load(scale_at + unit, mask=inside, other=0.0).to(tl.float32)
             zero = tl.load(zero_at + unit, mask=inside, other=0.0).to(tl.float32) + scale * MIDDLE
-            total = sums[g] + exact_dot(p.to(DOT), numbers) * scale[None, :] + tl.sum(p, 1)[:, None] * zero[None, :]
+            rounded = p.to(DOT)  # in both sums: where one value is far off, they all but cancel for the others
+            total = sums[g] + exact_dot(rounded, numbers) * scale[None, :]
+            total += tl.sum(rounded.to(tl.float32), 1)[:, None] * zero[None, :]
         else:
             scale = tl.load(scale_at + row * GROUPS + g).to(tl.float32)
             weights = p * (scale * (1.0 / largest[g]))[None, :]

@@ -26,9 +26,11 @@ def refusal(form: Format, head_dim: int, dtype: torch.dtype) -> str | None:
         return f"{str(dtype).removeprefix('torch.')} is not among float16, bfloat16 and float32"
     if head_dim % 8 or not 16 <= head_dim <= 256:
         return f"heads of {head_dim} channels are not of 16 to 256, a multiple of 8"
-    if form.is_full or (form.axis == "token" and form.group_size >= head_dim) or form.group_size % 16 == 0:
+    if form.is_full or (form.axis == "token" and form.group_size >= head_dim):
         return None
-    return f"groups of {form.group_size} are no multiple of 16"
+    if form.group_size % 16:
+        return f"groups of {form.group_size} are no multiple of 16"
+    return f"groups of {form.group_size} are of more than 256 tokens" if form.group_size > 256 else None
 
 
 def read_in_words(form: Format, head_dim: int) -> bool:

@@ -68,7 +68,7 @@ def pack_groups(
         known = (column < WIDE) & (channel < D)
         inside = valid[:, None] & known[None, :]
         numbers = tl.load(x_at[:, None] + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-        low = tl.min(tl.where(inside, numbers, float("inf")), ALONG, keep_dims=True)
+        low = tl.min(tl.where(inside, numbers, float("inf")), ALONG, keep_dims=True) + 0.0  # as `quantizer` does
         high = tl.max(tl.where(inside, numbers, float("-inf")), ALONG, keep_dims=True)
         broken = tl.max((numbers != numbers).to(tl.int32), ALONG, keep_dims=True) > 0
         low, high = tl.where(broken, float("nan"), low), tl.where(broken, float("nan"), high)
