@@ -8,6 +8,8 @@ a kernel is compiled for: a plan of many formats runs many compiled kernels, non
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -16,6 +18,9 @@ CHANNEL = tl.constexpr(1)
 TOKEN = tl.constexpr(2)
 ROTATED = tl.constexpr(3)
 """How a tensor is held: in the model's dtype; in codes with a scale a channel, or a scale a token; rotated."""
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+"""What scores of base e are multiplied with, to be of base 2."""
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether kernels run under the interpreter, which cuts bfloat16 off and multiplies its bits: helped around here."""

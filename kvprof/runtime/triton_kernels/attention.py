@@ -19,6 +19,7 @@ from kvprof.runtime.history import PAGE_TOKENS, History, StoredTensor
 from kvprof.runtime.kernels import say_once
 from kvprof.runtime.quantizer import rotation
 from kvprof.runtime.triton_kernels import attention_kernels
+from kvprof.runtime.triton_kernels.arithmetic import LOG2_E
 from kvprof.runtime.triton_kernels.forms import (
     Pages,
     ceil_div,
@@ -31,8 +32,6 @@ from kvprof.runtime.triton_kernels.forms import (
     rotated_tables,
     scheme_of,
 )
-
-LOG2_E = math.log2(math.e)
 
 OTHER_TILES = 4
 """Tiles of a split that is not of codes alone."""
@@ -102,9 +101,9 @@ def _attend(query_BHqD: Tensor, history: History, scaling: float, mask: Tensor |
         rotated = (query_BHqD.float() @ turn.T) / math.sqrt(D)
     if mask is not None:
         mask = mask.expand(B, 1, 1, tokens).contiguous()
-    factor, cap = scaling * LOG2_E, 0.0
+    factor, cap = scaling * LOG2_E.value, 0.0
     if softcap is not None:
-        factor, cap = scaling / softcap, softcap * LOG2_E
+        factor, cap = scaling / softcap, softcap * LOG2_E.value
     partial = torch.empty(B * queries, cut.splits, value_D, dtype=torch.float32, device=device)
     extent = torch.empty(B * queries, cut.splits, 2, dtype=torch.float32, device=device)
     out = torch.empty(B, queries, 1, value_D, dtype=query_BHqD.dtype, device=device)

@@ -12,6 +12,7 @@ import triton.language as tl
 from kvprof.runtime.triton_kernels.arithmetic import (
     CHANNEL,
     FULL,
+    LOG2_E,
     ROTATED,
     TOKEN,
     exact_dot,
@@ -19,7 +20,7 @@ from kvprof.runtime.triton_kernels.arithmetic import (
     rounded_to,
     two_part_dot,
 )
-from kvprof.runtime.triton_kernels.codes import PAGE_COLUMNS, code_numbers, code_source, column_channels, page_address
+from kvprof.runtime.triton_kernels.codes import PAGE_COLUMNS, code_numbers, code_source, column_channels, open_page
 
 
 @triton.jit
@@ -45,29 +46,9 @@ def _flat_numbers(numbers, first, count, bh, token, channel, inside, D: tl.const
 
 
 @triton.jit
-def _open_page(
-    x, page, bh, SCHEME: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr
-):
-    """Return where the codes, scales and zeros of one head begin in a page, and how many tokens it has."""
-    table, pages, rest, rest_scale, rest_zero, rest_tokens, levels = x
-    tokens = tl.where(page < pages, PAGE, rest_tokens)
-    if SCHEME == CHANNEL:
-        scales = tokens // GROUP * D
-    elif SCHEME == TOKEN:
-        scales = tokens * ((D + GROUP - 1) // GROUP)
-    else:
-        scales = tokens
-    codes_at = page_address(table, page, pages, rest, 0) + bh * tokens * (D * BITS // 8)
-    scale_at = page_address(table, page, pages, rest_scale, 1) + bh * scales
-    return codes_at, scale_at, page_address(table, page, pages, rest_zero, 2) + bh * scales, tokens, levels
-
-
-@triton.jit
-def _largest_scales(
-    opened, SCHEME: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr, PADDED_PAGE: tl.constexpr
-):
+def _largest_scales(opened, SCHEME: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, PADDED_PAGE: tl.constexpr):
     """Return the largest scale of each group of channels in a page; 1 where the scales are by channel, or all 0."""
-    _, scale_at, _, tokens, _ = opened
+    _, scale_at, _, tokens = opened
     GROUPS: tl.constexpr = (D + WIDE - 1) // WIDE
     token = tl.arange(0, PADDED_PAGE)
     largest = ()
@@ -85,6 +66,7 @@ def _largest_scales(
 def _coded_scores(
     q,
     opened,
+    levels,
     place,
     SCHEME: tl.constexpr,
     BITS: tl.constexpr,
@@ -101,7 +83,7 @@ def _coded_scores(
 
     By channel, s * c + z is never made: (q * s) . c + q . z has the same value, and the scale once a group.
     """
-    codes_at, scale_at, zero_at, tokens, levels = opened
+    codes_at, scale_at, zero_at, tokens = opened
     MIDDLE: tl.constexpr = 2 ** (BITS - 1)
     GROUPS: tl.constexpr = (D + WIDE - 1) // WIDE
     row = tl.minimum(place + tl.arange(0, N), tokens - 1)
@@ -131,6 +113,7 @@ def _with_coded(
     offsets,
     p,
     opened,
+    levels,
     largest,
     place,
     SCHEME: tl.constexpr,
@@ -150,7 +133,7 @@ def _with_coded(
     What is added counts such largest scales. A zero a token is the same for all channels of its group, whose offsets
     (M, N) it goes to.
     """
-    codes_at, scale_at, zero_at, tokens, levels = opened
+    codes_at, scale_at, zero_at, tokens = opened
     MIDDLE: tl.constexpr = 2 ** (BITS - 1)
     GROUPS: tl.constexpr = (D + WIDE - 1) // WIDE
     row = tl.minimum(place + tl.arange(0, N), tokens - 1)
@@ -220,11 +203,15 @@ def _counted_in(sums, units, new):
 
 
 @triton.jit
-def _weights(scores, largest):
-    """Return the weights of a tile's scores, base 2, by how much earlier sums shrink, and the largest score now."""
+def _weighed(scores, largest, total, sums, offsets):
+    """Return the weights (M, N) of a tile's scores, base 2, and the largest score and all sums with them in view.
+
+    What was summed before shrinks to the scale of the largest score now; only `total` has this tile's weights in it.
+    """
     now = tl.maximum(largest, tl.max(scores, 1))
     finite = tl.where(now == float("-inf"), 0.0, now)
-    return tl.exp2(scores - finite[:, None]), tl.exp2(largest - finite), now
+    p, shrunk = tl.exp2(scores - finite[:, None]), tl.exp2(largest - finite)
+    return p, now, total * shrunk[:, None] + p, _shrunk(sums, shrunk), _shrunk(offsets, shrunk)
 
 
 @triton.jit
@@ -233,7 +220,7 @@ def _masked(scores, valid, mask, token, HAS_MASK: tl.constexpr):
     if HAS_MASK == 1:
         valid = valid & (tl.load(mask + token, mask=valid, other=0) != 0)
     if HAS_MASK == 2:
-        scores += tl.load(mask + token, mask=valid, other=0.0).to(tl.float32)[None, :] * 1.4426950408889634
+        scores += tl.load(mask + token, mask=valid, other=0.0).to(tl.float32)[None, :] * LOG2_E
     return tl.where(valid[None, :], scores, float("-inf"))
 
 
@@ -337,8 +324,8 @@ def attend_splits(
     head = tl.arange(0, M)
     asks = head < QUERIES
     mask += (bh // HEADS) * mask_stride
-    k = (k_table, k_pages, k_rest, k_rest_scale, k_rest_zero, k_rest_tokens, k_levels)
-    v = (v_table, v_pages, v_rest, v_rest_scale, v_rest_zero, v_rest_tokens, v_levels)
+    k = (k_table, k_pages, k_rest, k_rest_scale, k_rest_zero, k_rest_tokens)
+    v = (v_table, v_pages, v_rest, v_rest_scale, v_rest_zero, v_rest_tokens)
 
     channel = tl.arange(0, K_ALL)
     q_at = (bh * QUERIES + head)[:, None] * K_D
@@ -370,10 +357,10 @@ def attend_splits(
             begin = tl.maximum(low, start + stretch * STRETCH)
             end = tl.minimum(high, start + (stretch + 1) * STRETCH)
             if K_SCHEME != FULL:
-                k_opened = _open_page(k, (begin - k_first) // K_PAGE, bh, K_SCHEME, K_BITS, K_GROUP, K_D, K_PAGE)
+                k_opened = open_page(k, (begin - k_first) // K_PAGE, bh, K_SCHEME, K_BITS, K_GROUP, K_D, K_PAGE)
             if V_SCHEME != FULL:
-                v_opened = _open_page(v, (begin - v_first) // V_PAGE, bh, V_SCHEME, V_BITS, V_GROUP, V_D, V_PAGE)
-                new = _largest_scales(v_opened, V_SCHEME, V_D, V_WIDE, V_PAGE, V_PADDED_PAGE)
+                v_opened = open_page(v, (begin - v_first) // V_PAGE, bh, V_SCHEME, V_BITS, V_GROUP, V_D, V_PAGE)
+                new = _largest_scales(v_opened, V_SCHEME, V_D, V_WIDE, V_PADDED_PAGE)
                 sums, units = _counted_in(sums, units, new), new
             for tile in range(0, tl.cdiv(end - begin, N)):
                 first = begin + tile * N
@@ -383,19 +370,17 @@ def attend_splits(
                     scores = exact_dot(exact, tl.trans(keys)) * factor
                 else:
                     scores = size[:, None] * _coded_scores(
-                        unit_q, k_opened, (begin - k_first) % K_PAGE + tile * N,
+                        unit_q, k_opened, k_levels, (begin - k_first) % K_PAGE + tile * N,
                         K_SCHEME, K_BITS, K_GROUP, K_MAGNITUDES, K_D, K_WIDE, K_PADDED, K_IN_WORDS, N, DOT,
                     )  # fmt: skip
                 scores = _masked(_capped(scores, cap, SOFTCAP), token < stop, mask, token, HAS_MASK)
-                p, shrunk, largest = _weights(scores, largest)
-                sums, offsets = _shrunk(sums, shrunk), _shrunk(offsets, shrunk)
-                total = total * shrunk[:, None] + p
+                p, largest, total, sums, offsets = _weighed(scores, largest, total, sums, offsets)
                 if V_SCHEME == FULL:
                     values = _paged_numbers(v_table, v_pages, v_rest, v_rest_tokens, bh, token, V_D, V_ALL, V_PAGE)
                     sums = (sums[0] + two_part_dot(p, values, values.dtype),)
                 else:
                     sums, offsets = _with_coded(
-                        sums, offsets, p, v_opened, units, (begin - v_first) % V_PAGE + tile * N,
+                        sums, offsets, p, v_opened, v_levels, units, (begin - v_first) % V_PAGE + tile * N,
                         V_SCHEME, V_BITS, V_GROUP, V_MAGNITUDES, V_D, V_WIDE, V_PADDED, V_IN_WORDS, N, DOT,
                     )  # fmt: skip
         sums = _counted_in(sums, units, one)
@@ -420,9 +405,9 @@ def attend_splits(
                 keys = _paged_numbers(k_table, k_pages, k_rest, k_rest_tokens, bh, token, K_D, K_ALL, K_PAGE)
                 scores = exact_dot(exact, tl.trans(keys)) * factor
             elif k_in_codes:
-                opened = _open_page(k, (first - k_first) // K_PAGE, bh, K_SCHEME, K_BITS, K_GROUP, K_D, K_PAGE)
+                opened = open_page(k, (first - k_first) // K_PAGE, bh, K_SCHEME, K_BITS, K_GROUP, K_D, K_PAGE)
                 scores = size[:, None] * _coded_scores(
-                    unit_q, opened, (first - k_first) % K_PAGE,
+                    unit_q, opened, k_levels, (first - k_first) % K_PAGE,
                     K_SCHEME, K_BITS, K_GROUP, K_MAGNITUDES, K_D, K_WIDE, K_PADDED, K_IN_WORDS, N, DOT,
                 )  # fmt: skip
             else:
@@ -430,17 +415,15 @@ def attend_splits(
                 scores = exact_dot(exact, tl.trans(keys)) * factor
             valid = (token >= low) & (token < high)
             scores = _masked(_capped(scores, cap, SOFTCAP), valid, mask, token, HAS_MASK)
-            p, shrunk, largest = _weights(scores, largest)
-            sums, offsets = _shrunk(sums, shrunk), _shrunk(offsets, shrunk)
-            total = total * shrunk[:, None] + p
+            p, largest, total, sums, offsets = _weighed(scores, largest, total, sums, offsets)
             if V_SCHEME == FULL:
                 values = _paged_numbers(v_table, v_pages, v_rest, v_rest_tokens, bh, token, V_D, V_ALL, V_PAGE)
                 sums = (sums[0] + two_part_dot(p, values, values.dtype),)
             elif v_in_codes:
-                opened = _open_page(v, (first - v_first) // V_PAGE, bh, V_SCHEME, V_BITS, V_GROUP, V_D, V_PAGE)
-                units = _largest_scales(opened, V_SCHEME, V_D, V_WIDE, V_PAGE, V_PADDED_PAGE)
+                opened = open_page(v, (first - v_first) // V_PAGE, bh, V_SCHEME, V_BITS, V_GROUP, V_D, V_PAGE)
+                units = _largest_scales(opened, V_SCHEME, V_D, V_WIDE, V_PADDED_PAGE)
                 sums, offsets = _with_coded(
-                    _counted_in(sums, one, units), offsets, p, opened, units, (first - v_first) % V_PAGE,
+                    _counted_in(sums, one, units), offsets, p, opened, v_levels, units, (first - v_first) % V_PAGE,
                     V_SCHEME, V_BITS, V_GROUP, V_MAGNITUDES, V_D, V_WIDE, V_PADDED, V_IN_WORDS, N, DOT,
                 )  # fmt: skip
                 sums = _counted_in(sums, units, one)

@@ -9,7 +9,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvprof.runtime.triton_kernels.arithmetic import ROTATED
+from kvprof.runtime.packing import PLANES
+from kvprof.runtime.triton_kernels.arithmetic import CHANNEL, ROTATED, TOKEN
+
+LOW_BITS = tl.constexpr(tuple(PLANES[bits][0][0] if bits in PLANES else 0 for bits in range(9)))
+HIGH_BITS = tl.constexpr(tuple(bits - low for bits, low in enumerate(LOW_BITS.value)))
+"""Of codes of each width, the bits in their first plane, and in their second; 0 where there is none."""
 
 PAGE_COLUMNS = tl.constexpr(3)
 """Addresses of one page in the table: of its codes, scales and zeros."""
@@ -25,17 +30,11 @@ def _plane_codes(rows, channel, inside, BYTES: tl.constexpr, WIDTH: tl.constexpr
 @triton.jit
 def load_codes(rows, channel, inside, D: tl.constexpr, BITS: tl.constexpr):
     """Return the codes of any channels, (N, C), uint8; rows: where the bytes of each token begin, (N,)."""
-    if BITS == 3:
-        codes = _plane_codes(rows, channel, inside, D // 4, 2)
-        codes |= _plane_codes(rows + D // 4, channel, inside, D // 8, 1) << 2
-    elif BITS == 5:
-        codes = _plane_codes(rows, channel, inside, D // 2, 4)
-        codes |= _plane_codes(rows + D // 2, channel, inside, D // 8, 1) << 4
-    elif BITS == 6:
-        codes = _plane_codes(rows, channel, inside, D // 2, 4)
-        codes |= _plane_codes(rows + D // 2, channel, inside, D // 4, 2) << 4
-    else:
-        codes = _plane_codes(rows, channel, inside, D * BITS // 8, BITS)
+    LOW: tl.constexpr = LOW_BITS[BITS]
+    HIGH: tl.constexpr = HIGH_BITS[BITS]
+    codes = _plane_codes(rows, channel, inside, D * LOW // 8, LOW)
+    if HIGH > 0:
+        codes |= _plane_codes(rows + D * LOW // 8, channel, inside, D * HIGH // 8, HIGH) << LOW
     return codes
 
 
@@ -51,15 +50,12 @@ def _plane_words(rows, D: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _load_words(rows, D: tl.constexpr, BITS: tl.constexpr):
-    """Return the planes of whole rows in words; D is a power of two, of at least 32."""
-    if BITS == 3:
-        planes = (_plane_words(rows, D, 2), _plane_words(rows + D // 4, D, 1))
-    elif BITS == 5:
-        planes = (_plane_words(rows, D, 4), _plane_words(rows + D // 2, D, 1))
-    elif BITS == 6:
-        planes = (_plane_words(rows, D, 4), _plane_words(rows + D // 2, D, 2))
-    else:
-        planes = (_plane_words(rows, D, BITS),)
+    """Return the planes of whole rows in words, one or two; D is a power of two, of at least 32."""
+    LOW: tl.constexpr = LOW_BITS[BITS]
+    HIGH: tl.constexpr = HIGH_BITS[BITS]
+    planes = (_plane_words(rows, D, LOW),)
+    if HIGH > 0:
+        planes = planes + (_plane_words(rows + D * LOW // 8, D, HIGH),)
     return planes
 
 
@@ -72,12 +68,10 @@ def _pair(runs, SLOT: tl.constexpr, HALF: tl.constexpr):
 
 @triton.jit
 def _code_pairs(planes, SLOT: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr):
-    if BITS == 3:
-        pair = _pair(planes[0], SLOT, HALF) | (_pair(planes[1], SLOT, HALF) << 2)
-    elif BITS == 5 or BITS == 6:
-        pair = _pair(planes[0], SLOT, HALF) | (_pair(planes[1], SLOT, HALF) << 4)
-    else:
-        pair = _pair(planes[0], SLOT, HALF)
+    """Return two codes of each word as `_pair` does, their planes put together."""
+    pair = _pair(planes[0], SLOT, HALF)
+    if HIGH_BITS[BITS] > 0:
+        pair |= _pair(planes[1], SLOT, HALF) << LOW_BITS[BITS]
     return pair
 
 
@@ -201,8 +195,29 @@ def code_numbers(
 
 
 @triton.jit
-def page_address(table, page, pages, rest, COLUMN: tl.constexpr):
+def _page_address(table, page, pages, rest, COLUMN: tl.constexpr):
     """Return where a tensor of a page begins; behind the last page comes the rest."""
     listed = tl.load(table + page * PAGE_COLUMNS + COLUMN, mask=page < pages, other=0)
     place = tl.where(page < pages, listed, rest.to(tl.int64))
     return tl.multiple_of(place.to(tl.pointer_type(rest.dtype.element_ty)), 16)
+
+
+@triton.jit
+def open_page(
+    x, page, bh, SCHEME: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr
+):
+    """Return where the codes, scales and zeros of one head begin in a page, and how many tokens it has.
+
+    x: the table of pages, how many there are, codes, scales, zeros and tokens of the rest behind them.
+    """
+    table, pages, rest, rest_scale, rest_zero, rest_tokens = x
+    tokens = tl.where(page < pages, PAGE, rest_tokens)
+    if SCHEME == CHANNEL:
+        scales = tokens // GROUP * D
+    elif SCHEME == TOKEN:
+        scales = tokens * ((D + GROUP - 1) // GROUP)
+    else:
+        scales = tokens
+    codes_at = _page_address(table, page, pages, rest, 0) + bh * tokens * (D * BITS // 8)
+    scale_at = _page_address(table, page, pages, rest_scale, 1) + bh * scales
+    return codes_at, scale_at, _page_address(table, page, pages, rest_zero, 2) + bh * scales, tokens

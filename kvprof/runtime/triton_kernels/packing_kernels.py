@@ -17,7 +17,7 @@ from kvprof.runtime.triton_kernels.arithmetic import (
     rounded_to,
     scale_and_zero,
 )
-from kvprof.runtime.triton_kernels.codes import column_channels, load_codes, page_address
+from kvprof.runtime.triton_kernels.codes import HIGH_BITS, LOW_BITS, column_channels, load_codes, open_page
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -95,17 +95,12 @@ def pack_groups(
     tl.debug_barrier()  # what one thread stored another now reads
 
     rows = codes + (bh * tokens + token) * (D * BITS // 8)
-    if BITS == 3:
-        _pack_plane(x_at, rows, scale, zero, unit, valid, D, ALL, GROUP, BY_CHANNEL, TOP, 0, 2)
-        _pack_plane(x_at, rows + D // 4, scale, zero, unit, valid, D, ALL, GROUP, BY_CHANNEL, TOP, 2, 1)
-    elif BITS == 5:
-        _pack_plane(x_at, rows, scale, zero, unit, valid, D, ALL, GROUP, BY_CHANNEL, TOP, 0, 4)
-        _pack_plane(x_at, rows + D // 2, scale, zero, unit, valid, D, ALL, GROUP, BY_CHANNEL, TOP, 4, 1)
-    elif BITS == 6:
-        _pack_plane(x_at, rows, scale, zero, unit, valid, D, ALL, GROUP, BY_CHANNEL, TOP, 0, 4)
-        _pack_plane(x_at, rows + D // 2, scale, zero, unit, valid, D, ALL, GROUP, BY_CHANNEL, TOP, 4, 2)
-    else:
-        _pack_plane(x_at, rows, scale, zero, unit, valid, D, ALL, GROUP, BY_CHANNEL, TOP, 0, BITS)
+    LOW: tl.constexpr = LOW_BITS[BITS]
+    HIGH: tl.constexpr = HIGH_BITS[BITS]
+    _pack_plane(x_at, rows, scale, zero, unit, valid, D, ALL, GROUP, BY_CHANNEL, TOP, 0, LOW)
+    if HIGH > 0:
+        rows += D * LOW // 8
+        _pack_plane(x_at, rows, scale, zero, unit, valid, D, ALL, GROUP, BY_CHANNEL, TOP, LOW, HIGH)
 
 
 @triton.jit
@@ -126,7 +121,6 @@ def _pack_plane(
 ):
     """Write the bits PLACE to PLACE + WIDTH of the codes of whole rows."""
     BYTES: tl.constexpr = D * WIDTH // 8
-    row = tl.arange(0, valid.shape[0])
     byte = tl.arange(0, ALL * WIDTH // 8)
     inside = valid[:, None] & (byte < BYTES)[None, :]
     packed = tl.zeros(inside.shape, tl.int32)
@@ -134,7 +128,7 @@ def _pack_plane(
         channel = slot * BYTES + byte
         numbers = tl.load(x_at[:, None] + channel[None, :], mask=inside, other=0.0).to(tl.float32)
         if BY_CHANNEL:
-            place = unit + channel[None, :] + (row * 0)[:, None]
+            place = tl.broadcast_to(unit + channel[None, :], inside.shape)
         else:
             place = unit + (channel // GROUP)[None, :]
         codes = codes_of(
@@ -189,17 +183,11 @@ def pack_rotated(
         found = tl.where(y > tl.load(edges + found + (half - 1)), found + half, found)
     tl.store(scale + bh * tokens + token[:, None], stored, mask=valid[:, None])
     rows = codes + (bh * tokens + token) * (D * BITS // 8)
-    if BITS == 3:
-        _store_plane(rows, found, valid, 0, 2)
-        _store_plane(rows + D // 4, found, valid, 2, 1)
-    elif BITS == 5:
-        _store_plane(rows, found, valid, 0, 4)
-        _store_plane(rows + D // 2, found, valid, 4, 1)
-    elif BITS == 6:
-        _store_plane(rows, found, valid, 0, 4)
-        _store_plane(rows + D // 2, found, valid, 4, 2)
-    else:
-        _store_plane(rows, found, valid, 0, BITS)
+    LOW: tl.constexpr = LOW_BITS[BITS]
+    HIGH: tl.constexpr = HIGH_BITS[BITS]
+    _store_plane(rows, found, valid, 0, LOW)
+    if HIGH > 0:
+        _store_plane(rows + D * LOW // 8, found, valid, LOW, HIGH)
 
 
 @triton.jit
@@ -243,28 +231,26 @@ def unpack_rows(
     bh = tl.program_id(0).to(tl.int64)
     TILES: tl.constexpr = (PAGE + N - 1) // N
     page = tl.program_id(1) // TILES
-    tokens = tl.where(page < pages, PAGE, rest_tokens)
+    stored = (table, pages, rest_codes, rest_scale, rest_zero, rest_tokens)
+    codes_at, scale_at, zero_at, tokens = open_page(stored, page, bh, SCHEME, BITS, GROUP, D, PAGE)
     row = (tl.program_id(1) % TILES) * N + tl.arange(0, N)
     known = tl.minimum(row, tokens - 1)
-    codes_at = page_address(table, page, pages, rest_codes, 0) + (bh * tokens + known) * (D * BITS // 8)
-    scale_at = page_address(table, page, pages, rest_scale, 1)
     for g in tl.static_range((D + WIDE - 1) // WIDE):
         channel, inside = column_channels(D, g * WIDE, WIDE, PADDED, False)
-        codes = load_codes(codes_at, channel, inside, D, BITS)
+        codes = load_codes(codes_at + known * (D * BITS // 8), channel, inside, D, BITS)
         if SCHEME == ROTATED:
             y = hadamard(tl.load(levels + codes.to(tl.int32)), LOG_D) * tl.load(signs + channel)[None, :]
-            scale = tl.load(scale_at + bh * tokens + known).to(tl.float32)
+            scale = tl.load(scale_at + known).to(tl.float32)
             numbers = y * tl.div_rn(scale, tl.full(scale.shape, ROOT_D, tl.float32))[:, None]
         else:
-            zero_at = page_address(table, page, pages, rest_zero, 2)
             if SCHEME == CHANNEL:
-                place = (bh * (tokens // GROUP) + known // GROUP)[:, None] * D + tl.minimum(channel, D - 1)[None, :]
+                place = (known // GROUP)[:, None] * D + tl.minimum(channel, D - 1)[None, :]
             else:
-                place = ((bh * tokens + known) * ((D + GROUP - 1) // GROUP) + g)[:, None]
+                place = (known * ((D + GROUP - 1) // GROUP) + g)[:, None]
             numbers = codes.to(tl.float32) * tl.load(scale_at + place).to(tl.float32)
             numbers = numbers + tl.load(zero_at + place).to(tl.float32)
         token = (page * PAGE + row).to(tl.int64)
         place = out + (bh // heads) * stride_b + (bh % heads) * stride_h
         place += token[:, None] * stride_t + channel[None, :]
-        stored = (row < tokens)[:, None] & inside[None, :]
-        tl.store(place, rounded_to(numbers, out.dtype.element_ty), mask=stored)
+        there = (row < tokens)[:, None] & inside[None, :]
+        tl.store(place, rounded_to(numbers, out.dtype.element_ty), mask=there)
