@@ -60,6 +60,10 @@ class UnsupportedAttention(ModelError):
     """A model computes attention in a way that cannot be replaced by one that reads a quantized cache."""
 
 
+class UnsupportedStreaming(ModelError):
+    """A model's blocks cannot be loaded and run one at a time."""
+
+
 class NonFiniteWeight(ModelError):
     """A weight holds NaN or infinity."""
 

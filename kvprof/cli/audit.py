@@ -20,6 +20,7 @@ from kvprof.cli.options import (
     Seed,
     SinkTokens,
     Split,
+    Stream,
     SuffixFraction,
     Texts,
 )
@@ -45,6 +46,7 @@ def divergence(
     pack: Pack = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    stream: Stream = False,
     out: Out = None,
     restart: Restart = False,
 ) -> None:
@@ -73,6 +75,7 @@ def divergence(
         pack=pack,
         dtype=dtype,
         device=device,
+        stream=stream,
     )
     with progress("divergence", "forwards") as advance:
         run = run_divergence(source, settings, folder, restart, advance, advance.beside("writing text", "tokens"))

@@ -41,6 +41,10 @@ Device = Annotated[
     str,
     typer.Option(help="auto (the GPU; layers spread over all where one is too small; else the CPU), cpu, cuda:1."),
 ]
+Stream = Annotated[
+    bool,
+    typer.Option("--stream", help="Load one block at a time from the checkpoint: for models larger than the memory."),
+]
 Restart = Annotated[bool, typer.Option("--restart", help="Begin anew instead of resuming a stopped run.")]
 GroupSize = Annotated[
     int, typer.Option(min=1, max=2**31, help="Elements that share a scale: tokens for keys, channels for values.")

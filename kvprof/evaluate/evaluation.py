@@ -43,7 +43,7 @@ class EvaluationSettings:
 
     data, split: as `mix_texts` has them; without a split, held-out text of what kvprof splits by itself.
     sequence_length: None as `calibration.sequences.choose_length` has it. measure_from: the first position that counts;
-    those before it are only read. dtype, device: as `models.load.load_model` takes them. exact: token by token through
+    those before it are only read. dtype, device, stream: as `models.load.load_model` takes them. exact: token by token through
     the packed cache.
     """
 
@@ -57,6 +57,7 @@ class EvaluationSettings:
     dtype: str = "auto"
     device: str = "auto"
     exact: bool = False
+    stream: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def run_evaluation(
     _check_fit(plans, geometry)  # shapes differ without a look at the weights
     mix, tokenizer = _read_text(source, settings, config.get_text_config(decoder=True))
     chosen = _long_enough(mix.lengths, settings.measure_from)
-    model = load_model(source, settings.dtype, settings.device)
+    model = load_model(source, settings.dtype, settings.device, settings.stream)
     fingerprint = live_fingerprint(model, geometry) or checkpoint_fingerprint(source, geometry)
     _check_fit(plans, geometry, fingerprint)
     text = fill(mix, model, tokenizer, fingerprint, writing)

@@ -89,6 +89,6 @@ def _memory_explained(model: PreTrainedModel, tokens: int) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise KvprofError(
-            f"out of memory on {model.device} with a sequence of {tokens} tokens.\n"
+            f"out of memory on {input_device(model)} with a sequence of {tokens} tokens.\n"
             "  Lower --sequence-length, or try --dtype bfloat16; what is measured so far is kept."
         ) from None

@@ -68,6 +68,13 @@ class Projection:
         return self.key == self.value
 
     @property
+    def block(self) -> str:
+        """The name of the block that the layer is."""
+        match = _NAMED.match(self.key)
+        assert match is not None
+        return self.key.removesuffix("." + match["module"])
+
+    @property
     def attention(self) -> str:
         """The name of the attention module that holds the projections."""
         return self.key.rpartition(".")[0]

@@ -35,6 +35,8 @@ from transformers import (
 from kvprof.errors import KvprofError, ModelError, UsageError, did_you_mean, first_line
 from kvprof.models.hub import fetch_from_hub, refuse_pickles
 from kvprof.models.inventory import build_skeleton
+from kvprof.models.shelf import Shelf, own_folder
+from kvprof.models.streaming import stream_weights, streamed_to
 from kvprof.records.runs import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -116,28 +118,39 @@ def load_tokenizer(source: ModelSource) -> Any:
         return AutoTokenizer.from_pretrained(**_arguments(place))
 
 
-def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
+def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto", stream: bool = False) -> PreTrainedModel:
     """Load a model in eval mode, no parameter asking for a gradient.
 
     dtype: auto (the checkpoint's own), float32, bfloat16 or float16.
     device: auto (the first GPU; where the model does not fit it, accelerate spreads the layers over all GPUs and the
     CPU; the CPU where there is no GPU), or a torch device such as cpu, cuda:1, mps.
+    stream: leave the weights in the checkpoint, and load each block when it runs (`models.streaming`); auto is then
+    the first GPU whatever its size.
     Raises UsageError for an unknown dtype or device, ModelError for a checkpoint that cannot be loaded.
     """
     check_dtype(dtype)
     config = load_config(source)
-    target = _placement(device, config, dtype)
+    target = usable_device(device) if stream else _placement(device, config, dtype)
     place = source.fetch(weights=True)
     if place.is_dir():
         refuse_pickles((file.name for file in place.iterdir()), str(place))
-    spread = {"device_map": "auto"} if target is None else {}
+    elif stream:
+        raise UsageError("--stream reads safetensors, not a .gguf file.\n  Name the folder or hub id it was made from.")
+    shelf = Shelf()
+    spread: dict[str, Any] = {"device_map": "auto"} if target is None else {}
+    if stream:
+        spread = {"device_map": {"": "disk"}, "offload_folder": own_folder(shelf)}
     with _explained(source), _quiet():
         # The text decoder of most multimodal models is no causal language model of its own.
         auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
         model = auto.from_pretrained(**_arguments(place), dtype=DTYPES.get(dtype, "auto"), **spread)
-        if target is not None:
+        model = model.eval().requires_grad_(False)
+        if stream:
+            assert target is not None
+            stream_weights(model, shelf, target)
+        elif target is not None:
             model = model.to(target)
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def check_dtype(dtype: str) -> None:
@@ -293,6 +306,8 @@ def _quiet() -> Iterator[None]:
 
 def input_device(model: PreTrainedModel) -> torch.device:
     """Return where a model wants its token ids."""
+    if (streamed := streamed_to(model)) is not None:
+        return streamed
     device: torch.device = model.get_input_embeddings().weight.device
     # Of an offloaded model, accelerate moves what comes in to where it computes.
     return torch.device("cpu") if device.type == "meta" else device

@@ -52,8 +52,8 @@ class DivergenceSettings:
 
     layers, tensors, formats: as `probes.choose_probes` reads them. suffix_fraction: the share of each sequence, at its
     end, that counts. data: texts with their weights, as `calibration.mix` reads them. sequence_length: None is
-    CALIBRATION_LENGTH, or what the model was made for where that is less. dtype, device: as `models.load.load_model`
-    takes them.
+    CALIBRATION_LENGTH, or what the model was made for where that is less. dtype, device, stream: as
+    `models.load.load_model` takes them.
     """
 
     layers: str | None = None
@@ -69,6 +69,7 @@ class DivergenceSettings:
     pack: bool = False
     dtype: str = "auto"
     device: str = "auto"
+    stream: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def run_divergence(
     mix = mix_texts(settings.data, settings.split, tokenizer, settings.sequences, length, settings.seed, settings.pack)
     mix.check_vocabulary(config.vocab_size)
     check_something_is_read(probes, settings.window, max(mix.lengths))
-    model = load_model(source, settings.dtype, settings.device)
+    model = load_model(source, settings.dtype, settings.device, settings.stream)
     fingerprint = live_fingerprint(model, geometry) or checkpoint_fingerprint(source, geometry)
     inventory = inventory.model_copy(update={"model": inventory.model.model_copy(update={"fingerprint": fingerprint})})
     text = fill(mix, model, tokenizer, fingerprint, writing)

@@ -21,6 +21,7 @@ from kvprof.errors import NonFiniteGradient
 from kvprof.models.layouts import Rows, choose_layout, cut_rows, find_projections
 from kvprof.models.load import input_device, wider_dtype_advice
 from kvprof.models.weights import take_rows
+from kvprof.profile.head import Head
 from kvprof.records.formats import TENSORS, TensorName
 from kvprof.records.geometry import CacheGeometry
 
@@ -36,22 +37,25 @@ def gradient_norms(model: PreTrainedModel, geometry: CacheGeometry, batch: Batch
     """
     batch = padded_on_the_right(batch)
     device = input_device(model)
-    arguments: dict[str, Any] = {
-        "input_ids": batch.input_ids.to(device),
-        "attention_mask": batch.attention_mask.to(device),
-        "labels": batch.labels.to(device),  # unshifted: the model shifts them itself
-        "use_cache": False,
-    }
+    ids, labels = batch.input_ids.to(device), batch.labels.to(device)
+    options: dict[str, Any] = {"use_cache": False}
     if "output_router_logits" in inspect.signature(model.forward).parameters:
-        arguments["output_router_logits"] = False  # else a mixture of experts may add its balancing loss
+        options["output_router_logits"] = False  # else a mixture of experts may add its balancing loss
     with _weight_gradient_norms(model, geometry, len(batch.indices)) as norms:
-        model(**arguments).loss.backward()
-    # transformers averages the loss over the targets of the whole batch; a sequence's own mean is over its own.
-    targets = (batch.labels[:, 1:] != IGNORED).sum(1).double()
-    shares = targets.sum() / targets  # (B,)
+        head = Head(model, input_ids=ids, attention_mask=batch.attention_mask.to(device), **options)
+        for start, stop in head.chunks(0, ids.shape[1] - 1):
+            # One position more than has a target here: the model shifts labels itself.
+            positions = (slice(None), slice(start, stop + 1))
+            counted = int((labels[:, start + 1 : stop + 1] != IGNORED).sum())
+            if counted:
+                loss = head.run(start, stop + 1, input_ids=ids[positions], labels=labels[positions], **options).loss
+                # The sum over the targets, not transformers' mean: that one's gradient vanishes in float16.
+                (loss * counted).backward()
+        head.backward()
+    targets = (batch.labels[:, 1:] != IGNORED).sum(1).double()  # (B,)
     result: dict[int, SequenceNorms] = {index: [] for index in batch.indices}
     for layer in geometry.scored:
-        keys, values = (shares * norms[layer.layer, tensor].cpu() for tensor in TENSORS)  # (B,)
+        keys, values = (norms[layer.layer, tensor].cpu() / targets for tensor in TENSORS)  # (B,)
         if not (keys.isfinite().all() and values.isfinite().all()):
             raise NonFiniteGradient(_overflow_advice(model, layer.layer))
         for index, key, value in zip(batch.indices, keys.tolist(), values.tolist(), strict=True):
@@ -69,6 +73,8 @@ def _weight_gradient_norms(
 
     def capture(layer: int, runs: Mapping[TensorName, tuple[tuple[int, int], ...] | None]) -> Callable[..., Tensor]:
         def forward_hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():  # a block whose forward will be repeated on the way back
+                return output
             source = inputs[0].detach()
 
             def backward_hook(gradient: Tensor) -> None:

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +19,7 @@ from kvprof.calibration.sequences import Batch
 from kvprof.errors import NonFiniteGradient
 from kvprof.models.load import input_device, wider_dtype_advice
 from kvprof.profile.decoder import Formats
+from kvprof.profile.head import Head
 from kvprof.records.formats import FULL_BITS, TENSORS, TensorName
 from kvprof.records.plan import LayerPlan, Quantizer, TensorPlan, Window
 from kvprof.records.scores import suffix_start
@@ -29,9 +28,6 @@ from kvprof.runtime.interception import AttentionCall, attention_through
 
 Losses = dict[tuple[int, TensorName, str], Tensor]
 """(layer, tensor, format name) to one number a sequence: (B,), float64, on the CPU."""
-
-LABELS_AT_ONCE = 128
-"""Positions whose distribution is cumulated at a time: 24 MiB for a vocabulary of 49,152."""
 
 _UNTOUCHED = TensorPlan(bits=FULL_BITS, group_size=1, axis="token")
 
@@ -83,15 +79,19 @@ def loss_increases(
     suffix = suffix_of(batch, suffix_fraction)
     layers = sorted({layer for layer, _ in formats})
     probe = _Probe(formats, window, quantizer, suffix)
+    counted = suffix.mask(batch.input_ids.shape[1])  # (B, T - first)
+    generators = [_generator(seed, index) for index in batch.indices]
+    ids, mask = (tensor.to(input_device(model)) for tensor in (batch.input_ids, batch.attention_mask))
     with attention_through(model, layers, probe.attend):
-        logits = _suffix_logits(model, batch, suffix.first)  # (B, T - first, V)
-        counted = suffix.mask(batch.input_ids.shape[1]).to(logits.device)
-        labels = _sampled_labels(logits.detach(), counted, batch.indices, seed)
-        wide = logits[counted].to(torch.promote_types(logits.dtype, torch.float32))
-        loss = torch.nn.functional.cross_entropy(wide, labels, reduction="sum")
-        del logits, wide
-        loss.backward()  # type: ignore[no-untyped-call]
-    totals = counted.sum(1).double().cpu()
+        head = Head(model, input_ids=ids, attention_mask=mask, use_cache=False)
+        for start, stop in head.chunks(suffix.first, ids.shape[1]):
+            here = counted[:, start - suffix.first : stop - suffix.first]
+            logits = head.run(start, stop, input_ids=ids[:, start:stop], use_cache=False).logits[here.to(ids.device)]
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (positions, V)
+            labels = _sampled_labels(wide.detach(), here.sum(1).tolist(), generators)
+            torch.nn.functional.cross_entropy(wide, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
+        head.backward()
+    totals = counted.sum(1).double()
     losses = {key: 0.5 * dots.square().sum(1) / totals for key, dots in probe.dots.items()}
     for (layer, tensor, name), loss_B in losses.items():
         if not loss_B.isfinite().all():
@@ -125,6 +125,8 @@ class _Probe:
     def attend(self, call: AttentionCall) -> Tensor:
         """Attend as the model does, and wait for the gradient of the output."""
         output = call.run()
+        if not torch.is_grad_enabled():  # a block whose forward will be repeated on the way back
+            return output
         leaf = not output.requires_grad  # the first layer's: nothing before it asks for a gradient
         if leaf:
             output.requires_grad_(True)
@@ -166,28 +168,22 @@ def _detached(call: AttentionCall) -> AttentionCall:
     return replace(call, query=call.query.detach(), key=call.key.detach(), value=call.value.detach())
 
 
-def _suffix_logits(model: PreTrainedModel, batch: Batch, first: int) -> Tensor:
-    """Return the logits of each position from `first` on, (B, T - first, V), with a graph that leads to all layers."""
-    kept = batch.input_ids.shape[1] - first
-    options: dict[str, Any] = {"use_cache": False}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        options["logits_to_keep"] = kept
-    ids, mask = (tensor.to(input_device(model)) for tensor in (batch.input_ids, batch.attention_mask))
-    logits: Tensor = model(input_ids=ids, attention_mask=mask, **options).logits
-    return logits[:, -kept:]
+def _generator(seed: int, index: int) -> torch.Generator:
+    """Return the random numbers of one sequence: of the seed and its index alone, not of the batch that it is in."""
+    drawn_by = hashlib.sha256(f"{seed} {index}".encode()).digest()  # torch's generator heeds 32 bits of a seed
+    return torch.Generator().manual_seed(int.from_bytes(drawn_by[:4], "big"))
 
 
-def _sampled_labels(logits: Tensor, counted: Tensor, indices: Sequence[int], seed: int) -> Tensor:
-    """Draw a label for each position that counts, from the model's own distribution: (positions,), int64.
+def _sampled_labels(logits: Tensor, counts: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+    """Draw a label for each position from the model's own distribution: (positions,), int64.
 
-    A sequence's draws depend on the seed and its index alone, not on the batch that it is in.
+    logits: (positions, V), float32 or wider, sequence after sequence. counts: positions of each.
+    Exponential clocks race, the label's own at the rate of its probability: what rounding moves the distribution by is
+    about how often another label wins, so that half precision draws nearly the same labels.
     """
     labels = []
-    for row, index in enumerate(indices):
-        drawn_by = hashlib.sha256(f"{seed} {index}".encode()).digest()  # torch's generator heeds 32 bits of a seed
-        generator = torch.Generator().manual_seed(int.from_bytes(drawn_by[:4], "big"))
-        for chunk in torch.split(logits[row, counted[row]], LABELS_AT_ONCE):
-            cumulated = chunk.float().softmax(-1).cumsum(-1)  # (positions, V)
-            drawn = torch.rand(len(chunk), 1, generator=generator).to(cumulated.device) * cumulated[:, -1:]
-            labels.append(torch.searchsorted(cumulated, drawn, right=True)[:, 0].clamp_max_(chunk.shape[1] - 1))
-    return torch.cat(labels)
+    for rows, generator in zip(torch.split(logits, list(counts)), generators, strict=True):
+        for row in rows:
+            clocks = torch.empty(len(row)).exponential_(generator=generator).to(row.device)
+            labels.append((row - clocks.log()).argmax())
+    return torch.stack(labels)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from kvprof import __version__
 from kvprof.calibration.sequences import Batch, CalibrationSet, batches
 from kvprof.errors import KvprofError
+from kvprof.models.load import input_device
 from kvprof.profile.decoder import Decoder, Formats
 from kvprof.profile.gradients import gradient_norms, padded_on_the_right
 from kvprof.profile.losses import loss_increases
@@ -92,7 +93,7 @@ def _measure(
     except torch.OutOfMemoryError:
         rows, tokens = batch.input_ids.shape
         raise KvprofError(
-            f"out of memory on {model.device} with a batch of {rows} sequences of {tokens} tokens.\n"
+            f"out of memory on {input_device(model)} with a batch of {rows} sequences of {tokens} tokens.\n"
             "  Lower --batch-size or --sequence-length; what is measured so far is kept."
         ) from None
     keys = [(layer, tensor, form.name) for (layer, tensor), forms in formats.items() for form in forms]

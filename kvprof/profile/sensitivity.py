@@ -40,8 +40,8 @@ class SensitivitySettings:
     """What to measure on, and how.
 
     data: sources of text with their weights, as `calibration.ingredients` reads them. sequence_length: None is
-    CALIBRATION_LENGTH, or what the model was made for where that is less. dtype, device: as `models.load.load_model`
-    takes them. batch_size: sequences in one forward; changes no score.
+    CALIBRATION_LENGTH, or what the model was made for where that is less. dtype, device, stream: as
+    `models.load.load_model` takes them. batch_size: sequences in one forward; changes no score.
     """
 
     data: tuple[str, ...] = USUAL_DATA
@@ -53,6 +53,7 @@ class SensitivitySettings:
     pack: bool = False
     dtype: str = "auto"
     device: str = "auto"
+    stream: bool = False
     decoder: Decoder = field(default_factory=Decoder)
 
 
@@ -100,7 +101,7 @@ def run_sensitivity(
     formats, unread = readable(formats, settings.decoder, max(mix.lengths))
     if check is not None and formats:
         check(inventory.geometry, formats)
-    model = load_model(source, settings.dtype, settings.device)
+    model = load_model(source, settings.dtype, settings.device, settings.stream)
     fingerprint = live_fingerprint(model, inventory.geometry) or checkpoint_fingerprint(source, inventory.geometry)
     inventory = inventory.model_copy(update={"model": inventory.model.model_copy(update={"fingerprint": fingerprint})})
     unsupported = _why_unsupported(model, inventory.geometry) if wanted else None

@@ -195,16 +195,27 @@ def test_in_the_last_layer_many_draws_of_labels_give_the_kl_that_is_measured(ten
 
 
 def test_labels_are_drawn_from_the_models_own_distribution() -> None:
-    logits = torch.tensor([[0.0, 1.0, -1.0, 2.5, -20.0]]).repeat(4000, 1)[None]
-    labels = losses._sampled_labels(logits, torch.ones(1, 4000, dtype=torch.bool), [0], seed=5)
+    logits = torch.tensor([[0.0, 1.0, -1.0, 2.5, -20.0]]).repeat(4000, 1)
+
+    def drawn(seed: int, index: int) -> torch.Tensor:
+        return losses._sampled_labels(logits, [4000], [losses._generator(seed, index)])
+
+    labels = drawn(5, 0)
     found = torch.bincount(labels, minlength=5) / 4000
-    expected = logits[0, 0].softmax(-1)
+    expected = logits[0].softmax(-1)
     assert (found - expected).abs().max() < 4 * math.sqrt(0.25 / 4000)
-    again = losses._sampled_labels(logits, torch.ones(1, 4000, dtype=torch.bool), [0], seed=5)
-    assert torch.equal(labels, again)
-    for index, seed in ((1, 5), (0, 6)):
-        other = losses._sampled_labels(logits, torch.ones(1, 4000, dtype=torch.bool), [index], seed)
-        assert not torch.equal(labels, other)
+    assert torch.equal(labels, drawn(5, 0))
+    assert not torch.equal(labels, drawn(5, 1))
+    assert not torch.equal(labels, drawn(6, 0))
+
+
+def test_a_distribution_that_moves_a_little_draws_nearly_the_same_labels() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(4000, 300)
+    moved = logits + 0.01 * torch.randn(4000, 300)
+    distance = (logits.softmax(-1) - moved.softmax(-1)).abs().sum(-1).mean() / 2  # no coupling differs less often
+    both = [losses._sampled_labels(rows, [4000], [losses._generator(0, 0)]) for rows in (logits, moved)]
+    assert (both[0] != both[1]).float().mean() < 2.5 * distance
 
 
 def together_and_alone(model: PreTrainedModel, lengths: Sequence[int]) -> tuple[losses.Losses, list[losses.Losses]]:
