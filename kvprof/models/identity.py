@@ -9,12 +9,13 @@ import hashlib
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvprof.models.checkpoints import LiveCheckpoint
 from kvprof.models.inventory import take_inventory
 from kvprof.models.load import ModelSource, load_config
-from kvprof.models.weights import LayerWeights, LiveCheckpoint, open_checkpoint, stream_projections
+from kvprof.models.pinning import pin
+from kvprof.models.weights import LayerWeights, stream_projections
 from kvprof.records.audit import Audit
 from kvprof.records.benchmark import Benchmark
 from kvprof.records.evaluation import Evaluation
@@ -25,10 +26,10 @@ from kvprof.records.scores import Scores
 
 
 class Fingerprint:
-    """The identity of a model's keys and values: a hash over the signs of W_k and W_v, layer by layer.
+    """The identity of a model's keys and values: a hash over the signs of W_k and W_v, of each layer's own hash.
 
     A sign survives every cast between float dtypes, so a model has one fingerprint however it is loaded; it does not
-    survive training, so a finetuned model has another.
+    survive training, so a finetuned model has another. Layers can be hashed in several runs.
     """
 
     def __init__(self) -> None:
@@ -36,17 +37,25 @@ class Fingerprint:
 
     def add(self, weights: LayerWeights) -> None:
         """Take in the next layer, ascending."""
-        self._add(weights.key)
-        self._add(weights.value)
+        self.add_digest(layer_digest(weights))
 
-    def _add(self, weight: Tensor) -> None:
-        self._hash.update(repr(tuple(weight.shape)).encode())
-        self._hash.update(np.packbits(torch.signbit(weight).cpu().numpy()).tobytes())
+    def add_digest(self, digest: str) -> None:
+        """Take in the next layer, ascending, by its `layer_digest`."""
+        self._hash.update(bytes.fromhex(digest))
 
     @property
     def text(self) -> str:
         """`sha256:...` over what was taken in so far."""
         return "sha256:" + self._hash.hexdigest()
+
+
+def layer_digest(weights: LayerWeights) -> str:
+    """Return the sha256, in hex, over the shapes and signs of one layer's W_k and W_v."""
+    digest = hashlib.sha256()
+    for weight in (weights.key, weights.value):
+        digest.update(repr(tuple(weight.shape)).encode())
+        digest.update(np.packbits(torch.signbit(weight).cpu().numpy()).tobytes())
+    return digest.hexdigest()
 
 
 def live_fingerprint(model: PreTrainedModel, geometry: CacheGeometry) -> str | None:
@@ -60,10 +69,11 @@ def live_fingerprint(model: PreTrainedModel, geometry: CacheGeometry) -> str | N
 
 
 def checkpoint_fingerprint(source: ModelSource, geometry: CacheGeometry) -> str:
-    """Return the fingerprint of a model's checkpoint, its K and V projections streamed from the disk."""
-    config = load_config(source).get_text_config(decoder=True)
+    """Return the fingerprint of a model's checkpoint, its K and V projections streamed from the disk or the hub."""
+    pinned = pin(source)
+    config = load_config(pinned.source).get_text_config(decoder=True)
     fingerprint = Fingerprint()
-    for weights in stream_projections(open_checkpoint(source.fetch(weights=True), config), geometry, config):
+    for weights in stream_projections(pinned.open(config), geometry, config):
         fingerprint.add(weights)
     return fingerprint.text
 

@@ -13,11 +13,16 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
+from kvprof.records.processes import launched_rank
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+_LEADS = launched_rank() == 0
+"""Of several processes on one measurement, the first alone speaks, but for errors that it does not know of."""
+
+out = Console(highlight=False, quiet=not _LEADS)
+err = Console(stderr=True, highlight=False, quiet=not _LEADS)
 
 
 def clean(text: str) -> str:
@@ -27,6 +32,9 @@ def clean(text: str) -> str:
 
 def print_error(error: BaseException) -> None:
     """Print what went wrong, plainly."""
+    if not _LEADS:
+        own = Console(stderr=True, highlight=False)
+        own.print(Text(f"error in process {launched_rank()}: {clean(str(error))}"), soft_wrap=True)
     err.print(Text.assemble(("error: ", "bold red"), clean(str(error))), soft_wrap=True)
 
 
@@ -38,6 +46,22 @@ def print_note(text: str) -> None:
 def print_written(path: Path) -> None:
     """Say where a result went."""
     print_plain(f"written to {path}")
+
+
+def print_fetched(fetched_bytes: int, whole_bytes: int) -> None:
+    """Say how little of a checkpoint on the hub was fetched."""
+    share = fetched_bytes / max(1, whole_bytes)
+    print_plain(f"fetched {decimal_bytes(fetched_bytes)} of {decimal_bytes(whole_bytes)} ({100 * share:.1f} %)")
+
+
+def decimal_bytes(count: int) -> str:
+    """Return a number of bytes with three digits, in the units in which files are sold: 2.70 GB."""
+    amount, unit = float(count), "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if amount < 999.5:
+            break
+        amount, unit = amount / 1000, larger
+    return f"{count} bytes" if unit == "bytes" else f"{amount:#.3g}".rstrip(".") + f" {unit}"
 
 
 def print_plain(text: str, style: str = "") -> None:
@@ -125,9 +149,10 @@ class Bar:
 
 @contextmanager
 def progress(what: str, unit: str) -> Iterator[Bar]:
-    """Show a bar with the time left while the `with` lasts, where stderr is a terminal."""
+    """Show a bar with the time left while the `with` lasts, where stderr is a terminal. unit: `bytes`, or a plural."""
     from rich.progress import (
         BarColumn,
+        DownloadColumn,
         MofNCompleteColumn,
         Progress,
         TextColumn,
@@ -135,11 +160,11 @@ def progress(what: str, unit: str) -> Iterator[Bar]:
         TimeRemainingColumn,
     )
 
+    counted = (DownloadColumn(),) if unit == "bytes" else (MofNCompleteColumn(), TextColumn("{task.fields[unit]}"))
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]}"),
+        *counted,
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from kvprof.profile.norms import spectral_norm
+from kvprof.profile.matrix_norms import spectral_norm
 
 ROUNDS = 1 if "--quick" in sys.argv else 3
 TIMES_FASTER = 5

@@ -21,10 +21,11 @@ from typer.testing import CliRunner
 from kvprof import Scores
 from kvprof.cli.app import app
 from kvprof.errors import ModelError
+from kvprof.models.checkpoints import open_checkpoint
 from kvprof.models.identity import Fingerprint, live_fingerprint
 from kvprof.models.inventory import take_inventory
 from kvprof.models.load import ModelSource, load_config, resolve
-from kvprof.models.weights import LayerWeights, open_checkpoint, stream_projections
+from kvprof.models.weights import LayerWeights, stream_projections
 
 NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -111,6 +112,20 @@ def test_a_quantized_gguf_file_is_what_transformers_makes_of_it(tmp_path: Path, 
         torch.testing.assert_close(weights.key, live.self_attn.k_proj.weight.detach())
         torch.testing.assert_close(weights.value, live.self_attn.v_proj.weight.detach())
     assert fingerprint == live_fingerprint(loaded, take_inventory(loaded.config).geometry)
+
+
+@pytest.mark.parametrize("name", ["blk.1.attn_k.weight", "blk.1.attn_v.weight"])
+def test_rows_of_a_gguf_tensor_are_those_of_the_model(name: str, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    attention = model.model.layers[1].self_attn
+    live = (attention.k_proj if "_k." in name else attention.v_proj).weight
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "tiny.gguf", model), model.config)
+    assert torch.equal(checkpoint.read(name, [(9, 12), (2, 3)]), torch.cat([live[9:12], live[2:3]]))
+    assert checkpoint.stored_bytes(name, [(9, 12), (2, 3)]) == 4 * 32 * 4
+    quantized = write_gguf(tmp_path / "quantized.gguf", model, Type.Q8_0)
+    assert open_checkpoint(quantized, model.config).stored_bytes(name, [(0, 4)]) == 4 * (32 + 2)
+    whole, rows = (open_checkpoint(quantized, model.config).read(name, part) for part in (None, [(4, 9)]))
+    assert torch.equal(whole[4:9], rows)
 
 
 def test_the_inventory_of_a_gguf_file_is_its_checkpoints(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
 from kvprof.errors import ModelError, NonFiniteWeight, UnknownLayout
+from kvprof.models.checkpoints import LiveCheckpoint, SafetensorsCheckpoint
 from kvprof.models.identity import Fingerprint, live_fingerprint
 from kvprof.models.inventory import take_inventory
-from kvprof.models.weights import LayerWeights, SafetensorsCheckpoint, stream_projections
+from kvprof.models.weights import LayerWeights, stream_projections
 
 KEY = "model.layers.1.self_attn.k_proj.weight"
 VALUE = "model.layers.1.self_attn.v_proj.weight"
@@ -184,6 +185,34 @@ def test_a_tensor_that_the_index_promises_and_no_shard_has_is_named(tmp_path: Pa
     save_file({k: v for k, v in load_file(shard).items() if k != KEY} | {"other": torch.zeros(1)}, shard)
     with pytest.raises(ModelError, match=f"says that {KEY} is in {shard.name}, but it is not"):
         streamed(folder)
+
+
+@pytest.mark.parametrize("rows", [[(3, 5)], [(0, 2), (9, 16)], [(4, 8), (0, 4)]])
+def test_rows_of_a_tensor_are_those_of_the_loaded_model(tmp_path: Path, rows: list[tuple[int, int]]) -> None:
+    model = tiny_model("llama")
+    live = model.model.layers[1].self_attn.k_proj.weight
+    wanted = torch.cat([live[start:stop] for start, stop in rows])
+    for checkpoint in (SafetensorsCheckpoint(save_folder(tmp_path, max_shard_size="10KB")), LiveCheckpoint(model)):
+        assert torch.equal(checkpoint.read(KEY, rows), wanted)
+        assert checkpoint.stored_bytes(KEY, rows) == 4 * 32 * len(wanted)
+        assert checkpoint.stored_bytes(KEY) == 4 * live.numel()
+        assert checkpoint.dtype(KEY) == "float32"
+
+
+@pytest.mark.parametrize("name", ["phi3", "gpt-neox", "falcon-mqa", "falcon-grouped", "codegen", "jetmoe"])
+def test_the_queries_of_a_fused_matrix_are_not_read(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_bytes = 0
+    original = SafetensorsCheckpoint.read
+
+    def counting(self: SafetensorsCheckpoint, name: str, rows: object = None) -> torch.Tensor:
+        nonlocal read_bytes
+        tensor = original(self, name, rows)  # type: ignore[arg-type]
+        read_bytes += tensor.nbytes if tensor.ndim > 1 else 0
+        return tensor
+
+    monkeypatch.setattr(SafetensorsCheckpoint, "read", counting)
+    layers = streamed(save_folder(tmp_path, name), name)
+    assert read_bytes == sum(weights.key.nbytes + weights.value.nbytes for weights in layers)
 
 
 def test_a_layer_without_projections_is_named(tmp_path: Path) -> None:

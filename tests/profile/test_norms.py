@@ -16,7 +16,8 @@ from torch import Tensor
 from kvprof.errors import NonFiniteWeight
 from kvprof.models.load import resolve
 from kvprof.models.weights import LayerWeights
-from kvprof.profile.norms import frobenius_norm, layer_norms, measure_norms, spectral_norm
+from kvprof.profile.matrix_norms import frobenius_norm, spectral_norm
+from kvprof.profile.norms import layer_norms, measure_norms
 from kvprof.records.geometry import KVLayer
 from kvprof.records.scores import Scores, TensorScores
 
@@ -253,11 +254,12 @@ def test_a_checkpoint_with_a_weight_that_is_not_finite_is_refused_by_tensor_name
         measure_norms(resolve(str(tmp_path)))
 
 
-def test_progress_counts_the_layers(tmp_path: Path) -> None:
+def test_progress_counts_the_bytes_that_are_read(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     seen: list[tuple[int, int]] = []
     measure_norms(resolve(str(tmp_path)), lambda done, total: seen.append((done, total)))
-    assert seen == [(1, 2), (2, 2)]
+    layer = 2 * (16 * 32 * 4)  # K and V, of 2 heads of 8 from 32 features, in float32
+    assert seen == [(0, 2 * layer), (layer, 2 * layer), (2 * layer, 2 * layer)]
 
 
 @pytest.mark.demo

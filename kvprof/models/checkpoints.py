@@ -1,0 +1,207 @@
+"""Checkpoints on a disk, and a loaded model as one: named tensors of which all or some rows can be read.
+
+Reads safetensors and GGUF files, one tensor at a time. Does not know which tensors project keys and values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from kvprof.errors import ModelError
+from kvprof.models.hub import refuse_pickles
+from kvprof.models.load import need_gguf
+from kvprof.models.shards import DTYPES, SAFETENSORS_INDEX, find_shards
+
+Runs = Sequence[tuple[int, int]]
+"""Rows of a tensor, as (start, stop): each run is read at one go, in this order."""
+
+
+class Checkpoint(Protocol):
+    """Named tensors, described by headers that are read already."""
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor's name."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape."""
+
+    def dtype(self, name: str) -> str:
+        """Return torch's name of the dtype that a tensor is read in."""
+
+    def stored_bytes(self, name: str, rows: Runs | None = None) -> int:
+        """Return how many bytes of the checkpoint reading a tensor, or some of its rows, takes."""
+
+    def read(self, name: str, rows: Runs | None = None) -> Tensor:
+        """Read a tensor, or some of its rows joined; nobody else keeps it."""
+
+
+class SafetensorsCheckpoint:
+    """A folder of safetensors: one file, shards with an index, or shards alone.
+
+    Raises ModelError for a folder without weights, a shard that is missing, truncated, corrupt or not what the index
+    says.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        names = [file.name for file in folder.iterdir() if file.is_file()]
+        refuse_pickles(names, str(folder))
+        self._shard_of: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, str] = {}
+        shards = find_shards(names, lambda: (folder / SAFETENSORS_INDEX).read_text(encoding="utf-8"), str(folder))
+        for shard in (folder / name for name in shards.files):
+            with _opened(shard) as file:
+                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                    described = file.get_slice(name)
+                    self._shard_of[name] = shard
+                    self._shapes[name] = tuple(described.get_shape())
+                    self._dtypes[name] = described.get_dtype()
+        shards.check_promises(self._shard_of)
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor's name."""
+        return list(self._shard_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape, from the header."""
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> str:
+        """Return torch's name of a tensor's dtype, from the header."""
+        return _described(self._dtypes[name])[0]
+
+    def stored_bytes(self, name: str, rows: Runs | None = None) -> int:
+        """Return how many bytes of a shard a tensor, or some of its rows, takes."""
+        return share_of_rows(
+            torch.Size(self.shape(name)).numel() * _described(self._dtypes[name])[1] // 8, self, name, rows
+        )
+
+    def read(self, name: str, rows: Runs | None = None) -> Tensor:
+        """Read one tensor. The shard is mapped for this read alone, so that its pages leave memory with the tensor."""
+        with _opened(self._shard_of[name]) as file:
+            if rows is None:
+                tensor: Tensor = file.get_tensor(name)
+                return tensor
+            described = file.get_slice(name)
+            return torch.cat([described[start:stop] for start, stop in rows])
+
+
+class GGUFCheckpoint:
+    """A GGUF file, dequantized tensor by tensor; K rows are put back in the order that transformers uses.
+
+    Raises ModelError where the file is not a GGUF one or is truncated, or where the package gguf is not installed.
+    """
+
+    def __init__(self, path: Path, config: PretrainedConfig) -> None:
+        need_gguf()
+        from gguf import GGUFReader
+
+        try:
+            reader = GGUFReader(path)
+            architecture = reader.fields["general.architecture"].contents()
+        except (ValueError, KeyError, IndexError, OSError, TypeError) as error:
+            raise ModelError(f"{path} is not a readable GGUF file: {error}.") from None
+        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        # llama.cpp stores the rows of rotary K heads pairwise interleaved, for the architectures it calls `llama`.
+        self._kv_heads = config.num_key_value_heads if architecture == "llama" else None
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor's name."""
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape, outermost dimension first."""
+        return tuple(int(size) for size in reversed(self._tensors[name].shape))
+
+    def dtype(self, name: str) -> str:
+        """Return what every tensor is dequantized to."""
+        return "float32"
+
+    def stored_bytes(self, name: str, rows: Runs | None = None) -> int:
+        """Return how many bytes of the file a tensor, or some of its rows, takes as it is stored."""
+        return share_of_rows(int(self._tensors[name].data.nbytes), self, name, rows)
+
+    def read(self, name: str, rows: Runs | None = None) -> Tensor:
+        """Read one tensor, or some of its rows, as float32."""
+        from gguf import dequantize
+
+        tensor = self._tensors[name]
+        reordered = self._kv_heads is not None and ".attn_k." in name
+        # Of reordered rows, those that are asked for stand elsewhere in the file.
+        stored = tensor.data if rows is None or reordered else np.concatenate([tensor.data[i:j] for i, j in rows])
+        array = dequantize(stored, tensor.tensor_type).astype(np.float32).reshape(-1, *self.shape(name)[1:])
+        if reordered:
+            pairs = array.reshape(self._kv_heads, -1, 2, *array.shape[1:])
+            array = pairs.swapaxes(1, 2).reshape(array.shape)
+            array = array if rows is None else np.concatenate([array[i:j] for i, j in rows])
+        return torch.from_numpy(np.ascontiguousarray(array))
+
+
+class LiveCheckpoint:
+    """The parameters of a loaded model, under the names that they have there."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = dict(model.named_parameters())
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor's name."""
+        return list(self._parameters)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape."""
+        return tuple(self._parameters[name].shape)
+
+    def dtype(self, name: str) -> str:
+        """Return torch's name of a tensor's dtype."""
+        return str(self._parameters[name].dtype).removeprefix("torch.")
+
+    def stored_bytes(self, name: str, rows: Runs | None = None) -> int:
+        """Return how many bytes of memory a tensor, or some of its rows, takes."""
+        return share_of_rows(self._parameters[name].nbytes, self, name, rows)
+
+    def read(self, name: str, rows: Runs | None = None) -> Tensor:
+        """Return one tensor, not a copy; of some rows that are several runs, one."""
+        tensor = self._parameters[name].detach()
+        if rows is None:
+            return tensor
+        parts = [tensor[start:stop] for start, stop in rows]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def open_checkpoint(place: Path, config: PretrainedConfig) -> Checkpoint:
+    """Open a folder of safetensors or a GGUF file."""
+    return GGUFCheckpoint(place, config) if place.is_file() else SafetensorsCheckpoint(place)
+
+
+def share_of_rows(whole_bytes: int, checkpoint: Checkpoint, name: str, rows: Runs | None) -> int:
+    """Return how many of a tensor's bytes some of its rows are; of all rows, `whole_bytes`."""
+    if rows is None:
+        return whole_bytes
+    return whole_bytes * sum(stop - start for start, stop in rows) // max(1, checkpoint.shape(name)[0])
+
+
+def _described(header_dtype: str) -> tuple[str, int]:
+    """Return torch's name and the bits of a dtype; of one that only the safetensors library knows, its name and 0."""
+    return DTYPES.get(header_dtype, (header_dtype, 0))
+
+
+@contextlib.contextmanager
+def _opened(shard: Path) -> Iterator[Any]:
+    try:
+        with safe_open(shard, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{shard} is truncated or corrupt: {error}.\n  Download it again.") from None

@@ -1,0 +1,70 @@
+"""Which files a model is, once and for all: local ones, or a commit on the hub that is read in part.
+
+Asks the hub; writes nothing but a hub id's config, into the hub's cache. Does not know what is read then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from kvprof.models.checkpoints import Checkpoint, SafetensorsCheckpoint, open_checkpoint
+from kvprof.models.hub import HubModel, find_on_hub, refuse_pickles
+from kvprof.models.load import ModelSource
+from kvprof.models.remote import RemoteCheckpoint
+from kvprof.models.shards import SAFETENSORS_INDEX, find_shards
+
+
+@dataclass(frozen=True)
+class PinnedModel:
+    """A model whose config and weights are of one version, although its repository may change meanwhile.
+
+    source: has a path, of the config at least. identity: a text that is another one for every version.
+    """
+
+    source: ModelSource
+    path: Path
+    identity: str
+    hub: HubModel | None = None
+
+    def open(self, config: PretrainedConfig) -> Checkpoint:
+        """Open the checkpoint: local files where they are, else the hub's. config: the text decoder's.
+
+        Raises ModelError as the checkpoints do.
+        """
+        return open_checkpoint(self.path, config) if self.hub is None else _open_hub(self.hub)
+
+
+def pin(source: ModelSource) -> PinnedModel:
+    """Settle on a model's files without downloading its weights. Raises ModelError as `models.hub` does."""
+    if source.path is not None:
+        return PinnedModel(source, source.path, _identity(source.path))
+    assert source.hub_id is not None
+    hub = find_on_hub(source.hub_id)
+    return PinnedModel(dataclasses.replace(source, path=hub.folder), hub.folder, f"commit {hub.commit}", hub)
+
+
+def _open_hub(hub: HubModel) -> Checkpoint:
+    """Open the files in the hub's cache, where it has them all, or those on the hub."""
+    if hub.weight_bytes is None:
+        return SafetensorsCheckpoint(hub.folder)
+    where = f"{hub.id} on the hub"
+    index = hub.folder / SAFETENSORS_INDEX
+    names = [*hub.weight_bytes, *([index.name] if index.is_file() else [])]
+    shards = find_shards(names, lambda: index.read_text(encoding="utf-8"), where)
+    refuse_pickles(shards.files, where)  # there may be safetensors of a second name alone
+    if all((hub.folder / name).is_file() for name in shards.files):
+        return SafetensorsCheckpoint(hub.folder)
+    return RemoteCheckpoint(hub, hub.weight_bytes, shards)
+
+
+def _identity(place: Path) -> str:
+    """Hash the names, sizes and times of a GGUF file, or of a folder's config, index and shards."""
+    others = [place / "config.json", place / SAFETENSORS_INDEX]
+    files = [place] if place.is_file() else [*place.glob("*.safetensors"), *filter(Path.is_file, others)]
+    described = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
+    return "sha256:" + hashlib.sha256(repr(described).encode()).hexdigest()

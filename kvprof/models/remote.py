@@ -1,0 +1,105 @@
+"""A checkpoint on the hub of which only parts are fetched: the headers of its shards, then the rows that are read.
+
+Reads ranges of safetensors files, at the commit that `HubModel` names; writes nothing. Does not know which tensors
+project keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvprof.errors import ModelError
+from kvprof.models.checkpoints import Runs, share_of_rows
+from kvprof.models.hub import HubModel
+from kvprof.models.ranges import RangeReader
+from kvprof.models.shards import LENGTH_BYTES, Shards, StoredTensor, header_bytes, parse_header
+
+_GUESSED_BYTES = 64 * 2**10
+"""What is fetched of a file before its header's length is known: of a large one, most headers whole and no share of it.
+Of a small one, a thousandth."""
+_AT_ONCE = 8
+"""Headers that are fetched at a time: each is a small answer after a long wait."""
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """How much of a checkpoint on the hub was fetched: bytes of its headers and tensors, of all its files' bytes."""
+
+    fetched_bytes: int
+    whole_bytes: int
+
+
+class RemoteCheckpoint:
+    """Shards on the hub. Raises ModelError for one that is truncated, corrupt or not what the index says."""
+
+    def __init__(self, hub: HubModel, weight_bytes: Mapping[str, int], shards: Shards) -> None:
+        self._hub_id = hub.id
+        self._reader = RangeReader(hub.id, hub.commit)
+        self._bytes_of = {shard: weight_bytes[shard] for shard in shards.files}
+        self._places: dict[str, tuple[str, StoredTensor]] = {}
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            for shard, header in zip(shards.files, pool.map(self._header, shards.files), strict=True):
+                self._places |= {name: (shard, tensor) for name, tensor in header.items()}
+        shards.check_promises(self._places)
+
+    @property
+    def fetched(self) -> Fetched:
+        """How much was fetched so far, of how much."""
+        return Fetched(self._reader.fetched_bytes, sum(self._bytes_of.values()))
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor's name."""
+        return list(self._places)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape, from the header."""
+        return self._places[name][1].shape
+
+    def dtype(self, name: str) -> str:
+        """Return torch's name of a tensor's dtype, from the header."""
+        return self._places[name][1].dtype
+
+    def stored_bytes(self, name: str, rows: Runs | None = None) -> int:
+        """Return how many bytes of a shard a tensor, or some of its rows, takes."""
+        tensor = self._places[name][1]
+        return share_of_rows(tensor.stop_byte - tensor.start_byte, self, name, rows)
+
+    def read(self, name: str, rows: Runs | None = None) -> Tensor:
+        """Fetch one tensor, or some of its rows, a request a run. Its dtype must be one that torch has."""
+        shard, tensor = self._places[name]
+        whole_bytes = tensor.stop_byte - tensor.start_byte
+        row_bytes = whole_bytes // max(1, tensor.shape[0]) if tensor.shape else whole_bytes
+        parts = [(0, whole_bytes)] if rows is None else [(start * row_bytes, stop * row_bytes) for start, stop in rows]
+        content = bytearray(sum(stop - start for start, stop in parts))
+        done = 0
+        for start, stop in parts:
+            self._reader.read_into(memoryview(content)[done : done + stop - start], shard, tensor.start_byte + start)
+            done += stop - start
+        dtype: torch.dtype = getattr(torch, tensor.dtype)
+        flat = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+        return flat.reshape(tensor.shape if rows is None else (-1, *tensor.shape[1:]))
+
+    def _header(self, shard: str) -> dict[str, StoredTensor]:
+        file_bytes = self._bytes_of[shard]
+        guess = min(file_bytes, max(LENGTH_BYTES, min(_GUESSED_BYTES, file_bytes // 1000)))
+        try:
+            start = self._part(shard, 0, guess)
+            end = LENGTH_BYTES + header_bytes(start, file_bytes)
+            rest = self._part(shard, guess, max(guess, end))
+            return parse_header((start + rest)[LENGTH_BYTES:end], file_bytes)
+        except ValueError as error:
+            raise ModelError(
+                f"{shard} of {self._hub_id} on the hub is truncated or corrupt: {error}.\n"
+                "  It was uploaded so: tell its authors, or name another model."
+            ) from None
+
+    def _part(self, shard: str, start_byte: int, stop_byte: int) -> bytes:
+        content = bytearray(stop_byte - start_byte)
+        self._reader.read_into(memoryview(content), shard, start_byte)
+        return bytes(content)
