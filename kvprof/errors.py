@@ -14,12 +14,15 @@ class KvprofError(Exception):
     """Something failed in a way that a message can explain. Exit code 1."""
 
     exit_code = 1
+    is_shared = False
+    """Whether every process of a measurement raises it, so that one message is enough."""
 
 
 class UsageError(KvprofError):
     """The command line asks for something that does not exist or does not go together. Exit code 2."""
 
     exit_code = 2
+    is_shared = True
 
 
 class InfeasibleBudget(KvprofError):

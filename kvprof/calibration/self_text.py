@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from kvprof.calibration.ingredients import USUAL_DATA, parse_data
 from kvprof.calibration.mix import MixedText
 from kvprof.calibration.sampling import sample_tokens
 from kvprof.calibration.sequences import CalibrationSet
-from kvprof.errors import OutputError
+from kvprof.calibration.text import SELF
+from kvprof.errors import OutputError, UsageError
 from kvprof.records.runs import cache_folder, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -34,10 +36,33 @@ ROWS = 16
 TOKENS_AT_ONCE = 2**13
 """Tokens whose keys and values a batch may hold: of longer sequences, fewer are written side by side."""
 
+STREAMED_BYTES = 4e12
+"""Of weights, what may be read to write text where they are not kept in memory: an hour's worth."""
+
 _LOOKS = 64
 """Numbers of each weight that tell one model from another."""
 
 Sequences = list[tuple[int, ...]]
+
+
+def streamable(data: Sequence[str], sequences: int, length: int, weight_bytes: int) -> tuple[str, ...]:
+    """Return the texts that a model whose blocks are loaded one at a time is measured on.
+
+    Each token that it writes itself takes all of its weights once more. Where that is too much, `self` is left out of
+    the usual texts, with a note. Raises UsageError where it was asked for.
+    """
+    rows = max(1, min(ROWS, TOKENS_AT_ONCE // length))
+    if SELF not in {ingredient.name for ingredient in parse_data(data)}:
+        return tuple(data)
+    written = -(-sequences // rows) * length * weight_bytes
+    if written <= STREAMED_BYTES:
+        return tuple(data)
+    why = f"to write {length} tokens, the weights would be read {written / weight_bytes:,.0f} times"
+    if tuple(data) != USUAL_DATA:
+        raise UsageError(f"--stream and --data self: {why}.\n  Name other text, or leave out --stream.")
+    rest = tuple(name for name in data if name != SELF)
+    logger.info("%s: the text is %s alone", why, ", ".join(rest))
+    return rest
 
 
 def fill(

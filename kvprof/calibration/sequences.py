@@ -61,12 +61,17 @@ class CalibrationSet:
         return {("text fingerprint" if name == "fingerprint" else name): value for name, value in fields.items()}
 
     def first(self, count: int) -> CalibrationSet:
-        """Return the first sequences alone: as if no more had been asked for, but with the remarks on all."""
-        if count >= len(self.sequences):
+        """Return the first sequences alone."""
+        return self.taken(range(min(count, len(self.sequences))))
+
+    def taken(self, indices: Sequence[int]) -> CalibrationSet:
+        """Return some of the sequences alone: as if no others had been asked for, but with the remarks on all."""
+        if list(indices) == list(range(len(self.sequences))):
             return self
-        taken, info = self.sequences[:count], self.info
+        taken, info = tuple(self.sequences[index] for index in indices), self.info
         origins = [Origin(share.dataset, share.split, share.weight) for share in info.sources or ()]
-        source_of = (info.source_of or (0,) * len(self.sequences))[:count]
+        every = info.source_of or (0,) * len(self.sequences)
+        source_of = [every[index] for index in indices]
         described = describe(
             taken, source_of, origins or [Origin(info.dataset, info.split)], info.sequence_length, info.seed
         )

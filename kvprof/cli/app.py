@@ -28,12 +28,13 @@ COMMANDS = {
     "show": "show",
     "validate": "show",
     "schema": "show",
+    "merge": "merge",
     "import": "exchange",
 }
 """Each command, in the order of the help, and the module beside this one that has its function."""
 
 
-QUICK = frozenset({"allocate", "explain", "diff", "show", "schema"})
+QUICK = frozenset({"allocate", "explain", "diff", "show", "schema", "merge"})
 """Those that read a file or two, write one and stop."""
 
 

@@ -11,6 +11,7 @@ from kvprof.cli.measure import Model
 from kvprof.cli.options import (
     CalibrationLength,
     Device,
+    DryRun,
     Dtype,
     Out,
     Pack,
@@ -24,6 +25,7 @@ from kvprof.cli.options import (
     SuffixFraction,
     Texts,
 )
+from kvprof.cli.watching import Watch
 
 
 def divergence(
@@ -48,6 +50,7 @@ def divergence(
     device: Device = "auto",
     stream: Stream = False,
     out: Out = None,
+    dry_run: DryRun = False,
     restart: Restart = False,
 ) -> None:
     """How far do predictions move when one tensor of one layer is quantized? Measured, a forward for each number."""
@@ -77,8 +80,10 @@ def divergence(
         device=device,
         stream=stream,
     )
-    with progress("divergence", "forwards") as advance:
-        run = run_divergence(source, settings, folder, restart, advance, advance.beside("writing text", "tokens"))
+    watch = Watch(dry_run)
+    with watch.over(device), progress("divergence", "forwards") as advance:
+        writing = advance.beside("writing text", "tokens")
+        run = run_divergence(source, settings, folder, restart, advance, writing, watch)
     show_divergence(run.scores)
     for remark in run.remarks:
         print_note(remark)

@@ -6,14 +6,22 @@ import functools
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import ParamSpec
 
 import typer
 
-from kvprof.errors import KvprofError
+from kvprof.errors import KvprofError, UsageError
+from kvprof.records.processes import launched_rank, launched_size
 
 P = ParamSpec("P")
+
+SHARED = frozenset({"gradients"})
+"""The commands that several processes can share."""
+
+PATIENCE_SECONDS = 3.0
+"""The first of several processes to end takes all others with it: let the one that speaks be that."""
 
 INTERRUPTED = 130
 """The exit code of a command that Ctrl-C stopped, by the shells' convention (128 + SIGINT)."""
@@ -38,11 +46,19 @@ def explains_errors(command: Callable[P, None]) -> Callable[P, None]:
             log.addHandler(_Notes())
             log.setLevel(logging.INFO)
         try:
+            if command.__name__ not in SHARED and launched_size() > 1:
+                raise UsageError(
+                    f"`kvprof {command.__name__}` runs in one process.\n"
+                    "  Launch `gradients` as several, and this one without accelerate or torchrun."
+                )
             command(*args, **kwargs)
         except KvprofError as error:
             from kvprof.report.console import print_error
 
-            print_error(error)
+            if not error.is_shared or launched_rank() == 0:
+                print_error(error)
+            else:
+                time.sleep(PATIENCE_SECONDS)
             raise typer.Exit(error.exit_code) from None
         except BrokenPipeError:  # whoever read the output has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

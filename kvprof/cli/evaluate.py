@@ -11,6 +11,7 @@ from typer.core import TyperCommand
 
 from kvprof.cli.options import (
     Device,
+    DryRun,
     Dtype,
     HeldOutSplit,
     HeldOutTexts,
@@ -20,11 +21,14 @@ from kvprof.cli.options import (
     Restart,
     Seed,
     SequenceLength,
+    Stream,
 )
+from kvprof.cli.watching import Watch
 
 if TYPE_CHECKING:
     from kvprof.evaluate.evaluation import Rival
     from kvprof.models.load import ModelSource
+    from kvprof.profile.sensitivity import SensitivitySettings
     from kvprof.records.geometry import CacheGeometry
     from kvprof.records.plan import BitPlan
     from kvprof.records.scores import Scores
@@ -74,7 +78,9 @@ def evaluate(
     pack: Pack = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    stream: Stream = False,
     out: Out = None,
+    dry_run: DryRun = False,
     restart: Restart = False,
 ) -> None:
     """What does the plan cost in quality? KL, top-1 and perplexity on held-out text, beside rivals of equal size."""
@@ -82,6 +88,7 @@ def evaluate(
     from kvprof.errors import NotBetter, UsageError
     from kvprof.evaluate.evaluation import EvaluationSettings, check_request, run_evaluation
     from kvprof.models.load import resolve
+    from kvprof.profile.sensitivity import SensitivitySettings
     from kvprof.records.files import short_names
     from kvprof.records.plan import BitPlan
     from kvprof.records.runs import output_folder
@@ -106,13 +113,20 @@ def evaluate(
         dtype,
         device,
         exact,
+        stream,
     )
     if rivals or check:  # run_evaluation asks the same, but after what the rivals need
         check_request(source, [(name, found), *further], settings, compares=check)
-    published = _rivals(found, source, folder, dtype, device, restart) if rivals else []
-    with progress("evaluate", "forwards") as advance:
+    measuring = SensitivitySettings(dtype=dtype, device=device, stream=stream)
+    published = _rivals(found, source, folder, measuring, restart) if rivals and not dry_run else []
+    if rivals and dry_run:
+        print_note("rivals are not counted: they take about nine forwards a sequence more")
+    watch = Watch(dry_run)
+    with watch.over(device), progress("evaluate", "forwards") as advance:
         writing = advance.beside("writing text", "tokens")
-        run = run_evaluation(source, found, settings, folder, published, further, name, restart, advance, writing)
+        run = run_evaluation(
+            source, found, settings, folder, published, further, name, restart, advance, writing, watch
+        )
     show_evaluation(run.evaluation)
     for remark in run.remarks:
         print_note(remark)
@@ -125,7 +139,9 @@ def evaluate(
         )
 
 
-def _rivals(plan: BitPlan, source: ModelSource, folder: Path, dtype: str, device: str, restart: bool) -> list[Rival]:
+def _rivals(
+    plan: BitPlan, source: ModelSource, folder: Path, measuring: SensitivitySettings, restart: bool
+) -> list[Rival]:
     """Return the published rules' plans at the plan's stored bits, from scores in the folder or measured now.
 
     plan: known to be the model's. restart: measure gradients anew too, where a run of theirs was stopped.
@@ -136,21 +152,20 @@ def _rivals(plan: BitPlan, source: ModelSource, folder: Path, dtype: str, device
     from kvprof.models.inventory import take_inventory
     from kvprof.models.load import load_config
     from kvprof.profile.norms import measure_norms
-    from kvprof.profile.sensitivity import SensitivitySettings, run_sensitivity
+    from kvprof.profile.sensitivity import run_sensitivity
     from kvprof.report.console import progress
 
     geometry = take_inventory(load_config(source), source.id).geometry
     fingerprint = plan.model.fingerprint or checkpoint_fingerprint(source, geometry)
     norms = _fitting(folder / "norms.json", ("spectral_norm", "frobenius_norm"), geometry, fingerprint)
     if norms is None:
-        with progress("norms", "layers") as advance:
+        with progress("norms", "bytes") as advance:
             norms, _ = measure_norms(source, advance)
         norms.save(folder / "norms.json")
     gradients = _fitting(folder / "gradients.json", ("gradient_norm",), geometry, fingerprint)
     if gradients is None:
         with progress("gradients", "sequences") as advance:
-            settings = SensitivitySettings(dtype=dtype, device=device)
-            gradients = run_sensitivity(source, settings, folder, restart, advance).scores
+            gradients = run_sensitivity(source, measuring, folder, restart, advance).scores
     whole = plan if plan.geometry is not None else plan.model_copy(update={"geometry": geometry})
     return [Rival(name, candidates) for name, candidates in rival_plans(whole, norms, gradients)]
 

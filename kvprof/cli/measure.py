@@ -9,6 +9,7 @@ import typer
 from kvprof.cli.options import (
     CalibrationLength,
     Device,
+    DryRun,
     Dtype,
     Out,
     Pack,
@@ -17,9 +18,11 @@ from kvprof.cli.options import (
     Seed,
     SinkTokens,
     Split,
+    Stream,
     SuffixFraction,
     Texts,
 )
+from kvprof.cli.watching import Watch
 
 Model = Annotated[
     str | None,
@@ -45,22 +48,25 @@ def inspect(
         show_inventory(inventory)
 
 
-def norms(model: Model = None, out: Out = None) -> None:
+def norms(model: Model = None, out: Out = None, restart: Restart = False) -> None:
     """How large are W_k and W_v, layer by layer? Spectral and Frobenius norm, stable rank. Never loads the model."""
     from kvprof.models.load import resolve
-    from kvprof.profile.norms import measure_norms
+    from kvprof.profile.norms import run_norms
     from kvprof.records.runs import output_folder
-    from kvprof.report.console import print_written, progress
+    from kvprof.report.console import print_fetched, print_note, print_written, progress
     from kvprof.report.tables import show_red_flags, show_scores
 
     source = resolve(model)
     folder = output_folder(source.id, out)
-    with progress("norms", "layers") as advance:
-        scores, inventory = measure_norms(source, advance)
-    path = scores.save(folder / "norms.json")
-    show_scores(scores)
-    show_red_flags(inventory)
-    print_written(path)
+    with progress("norms", "bytes") as advance:
+        run = run_norms(source, folder, restart, advance)
+    show_scores(run.scores)
+    show_red_flags(run.inventory)
+    for remark in run.remarks:
+        print_note(remark)
+    if run.fetched is not None:
+        print_fetched(run.fetched.fetched_bytes, run.fetched.whole_bytes)
+    print_written(run.path)
 
 
 def gradients(
@@ -98,6 +104,12 @@ def gradients(
     pack: Pack = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    stream: Stream = False,
+    shard: Annotated[
+        str | None,
+        typer.Option(help="Measure one part of the sequences alone, say 2/8; `kvprof merge` adds them up."),
+    ] = None,
+    dry_run: DryRun = False,
     restart: Restart = False,
 ) -> None:
     """How much does the loss feel each layer's keys and values? Gradient norms, and the loss that each format costs."""
@@ -114,6 +126,7 @@ def gradients(
     )
     from kvprof.records.plan import Window
     from kvprof.records.runs import output_folder
+    from kvprof.records.shards import read_share
     from kvprof.report.console import print_note, print_written, progress
     from kvprof.report.tables import show_scores
 
@@ -126,11 +139,23 @@ def gradients(
     if sequences is None:
         sequences = SEQUENCES_UNTIL_STABLE if until_stable else USUAL_SEQUENCES
     settings = SensitivitySettings(
-        tuple(data or USUAL_DATA), split, sequences, sequence_length, batch_size, seed, pack, dtype, device, decoder
+        data=tuple(data or USUAL_DATA),
+        split=split,
+        sequences=sequences,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        seed=seed,
+        pack=pack,
+        dtype=dtype,
+        device=device,
+        stream=stream,
+        share=read_share(shard) if shard else None,
+        decoder=decoder,
     )
     folder = output_folder(source.id, out)
     question = StableAt(stable_at or ()) if until_stable else None
-    with progress("gradients", "sequences") as advance:
+    watch = Watch(dry_run)
+    with watch.over(device), progress("gradients", "sequences") as advance:
         run = run_sensitivity(
             source,
             settings,
@@ -140,6 +165,7 @@ def gradients(
             advance.beside("writing text", "tokens"),
             question,
             question.check if question else None,
+            watch,
         )
     show_scores(run.scores, brief=True)
     for remark in run.remarks:

@@ -45,6 +45,9 @@ Stream = Annotated[
     bool,
     typer.Option("--stream", help="Load one block at a time from the checkpoint: for models larger than the memory."),
 ]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what it would take in tokens, memory, time and disk, and stop there.")
+]
 Restart = Annotated[bool, typer.Option("--restart", help="Begin anew instead of resuming a stopped run.")]
 GroupSize = Annotated[
     int, typer.Option(min=1, max=2**31, help="Elements that share a scale: tokens for keys, channels for values.")

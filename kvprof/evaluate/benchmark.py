@@ -14,12 +14,13 @@ from kvprof import __version__
 from kvprof.errors import UsageError, did_you_mean
 from kvprof.evaluate.bench import Bench
 from kvprof.evaluate.benchmark_cases import Cases
-from kvprof.evaluate.machine import describe_device, free_bytes, versions
+from kvprof.evaluate.machine import describe_device, versions
 from kvprof.evaluate.planned_attention import kinds_of
 from kvprof.evaluate.subject import Subject
 from kvprof.evaluate.summary import costs
 from kvprof.evaluate.timing import copy_bandwidth
 from kvprof.models.load import DTYPES, check_dtype, usable_device
+from kvprof.models.memory import free_bytes
 from kvprof.records.benchmark import (
     Benchmark,
     BenchmarkCase,

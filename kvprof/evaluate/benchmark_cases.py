@@ -18,10 +18,11 @@ from kvprof.evaluate.bench import Bench
 from kvprof.evaluate.decode_step import DecodeSettings, OutOfMemory, lacks_positions, time_decode, why_not
 from kvprof.evaluate.full_attention import full_bytes, time_full
 from kvprof.evaluate.largest_batch import Memory, fit, working_bytes
-from kvprof.evaluate.machine import free_bytes, room
+from kvprof.evaluate.machine import room
 from kvprof.evaluate.planned_attention import AppendCost, attention_bytes, planned_bytes, time_planned, untimed
 from kvprof.evaluate.subject import Subject
 from kvprof.models.load import weight_bytes
+from kvprof.models.memory import free_bytes
 from kvprof.records.benchmark import (
     CACHES,
     AppendRun,

@@ -14,10 +14,10 @@ from transformers import Cache, PreTrainedModel
 
 from kvprof.errors import KvprofError, first_line
 from kvprof.evaluate.bench import fill_tokens
-from kvprof.evaluate.machine import peak_memory, settled_bytes
 from kvprof.evaluate.planned_attention import put
 from kvprof.evaluate.timing import WARM_UP, time_calls
 from kvprof.models.load import input_device
+from kvprof.models.memory import peak_memory, settled_bytes
 from kvprof.records.benchmark import CacheName, DecodeRun
 from kvprof.runtime.layers import planned_layer
 

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 
 from kvprof import __version__
 from kvprof.calibration.mix import MixedText, mix_texts
-from kvprof.calibration.self_text import fill
+from kvprof.calibration.self_text import fill, streamable
 from kvprof.calibration.sequences import CalibrationSet, choose_length
 from kvprof.calibration.text import BUILTIN
 from kvprof.errors import CalibrationError, Mismatch, UsageError
@@ -24,15 +24,28 @@ from kvprof.evaluate.logits import choose_route
 from kvprof.evaluate.metrics import LOGIT_ROUNDING_NATS
 from kvprof.evaluate.pieces import Pieces
 from kvprof.evaluate.summary import perplexity, summarise
+from kvprof.models.costs import Passes, estimate_run
 from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
 from kvprof.models.inventory import take_inventory
-from kvprof.models.load import ModelSource, load_config, load_model, load_tokenizer
+from kvprof.models.load import (
+    ModelSource,
+    check_dtype,
+    dtype_of,
+    load_config,
+    load_model,
+    load_tokenizer,
+    usable_device,
+    weight_bytes,
+)
+from kvprof.records.estimate import Estimate
 from kvprof.records.evaluation import Evaluation, Role
 from kvprof.records.formats import TENSORS
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import BitPlan, quantized_tokens
 from kvprof.records.runs import Journal
 
+BYTES_A_PIECE = 8 * 2**10
+"""Of a plan on a sequence: its line in the journal."""
 FINALISTS = 2
 """Of a rival's candidates, how many go on after the first sequence."""
 
@@ -43,8 +56,8 @@ class EvaluationSettings:
 
     data, split: as `mix_texts` has them; without a split, held-out text of what kvprof splits by itself.
     sequence_length: None as `calibration.sequences.choose_length` has it. measure_from: the first position that counts;
-    those before it are only read. dtype, device, stream: as `models.load.load_model` takes them. exact: token by token through
-    the packed cache.
+    those before it are only read. dtype, device, stream: as `models.load.load_model` takes them. exact: token by token
+    through the packed cache.
     """
 
     data: tuple[str, ...] = (BUILTIN,)
@@ -123,12 +136,14 @@ def run_evaluation(
     restart: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
     writing: Callable[[int, int], None] = lambda done, total: None,
+    announce: Callable[[Estimate], None] = lambda estimate: None,
 ) -> EvaluationRun:
     """Load a model, measure a plan, its rivals and further plans on text, and write evaluation.json.
 
     against: further plans with their names. name: of the plan itself. folder: for the result, and for the journal of
     finished pieces meanwhile. progress: called with (forwards done, forwards in all); writing: with (tokens done,
-    tokens in all) of text that the model writes itself first.
+    tokens in all) of text that the model writes itself first. announce: called before a weight is loaded; may raise, to
+    stop.
     Raises KvprofError in its many kinds; Mismatch where a plan is for another model.
     """
     config = load_config(source)
@@ -143,6 +158,8 @@ def run_evaluation(
     _check_fit(plans, geometry)  # shapes differ without a look at the weights
     mix, tokenizer = _read_text(source, settings, config.get_text_config(decoder=True))
     chosen = _long_enough(mix.lengths, settings.measure_from)
+    check_dtype(settings.dtype)
+    announce(_estimate(config, settings, [mix.lengths[index] for index in chosen], entrants))
     model = load_model(source, settings.dtype, settings.device, settings.stream)
     fingerprint = live_fingerprint(model, geometry) or checkpoint_fingerprint(source, geometry)
     _check_fit(plans, geometry, fingerprint)
@@ -182,6 +199,24 @@ def run_evaluation(
     return EvaluationRun(evaluation, written, remarks)
 
 
+def _estimate(
+    config: PretrainedConfig, settings: EvaluationSettings, lengths: Sequence[int], entrants: Sequence[_Entrant]
+) -> Estimate:
+    """Return what a run will take: a forward in full precision, and one for each plan that is not left out before."""
+    usual = 1 + sum(min(len(entrant.candidates), FINALISTS) for entrant in entrants)
+    first = 1 + sum(len(entrant.candidates) for entrant in entrants)
+    forwards = usual + (first - usual) / len(lengths)
+    return estimate_run(
+        config,
+        lengths,
+        Passes(forwards=forwards * (max(lengths) if settings.exact and settings.stream else 1)),
+        dtype_of(config, settings.dtype),
+        usable_device(settings.device),
+        settings.stream,
+        written_bytes=round(BYTES_A_PIECE * forwards * len(lengths)),
+    )
+
+
 def _read_text(source: ModelSource, settings: EvaluationSettings, config: PretrainedConfig) -> tuple[MixedText, Any]:
     """Return the text as a model of this config reads it, and the tokenizer.
 
@@ -194,8 +229,11 @@ def _read_text(source: ModelSource, settings: EvaluationSettings, config: Pretra
             f"at position {length - 2}."
         )
     tokenizer = load_tokenizer(source)
+    data = settings.data
+    if settings.stream:
+        data = streamable(data, settings.sequences, length, weight_bytes(config, settings.dtype))
     mix = mix_texts(
-        settings.data, settings.split, tokenizer, settings.sequences, length, settings.seed, settings.pack, "held-out"
+        data, settings.split, tokenizer, settings.sequences, length, settings.seed, settings.pack, "held-out"
     )
     mix.check_vocabulary(config.vocab_size)
     return mix, tokenizer

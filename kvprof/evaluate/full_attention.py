@@ -19,8 +19,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kvprof.errors import first_line
 from kvprof.evaluate.bench import Bench, run_maker
-from kvprof.evaluate.machine import free_bytes, room
+from kvprof.evaluate.machine import room
 from kvprof.evaluate.timing import added, sets_needed, time_calls
+from kvprof.models.memory import free_bytes
 from kvprof.records.benchmark import AttentionRun
 from kvprof.records.geometry import KVLayer
 from kvprof.records.plan import BitPlan

@@ -35,6 +35,7 @@ from transformers import (
 from kvprof.errors import KvprofError, ModelError, UsageError, did_you_mean, first_line
 from kvprof.models.hub import fetch_from_hub, refuse_pickles
 from kvprof.models.inventory import build_skeleton
+from kvprof.models.memory import free_bytes
 from kvprof.models.shelf import Shelf, own_folder
 from kvprof.models.streaming import stream_weights, streamed_to
 from kvprof.records.runs import cache_folder
@@ -153,6 +154,12 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto", s
     return model
 
 
+def dtype_of(config: PretrainedConfig, dtype: str) -> torch.dtype:
+    """Return the dtype that a model will be loaded in."""
+    own = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
+    return DTYPES.get(dtype, own)
+
+
 def check_dtype(dtype: str) -> None:
     """Raise UsageError for a word that names neither `auto` nor a dtype that a model can be loaded in."""
     if dtype != "auto" and dtype not in DTYPES:
@@ -174,9 +181,8 @@ def _placement(device: str, config: PretrainedConfig, dtype: str) -> torch.devic
     if device == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        free_bytes, _ = torch.cuda.mem_get_info(0)
-        free_bytes += torch.cuda.memory_reserved(0) - torch.cuda.memory_allocated(0)  # torch's own idle blocks
-        return torch.device("cuda:0") if weight_bytes(config, dtype) <= GPU_SHARE * free_bytes else None
+        first = torch.device("cuda:0")
+        return first if weight_bytes(config, dtype) <= GPU_SHARE * free_bytes(first) else None
     return usable_device(device)
 
 

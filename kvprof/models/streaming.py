@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from kvprof.errors import UnsupportedStreaming
 from kvprof.models.inventory import take_inventory
 from kvprof.models.layouts import find_projections
+from kvprof.models.memory import return_freed_memory
 from kvprof.models.shelf import Shelf
 
 Index = Mapping[str, Mapping[str, str]]
@@ -47,6 +48,7 @@ def stream_weights(model: PreTrainedModel, shelf: Shelf, device: torch.device, a
             f"layer {shared[0]} of {type(model).__name__} reads another layer's keys and values, and so its blocks "
             "cannot run one at a time.\n  Leave out --stream."
         )
+    return_freed_memory()
     index = _index_of(model)
     remove_hook_from_module(model, recurse=True)
     for module in model.modules():

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from kvprof.calibration.sequences import CalibrationSet
 from kvprof.records.formats import TENSORS, Format, TensorName, can_rotate, format_named, parse_formats
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import USUAL_WINDOW, Quantizer, Window, head_dim_of, quantized_tokens
+from kvprof.records.scores import DecodingSetup, suffix_start
 
 Formats = Mapping[tuple[int, TensorName], Sequence[Format]]
 """The formats to try of each layer's keys and values."""
@@ -117,3 +119,9 @@ def within_the_window(forms: Iterable[Format], window: Window, lengths: Sequence
 def reads_codes(form: Format, window: Window, tokens: int) -> bool:
     """Whether any query of a sequence of so many tokens reads anything in this format."""
     return quantized_tokens(form, window, tokens - 1) > 0
+
+
+def decoding_of(text: CalibrationSet, window: Window, suffix_fraction: float) -> DecodingSetup:
+    """Return what decoder numbers measured on a text speak of, and the tokens that counted."""
+    counted = sum(len(ids) - suffix_start(len(ids), suffix_fraction) for ids in text.sequences)
+    return DecodingSetup(window=window, suffix_fraction=suffix_fraction, tokens=counted)

@@ -20,16 +20,28 @@ from transformers import PreTrainedModel
 from kvprof import __version__
 from kvprof.calibration.ingredients import USUAL_DATA
 from kvprof.calibration.mix import mix_texts
-from kvprof.calibration.self_text import fill
+from kvprof.calibration.self_text import fill, streamable
 from kvprof.calibration.sequences import CALIBRATION_LENGTH, CalibrationSet, choose_length
 from kvprof.errors import KvprofError, UsageError
 from kvprof.evaluate.metrics import LOGIT_ROUNDING_NATS, token_kl
+from kvprof.models.costs import Passes, estimate_run
 from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
 from kvprof.models.inventory import take_inventory
-from kvprof.models.load import ModelSource, input_device, load_config, load_model, load_tokenizer, wider_dtype_advice
-from kvprof.profile.decoder import within_the_window
+from kvprof.models.load import (
+    ModelSource,
+    check_dtype,
+    dtype_of,
+    input_device,
+    load_config,
+    load_model,
+    load_tokenizer,
+    usable_device,
+    weight_bytes,
+    wider_dtype_advice,
+)
+from kvprof.profile.decoder import decoding_of, within_the_window
 from kvprof.profile.probes import USUAL_FORMATS, Probe, check_something_is_read, choose_probes
-from kvprof.profile.samples import decoding_of, loss_scores
+from kvprof.records.estimate import Estimate
 from kvprof.records.formats import FULL_BITS, TENSORS, TensorName, usual_format
 from kvprof.records.inventory import Inventory
 from kvprof.records.plan import (
@@ -42,8 +54,12 @@ from kvprof.records.plan import (
     Window,
 )
 from kvprof.records.runs import Journal
+from kvprof.records.sampled import loss_scores
 from kvprof.records.scores import LayerScores, Scores, suffix_start
 from kvprof.runtime.attention import decoding_reads
+
+BYTES_A_NUMBER = 160
+"""Of each number: the line of it in the journal, and what the result says of it."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +104,14 @@ def run_divergence(
     restart: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
     writing: Callable[[int, int], None] = lambda done, total: None,
+    announce: Callable[[Estimate], None] = lambda estimate: None,
 ) -> DivergenceRun:
     """Load a model, measure the chosen tensors on calibration text and write divergence.json.
 
     folder: for the result, and for the journal of finished forwards meanwhile. progress: called with (forwards done,
     forwards in all); writing: with (tokens done, tokens in all) of text that the model writes itself first. Other
-    --layers, --tensors and --formats may go on with a stopped run.
+    --layers, --tensors and --formats may go on with a stopped run. announce: called before a weight is loaded; may
+    raise, to stop.
     Raises KvprofError in its many kinds: the model, the text, a setting or the journal is not fit.
     """
     if not 0 < settings.suffix_fraction <= 1:
@@ -106,9 +124,24 @@ def run_divergence(
     positions = getattr(config, "max_position_embeddings", None)
     length = choose_length(settings.sequence_length, positions, CALIBRATION_LENGTH)
     tokenizer = load_tokenizer(source)
-    mix = mix_texts(settings.data, settings.split, tokenizer, settings.sequences, length, settings.seed, settings.pack)
+    data = tuple(settings.data)
+    if settings.stream:
+        data = streamable(data, settings.sequences, length, weight_bytes(whole_config, settings.dtype))
+    mix = mix_texts(data, settings.split, tokenizer, settings.sequences, length, settings.seed, settings.pack)
     mix.check_vocabulary(config.vocab_size)
     check_something_is_read(probes, settings.window, max(mix.lengths))
+    check_dtype(settings.dtype)
+    announce(
+        estimate_run(
+            whole_config,
+            mix.lengths,
+            Passes(forwards=1 + len(probes)),
+            dtype_of(whole_config, settings.dtype),
+            usable_device(settings.device),
+            settings.stream,
+            written_bytes=BYTES_A_NUMBER * len(mix.lengths) * len(probes),
+        )
+    )
     model = load_model(source, settings.dtype, settings.device, settings.stream)
     fingerprint = live_fingerprint(model, geometry) or checkpoint_fingerprint(source, geometry)
     inventory = inventory.model_copy(update={"model": inventory.model.model_copy(update={"fingerprint": fingerprint})})

@@ -10,14 +10,15 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from kvprof.errors import ModelError
 
-LOGITS_AT_ONCE = 2**23
-"""Logits that are held at a time: 32 MiB in float32, and as much for each of their gradients."""
+LOGITS_AT_ONCE = 2**22
+"""Logits that are held at a time: 16 MiB in float32, and as much for each of their gradients."""
 FEWEST_POSITIONS = 16
 
 
@@ -48,7 +49,9 @@ class Head:
 
     def run(self, start: int, stop: int, **inputs: Any) -> Any:
         """Return what the model's forward does for these positions alone: logits, and a loss where it gets labels."""
-        chunk = type(self._output)(**{**self._output, "last_hidden_state": self._leaf[:, start:stop]})
+        # Copied, because torch multiplies a view of a single sequence as a batch, and for that copies the whole head.
+        hidden_BTH = self._leaf[:, start:stop].clone(memory_format=torch.contiguous_format)
+        chunk = type(self._output)(**{**self._output, "last_hidden_state": hidden_BTH})
         with _returning(self._decoder, chunk):
             return self._model(**inputs)
 

@@ -6,26 +6,25 @@ losses.py), where its text came from, nor files.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
 
 import torch
 from transformers import PreTrainedModel
 
-from kvprof import __version__
 from kvprof.calibration.sequences import Batch, CalibrationSet, batches
 from kvprof.errors import KvprofError
 from kvprof.models.load import input_device
-from kvprof.profile.decoder import Decoder, Formats
+from kvprof.profile.decoder import Decoder, Formats, decoding_of
 from kvprof.profile.gradients import gradient_norms, padded_on_the_right
 from kvprof.profile.losses import loss_increases
-from kvprof.profile.samples import decoding_of, loss_scores
+from kvprof.profile.team import Team
 from kvprof.records.formats import TENSORS, TensorName
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.inventory import Inventory
-from kvprof.records.scores import LayerScores, Scores, TensorScores
+from kvprof.records.sampled import TensorSamples, gradient_scores
+from kvprof.records.scores import Scores
 
 FIRST_STAGE = 4
 """Sequences of the first stage of a run that may stop early; each further stage has as many as all before it."""
@@ -53,35 +52,80 @@ def measure_sensitivity(
     done: Mapping[int, SequenceResult] | None = None,
     finished: Callable[[Mapping[int, SequenceResult]], None] = lambda results: None,
     is_enough: Callable[[Scores], bool] | None = None,
+    indices: Sequence[int] | None = None,
+    team: Team | None = None,
 ) -> Scores:
     """Measure the gradient norms of every layer's W_k and W_v, and the predicted losses of formats.
 
     model: in eval mode, no parameter asking for a gradient; left as it was found. formats: None or none at all leaves
     the losses out. done: results of sequences measured before, by index. finished: called with each batch's results.
     is_enough: asked of the scores so far, as `run_sensitivity` has it; sequences beyond are then not in the result.
+    indices: the sequences to measure, all by default. team: the processes that measure a batch each at a time.
     Returns Scores: means over sequences, with standard errors (of a single one, 0 for norms, none for losses).
     Raises NonFiniteGradient, with advice, where half precision overflows.
     """
-    formats, decoder = formats or {}, decoder or Decoder()
+    formats, decoder, team = formats or {}, decoder or Decoder(), team or Team()
     measured = dict(done or {})
-    number = len(calibration.sequences)
-    for stage in _stages(number) if is_enough is not None else [number]:
-        todo = [index for index in range(stage) if index not in measured]
-        for batch in batches(calibration.sequences, batch_size, todo):
-            results = _measure(model, inventory.geometry, batch, formats, decoder, calibration.info.seed)
-            finished(results)
-            measured.update(results)
-        text = calibration if stage == number else calibration.first(stage)
-        scores = _assemble(measured, text, inventory, formats, decoder)
+    chosen = list(range(len(calibration.sequences)) if indices is None else indices)
+    first = 0
+    for stage in _stages(len(chosen)) if is_enough is not None else [len(chosen)]:
+        todo = _left(calibration.sequences, batch_size, chosen[first:stage], measured)
+        for batch in team.turns(todo):
+            for results in team.together(
+                functools.partial(_measure, model, inventory.geometry, batch, formats, decoder, calibration.info.seed)
+            ):
+                if results:
+                    finished(results)
+                    measured.update(results)
+        first = stage
+        text = calibration.taken(chosen[:stage])
+        samples = samples_of([measured[index] for index in chosen[:stage]], inventory.geometry, formats)
+        decoding = decoding_of(text, decoder.window, decoder.suffix_fraction) if formats else None
+        scores = gradient_scores(samples, text.info, inventory.model, inventory.geometry, decoding)
         if is_enough is not None and is_enough(scores):
             break
     return scores
 
 
+def _left(
+    sequences: Sequence[Sequence[int]], batch_size: int, chosen: Sequence[int], measured: Container[int]
+) -> list[Batch]:
+    """Return what is left to measure, in batches.
+
+    Which sequences share a batch does not depend on what is done: a resumed run rounds as one that was never stopped.
+    """
+    return [
+        batch
+        for whole in batches(sequences, batch_size, chosen)
+        for batch in batches(sequences, batch_size, [index for index in whole.indices if index not in measured])
+    ]
+
+
+def samples_of(
+    results: Sequence[SequenceResult], geometry: CacheGeometry, formats: Formats
+) -> dict[tuple[int, TensorName], TensorSamples]:
+    """Return the results of some sequences, tensor by tensor."""
+    columns = iter(zip(*(result.losses for result in results), strict=True))
+    # Six digits tell all that was measured, and keep a file of half a million numbers small.
+    losses = {
+        key: {form.name: [float(f"{loss:.6g}") for loss in next(columns)] for form in forms}
+        for key, forms in formats.items()
+    }
+    return {
+        (shape.layer, tensor): TensorSamples(
+            [result.norms[row][place] for result in results], losses.get((shape.layer, tensor), {})
+        )
+        for row, shape in enumerate(geometry.scored)
+        for place, tensor in enumerate(TENSORS)
+    }
+
+
 def _measure(
-    model: PreTrainedModel, geometry: CacheGeometry, batch: Batch, formats: Formats, decoder: Decoder, seed: int
+    model: PreTrainedModel, geometry: CacheGeometry, batch: Batch | None, formats: Formats, decoder: Decoder, seed: int
 ) -> dict[int, SequenceResult]:
-    """Return the results of each sequence of a batch, by index."""
+    """Return the results of each sequence of a batch, by index; of no batch, none."""
+    if batch is None:
+        return {}
     batch = padded_on_the_right(batch)
     try:
         norms = gradient_norms(model, geometry, batch)
@@ -110,45 +154,3 @@ def _stages(number: int) -> Iterator[int]:
         yield stage
         stage *= 2
     yield number
-
-
-def _assemble(
-    measured: Mapping[int, SequenceResult],
-    calibration: CalibrationSet,
-    inventory: Inventory,
-    formats: Formats,
-    decoder: Decoder,
-) -> Scores:
-    """Return the scores of a set whose every sequence is measured."""
-    # In the order of the sequences, whatever the batches were: the same sum to the last bit.
-    results = [measured[index] for index in range(len(calibration.sequences))]
-    norms = torch.tensor([result.norms for result in results], dtype=torch.float64)  # (sequences, layers, 2)
-    columns = iter(zip(*(result.losses for result in results), strict=True))
-    losses = {
-        key: {form.name: [float(f"{loss:.6g}") for loss in next(columns)] for form in forms}
-        for key, forms in formats.items()
-    }
-
-    def scored(row: int, layer: int, tensor: TensorName) -> TensorScores:
-        norm = norms[:, row, TENSORS.index(tensor)].tolist()
-        own = TensorScores(gradient_norm=fmean(norm), gradient_norm_stderr=_stderr(norm))
-        of_formats = loss_scores(losses.get((layer, tensor), {}), calibration.info)
-        return own.model_copy(update=dict(of_formats.model_dump(exclude_none=True)))
-
-    return Scores(
-        source="gradients",
-        kvprof_version=__version__,
-        model=inventory.model,
-        calibration=calibration.info,
-        geometry=inventory.geometry,
-        decoding=decoding_of(calibration, decoder.window, decoder.suffix_fraction) if formats else None,
-        layers=tuple(
-            LayerScores(layer=layer.layer, key=scored(row, layer.layer, "key"), value=scored(row, layer.layer, "value"))
-            for row, layer in enumerate(inventory.geometry.scored)
-        ),
-    )
-
-
-def _stderr(numbers: Sequence[float]) -> float:
-    """Return the standard error of the mean; 0 for a single number."""
-    return stdev(numbers) / math.sqrt(len(numbers)) if len(numbers) > 1 else 0.0

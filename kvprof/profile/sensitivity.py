@@ -6,31 +6,49 @@ scored (scoring.py), nor what the scores are spent on.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from kvprof import __version__
 from kvprof.calibration.ingredients import USUAL_DATA
-from kvprof.calibration.mix import mix_texts
-from kvprof.calibration.self_text import fill
+from kvprof.calibration.mix import MixedText, mix_texts
+from kvprof.calibration.self_text import fill, streamable
 from kvprof.calibration.sequences import CALIBRATION_LENGTH, CalibrationSet, choose_length
 from kvprof.errors import UnsupportedAttention, UsageError, first_line
+from kvprof.models.costs import Passes, estimate_run
 from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
 from kvprof.models.inventory import take_inventory
-from kvprof.models.load import ModelSource, input_device, load_config, load_model, load_tokenizer
+from kvprof.models.load import (
+    ModelSource,
+    check_dtype,
+    dtype_of,
+    input_device,
+    load_config,
+    load_model,
+    load_tokenizer,
+    usable_device,
+    weight_bytes,
+)
 from kvprof.profile.decoder import Decoder, Formats, formats_of, readable, within_the_window
-from kvprof.profile.scoring import SequenceResult, measure_sensitivity
+from kvprof.profile.scoring import SequenceResult, measure_sensitivity, samples_of
+from kvprof.profile.team import join_team
+from kvprof.records.estimate import Estimate
 from kvprof.records.geometry import CacheGeometry
+from kvprof.records.inventory import Inventory
 from kvprof.records.runs import Journal
 from kvprof.records.scores import Scores
+from kvprof.records.shards import Share, as_shard
 from kvprof.runtime.interception import AttentionCall, attention_through
 
 USUAL_SEQUENCES = 8
+BYTES_A_NUMBER = 40
+"""Of each number of each sequence: in the journal, and in the result."""
 SEQUENCES_UNTIL_STABLE = 32
 """The most, where a run stops as soon as its plans are stable."""
 
@@ -41,7 +59,8 @@ class SensitivitySettings:
 
     data: sources of text with their weights, as `calibration.ingredients` reads them. sequence_length: None is
     CALIBRATION_LENGTH, or what the model was made for where that is less. dtype, device, stream: as
-    `models.load.load_model` takes them. batch_size: sequences in one forward; changes no score.
+    `models.load.load_model` takes them. batch_size: sequences in one forward; changes no score. share: measure these
+    sequences of the text alone, and write partial scores.
     """
 
     data: tuple[str, ...] = USUAL_DATA
@@ -54,6 +73,7 @@ class SensitivitySettings:
     dtype: str = "auto"
     device: str = "auto"
     stream: bool = False
+    share: Share | None = None
     decoder: Decoder = field(default_factory=Decoder)
 
 
@@ -66,6 +86,58 @@ class SensitivityRun:
     remarks: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """All that a run can know before it loads a weight.
+
+    wanted: whether losses are to be predicted. unread: what to say of formats that these texts never read.
+    """
+
+    source: ModelSource
+    settings: SensitivitySettings
+    config: PretrainedConfig
+    inventory: Inventory
+    tokenizer: Any
+    mix: MixedText
+    formats: Formats
+    wanted: bool
+    unread: str | None
+
+
+def _prepare(
+    source: ModelSource,
+    settings: SensitivitySettings,
+    until_stable: bool,
+    check: Callable[[CacheGeometry, Formats], None] | None,
+) -> _Prepared:
+    """Read the config and the text, and see to it that the one can be measured on the other."""
+    if settings.batch_size < 1:
+        raise UsageError(f"--batch-size {settings.batch_size}: at least 1 is needed.")
+    if until_stable and settings.share is not None:
+        raise UsageError("--until-stable needs all sequences in one run.\n  Leave it out, or --shard.")
+    config = load_config(source)
+    inventory = take_inventory(config, source.id)
+    formats = formats_of(inventory.geometry, settings.decoder)
+    wanted = settings.decoder.formats is None or any(settings.decoder.formats.values())
+    if until_stable and not wanted:
+        raise UsageError("--until-stable looks at plans, which need predicted losses.\n  Leave out --formats none.")
+    text_config = config.get_text_config(decoder=True)
+    positions = getattr(text_config, "max_position_embeddings", None)
+    length = choose_length(settings.sequence_length, positions, CALIBRATION_LENGTH)
+    tokenizer = load_tokenizer(source)
+    data = settings.data
+    if settings.stream:
+        data = streamable(data, settings.sequences, length, weight_bytes(config, settings.dtype))
+    mix = mix_texts(data, settings.split, tokenizer, settings.sequences, length, settings.seed, settings.pack)
+    mix.check_vocabulary(text_config.vocab_size)
+    formats, unread = readable(formats, settings.decoder, max(mix.lengths))
+    if check is not None and formats:
+        check(inventory.geometry, formats)
+    if settings.share is not None:
+        settings.share.indices(len(mix.lengths))  # raises where nothing is left for it
+    return _Prepared(source, settings, config, inventory, tokenizer, mix, formats, wanted, unread)
+
+
 def run_sensitivity(
     source: ModelSource,
     settings: SensitivitySettings,
@@ -75,82 +147,143 @@ def run_sensitivity(
     writing: Callable[[int, int], None] = lambda done, total: None,
     is_enough: Callable[[Scores], bool] | None = None,
     check: Callable[[CacheGeometry, Formats], None] | None = None,
+    announce: Callable[[Estimate], None] = lambda estimate: None,
 ) -> SensitivityRun:
     """Load a model, measure it on calibration text and write gradients.json; go on where a stopped run was.
 
-    folder: for the result, and for the journal of finished sequences meanwhile. progress: called with (sequences done,
-    sequences in all); writing: with (tokens done, tokens in all) of text that the model writes itself first. is_enough:
-    asked after FIRST_STAGE sequences and at each doubling; where it says so, the rest is left. check: called with the
-    formats that will be scored, before anything is; may raise.
+    Where several processes were launched, each measures a batch at a time, and the leading one alone writes. folder:
+    for the result, and for the journal of finished batches meanwhile. progress: called with (sequences done, sequences
+    in all); writing: with (tokens done, tokens in all) of text that the model writes itself first. is_enough: asked
+    after FIRST_STAGE sequences and at each doubling; where it says so, the rest is left. check: called with the formats
+    that will be scored, before anything is; may raise. announce: called before a weight is loaded; may raise, to stop.
     Raises KvprofError in its many kinds: the model, the text, a setting or the journal is not fit.
     """
-    if settings.batch_size < 1:
-        raise UsageError(f"--batch-size {settings.batch_size}: at least 1 is needed.")
-    whole_config = load_config(source)
-    inventory = take_inventory(whole_config, source.id)
-    formats = formats_of(inventory.geometry, settings.decoder)
-    wanted = settings.decoder.formats is None or any(settings.decoder.formats.values())
-    if is_enough is not None and not wanted:
-        raise UsageError("--until-stable looks at plans, which need predicted losses.\n  Leave out --formats none.")
-    config = whole_config.get_text_config(decoder=True)
-    positions = getattr(config, "max_position_embeddings", None)
-    length = choose_length(settings.sequence_length, positions, CALIBRATION_LENGTH)
-    tokenizer = load_tokenizer(source)
-    mix = mix_texts(settings.data, settings.split, tokenizer, settings.sequences, length, settings.seed, settings.pack)
-    mix.check_vocabulary(config.vocab_size)
-    formats, unread = readable(formats, settings.decoder, max(mix.lengths))
-    if check is not None and formats:
-        check(inventory.geometry, formats)
-    model = load_model(source, settings.dtype, settings.device, settings.stream)
-    fingerprint = live_fingerprint(model, inventory.geometry) or checkpoint_fingerprint(source, inventory.geometry)
-    inventory = inventory.model_copy(update={"model": inventory.model.model_copy(update={"fingerprint": fingerprint})})
-    unsupported = _why_unsupported(model, inventory.geometry) if wanted else None
-    if unsupported is not None:
-        formats, unread = {}, None
-    if settings.decoder.formats is not None and wanted and not formats:
-        # Asked for by name, and so not to be left out in silence.
-        raise UsageError(str(unsupported or unread))
-    calibration = fill(mix, model, tokenizer, fingerprint, writing)
-    identity = {
-        "model": source.id,
-        "model fingerprint": fingerprint,
-        "dtype": str(model.dtype),
-        "kvprof version": __version__,
-        **calibration.identity,
-        "formats": _in_words(formats),
-        "window": settings.decoder.window.model_dump(),
-        "suffix fraction": settings.decoder.suffix_fraction,
-    }
-    with Journal(folder / "gradients.journal", identity, restart) as log:
-        done = {int(index): _from_json(result) for index, result in log.done.items()}
-        progress(len(done), len(calibration.sequences))
+    team, device = join_team(settings.device)
+    prepared = team.each(lambda: _prepare(source, settings, is_enough is not None, check))
+    announce(team.each(lambda: _estimate(prepared, device)))
+    loaded = team.each(lambda: _load(prepared, device))
+    text = team.first(lambda: fill(prepared.mix, loaded.model, prepared.tokenizer, loaded.fingerprint, writing))
+    chosen = range(len(text.sequences)) if settings.share is None else settings.share.indices(len(text.sequences))
+    identity = _identity(prepared, loaded, text)
+    name = "gradients" if settings.share is None else f"gradients-{settings.share.number}-of-{settings.share.of}"
+    own = identity if settings.share is None else identity | {"shard": str(settings.share)}
+    with contextlib.ExitStack() as stack:
+        # The leading process alone keeps a journal: a run may go on as any number of processes.
+        log = team.lead(lambda: stack.enter_context(Journal(folder / f"{name}.journal", own, restart)))
+        measured = team.first(lambda: _read_journal(log))
+        resumed = len(measured)
+        progress(len(measured), len(chosen))
 
         def finished(results: Mapping[int, SequenceResult]) -> None:
-            for index, result in results.items():
-                log.add(str(index), [result.norms, result.losses])
-            progress(len(log.done), len(calibration.sequences))
+            if log is not None:
+                entry = [[index, result.norms, result.losses] for index, result in results.items()]
+                log.add(",".join(map(str, results)), entry)  # a batch is one line: all of it, or nothing
+            measured.update(results)
+            progress(len(measured), len(chosen))
 
         scores = measure_sensitivity(
-            model, calibration, inventory, formats, settings.decoder, settings.batch_size, done, finished, is_enough
+            loaded.model,
+            text,
+            loaded.inventory,
+            loaded.formats,
+            settings.decoder,
+            settings.batch_size,
+            measured,
+            finished,
+            is_enough,
+            chosen,
+            team,
         )
-        path = folder / "gradients.json"
-        scores = scores.calibrated_as(path)
-        scores.save(path)
-        log.remove()
-    remarks = [remark for remark in (unsupported, unread) if remark]
-    remarks += _remarks(calibration, settings, formats, len(done), scores, is_enough)
+        path = folder / f"{name}.json"
+        if settings.share is not None:
+            samples = samples_of([measured[index] for index in chosen], loaded.inventory.geometry, loaded.formats)
+            scores = as_shard(scores, samples, settings.share, chosen, text.info, identity)
+        if log is not None:
+            scores = scores.calibrated_as(path)
+            scores.save(path)
+            log.remove()
+    remarks = [remark for remark in (loaded.unsupported, loaded.unread) if remark]
+    remarks += _remarks(text, settings, loaded.formats, resumed, scores, is_enough)
     return SensitivityRun(scores, path, tuple(remarks))
+
+
+def _estimate(prepared: _Prepared, device: str) -> Estimate:
+    settings, lengths = prepared.settings, prepared.mix.lengths
+    check_dtype(settings.dtype)
+    if settings.share is not None:
+        lengths = tuple(lengths[index] for index in settings.share.indices(len(lengths)))
+    asked = sum(map(len, prepared.formats.values()))
+    times = 2 if prepared.formats else 1  # gradient norms by themselves, losses by themselves
+    numbers = len(lengths) * (2 * len(prepared.inventory.geometry.scored) + asked)
+    return estimate_run(
+        prepared.config,
+        lengths,
+        Passes(forwards=times, backwards=times, attentions=settings.decoder.suffix_fraction * asked),
+        dtype_of(prepared.config, settings.dtype),
+        usable_device(device),
+        settings.stream,
+        settings.batch_size,
+        written_bytes=BYTES_A_NUMBER * numbers,
+    )
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A model in memory, and what is known with it: which of the formats its attention can be asked for."""
+
+    model: PreTrainedModel
+    fingerprint: str
+    inventory: Inventory
+    formats: Formats
+    unsupported: str | None
+    unread: str | None
+
+
+def _load(prepared: _Prepared, device: str) -> _Loaded:
+    settings, formats, unread = prepared.settings, prepared.formats, prepared.unread
+    model = load_model(prepared.source, settings.dtype, device, settings.stream)
+    geometry = prepared.inventory.geometry
+    fingerprint = live_fingerprint(model, geometry) or checkpoint_fingerprint(prepared.source, geometry)
+    unsupported = _why_unsupported(model, geometry) if prepared.wanted else None
+    if unsupported is not None:
+        formats, unread = {}, None
+    if settings.decoder.formats is not None and prepared.wanted and not formats:
+        # Asked for by name, and so not to be left out in silence.
+        raise UsageError(str(unsupported or unread))
+    stamped = prepared.inventory.model.model_copy(update={"fingerprint": fingerprint})
+    inventory = prepared.inventory.model_copy(update={"model": stamped})
+    return _Loaded(model, fingerprint, inventory, formats, unsupported, unread)
+
+
+def _identity(prepared: _Prepared, loaded: _Loaded, text: CalibrationSet) -> dict[str, Any]:
+    """Return what a run that goes on with this one, or shards of it, must share."""
+    decoder = prepared.settings.decoder
+    return {
+        "model": prepared.source.id,
+        "model fingerprint": loaded.fingerprint,
+        "dtype": str(loaded.model.dtype),
+        "kvprof version": __version__,
+        **text.identity,
+        "formats": _in_words(loaded.formats),
+        "window": decoder.window.model_dump(),
+        "suffix fraction": decoder.suffix_fraction,
+    }
+
+
+def _read_journal(log: Journal | None) -> dict[int, SequenceResult]:
+    """Return the results of every sequence of a finished batch."""
+    assert log is not None
+    return {
+        index: SequenceResult(tuple((key, value) for key, value in norms), tuple(losses))
+        for batch in log.done.values()
+        for index, norms, losses in batch
+    }
 
 
 def _in_words(formats: Formats) -> list[str]:
     """Return `keys in int2g64, int4g64` and the like, each once: with the model's shapes, they say every layer's."""
     named = [f"{tensor}s in {', '.join(form.name for form in forms)}" for (_, tensor), forms in formats.items()]
     return list(dict.fromkeys(named))
-
-
-def _from_json(entry: Any) -> SequenceResult:
-    norms, losses = entry
-    return SequenceResult(tuple((key, value) for key, value in norms), tuple(losses))
 
 
 def _why_unsupported(model: PreTrainedModel, geometry: CacheGeometry) -> str | None:
@@ -176,6 +309,8 @@ def _remarks(
     is_enough: Callable[[Scores], bool] | None,
 ) -> Iterator[str]:
     total = len(calibration.sequences)
+    if settings.share is not None:
+        total = len(settings.share.indices(total))
     measured = scores.calibration.sequences if scores.calibration is not None else 0
     if resumed:
         yield f"went on with a stopped run: {resumed} of {total} sequences were measured before"

@@ -10,7 +10,7 @@ import math
 from bisect import bisect_left
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -154,6 +154,8 @@ class TensorScores(SparseRecord):
     gradient_norm: Metric | None = None
     """Mean over calibration sequences of the L2 norm of dLoss/dW."""
     gradient_norm_stderr: Metric | None = None
+    gradient_norm_samples: tuple[Metric, ...] | None = None
+    """Of a shard: each sequence's own norm."""
     loss_increase: dict[Text, Metric] | None = None
     """Format name to predicted increase of the loss, in nats per token."""
     loss_increase_stderr: dict[Text, Metric] | None = None
@@ -190,6 +192,31 @@ class LayerScores(Record):
         return self.key if name == "key" else self.value
 
 
+class Shard(Record):
+    """What makes scores one part of many: which sequences they are of, and what all parts share."""
+
+    number: Positive
+    of: Positive
+    sequences: tuple[Count, ...]
+    """The places of this shard's sequences in the whole text."""
+    text: CalibrationInfo
+    """The whole text."""
+    settings: dict[Text, Any]
+    """What every shard of one measurement has alike: model, dtype, formats, window."""
+    checksum: Text | None = None
+    """sha256 of the file but for this line."""
+
+    @model_validator(mode="after")
+    def _sequences_are_of_the_text(self) -> Self:
+        if not self.sequences or list(self.sequences) != sorted(set(self.sequences)):
+            raise ValueError("sequences must be some of the text's, each once, in ascending order")
+        if self.sequences[-1] >= self.text.sequences:
+            raise ValueError(
+                f"sequences names {self.sequences[-1]}, but the text has {self.text.sequences}, counted from 0"
+            )
+        return self
+
+
 class Scores(Document):
     """A file of scores: one entry for each layer that has K and V projections of its own, ascending by layer."""
 
@@ -205,7 +232,26 @@ class Scores(Document):
     """Of `loss_increase`."""
     kl_calibration: KlCalibration | None = Field(None, exclude_if=is_absent)
     """What `kvprof calibrate` found; null until then."""
+    shard: Shard | None = Field(None, exclude_if=is_absent)
+    """Of partial scores, which `kvprof merge` adds up; null of whole ones."""
     layers: tuple[LayerScores, ...]
+
+    @model_validator(mode="after")
+    def _shard_has_its_numbers(self) -> Self:
+        if self.shard is None:
+            return self
+        if self.model is None or self.geometry is None or self.calibration is None:
+            raise ValueError("a shard says of which model, geometry and calibration it is")
+        count = len(self.shard.sequences)
+        if self.calibration.sequences != count:
+            raise ValueError(f"shard has {count} sequences, but calibration {self.calibration.sequences}")
+        for entry in self.layers:
+            for tensor in TENSORS:
+                if len(entry.tensor(tensor).gradient_norm_samples or ()) != count:
+                    raise ValueError(
+                        f"layer {entry.layer}: the {tensor} must have {count} gradient_norm_samples, one a sequence"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _numbers_are_finite(self) -> Self:

@@ -162,7 +162,7 @@ def test_another_batch_size_may_resume(source: ModelSource, tmp_path: Path, forw
     stopped(source, SETTINGS, tmp_path / "out", 2)
     forwards.clear()
     resumed = run_sensitivity(source, replace(SETTINGS, batch_size=4), tmp_path / "out").scores
-    assert [len(batch) for batch in forwards] == [4]
+    assert [len(batch) for batch in forwards] == [2, 2]
     for found, expected in zip(resumed.layers, whole.layers, strict=True):
         assert found.key.gradient_norm == pytest.approx(expected.key.gradient_norm, rel=1e-5)
         assert found.value.gradient_norm == pytest.approx(expected.value.gradient_norm, rel=1e-5)

@@ -1,0 +1,30 @@
+"""The command that adds up what several machines measured: merge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvprof.cli.options import Out
+
+
+def merge(
+    shards: Annotated[list[Path], typer.Argument(help="Files that `gradients --shard` wrote, every shard once.")],
+    out: Out = None,
+) -> None:
+    """What do the shards of one measurement make together? The same scores as one run over the whole text."""
+    from kvprof.records.runs import output_folder
+    from kvprof.records.scores import Scores
+    from kvprof.records.shards import merge_shards
+    from kvprof.report.console import print_written
+    from kvprof.report.tables import show_scores
+
+    scores = merge_shards({path: Scores.load(path) for path in shards})
+    assert scores.model is not None
+    path = output_folder(scores.model.id or "model", out) / "gradients.json"
+    scores = scores.calibrated_as(path)
+    scores.save(path)
+    show_scores(scores, brief=True)
+    print_written(path)

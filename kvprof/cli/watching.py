@@ -1,0 +1,43 @@
+"""What the long commands have in common: an estimate first, which may be all; what it took at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from kvprof.records.estimate import Estimate
+
+
+class Watch:
+    """Called with a step's estimate; says what the step took when its `with` ends well."""
+
+    def __init__(self, dry_run: bool) -> None:
+        self._dry_run = dry_run
+        self._estimate: Estimate | None = None
+
+    def __call__(self, estimate: Estimate) -> None:
+        """Say what a step will take, and stop there where that was all that was asked."""
+        from kvprof.report.estimates import show_estimate
+
+        show_estimate(estimate, is_result=self._dry_run)
+        if self._dry_run:
+            raise typer.Exit
+        self._estimate = estimate
+
+    @contextlib.contextmanager
+    def over(self, device: str) -> Iterator[None]:
+        """Watch the memory and the clock. device: as the user named it."""
+        from kvprof.models.load import usable_device
+        from kvprof.models.memory import peak_memory, resident_bytes
+        from kvprof.report.estimates import show_taken
+
+        start = time.monotonic()
+        with peak_memory(usable_device(device), resident_bytes()) as peak:
+            yield
+        if self._estimate is not None:
+            show_taken(peak.bytes, time.monotonic() - start, self._estimate)

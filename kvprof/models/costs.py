@@ -1,0 +1,185 @@
+"""What will a run of this model take? Memory, time and disk, reckoned from its config before a weight is loaded.
+
+Reads a config's module tree and asks the device how fast it multiplies. Estimates: the end of a run says beside them
+what it took.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from kvprof.models.inventory import Skeleton, build_skeleton
+from kvprof.models.memory import free_bytes
+from kvprof.models.shelf import HELD_BYTES
+from kvprof.records.estimate import Estimate
+
+LIBRARY_BYTES = 150 * 2**20
+"""What the tokenizer, the text and the allocator take beside the tensors."""
+HEAD_BYTES = 100 * 2**20
+"""What the logits that stand at a time take, with their gradients."""
+EFFICIENCY = 0.6
+"""Of the speed of one large product, what a whole model attains."""
+ATTENTION_EFFICIENCY = 0.35
+"""The same of attention, whose softmax costs more than its products."""
+BYTES_A_SECOND = 1.5e9
+"""At which weights come from a disk."""
+
+_EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What a run does with each sequence.
+
+    forwards, backwards: through the whole model. attentions: of a layer once more, over the queries that count, added
+    up over layers.
+    """
+
+    forwards: float
+    backwards: float = 0.0
+    attentions: float = 0.0
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a model's parts take, in elements.
+
+    block: of the largest block. active: that a token is multiplied with. kept: that a block's backward needs of each
+    token. attention: multiplications of one layer for each pair of tokens.
+    """
+
+    layers: int
+    hidden: int
+    weights: int
+    block: int
+    head: int
+    active: int
+    kept: int
+    attention: int
+
+
+def costs_of(config: PretrainedConfig) -> Costs:
+    """Count a model's parts on its module tree, without any storage."""
+    skeleton = build_skeleton(config)
+    text = skeleton.config
+    blocks = _blocks(skeleton)
+    sizes = [_elements(block, 1.0) for block in blocks]
+    share = _active_share(text)
+    head = int(text.vocab_size) * int(text.hidden_size)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // skeleton.query_heads
+    return Costs(
+        layers=len(blocks),
+        hidden=int(text.hidden_size),
+        weights=int(_elements(skeleton.modules[""], 1.0)),
+        block=int(max(sizes)),
+        head=head,
+        active=int(sum(_elements(block, share) for block in blocks)) + head,
+        kept=max(_kept(block) for block in blocks) + 8 * int(text.hidden_size),
+        attention=4 * skeleton.query_heads * int(head_dim),
+    )
+
+
+def estimate_run(
+    config: PretrainedConfig,
+    lengths: Sequence[int],
+    passes: Passes,
+    dtype: torch.dtype,
+    device: torch.device,
+    stream: bool = False,
+    batch_size: int = 1,
+    written_bytes: int = 0,
+) -> Estimate:
+    """Return what a run over sequences of these lengths will take.
+
+    written_bytes: of its results and journals.
+    """
+    costs, size = costs_of(config), dtype.itemsize
+    tokens = batch_size * max(lengths)
+    kept = costs.kept * size * tokens if passes.backwards else 0
+    inputs = costs.layers * costs.hidden * size * tokens if passes.backwards else 0
+    working = 4 * batch_size * max(lengths) * costs.hidden * 4 + HEAD_BYTES
+    if stream:
+        memory = max(costs.block * size + kept, costs.head * size) + min(inputs, HELD_BYTES) + working
+        written_bytes += max(0, inputs - HELD_BYTES)
+    else:
+        # While a checkpoint is loaded on a CPU, its file is in memory beside what is made of it.
+        loading = costs.weights * size * (2 if device.type == "cpu" else 1)
+        memory = max(loading, costs.weights * size + costs.layers * kept + working)
+    return Estimate(
+        sequences=len(lengths),
+        tokens=sum(lengths),
+        memory_bytes=memory + (LIBRARY_BYTES if device.type == "cpu" else 0),
+        free_bytes=free_bytes(device),
+        disk_bytes=written_bytes,
+        seconds=_seconds(costs, lengths, passes, dtype, device, stream, batch_size),
+    )
+
+
+def _seconds(
+    costs: Costs,
+    lengths: Sequence[int],
+    passes: Passes,
+    dtype: torch.dtype,
+    device: torch.device,
+    stream: bool,
+    batch_size: int,
+) -> float:
+    rate = _multiplications_a_second(dtype, device)
+    through = passes.forwards + passes.backwards * (2 if stream else 1)
+    pairs = sum(length**2 for length in lengths)
+    products = 2 * costs.active * sum(lengths) * through
+    attended = costs.attention * pairs * (costs.layers * (passes.forwards + 2 * passes.backwards) + passes.attentions)
+    seconds = products / (EFFICIENCY * rate) + attended / (ATTENTION_EFFICIENCY * rate)
+    loads = -(-len(lengths) // batch_size) * through if stream else 1
+    return seconds + costs.weights * dtype.itemsize * loads / BYTES_A_SECOND
+
+
+def _multiplications_a_second(dtype: torch.dtype, device: torch.device) -> float:
+    """Multiply two matrices for a twentieth of a second; return the floating-point operations that one has."""
+    size = 1024
+    one = torch.ones(size, size, dtype=dtype, device=device)
+    one @ one
+    best, start = 0.0, time.perf_counter()
+    while time.perf_counter() - start < 0.05 or not best:
+        before = time.perf_counter()
+        (one @ one)[0, 0].item()  # waits for the device
+        best = max(best, 2 * size**3 / (time.perf_counter() - before))
+    return best
+
+
+def _blocks(skeleton: Skeleton) -> list[nn.Module]:
+    """Return the blocks of the stack that the projections are in."""
+    if not skeleton.projections:
+        return [skeleton.modules[""]]
+    stack, _, _ = next(iter(skeleton.projections.values())).block.rpartition(".")
+    return list(skeleton.modules[stack].children())
+
+
+def _elements(module: nn.Module, experts: float) -> float:
+    """Count a module's parameters, tied ones once, those of experts by the share of them that counts."""
+    found = {id(weight): (name, weight.numel()) for name, weight in module.named_parameters()}
+    return sum(size * (experts if _EXPERTS.search(name) else 1.0) for name, size in found.values())
+
+
+def _kept(block: nn.Module) -> int:
+    """Return how many numbers of each token the way back through a block needs.
+
+    About the longer side of each matrix: what it puts out or, of a down projection, what goes into it.
+    """
+    return sum(max(weight.shape) for weight in block.parameters() if weight.dim() == 2)
+
+
+def _active_share(config: PretrainedConfig) -> float:
+    """Return the share of a mixture's experts that a token is sent to."""
+    chosen = getattr(config, "num_experts_per_tok", None)
+    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
+        if chosen and (all_of_them := getattr(config, name, None)):
+            return float(chosen) / float(all_of_them)
+    return 1.0
