@@ -31,7 +31,7 @@ class FakeHub:
     models, datasets: repositories by id. failing: id -> (status, X-Error-Code) that every request for it is answered
     with; gated: ids of which the listing is public and no file is. silent: ids that never get an answer.
     commits: id -> commit, where it is not COMMIT. faults: what befalls the next ranges that are asked for, one each: a
-    status, or "cut" for a body that ends in the middle. without_ranges, without_sizes, without_listing: as some mirrors are.
+    status, or "cut" for a body that ends in the middle. without_ranges, without_sizes, without_listing: as some are.
     redirecting: weights come from another host, as those of the real one do. tokens: which were shown here and there.
     sent_bytes: of file contents, by name. ranges: each that was asked for, as (revision, name, first byte, byte after
     the last).

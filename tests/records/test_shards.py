@@ -1,0 +1,156 @@
+"""Shards make together, to the last bit, what one run makes; and nothing else is taken for one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvprof.errors import InvalidFile, KvprofError, Mismatch, UsageError
+from kvprof.records.document import ModelInfo
+from kvprof.records.geometry import CacheGeometry, KVLayer
+from kvprof.records.plan import Window
+from kvprof.records.sampled import TensorSamples, gradient_scores
+from kvprof.records.scores import CalibrationInfo, DecodingSetup, Scores
+from kvprof.records.shards import Share, as_shard, merge_shards, read_share
+
+GEOMETRY = CacheGeometry(
+    dtype="float32",
+    layers=tuple(KVLayer(layer=n, kind="full", kv_heads=2, key_head_dim=8, value_head_dim=8) for n in range(2)),
+)
+MODEL = ModelInfo(id="m", fingerprint="sha256:1", architecture="A", num_layers=2)
+SETTINGS = {"model": "m", "dtype": "torch.float32", "formats": ["keys in int2g8"], "window": {"sink_tokens": 1}}
+
+
+def text(sequences: int) -> CalibrationInfo:
+    return CalibrationInfo(dataset="t", sequences=sequences, sequence_length=4, tokens=4 * sequences, seed=0)
+
+
+def samples(indices: Sequence[int]) -> dict[Any, TensorSamples]:
+    """A number of each tensor and sequence that no other has."""
+    return {
+        (layer, tensor): TensorSamples(
+            [1 / (3 + index + layer) for index in indices],
+            {"int2g8": [1 / (7 + index * index + (tensor == "key")) for index in indices]},
+        )
+        for layer in range(2)
+        for tensor in ("key", "value")
+    }
+
+
+def scores(indices: Sequence[int]) -> Scores:
+    decoding = DecodingSetup(
+        window=Window(sink_tokens=1, recent_tokens=2), suffix_fraction=0.5, tokens=2 * len(indices)
+    )
+    return gradient_scores(samples(indices), text(len(indices)), MODEL, GEOMETRY, decoding)
+
+
+def shard(share: Share, sequences: int, **changed: object) -> Scores:
+    indices = share.indices(sequences)
+    return as_shard(scores(indices), samples(indices), share, indices, text(sequences), SETTINGS | changed)
+
+
+def written(folder: Path, number: int, of: int, sequences: int, **changed: object) -> Path:
+    return shard(Share(number, of), sequences, **changed).save(folder / f"gradients-{number}-of-{of}.json")
+
+
+@given(st.integers(1, 12).flatmap(lambda of: st.tuples(st.just(of), st.integers(of, 30), st.randoms())))
+def test_any_partition_in_any_order_makes_the_scores_of_one_run(case: tuple[int, int, Any]) -> None:
+    of, sequences, chance = case
+    shards = [(Path(f"{number}.json"), shard(Share(number, of), sequences)) for number in range(1, of + 1)]
+    chance.shuffle(shards)
+    assert merge_shards(dict(shards)).to_text() == scores(range(sequences)).to_text()
+
+
+def test_shards_of_different_counts_fit_where_no_sequence_is_twice() -> None:
+    parts = {Path(str(share)): shard(share, 9) for share in (Share(1, 2), Share(2, 4), Share(4, 4))}
+    assert merge_shards(parts) == scores(range(9))
+
+
+@pytest.mark.parametrize(
+    ("field", "other"),
+    [
+        ("model", "n"),
+        ("dtype", "torch.bfloat16"),
+        ("formats", ["keys in int3g8"]),
+        ("window", {"sink_tokens": 2}),
+        ("extra", 1),
+    ],
+)
+def test_a_shard_of_another_setting_is_refused_by_the_field_that_differs(field: str, other: object) -> None:
+    parts = {Path("a.json"): shard(Share(1, 2), 6), Path("b.json"): shard(Share(2, 2), 6, **{field: other})}
+    with pytest.raises(Mismatch, match=rf"b\.json does not belong to a\.json: they differ in {field}"):
+        merge_shards(parts)
+
+
+def test_a_shard_of_another_text_is_refused() -> None:
+    parts = {Path("a"): shard(Share(1, 2), 6), Path("b"): shard(Share(2, 2), 7)}
+    with pytest.raises(Mismatch, match="differ in text"):
+        merge_shards(parts)
+
+
+def test_a_missing_shard_is_named_with_the_option_that_makes_it() -> None:
+    with pytest.raises(InvalidFile, match=r"sequence 1 of 6 is in none.*\n.*--shard 2/3"):
+        merge_shards({Path(str(n)): shard(Share(n, 3), 6) for n in (1, 3)})
+
+
+def test_a_sequence_that_two_files_have_is_refused() -> None:
+    with pytest.raises(InvalidFile, match="a and b both measured sequence 0"):
+        merge_shards({Path("a"): shard(Share(1, 2), 6), Path("b"): shard(Share(1, 2), 6)})
+
+
+def test_whole_scores_are_no_shard() -> None:
+    with pytest.raises(InvalidFile, match="is no shard"):
+        merge_shards({Path("a"): scores(range(6))})
+
+
+def leaves(value: object, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    if isinstance(value, dict):
+        return [leaf for key, part in value.items() for leaf in leaves(part, (*place, key))]
+    if isinstance(value, list):
+        return [leaf for key, part in enumerate(value) for leaf in leaves(part, (*place, key))]
+    return [place]
+
+
+def test_no_number_or_word_of_a_shard_can_be_changed_unnoticed(tmp_path: Path) -> None:
+    file = written(tmp_path, 1, 1, 3)
+    whole = json.loads(file.read_text())
+    places = leaves(whole)
+    assert len(places) > 60
+    for place in places:
+        changed = json.loads(file.read_text())
+        at = changed
+        for key in place[:-1]:
+            at = at[key]
+        old = at[place[-1]]
+        at[place[-1]] = old + 1 if isinstance(old, int | float) else f"{old}x" if isinstance(old, str) else "x"
+        (tmp_path / "changed.json").write_text(json.dumps(changed))
+        with pytest.raises(KvprofError):
+            merge_shards({tmp_path / "changed.json": Scores.load(tmp_path / "changed.json")})
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.9, 0.999])
+def test_a_truncated_shard_is_one_message(kept: float, tmp_path: Path) -> None:
+    file = written(tmp_path, 1, 1, 3)
+    raw = file.read_bytes()
+    file.write_bytes(raw[: int(kept * len(raw))])
+    with pytest.raises(InvalidFile):
+        Scores.load(file)
+
+
+@pytest.mark.parametrize("wrong", ["2", "0/8", "9/8", "a/b", "2/8/9", "-1/8", "2.0/8", "", "1/0", "1/9999999"])
+def test_a_share_that_cannot_be_is_a_usage_error(wrong: str) -> None:
+    with pytest.raises(UsageError, match="--shard"):
+        read_share(wrong)
+
+
+def test_a_share_has_every_so_manieth_sequence() -> None:
+    assert read_share(" 2/3 ").indices(8) == (1, 4, 7)
+    assert sorted(index for number in range(1, 4) for index in Share(number, 3).indices(8)) == list(range(8))
+    with pytest.raises(UsageError, match="none is left for this shard"):
+        Share(9, 9).indices(8)
