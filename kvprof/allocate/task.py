@@ -46,6 +46,11 @@ class PlanTask:
     """The tensors to plan, in the order that ties favour, and how a plan of them is put together."""
 
     def __init__(self, scores: Scores, window: Window | None = None, command: str | None = None) -> None:
+        if scores.shard is not None:
+            raise InvalidFile(
+                f"these scores are shard {scores.shard.number} of {scores.shard.of}, of a part of the text alone.\n"
+                "  Add them up first: kvprof merge, with the files of all shards."
+            )
         self.scores = scores
         self.window = window or usual_window(scores)
         self.command = command

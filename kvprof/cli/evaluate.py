@@ -28,7 +28,7 @@ from kvprof.cli.watching import Watch
 if TYPE_CHECKING:
     from kvprof.evaluate.evaluation import Rival
     from kvprof.models.load import ModelSource
-    from kvprof.profile.sensitivity import SensitivitySettings
+    from kvprof.profile.request import SensitivitySettings
     from kvprof.records.geometry import CacheGeometry
     from kvprof.records.plan import BitPlan
     from kvprof.records.scores import Scores
@@ -88,7 +88,7 @@ def evaluate(
     from kvprof.errors import NotBetter, UsageError
     from kvprof.evaluate.evaluation import EvaluationSettings, check_request, run_evaluation
     from kvprof.models.load import resolve
-    from kvprof.profile.sensitivity import SensitivitySettings
+    from kvprof.profile.request import SensitivitySettings
     from kvprof.records.files import short_names
     from kvprof.records.plan import BitPlan
     from kvprof.records.runs import output_folder
@@ -151,7 +151,7 @@ def _rivals(
     from kvprof.models.identity import checkpoint_fingerprint
     from kvprof.models.inventory import take_inventory
     from kvprof.models.load import load_config
-    from kvprof.profile.norms import measure_norms
+    from kvprof.profile.norms import run_norms
     from kvprof.profile.sensitivity import run_sensitivity
     from kvprof.report.console import progress
 
@@ -160,8 +160,7 @@ def _rivals(
     norms = _fitting(folder / "norms.json", ("spectral_norm", "frobenius_norm"), geometry, fingerprint)
     if norms is None:
         with progress("norms", "bytes") as advance:
-            norms, _ = measure_norms(source, advance)
-        norms.save(folder / "norms.json")
+            norms = run_norms(source, folder, restart, advance).scores
     gradients = _fitting(folder / "gradients.json", ("gradient_norm",), geometry, fingerprint)
     if gradients is None:
         with progress("gradients", "sequences") as advance:

@@ -48,7 +48,7 @@ def inspect(
         show_inventory(inventory)
 
 
-def norms(model: Model = None, out: Out = None, restart: Restart = False) -> None:
+def norms(model: Model = None, out: Out = None, dry_run: DryRun = False, restart: Restart = False) -> None:
     """How large are W_k and W_v, layer by layer? Spectral and Frobenius norm, stable rank. Never loads the model."""
     from kvprof.models.load import resolve
     from kvprof.profile.norms import run_norms
@@ -58,8 +58,9 @@ def norms(model: Model = None, out: Out = None, restart: Restart = False) -> Non
 
     source = resolve(model)
     folder = output_folder(source.id, out)
-    with progress("norms", "bytes") as advance:
-        run = run_norms(source, folder, restart, advance)
+    watch = Watch(dry_run)
+    with watch.over("cpu"), progress("norms", "bytes") as advance:
+        run = run_norms(source, folder, restart, advance, watch)
     show_scores(run.scores)
     show_red_flags(run.inventory)
     for remark in run.remarks:
@@ -118,12 +119,8 @@ def gradients(
     from kvprof.errors import UsageError
     from kvprof.models.load import resolve
     from kvprof.profile.decoder import Decoder, read_formats
-    from kvprof.profile.sensitivity import (
-        SEQUENCES_UNTIL_STABLE,
-        USUAL_SEQUENCES,
-        SensitivitySettings,
-        run_sensitivity,
-    )
+    from kvprof.profile.request import SEQUENCES_UNTIL_STABLE, USUAL_SEQUENCES, SensitivitySettings
+    from kvprof.profile.sensitivity import run_sensitivity
     from kvprof.records.plan import Window
     from kvprof.records.runs import output_folder
     from kvprof.records.shards import read_share

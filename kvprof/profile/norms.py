@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvprof import __version__
@@ -21,13 +22,20 @@ from kvprof.models.checkpoints import Checkpoint
 from kvprof.models.identity import Fingerprint, layer_digest
 from kvprof.models.inventory import take_inventory
 from kvprof.models.load import ModelSource, load_config
+from kvprof.models.memory import free_bytes
 from kvprof.models.pinning import pin
 from kvprof.models.remote import Fetched, RemoteCheckpoint
 from kvprof.models.weights import LayerReads, LayerWeights, Projections
 from kvprof.profile.matrix_norms import matrix_norms
+from kvprof.records.estimate import Estimate
 from kvprof.records.inventory import Inventory
 from kvprof.records.runs import Journal
 from kvprof.records.scores import LayerScores, Scores, TensorScores
+
+WORKING_BYTES = 100 * 2**20
+"""Besides a layer's weights: the part that is in float64, and headers."""
+BYTES_A_HEAD = 100
+"""Of a head's norms in norms.json, or in the journal."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +57,16 @@ def run_norms(
     folder: Path,
     restart: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    announce: Callable[[Estimate], None] = lambda estimate: None,
 ) -> NormsRun:
     """Measure every layer's W_k and W_v of a model and write norms.json; go on where a stopped run was.
 
     folder: for the result, and for the journal of finished layers meanwhile. progress: called with (bytes done, bytes
-    in all) of what is read of the checkpoint.
+    in all) of what is read of the checkpoint. announce: called once the headers are read; may raise, to stop.
     Raises KvprofError in its many kinds: the model, its weights or the journal is not fit.
     """
     subject = _open(source)
+    announce(_estimate(subject))
     identity = {"model": source.id, "checkpoint": subject.identity, "kvprof version": __version__}
     with Journal(folder / "norms.journal", identity, restart) as log:
         resumed = len(log.done)
@@ -120,6 +130,18 @@ def _open(source: ModelSource) -> _Subject:
     # llama.cpp stores whole gains
     gain_offset = 0.0 if pinned.path.is_file() else inventory.key_norm_offset or 0.0
     return _Subject(inventory, pinned.identity, checkpoint, projections, gain_offset)
+
+
+def _estimate(subject: _Subject) -> Estimate:
+    """Return what measuring takes: of the largest layer what is read, and K or V in float64, a part at a time."""
+    sizes = [subject.projections.stored_bytes(reads) for reads in subject.projections.layers]
+    widest = max(max(shape.key_width, shape.value_width) for shape in subject.inventory.geometry.scored)
+    return Estimate(
+        memory_bytes=2 * max(sizes) + 3 * 8 * widest**2 + WORKING_BYTES,
+        free_bytes=free_bytes(torch.device("cpu")),
+        disk_bytes=2 * BYTES_A_HEAD * sum(2 * shape.kv_heads for shape in subject.inventory.geometry.scored),
+        read_bytes=sum(sizes),
+    )
 
 
 def _measure(

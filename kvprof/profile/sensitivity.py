@@ -8,34 +8,25 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kvprof import __version__
-from kvprof.calibration.ingredients import USUAL_DATA
-from kvprof.calibration.mix import MixedText, mix_texts
-from kvprof.calibration.self_text import fill, streamable
-from kvprof.calibration.sequences import CALIBRATION_LENGTH, CalibrationSet, choose_length
-from kvprof.errors import UnsupportedAttention, UsageError, first_line
-from kvprof.models.costs import Passes, estimate_run
+from kvprof.calibration.self_text import fill
+from kvprof.calibration.sequences import CalibrationSet
+from kvprof.errors import InvalidFile, UnsupportedAttention, UsageError, first_line
 from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
-from kvprof.models.inventory import take_inventory
 from kvprof.models.load import (
     ModelSource,
-    check_dtype,
-    dtype_of,
     input_device,
-    load_config,
     load_model,
-    load_tokenizer,
-    usable_device,
-    weight_bytes,
 )
-from kvprof.profile.decoder import Decoder, Formats, formats_of, readable, within_the_window
+from kvprof.profile.decoder import Formats, within_the_window
+from kvprof.profile.request import Prepared, SensitivitySettings, estimate, prepare
 from kvprof.profile.scoring import SequenceResult, measure_sensitivity, samples_of
 from kvprof.profile.team import join_team
 from kvprof.records.estimate import Estimate
@@ -43,38 +34,8 @@ from kvprof.records.geometry import CacheGeometry
 from kvprof.records.inventory import Inventory
 from kvprof.records.runs import Journal
 from kvprof.records.scores import Scores
-from kvprof.records.shards import Share, as_shard
+from kvprof.records.shards import as_shard
 from kvprof.runtime.interception import AttentionCall, attention_through
-
-USUAL_SEQUENCES = 8
-BYTES_A_NUMBER = 40
-"""Of each number of each sequence: in the journal, and in the result."""
-SEQUENCES_UNTIL_STABLE = 32
-"""The most, where a run stops as soon as its plans are stable."""
-
-
-@dataclass(frozen=True)
-class SensitivitySettings:
-    """What to measure on, and how.
-
-    data: sources of text with their weights, as `calibration.ingredients` reads them. sequence_length: None is
-    CALIBRATION_LENGTH, or what the model was made for where that is less. dtype, device, stream: as
-    `models.load.load_model` takes them. batch_size: sequences in one forward; changes no score. share: measure these
-    sequences of the text alone, and write partial scores.
-    """
-
-    data: tuple[str, ...] = USUAL_DATA
-    split: str | None = None
-    sequences: int = USUAL_SEQUENCES
-    sequence_length: int | None = None
-    batch_size: int = 1
-    seed: int = 0
-    pack: bool = False
-    dtype: str = "auto"
-    device: str = "auto"
-    stream: bool = False
-    share: Share | None = None
-    decoder: Decoder = field(default_factory=Decoder)
 
 
 @dataclass(frozen=True)
@@ -84,58 +45,6 @@ class SensitivityRun:
     scores: Scores
     path: Path
     remarks: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """All that a run can know before it loads a weight.
-
-    wanted: whether losses are to be predicted. unread: what to say of formats that these texts never read.
-    """
-
-    source: ModelSource
-    settings: SensitivitySettings
-    config: PretrainedConfig
-    inventory: Inventory
-    tokenizer: Any
-    mix: MixedText
-    formats: Formats
-    wanted: bool
-    unread: str | None
-
-
-def _prepare(
-    source: ModelSource,
-    settings: SensitivitySettings,
-    until_stable: bool,
-    check: Callable[[CacheGeometry, Formats], None] | None,
-) -> _Prepared:
-    """Read the config and the text, and see to it that the one can be measured on the other."""
-    if settings.batch_size < 1:
-        raise UsageError(f"--batch-size {settings.batch_size}: at least 1 is needed.")
-    if until_stable and settings.share is not None:
-        raise UsageError("--until-stable needs all sequences in one run.\n  Leave it out, or --shard.")
-    config = load_config(source)
-    inventory = take_inventory(config, source.id)
-    formats = formats_of(inventory.geometry, settings.decoder)
-    wanted = settings.decoder.formats is None or any(settings.decoder.formats.values())
-    if until_stable and not wanted:
-        raise UsageError("--until-stable looks at plans, which need predicted losses.\n  Leave out --formats none.")
-    text_config = config.get_text_config(decoder=True)
-    positions = getattr(text_config, "max_position_embeddings", None)
-    length = choose_length(settings.sequence_length, positions, CALIBRATION_LENGTH)
-    tokenizer = load_tokenizer(source)
-    data = settings.data
-    if settings.stream:
-        data = streamable(data, settings.sequences, length, weight_bytes(config, settings.dtype))
-    mix = mix_texts(data, settings.split, tokenizer, settings.sequences, length, settings.seed, settings.pack)
-    mix.check_vocabulary(text_config.vocab_size)
-    formats, unread = readable(formats, settings.decoder, max(mix.lengths))
-    if check is not None and formats:
-        check(inventory.geometry, formats)
-    if settings.share is not None:
-        settings.share.indices(len(mix.lengths))  # raises where nothing is left for it
-    return _Prepared(source, settings, config, inventory, tokenizer, mix, formats, wanted, unread)
 
 
 def run_sensitivity(
@@ -159,8 +68,8 @@ def run_sensitivity(
     Raises KvprofError in its many kinds: the model, the text, a setting or the journal is not fit.
     """
     team, device = join_team(settings.device)
-    prepared = team.each(lambda: _prepare(source, settings, is_enough is not None, check))
-    announce(team.each(lambda: _estimate(prepared, device)))
+    prepared = team.each(lambda: prepare(source, settings, is_enough is not None, check))
+    announce(team.each(lambda: estimate(prepared, device)))
     loaded = team.each(lambda: _load(prepared, device))
     text = team.first(lambda: fill(prepared.mix, loaded.model, prepared.tokenizer, loaded.fingerprint, writing))
     chosen = range(len(text.sequences)) if settings.share is None else settings.share.indices(len(text.sequences))
@@ -207,26 +116,6 @@ def run_sensitivity(
     return SensitivityRun(scores, path, tuple(remarks))
 
 
-def _estimate(prepared: _Prepared, device: str) -> Estimate:
-    settings, lengths = prepared.settings, prepared.mix.lengths
-    check_dtype(settings.dtype)
-    if settings.share is not None:
-        lengths = tuple(lengths[index] for index in settings.share.indices(len(lengths)))
-    asked = sum(map(len, prepared.formats.values()))
-    times = 2 if prepared.formats else 1  # gradient norms by themselves, losses by themselves
-    numbers = len(lengths) * (2 * len(prepared.inventory.geometry.scored) + asked)
-    return estimate_run(
-        prepared.config,
-        lengths,
-        Passes(forwards=times, backwards=times, attentions=settings.decoder.suffix_fraction * asked),
-        dtype_of(prepared.config, settings.dtype),
-        usable_device(device),
-        settings.stream,
-        settings.batch_size,
-        written_bytes=BYTES_A_NUMBER * numbers,
-    )
-
-
 @dataclass(frozen=True)
 class _Loaded:
     """A model in memory, and what is known with it: which of the formats its attention can be asked for."""
@@ -239,7 +128,7 @@ class _Loaded:
     unread: str | None
 
 
-def _load(prepared: _Prepared, device: str) -> _Loaded:
+def _load(prepared: Prepared, device: str) -> _Loaded:
     settings, formats, unread = prepared.settings, prepared.formats, prepared.unread
     model = load_model(prepared.source, settings.dtype, device, settings.stream)
     geometry = prepared.inventory.geometry
@@ -255,7 +144,7 @@ def _load(prepared: _Prepared, device: str) -> _Loaded:
     return _Loaded(model, fingerprint, inventory, formats, unsupported, unread)
 
 
-def _identity(prepared: _Prepared, loaded: _Loaded, text: CalibrationSet) -> dict[str, Any]:
+def _identity(prepared: Prepared, loaded: _Loaded, text: CalibrationSet) -> dict[str, Any]:
     """Return what a run that goes on with this one, or shards of it, must share."""
     decoder = prepared.settings.decoder
     return {
@@ -273,11 +162,16 @@ def _identity(prepared: _Prepared, loaded: _Loaded, text: CalibrationSet) -> dic
 def _read_journal(log: Journal | None) -> dict[int, SequenceResult]:
     """Return the results of every sequence of a finished batch."""
     assert log is not None
-    return {
-        index: SequenceResult(tuple((key, value) for key, value in norms), tuple(losses))
-        for batch in log.done.values()
-        for index, norms, losses in batch
-    }
+    try:
+        return {
+            int(index): SequenceResult(
+                tuple((float(key), float(value)) for key, value in norms), tuple(float(loss) for loss in losses)
+            )
+            for batch in log.done.values()
+            for index, norms, losses in batch
+        }
+    except (ValueError, TypeError):
+        raise InvalidFile(f"{log.path} holds no results of gradients.\n  Add --restart to begin anew.") from None
 
 
 def _in_words(formats: Formats) -> list[str]:

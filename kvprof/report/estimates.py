@@ -9,13 +9,15 @@ from kvprof.report.console import print_note, print_plain
 
 def show_estimate(estimate: Estimate, is_result: bool) -> None:
     """Say what a step will take: on stdout where that is all that was asked, else as a note."""
-    parts = [
-        f"{estimate.sequences:,} sequences, {estimate.tokens:,} tokens",
-        f"{bytes_text(estimate.memory_bytes)} of memory ({bytes_text(estimate.free_bytes)} free)",
-        f"{bytes_text(estimate.disk_bytes)} on disk",
-    ]
+    parts = []
+    if estimate.sequences is not None and estimate.tokens is not None:
+        parts.append(f"{counted(estimate.sequences, 'sequence')}, {counted(estimate.tokens, 'token')}")
+    if estimate.read_bytes is not None:
+        parts.append(f"{bytes_text(estimate.read_bytes)} of weights to read")
     if estimate.seconds is not None:
-        parts.insert(1, f"about {duration(estimate.seconds)}")
+        parts.append(f"about {duration(estimate.seconds)}")
+    parts.append(f"{bytes_text(estimate.memory_bytes)} of memory ({bytes_text(estimate.free_bytes)} free)")
+    parts.append(f"{bytes_text(estimate.disk_bytes)} on disk")
     (print_plain if is_result else print_note)("estimate: " + "; ".join(parts))
     if not estimate.fits:
         print_note(
@@ -29,6 +31,11 @@ def show_taken(peak_bytes: int | None, seconds: float, estimate: Estimate) -> No
     memory = "" if peak_bytes is None else f" and {bytes_text(peak_bytes)} of memory"
     expected = "" if estimate.seconds is None else f"{duration(estimate.seconds)} and "
     print_note(f"took {duration(seconds)}{memory}; estimated were {expected}{bytes_text(estimate.memory_bytes)}")
+
+
+def counted(number: int, what: str) -> str:
+    """Return a number of things: 1 sequence, 8,192 tokens."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:

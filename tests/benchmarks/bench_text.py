@@ -24,7 +24,8 @@ from kvprof.calibration.self_text import fill
 from kvprof.evaluate.logits import planned_logits, reference_logits
 from kvprof.evaluate.metrics import token_kl
 from kvprof.models.load import load_model, load_tokenizer, resolve
-from kvprof.profile.sensitivity import SensitivitySettings, run_sensitivity
+from kvprof.profile.request import SensitivitySettings
+from kvprof.profile.sensitivity import run_sensitivity
 from kvprof.records.formats import TENSORS
 from kvprof.records.scores import LayerScores, TensorScores
 

@@ -18,7 +18,8 @@ from kvprof.errors import KvprofError, Mismatch, UsageError
 from kvprof.models.load import ModelSource, resolve
 from kvprof.profile import scoring, sensitivity
 from kvprof.profile.decoder import Decoder
-from kvprof.profile.sensitivity import SensitivitySettings, run_sensitivity
+from kvprof.profile.request import SensitivitySettings
+from kvprof.profile.sensitivity import run_sensitivity
 from kvprof.records.plan import Window
 from kvprof.records.scores import KlCalibration, Scores
 

@@ -1,0 +1,141 @@
+"""What a sensitivity run is asked for, and all that it can know before it loads a weight.
+
+Reads a config, a tokenizer and calibration text. Does not know how anything is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from kvprof.calibration.ingredients import USUAL_DATA
+from kvprof.calibration.mix import MixedText, mix_texts
+from kvprof.calibration.self_text import streamable
+from kvprof.calibration.sequences import CALIBRATION_LENGTH, choose_length
+from kvprof.errors import UsageError
+from kvprof.models.costs import Passes, estimate_run
+from kvprof.models.inventory import take_inventory
+from kvprof.models.load import (
+    ModelSource,
+    check_dtype,
+    dtype_of,
+    load_config,
+    load_tokenizer,
+    usable_device,
+    weight_bytes,
+)
+from kvprof.profile.decoder import Decoder, Formats, formats_of, readable
+from kvprof.records.estimate import Estimate
+from kvprof.records.geometry import CacheGeometry
+from kvprof.records.inventory import Inventory
+from kvprof.records.shards import Share
+
+USUAL_SEQUENCES = 8
+BYTES_A_NUMBER = 40
+"""Of each number of each sequence: in the journal, and in the result."""
+SEQUENCES_UNTIL_STABLE = 32
+"""The most, where a run stops as soon as its plans are stable."""
+
+
+@dataclass(frozen=True)
+class SensitivitySettings:
+    """What to measure on, and how.
+
+    data: sources of text with their weights, as `calibration.ingredients` reads them. sequence_length: None is
+    CALIBRATION_LENGTH, or what the model was made for where that is less. dtype, device, stream: as
+    `models.load.load_model` takes them. batch_size: sequences in one forward; changes no score. share: measure these
+    sequences of the text alone, and write partial scores.
+    """
+
+    data: tuple[str, ...] = USUAL_DATA
+    split: str | None = None
+    sequences: int = USUAL_SEQUENCES
+    sequence_length: int | None = None
+    batch_size: int = 1
+    seed: int = 0
+    pack: bool = False
+    dtype: str = "auto"
+    device: str = "auto"
+    stream: bool = False
+    share: Share | None = None
+    decoder: Decoder = field(default_factory=Decoder)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that a run can know before it loads a weight.
+
+    wanted: whether losses are to be predicted. unread: what to say of formats that these texts never read.
+    """
+
+    source: ModelSource
+    settings: SensitivitySettings
+    config: PretrainedConfig
+    inventory: Inventory
+    tokenizer: Any
+    mix: MixedText
+    formats: Formats
+    wanted: bool
+    unread: str | None
+
+
+def prepare(
+    source: ModelSource,
+    settings: SensitivitySettings,
+    until_stable: bool,
+    check: Callable[[CacheGeometry, Formats], None] | None,
+) -> Prepared:
+    """Read the config and the text, and see to it that the one can be measured on the other.
+
+    until_stable: whether the run may stop before its last sequence. check: called with the formats that will be scored;
+    may raise. Raises KvprofError in its many kinds: the config, the text or a setting is not fit.
+    """
+    if settings.batch_size < 1:
+        raise UsageError(f"--batch-size {settings.batch_size}: at least 1 is needed.")
+    if until_stable and settings.share is not None:
+        raise UsageError("--until-stable needs all sequences in one run.\n  Leave it out, or --shard.")
+    config = load_config(source)
+    inventory = take_inventory(config, source.id)
+    formats = formats_of(inventory.geometry, settings.decoder)
+    wanted = settings.decoder.formats is None or any(settings.decoder.formats.values())
+    if until_stable and not wanted:
+        raise UsageError("--until-stable looks at plans, which need predicted losses.\n  Leave out --formats none.")
+    text_config = config.get_text_config(decoder=True)
+    positions = getattr(text_config, "max_position_embeddings", None)
+    length = choose_length(settings.sequence_length, positions, CALIBRATION_LENGTH)
+    tokenizer = load_tokenizer(source)
+    data = settings.data
+    if settings.stream:
+        data = streamable(data, settings.sequences, length, weight_bytes(config, settings.dtype))
+    mix = mix_texts(data, settings.split, tokenizer, settings.sequences, length, settings.seed, settings.pack)
+    mix.check_vocabulary(text_config.vocab_size)
+    formats, unread = readable(formats, settings.decoder, max(mix.lengths))
+    if check is not None and formats:
+        check(inventory.geometry, formats)
+    if settings.share is not None:
+        settings.share.indices(len(mix.lengths))  # raises where nothing is left for it
+    return Prepared(source, settings, config, inventory, tokenizer, mix, formats, wanted, unread)
+
+
+def estimate(prepared: Prepared, device: str) -> Estimate:
+    """Return what a run will take. device: its own, of several processes'."""
+    settings, lengths = prepared.settings, prepared.mix.lengths
+    check_dtype(settings.dtype)
+    if settings.share is not None:
+        lengths = tuple(lengths[index] for index in settings.share.indices(len(lengths)))
+    asked = sum(map(len, prepared.formats.values()))
+    times = 2 if prepared.formats else 1  # gradient norms by themselves, losses by themselves
+    numbers = len(lengths) * (2 * len(prepared.inventory.geometry.scored) + asked)
+    return estimate_run(
+        prepared.config,
+        lengths,
+        Passes(forwards=times, backwards=times, attentions=settings.decoder.suffix_fraction * asked),
+        dtype_of(prepared.config, settings.dtype),
+        usable_device(device),
+        settings.stream,
+        settings.batch_size,
+        written_bytes=BYTES_A_NUMBER * numbers,
+    )
