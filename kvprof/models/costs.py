@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 from transformers import PretrainedConfig
 
 from kvprof.models.inventory import Skeleton, build_skeleton
@@ -145,11 +146,11 @@ def _multiplications_a_second(dtype: torch.dtype, device: torch.device) -> float
     """Multiply two matrices for a twentieth of a second; return the floating-point operations that one has."""
     size = 1024
     one = torch.ones(size, size, dtype=dtype, device=device)
-    one @ one
+    linear(one, one)
     best, start = 0.0, time.perf_counter()
     while time.perf_counter() - start < 0.05 or not best:
         before = time.perf_counter()
-        (one @ one)[0, 0].item()  # waits for the device
+        linear(one, one)[0, 0].item()  # waits for the device
         best = max(best, 2 * size**3 / (time.perf_counter() - before))
     return best
 
