@@ -177,13 +177,12 @@ def _generator(seed: int, index: int) -> torch.Generator:
 def _sampled_labels(logits: Tensor, counts: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
     """Draw a label for each position from the model's own distribution: (positions,), int64.
 
-    logits: (positions, V), float32 or wider, sequence after sequence. counts: positions of each.
-    Exponential clocks race, the label's own at the rate of its probability: what rounding moves the distribution by is
-    about how often another label wins, so that half precision draws nearly the same labels.
+    logits: (positions, V), float32 or wider, sequence after sequence. counts: positions of each, whose generator goes
+    on where it was: the draws of a sequence are the same however its positions are parted.
     """
     labels = []
     for rows, generator in zip(torch.split(logits, list(counts)), generators, strict=True):
-        for row in rows:
-            clocks = torch.empty(len(row)).exponential_(generator=generator).to(row.device)
-            labels.append((row - clocks.log()).argmax())
-    return torch.stack(labels)
+        cumulated = rows.float().softmax(-1).cumsum(-1)  # (positions, V)
+        drawn = torch.rand(len(rows), 1, generator=generator).to(cumulated.device) * cumulated[:, -1:]
+        labels.append(torch.searchsorted(cumulated, drawn, right=True)[:, 0].clamp_max_(rows.shape[1] - 1))
+    return torch.cat(labels)
