@@ -2,9 +2,9 @@
 
 python tests/benchmarks/bench_streaming.py
 
-A random model of Qwen2-1.5B's shapes, 3.09 GB in bfloat16, is made in a temporary folder; --quick takes a small one. Each
-run is a process of its own, whose memory counts from when its libraries are imported. The last line of each claim says
-whether it holds; the exit status is 1 where one does not.
+A random model of Qwen2-1.5B's shapes, 3.09 GB in bfloat16, is made in a temporary folder; --quick takes a small one.
+Each run is a process of its own, whose memory counts from when its libraries are imported. The last line of each claim
+says whether it holds; the exit status is 1 where one does not.
 """
 
 from __future__ import annotations
