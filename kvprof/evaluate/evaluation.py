@@ -37,6 +37,7 @@ from kvprof.models.load import (
     usable_device,
     weight_bytes,
 )
+from kvprof.models.pinning import bytes_to_download
 from kvprof.records.estimate import Estimate
 from kvprof.records.evaluation import Evaluation, Role
 from kvprof.records.formats import TENSORS
@@ -159,7 +160,7 @@ def run_evaluation(
     mix, tokenizer = _read_text(source, settings, config.get_text_config(decoder=True))
     chosen = _long_enough(mix.lengths, settings.measure_from)
     check_dtype(settings.dtype)
-    announce(_estimate(config, settings, [mix.lengths[index] for index in chosen], entrants))
+    announce(_estimate(source, config, settings, [mix.lengths[index] for index in chosen], entrants))
     model = load_model(source, settings.dtype, settings.device, settings.stream)
     fingerprint = live_fingerprint(model, geometry) or checkpoint_fingerprint(source, geometry)
     _check_fit(plans, geometry, fingerprint)
@@ -200,7 +201,11 @@ def run_evaluation(
 
 
 def _estimate(
-    config: PretrainedConfig, settings: EvaluationSettings, lengths: Sequence[int], entrants: Sequence[_Entrant]
+    source: ModelSource,
+    config: PretrainedConfig,
+    settings: EvaluationSettings,
+    lengths: Sequence[int],
+    entrants: Sequence[_Entrant],
 ) -> Estimate:
     """Return what a run will take: a forward in full precision, and one for each plan that is not left out before."""
     usual = 1 + sum(min(len(entrant.candidates), FINALISTS) for entrant in entrants)
@@ -213,7 +218,7 @@ def _estimate(
         dtype_of(config, settings.dtype),
         usable_device(settings.device),
         settings.stream,
-        written_bytes=round(BYTES_A_PIECE * forwards * len(lengths)),
+        written_bytes=round(BYTES_A_PIECE * forwards * len(lengths)) + bytes_to_download(source),
     )
 
 

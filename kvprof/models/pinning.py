@@ -48,6 +48,14 @@ def pin(source: ModelSource) -> PinnedModel:
     return PinnedModel(dataclasses.replace(source, path=hub.folder), hub.folder, f"commit {hub.commit}", hub)
 
 
+def bytes_to_download(source: ModelSource) -> int:
+    """Return what loading a model brings from the hub first; 0 for one whose weights are here."""
+    hub = pin(source).hub
+    if hub is None or hub.weight_bytes is None:
+        return 0
+    return sum(size for name, size in hub.weight_bytes.items() if not (hub.folder / name).is_file())
+
+
 def _open_hub(hub: HubModel) -> Checkpoint:
     """Open the files in the hub's cache, where it has them all, or those on the hub."""
     if hub.weight_bytes is None:

@@ -39,6 +39,7 @@ from kvprof.models.load import (
     weight_bytes,
     wider_dtype_advice,
 )
+from kvprof.models.pinning import bytes_to_download
 from kvprof.profile.decoder import decoding_of, within_the_window
 from kvprof.profile.probes import USUAL_FORMATS, Probe, check_something_is_read, choose_probes
 from kvprof.records.estimate import Estimate
@@ -139,7 +140,7 @@ def run_divergence(
             dtype_of(whole_config, settings.dtype),
             usable_device(settings.device),
             settings.stream,
-            written_bytes=BYTES_A_NUMBER * len(mix.lengths) * len(probes),
+            written_bytes=BYTES_A_NUMBER * len(mix.lengths) * len(probes) + bytes_to_download(source),
         )
     )
     model = load_model(source, settings.dtype, settings.device, settings.stream)

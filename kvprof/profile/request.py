@@ -27,6 +27,7 @@ from kvprof.models.load import (
     usable_device,
     weight_bytes,
 )
+from kvprof.models.pinning import bytes_to_download
 from kvprof.profile.decoder import Decoder, Formats, formats_of, readable
 from kvprof.records.estimate import Estimate
 from kvprof.records.geometry import CacheGeometry
@@ -137,5 +138,5 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
         usable_device(device),
         settings.stream,
         settings.batch_size,
-        written_bytes=BYTES_A_NUMBER * numbers,
+        written_bytes=BYTES_A_NUMBER * numbers + bytes_to_download(prepared.source),
     )

@@ -22,8 +22,8 @@ from kvprof.errors import ModelError
 from kvprof.models.checkpoints import SafetensorsCheckpoint
 from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
 from kvprof.models.inventory import take_inventory
-from kvprof.models.load import ModelSource
-from kvprof.models.pinning import pin
+from kvprof.models.load import ModelSource, resolve
+from kvprof.models.pinning import bytes_to_download, pin
 from kvprof.models.remote import RemoteCheckpoint
 from kvprof.models.weights import stream_projections
 from kvprof.profile.norms import measure_norms
@@ -219,6 +219,15 @@ def test_weights_come_from_another_host_which_is_shown_no_token(
     assert measure_norms(SOURCE)[0] == calm
     assert "Bearer hf_secret" in hub.tokens["here"]
     assert hub.tokens["elsewhere"] == {None}
+
+
+def test_what_loading_would_download_is_known_before(hub: FakeHub, in_tmp: Path) -> None:
+    hub.models[REMOTE] = save_folder(in_tmp / "served", max_shard_size="10KB")
+    whole = sum(file.stat().st_size for file in (in_tmp / "served").glob("*.safetensors"))
+    assert bytes_to_download(resolve(REMOTE)) == whole
+    assert hub.ranges == []
+    resolve(REMOTE).fetch(weights=True)
+    assert bytes_to_download(resolve(REMOTE)) == bytes_to_download(resolve(str(in_tmp / "served"))) == 0
 
 
 def test_a_hub_that_serves_whole_files_only_says_to_download(hub: FakeHub, in_tmp: Path) -> None:
