@@ -7,7 +7,9 @@ scored (scoring.py), nor what the scores are spent on.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +81,7 @@ def run_sensitivity(
     with contextlib.ExitStack() as stack:
         # The leading process alone keeps a journal: a run may go on as any number of processes.
         log = team.lead(lambda: stack.enter_context(Journal(folder / f"{name}.journal", own, restart)))
-        measured = team.first(lambda: _read_journal(log))
+        measured = team.first(lambda: _read_journal(log, loaded, chosen))
         resumed = len(measured)
         progress(len(measured), len(chosen))
 
@@ -159,19 +161,27 @@ def _identity(prepared: Prepared, loaded: _Loaded, text: CalibrationSet) -> dict
     }
 
 
-def _read_journal(log: Journal | None) -> dict[int, SequenceResult]:
-    """Return the results of every sequence of a finished batch."""
+def _read_journal(log: Journal | None, loaded: _Loaded, chosen: Sequence[int]) -> dict[int, SequenceResult]:
+    """Return the results of every sequence of a finished batch; raises InvalidFile for what no run has written."""
     assert log is not None
+    layers, losses = len(loaded.inventory.geometry.scored), sum(map(len, loaded.formats.values()))
+    found: dict[int, SequenceResult] = {}
     try:
-        return {
-            int(index): SequenceResult(
-                tuple((float(key), float(value)) for key, value in norms), tuple(float(loss) for loss in losses)
-            )
-            for batch in log.done.values()
-            for index, norms, losses in batch
-        }
+        for batch in log.done.values():
+            for index, norms, own in batch:
+                result = SequenceResult(
+                    tuple((float(key), float(value)) for key, value in norms), tuple(map(float, own))
+                )
+                numbers = [*itertools.chain(*result.norms), *result.losses]
+                fits = len(result.norms) == layers and len(result.losses) == losses and index in chosen
+                if not fits or not all(math.isfinite(number) and number >= 0 for number in numbers):
+                    raise ValueError(index)
+                found[index] = result
     except (ValueError, TypeError):
-        raise InvalidFile(f"{log.path} holds no results of gradients.\n  Add --restart to begin anew.") from None
+        raise InvalidFile(
+            f"{log.path} does not hold what this command measures.\n  Add --restart to begin anew."
+        ) from None
+    return found
 
 
 def _in_words(formats: Formats) -> list[str]:

@@ -14,12 +14,13 @@ from tiny import tiny_model
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from kvprof.errors import KvprofError, Mismatch, UsageError
+from kvprof.errors import InvalidFile, KvprofError, Mismatch, UsageError
 from kvprof.models.load import ModelSource, resolve
 from kvprof.profile import scoring, sensitivity
 from kvprof.profile.decoder import Decoder
 from kvprof.profile.request import SensitivitySettings
 from kvprof.profile.sensitivity import run_sensitivity
+from kvprof.records import runs
 from kvprof.records.plan import Window
 from kvprof.records.scores import KlCalibration, Scores
 
@@ -283,3 +284,29 @@ def test_a_run_that_failed_at_its_first_sequence_forbids_no_other_settings(
         with pytest.raises(KvprofError, match="out of memory"):
             run_sensitivity(source, SETTINGS, tmp_path / "out")
     run_sensitivity(source, replace(SETTINGS, sequence_length=20), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "words",
+        True,
+        [[0, [[1.0, 1.0]], []]],  # one layer of two
+        [[0, [[1.0, 1.0], [1.0, 1.0]], []]],  # no losses
+        [[9, [[1.0, 1.0], [1.0, 1.0]], [1.0] * 6]],  # a sequence that the text has not
+        [[0, [[1.0, float("nan")], [1.0, 1.0]], [1.0] * 6]],
+        [[0, [[1.0, -1.0], [1.0, 1.0]], [1.0] * 6]],
+        [[[], [[1.0, 1.0], [1.0, 1.0]], [1.0] * 6]],
+    ],
+)
+def test_a_journal_whole_but_of_nothing_that_was_measured_is_refused(
+    entry: object, source: ModelSource, tmp_path: Path
+) -> None:
+    stopped(source, SETTINGS, tmp_path / "out", 1)
+    journal = tmp_path / "out" / "gradients.journal"
+    settings = journal.read_text().splitlines(keepends=True)[0]
+    journal.write_text(settings + runs._line("0", entry))
+    with pytest.raises(InvalidFile, match=r"does not hold what this command measures.*\n.*--restart"):
+        run_sensitivity(source, SETTINGS, tmp_path / "out")
+    assert not (tmp_path / "out" / "gradients.json").exists()
+    assert run_sensitivity(source, SETTINGS, tmp_path / "out", restart=True).path.exists()
