@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -154,3 +156,20 @@ def test_a_share_has_every_so_manieth_sequence() -> None:
     assert sorted(index for number in range(1, 4) for index in Share(number, 3).indices(8)) == list(range(8))
     with pytest.raises(UsageError, match="none is left for this shard"):
         Share(9, 9).indices(8)
+
+
+def test_merging_imports_no_torch(tmp_path: Path) -> None:
+    files = [str(written(tmp_path, number, 2, 5)) for number in (1, 2)]
+    code = f"""
+import sys
+sys.argv = ["kvprof", "merge", *{files!r}, "--out", {str(tmp_path / "merged")!r}]
+from kvprof.__main__ import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert Scores.load(tmp_path / "merged" / "gradients.json") == scores(range(5))
