@@ -11,8 +11,10 @@ import pytest
 from quickstart import Quickstart
 
 from kvprof import BitPlan
+from kvprof.cli.app import app
 
 ROOT = Path(__file__).parents[1]
+CLUSTER = (ROOT / "recipes/cluster.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.demo
@@ -47,3 +49,24 @@ def test_the_constraints_pin_every_declared_dependency() -> None:
         {re.split(r"[^\w-]", line)[0].lower().replace("_", "-") for line in group} for group in (declared, lines)
     )
     assert names <= pinned
+
+
+def test_the_cluster_recipe_is_a_config_that_accelerate_reads(tmp_path: Path) -> None:
+    from accelerate.commands.config.config_args import ClusterConfig
+
+    (body,) = re.findall(r"^```yaml\n(.*?)^```$", CLUSTER, re.MULTILINE | re.DOTALL)
+    (tmp_path / "cluster.yaml").write_text(body)
+    config = ClusterConfig.from_yaml_file(str(tmp_path / "cluster.yaml"))
+    assert (config.num_machines, config.num_processes, config.machine_rank) == (4, 32, 0)
+    assert config.distributed_type == "MULTI_GPU"
+
+
+def test_the_cluster_recipe_names_only_options_that_there_are() -> None:
+    import typer
+
+    group = typer.main.get_command(app)
+    commands = re.findall(r"kvprof (gradients|merge)\b([^\n]*)", CLUSTER)
+    assert len(commands) > 6
+    for name, words in commands:
+        known = {option for parameter in group.commands[name].params for option in parameter.opts}
+        assert set(re.findall(r"--[a-z-]+", words)) <= known
