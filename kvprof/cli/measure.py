@@ -121,9 +121,9 @@ def gradients(
     from kvprof.profile.decoder import Decoder, read_formats
     from kvprof.profile.request import SEQUENCES_UNTIL_STABLE, USUAL_SEQUENCES, SensitivitySettings
     from kvprof.profile.sensitivity import run_sensitivity
+    from kvprof.records.partial import read_share
     from kvprof.records.plan import Window
     from kvprof.records.runs import output_folder
-    from kvprof.records.shards import read_share
     from kvprof.report.console import print_note, print_written, progress
     from kvprof.report.tables import show_scores
 

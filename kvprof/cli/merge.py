@@ -15,9 +15,9 @@ def merge(
     out: Out = None,
 ) -> None:
     """What do the shards of one measurement make together? The same scores as one run over the whole text."""
+    from kvprof.records.partial import merge_shards
     from kvprof.records.runs import output_folder
     from kvprof.records.scores import Scores
-    from kvprof.records.shards import merge_shards
     from kvprof.report.console import print_written
     from kvprof.report.tables import show_scores
 

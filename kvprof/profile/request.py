@@ -32,7 +32,7 @@ from kvprof.profile.decoder import Decoder, Formats, formats_of, readable
 from kvprof.records.estimate import Estimate
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.inventory import Inventory
-from kvprof.records.shards import Share
+from kvprof.records.partial import Share
 
 USUAL_SEQUENCES = 8
 BYTES_A_NUMBER = 40

@@ -34,9 +34,9 @@ from kvprof.profile.team import join_team
 from kvprof.records.estimate import Estimate
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.inventory import Inventory
+from kvprof.records.partial import as_shard
 from kvprof.records.runs import Journal
 from kvprof.records.scores import Scores
-from kvprof.records.shards import as_shard
 from kvprof.runtime.interception import AttentionCall, attention_through
 
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from kvprof.errors import InvalidFile, KvprofError, Mismatch, UsageError
 from kvprof.records.document import ModelInfo
 from kvprof.records.geometry import CacheGeometry, KVLayer
+from kvprof.records.partial import Share, as_shard, merge_shards, read_share
 from kvprof.records.plan import Window
 from kvprof.records.sampled import TensorSamples, gradient_scores
 from kvprof.records.scores import CalibrationInfo, DecodingSetup, Scores
-from kvprof.records.shards import Share, as_shard, merge_shards, read_share
 
 GEOMETRY = CacheGeometry(
     dtype="float32",
