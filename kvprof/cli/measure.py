@@ -146,7 +146,7 @@ def gradients(
         dtype=dtype,
         device=device,
         stream=stream,
-        share=read_share(shard) if shard else None,
+        share=read_share(shard) if shard is not None else None,
         decoder=decoder,
     )
     folder = output_folder(source.id, out)

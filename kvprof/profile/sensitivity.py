@@ -177,7 +177,7 @@ def _read_journal(log: Journal | None, loaded: _Loaded, chosen: Sequence[int]) -
                 if not fits or not all(math.isfinite(number) and number >= 0 for number in numbers):
                     raise ValueError(index)
                 found[index] = result
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise InvalidFile(
             f"{log.path} does not hold what this command measures.\n  Add --restart to begin anew."
         ) from None

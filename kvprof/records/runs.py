@@ -218,5 +218,5 @@ def _parse(line: bytes) -> tuple[str, Any] | None:
             return None
         key, result = json.loads(body)
         return str(key), result
-    except (ValueError, UnicodeDecodeError):
+    except (ValueError, TypeError, RecursionError):  # of UnicodeDecodeError, too
         return None
