@@ -48,6 +48,9 @@ def stream_weights(model: PreTrainedModel, shelf: Shelf, device: torch.device, a
             f"layer {shared[0]} of {type(model).__name__} reads another layer's keys and values, and so its blocks "
             "cannot run one at a time.\n  Leave out --stream."
         )
+    if str(model.config.get_text_config(decoder=True).model_type).startswith("llama4"):
+        # Known to come out wrong, for a reason not found yet: no number is better than that one.
+        raise UnsupportedStreaming(f"{type(model).__name__} cannot run one block at a time yet.\n  Leave out --stream.")
     return_freed_memory()
     index = _index_of(model)
     remove_hook_from_module(model, recurse=True)
