@@ -231,7 +231,9 @@ def _weights_digest(model: PreTrainedModel) -> str | None:
     weights = dict(model.named_parameters())
     if any(weight.is_meta for weight in weights.values()):
         return None  # offloaded, each time others: the fingerprint must do
-    for name, weight in weights.items():
+    stored = getattr(model, "stored_weight", weights.__getitem__)  # of weights that are there only while they are used
+    for name in weights:
+        weight = stored(name)
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         if weight.numel():
             numbers = weight.detach().reshape(-1)[:: -(-weight.numel() // _LOOKS)]

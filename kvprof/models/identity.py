@@ -15,6 +15,7 @@ from kvprof.models.checkpoints import LiveCheckpoint
 from kvprof.models.inventory import take_inventory
 from kvprof.models.load import ModelSource, load_config
 from kvprof.models.pinning import pin
+from kvprof.models.streaming import is_streamed
 from kvprof.models.weights import LayerWeights, stream_projections
 from kvprof.records.audit import Audit
 from kvprof.records.benchmark import Benchmark
@@ -59,8 +60,8 @@ def layer_digest(weights: LayerWeights) -> str:
 
 
 def live_fingerprint(model: PreTrainedModel, geometry: CacheGeometry) -> str | None:
-    """Return a loaded model's fingerprint, its checkpoint's too; None where accelerate has offloaded weights."""
-    if any(parameter.is_meta for parameter in model.parameters()):
+    """Return a loaded model's fingerprint, its checkpoint's too; None where its weights are left elsewhere."""
+    if is_streamed(model) or any(parameter.is_meta for parameter in model.parameters()):
         return None
     fingerprint = Fingerprint()
     for weights in stream_projections(LiveCheckpoint(model), geometry, model.config.get_text_config(decoder=True)):

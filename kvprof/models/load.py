@@ -36,8 +36,8 @@ from kvprof.errors import KvprofError, ModelError, UsageError, did_you_mean, fir
 from kvprof.models.hub import fetch_from_hub, refuse_pickles
 from kvprof.models.inventory import build_skeleton
 from kvprof.models.memory import free_bytes
-from kvprof.models.shelf import Shelf, own_folder
-from kvprof.models.streaming import stream_weights, streamed_to
+from kvprof.models.shelf import Shelf
+from kvprof.models.streaming import stream_weights
 from kvprof.records.runs import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto", s
     shelf = Shelf()
     spread: dict[str, Any] = {"device_map": "auto"} if target is None else {}
     if stream:
-        spread = {"device_map": {"": "disk"}, "offload_folder": own_folder(shelf)}
+        spread = {"device_map": {"": "disk"}, "offload_folder": shelf.folder}
     with _explained(source), _quiet():
         # The text decoder of most multimodal models is no causal language model of its own.
         auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
@@ -312,8 +312,6 @@ def _quiet() -> Iterator[None]:
 
 def input_device(model: PreTrainedModel) -> torch.device:
     """Return where a model wants its token ids."""
-    if (streamed := streamed_to(model)) is not None:
-        return streamed
     device: torch.device = model.get_input_embeddings().weight.device
     # Of an offloaded model, accelerate moves what comes in to where it computes.
     return torch.device("cpu") if device.type == "meta" else device

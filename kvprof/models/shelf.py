@@ -73,11 +73,11 @@ class Shelf:
     def folder(self) -> Path:
         """A folder for this process alone, made when it is first asked for."""
         if self._folder is None:
-            self._folder = own_folder(self)
+            self._folder = _own_folder(self)
         return self._folder
 
 
-def own_folder(owner: object) -> Path:
+def _own_folder(owner: object) -> Path:
     """Make a folder that goes with its owner, at the latest with the process.
 
     Under the user's cache folder, since a temporary one may be memory. Folders that a killed process left are removed.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +30,8 @@ from kvprof.models.shelf import Shelf
 Index = Mapping[str, Mapping[str, str]]
 """A weight's name in the model -> its `safetensors_file`, its `weight_name` there, and the `dtype` it is wanted in."""
 
-_STREAMED = "_kvprof_streamed_to"
-"""The attribute of a model that says where its blocks compute."""
+_STORED = "stored_weight"
+"""The attribute of a model that reads one of its weights, by name."""
 
 
 def stream_weights(model: PreTrainedModel, shelf: Shelf, device: torch.device, ahead: bool | None = None) -> None:
@@ -48,9 +48,6 @@ def stream_weights(model: PreTrainedModel, shelf: Shelf, device: torch.device, a
             f"layer {shared[0]} of {type(model).__name__} reads another layer's keys and values, and so its blocks "
             "cannot run one at a time.\n  Leave out --stream."
         )
-    if str(model.config.get_text_config(decoder=True).model_type).startswith("llama4"):
-        # Known to come out wrong, for a reason not found yet: no number is better than that one.
-        raise UnsupportedStreaming(f"{type(model).__name__} cannot run one block at a time yet.\n  Leave out --stream.")
     return_freed_memory()
     index = _index_of(model)
     remove_hook_from_module(model, recurse=True)
@@ -61,18 +58,37 @@ def stream_weights(model: PreTrainedModel, shelf: Shelf, device: torch.device, a
     stack, _, _ = next(iter(projections.values())).block.rpartition(".")
     blocks = {f"{stack}.{name}": block for name, block in model.get_submodule(stack).named_children()}
     reader = _Reader(index, device, ahead if ahead is not None else device.type == "cuda")
+    _leave_places(model, device)
     inside = {id(part) for block in blocks.values() for part in block.modules()}
     for name, module in model.named_modules():
         if name in blocks:
             _put_around(module, _Unit(name, module, reader, recurse=True), shelf)
         elif id(module) not in inside and any(True for _ in module.parameters(recurse=False)):
             _put_around(module, _Unit(name, module, reader, recurse=False), None)
-    setattr(model, _STREAMED, device)
+    setattr(model, _STORED, reader.read_one)
 
 
-def streamed_to(model: nn.Module) -> torch.device | None:
-    """Return where the blocks of a streamed model compute; None for any other model."""
-    return getattr(model, _STREAMED, None)
+def is_streamed(model: nn.Module) -> bool:
+    """Whether a model has its weights only while it runs."""
+    return hasattr(model, _STORED)
+
+
+def _leave_places(model: nn.Module, device: torch.device) -> None:
+    """Put in place of each weight what has its shape, dtype and device, and no memory: models ask weights for these.
+
+    Whoever computes with it gets NaN.
+    """
+    places: dict[int, nn.Parameter] = {}  # tied weights stay one
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is None:
+                continue
+            if id(weight) not in places:
+                number = torch.full(
+                    (), torch.nan if weight.is_floating_point() else 0, dtype=weight.dtype, device=device
+                )
+                places[id(weight)] = nn.Parameter(number.expand(weight.shape), requires_grad=False)
+            module._parameters[name] = places[id(weight)]
 
 
 def _index_of(model: PreTrainedModel) -> Index:
@@ -114,10 +130,20 @@ class _Reader:
                 tensor.record_stream(torch.cuda.current_stream(self._device))
         return found
 
+    def read_one(self, name: str) -> Tensor:
+        """Read a single weight, by its name in the model."""
+        return self._read_names([name])[name]
+
     def _read(self, unit: _Unit) -> dict[str, Tensor]:
+        return self._read_names(unit.names)
+
+    def _read_names(self, wanted: Sequence[str]) -> dict[str, Tensor]:
         """Map the files for this one reading, so that their pages leave memory with the tensors."""
+        files: dict[str, list[str]] = {}
+        for name in wanted:
+            files.setdefault(self._index[name]["safetensors_file"], []).append(name)
         found: dict[str, Tensor] = {}
-        for file, names in self._files_of(unit).items():
+        for file, names in files.items():
             with safe_open(file, framework="pt") as opened:
                 for name in names:
                     entry = self._index[name]
@@ -133,12 +159,6 @@ class _Reader:
             found = self._read(unit)
             stream.synchronize()
         return found
-
-    def _files_of(self, unit: _Unit) -> dict[str, list[str]]:
-        files: dict[str, list[str]] = {}
-        for name in unit.names:
-            files.setdefault(self._index[name]["safetensors_file"], []).append(name)
-        return files
 
 
 class _Unit:

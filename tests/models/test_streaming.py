@@ -43,6 +43,13 @@ def streamed(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return load_model(save(model, folder), "float32", "cpu", stream=True)
 
 
+def assert_holds_nothing(model: PreTrainedModel) -> None:
+    """No weight has memory, and none can be computed with by mistake."""
+    for parameter in model.parameters():
+        assert parameter.untyped_storage().nbytes() == parameter.itemsize
+        assert parameter.isnan().all()
+
+
 def ragged(vocabulary: int = 96) -> Batch:
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(1, vocabulary, (length,), generator=generator).tolist() for length in (40, 40, 31)]
@@ -79,7 +86,7 @@ def test_every_architecture_has_the_logits_gradients_and_losses_of_the_whole_mod
         assert got.keys() == expected.keys()
         for key, loss_B in expected.items():
             torch.testing.assert_close(got[key], loss_B, rtol=1e-6, atol=0)
-    assert all(parameter.is_meta for parameter in found.parameters())
+    assert_holds_nothing(found)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gemma2"])
@@ -165,9 +172,39 @@ def test_layers_that_share_keys_cannot_run_one_at_a_time(tmp_path: Path) -> None
         streamed(Gemma3nForCausalLM(config), tmp_path / "model")
 
 
-def test_a_streamed_model_says_where_it_computes_and_not_where_its_weights_are(tmp_path: Path) -> None:
-    assert input_device(streamed(tiny_model("llama"), tmp_path / "model")) == torch.device("cpu")
-    assert streaming.streamed_to(tiny_model("llama")) is None
+def test_a_model_that_asks_its_weights_where_they_are_finds_them_there(tmp_path: Path) -> None:
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    config = Llama4TextConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        intermediate_size_mlp=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=96,
+        num_local_experts=2,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    whole = Llama4ForCausalLM(config).eval().requires_grad_(False)  # sends its ids to where the embedding is
+    found = streamed(whole, tmp_path / "model")
+    batch = ragged()
+    with torch.no_grad():
+        torch.testing.assert_close(found(batch.input_ids).logits, whole(batch.input_ids).logits)
+    assert_same_gradients(found, whole, batch)
+
+
+def test_a_streamed_model_says_where_it_computes_and_what_it_stores(tmp_path: Path) -> None:
+    whole = tiny_model("llama")
+    found = streamed(whole, tmp_path / "model")
+    assert input_device(found) == found.device == torch.device("cpu")
+    assert streaming.is_streamed(found)
+    assert not streaming.is_streamed(whole)
+    for name, weight in whole.named_parameters():
+        assert found.get_parameter(name).shape == weight.shape
+        assert torch.equal(found.stored_weight(name), weight)
 
 
 def test_a_gguf_file_is_refused(tmp_path: Path) -> None:
@@ -213,4 +250,4 @@ def test_a_shelf_gives_back_what_it_was_given(dtype: torch.dtype) -> None:
 def test_a_folder_from_the_command_line_streams(tmp_path: Path) -> None:
     folder = save_folder(tmp_path / "model")
     model = load_model(ModelSource(str(folder), "folder", folder), stream=True)
-    assert all(parameter.is_meta for parameter in model.parameters())
+    assert_holds_nothing(model)
