@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
-from kvprof.errors import UnsupportedStreaming
+from kvprof.errors import ModelError, UnsupportedStreaming
 from kvprof.models.inventory import take_inventory
 from kvprof.models.layouts import find_projections
 from kvprof.models.memory import return_freed_memory
@@ -168,11 +168,12 @@ class _Unit:
         self._reader = reader
         prefix = f"{name}." if name else ""
         self._places: dict[str, tuple[nn.Module, str]] = {}
+        self._absent: dict[str, nn.Parameter] = {}
         for place, part in module.named_modules(remove_duplicate=False) if recurse else [("", module)]:
-            for leaf in part._parameters:
-                if part._parameters[leaf] is not None:
-                    self._places[prefix + (f"{place}." if place else "") + leaf] = (part, leaf)
-        self._absent = {key: part._parameters[leaf] for key, (part, leaf) in self._places.items()}
+            for leaf, weight in part._parameters.items():
+                if weight is not None:
+                    key = prefix + (f"{place}." if place else "") + leaf
+                    self._places[key], self._absent[key] = (part, leaf), weight
 
     @property
     def names(self) -> list[str]:
@@ -184,6 +185,12 @@ class _Unit:
         """Give the module its weights while the `with` lasts. back: whether it is run on the way back."""
         for name, tensor in self._reader.take(self, back).items():
             part, leaf = self._places[name]
+            if tensor.shape != self._absent[name].shape:
+                found, expected = ("x".join(map(str, shape)) for shape in (tensor.shape, self._absent[name].shape))
+                raise ModelError(
+                    f"{name} is {found}, but the config says {expected}.\n"
+                    "  The weights and the config.json are of two different models."
+                )
             part._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
         try:
             yield

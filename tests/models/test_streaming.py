@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from folders import save_folder
+from folders import edit_weights, save_folder
 from tiny import TINY, tiny_model
 from transformers import AutoModelForImageTextToText, Gemma3nTextConfig, LlavaConfig, PreTrainedModel
 
@@ -205,6 +205,15 @@ def test_a_streamed_model_says_where_it_computes_and_what_it_stores(tmp_path: Pa
     for name, weight in whole.named_parameters():
         assert found.get_parameter(name).shape == weight.shape
         assert torch.equal(found.stored_weight(name), weight)
+
+
+def test_a_weight_of_another_shape_is_named(tmp_path: Path) -> None:
+    source = save(tiny_model("llama"), tmp_path / "model")
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_weights(tmp_path / "model", lambda state: state.update({name: state[name][:1].clone()}))
+    found = load_model(source, "float32", "cpu", stream=True)
+    with pytest.raises(ModelError, match=rf"{name} is 1x32, but the config says 48x32"):
+        found(ragged().input_ids)
 
 
 def test_a_gguf_file_is_refused(tmp_path: Path) -> None:
