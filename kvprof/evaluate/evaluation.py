@@ -29,15 +29,11 @@ from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
 from kvprof.models.inventory import take_inventory
 from kvprof.models.load import (
     ModelSource,
-    check_dtype,
-    dtype_of,
     load_config,
     load_model,
     load_tokenizer,
-    usable_device,
     weight_bytes,
 )
-from kvprof.models.pinning import bytes_to_download
 from kvprof.records.estimate import Estimate
 from kvprof.records.evaluation import Evaluation, Role
 from kvprof.records.formats import TENSORS
@@ -159,7 +155,6 @@ def run_evaluation(
     _check_fit(plans, geometry)  # shapes differ without a look at the weights
     mix, tokenizer = _read_text(source, settings, config.get_text_config(decoder=True))
     chosen = _long_enough(mix.lengths, settings.measure_from)
-    check_dtype(settings.dtype)
     announce(_estimate(source, config, settings, [mix.lengths[index] for index in chosen], entrants))
     model = load_model(source, settings.dtype, settings.device, settings.stream)
     fingerprint = live_fingerprint(model, geometry) or checkpoint_fingerprint(source, geometry)
@@ -212,13 +207,14 @@ def _estimate(
     first = 1 + sum(len(entrant.candidates) for entrant in entrants)
     forwards = usual + (first - usual) / len(lengths)
     return estimate_run(
+        source,
         config,
         lengths,
         Passes(forwards=forwards * (max(lengths) if settings.exact and settings.stream else 1)),
-        dtype_of(config, settings.dtype),
-        usable_device(settings.device),
+        settings.dtype,
+        settings.device,
         settings.stream,
-        written_bytes=round(BYTES_A_PIECE * forwards * len(lengths)) + bytes_to_download(source),
+        written_bytes=round(BYTES_A_PIECE * forwards * len(lengths)),
     )
 
 

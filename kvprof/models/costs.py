@@ -17,7 +17,10 @@ from torch.nn.functional import linear
 from transformers import PretrainedConfig
 
 from kvprof.models.inventory import Skeleton, build_skeleton
+from kvprof.models.layouts import block_stack
+from kvprof.models.load import ModelSource, check_dtype, dtype_of, usable_device
 from kvprof.models.memory import free_bytes
+from kvprof.models.pinning import bytes_to_download
 from kvprof.models.shelf import HELD_BYTES
 from kvprof.records.estimate import Estimate
 
@@ -87,21 +90,43 @@ def costs_of(config: PretrainedConfig) -> Costs:
     )
 
 
+@dataclass(frozen=True)
+class Run:
+    """A run over sequences of these lengths. dtype: that the model is loaded in. device: where it computes."""
+
+    lengths: Sequence[int]
+    passes: Passes
+    dtype: torch.dtype
+    device: torch.device
+    stream: bool
+    batch_size: int
+
+
 def estimate_run(
+    source: ModelSource,
     config: PretrainedConfig,
     lengths: Sequence[int],
     passes: Passes,
-    dtype: torch.dtype,
-    device: torch.device,
+    dtype: str,
+    device: str,
     stream: bool = False,
     batch_size: int = 1,
     written_bytes: int = 0,
 ) -> Estimate:
     """Return what a run over sequences of these lengths will take.
 
-    written_bytes: of its results and journals.
+    dtype, device, stream: as `models.load.load_model` takes them. written_bytes: of its results and journals; what the
+    hub brings first is added. Raises UsageError for an unknown dtype or device.
     """
-    costs, size = costs_of(config), dtype.itemsize
+    check_dtype(dtype)
+    run = Run(lengths, passes, dtype_of(config, dtype), usable_device(device), stream, batch_size)
+    return reckon(costs_of(config), run, written_bytes + bytes_to_download(source))
+
+
+def reckon(costs: Costs, run: Run, written_bytes: int = 0) -> Estimate:
+    """Return what a run takes of a model that costs so much."""
+    lengths, passes, device, stream, batch_size = run.lengths, run.passes, run.device, run.stream, run.batch_size
+    size = run.dtype.itemsize
     tokens = batch_size * max(lengths)
     kept = costs.kept * size * tokens if passes.backwards else 0
     inputs = costs.layers * costs.hidden * size * tokens if passes.backwards else 0
@@ -119,27 +144,20 @@ def estimate_run(
         memory_bytes=memory + (LIBRARY_BYTES if device.type == "cpu" else 0),
         free_bytes=free_bytes(device),
         disk_bytes=written_bytes,
-        seconds=_seconds(costs, lengths, passes, dtype, device, stream, batch_size),
+        seconds=_seconds(costs, run),
     )
 
 
-def _seconds(
-    costs: Costs,
-    lengths: Sequence[int],
-    passes: Passes,
-    dtype: torch.dtype,
-    device: torch.device,
-    stream: bool,
-    batch_size: int,
-) -> float:
-    rate = _multiplications_a_second(dtype, device)
-    through = passes.forwards + passes.backwards * (2 if stream else 1)
-    pairs = sum(length**2 for length in lengths)
-    products = 2 * costs.active * sum(lengths) * through
+def _seconds(costs: Costs, run: Run) -> float:
+    passes = run.passes
+    rate = _multiplications_a_second(run.dtype, run.device)
+    through = passes.forwards + passes.backwards * (2 if run.stream else 1)
+    pairs = sum(length**2 for length in run.lengths)
+    products = 2 * costs.active * sum(run.lengths) * through
     attended = costs.attention * pairs * (costs.layers * (passes.forwards + 2 * passes.backwards) + passes.attentions)
     seconds = products / (EFFICIENCY * rate) + attended / (ATTENTION_EFFICIENCY * rate)
-    loads = -(-len(lengths) // batch_size) * through if stream else 1
-    return seconds + costs.weights * dtype.itemsize * loads / BYTES_A_SECOND
+    loads = -(-len(run.lengths) // run.batch_size) * through if run.stream else 1
+    return seconds + costs.weights * run.dtype.itemsize * loads / BYTES_A_SECOND
 
 
 def _multiplications_a_second(dtype: torch.dtype, device: torch.device) -> float:
@@ -159,8 +177,7 @@ def _blocks(skeleton: Skeleton) -> list[nn.Module]:
     """Return the blocks of the stack that the projections are in."""
     if not skeleton.projections:
         return [skeleton.modules[""]]
-    stack, _, _ = next(iter(skeleton.projections.values())).block.rpartition(".")
-    return list(skeleton.modules[stack].children())
+    return list(skeleton.modules[block_stack(skeleton.projections)].children())
 
 
 def _elements(module: nn.Module, experts: float) -> float:

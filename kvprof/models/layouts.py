@@ -128,6 +128,11 @@ def find_projections(
     return covering[stack]
 
 
+def block_stack(projections: dict[int, Projection]) -> str:
+    """Return the name of the module whose children are the model's blocks, those without projections too."""
+    return next(iter(projections.values())).block.rpartition(".")[0]
+
+
 def choose_layout(projection: Projection, shape: tuple[int, ...], layer: KVLayer, query_heads: int) -> Layout:
     """Settle between layouts of one name (GPT-2's and GPT-BigCode's `c_attn`) by the weight's shape.
 

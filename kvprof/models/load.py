@@ -137,9 +137,9 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto", s
         refuse_pickles((file.name for file in place.iterdir()), str(place))
     elif stream:
         raise UsageError("--stream reads safetensors, not a .gguf file.\n  Name the folder or hub id it was made from.")
-    shelf = Shelf()
     spread: dict[str, Any] = {"device_map": "auto"} if target is None else {}
     if stream:
+        shelf = Shelf()
         spread = {"device_map": {"": "disk"}, "offload_folder": shelf.folder}
     with _explained(source), _quiet():
         # The text decoder of most multimodal models is no causal language model of its own.

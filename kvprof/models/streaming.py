@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from kvprof.errors import ModelError, UnsupportedStreaming
 from kvprof.models.inventory import take_inventory
-from kvprof.models.layouts import find_projections
+from kvprof.models.layouts import block_stack, find_projections
 from kvprof.models.memory import return_freed_memory
 from kvprof.models.shelf import Shelf
 
@@ -54,8 +54,7 @@ def stream_weights(model: PreTrainedModel, shelf: Shelf, device: torch.device, a
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
-    projections = find_projections(dict(model.named_modules()), geometry)
-    stack, _, _ = next(iter(projections.values())).block.rpartition(".")
+    stack = block_stack(find_projections(dict(model.named_modules()), geometry))
     blocks = {f"{stack}.{name}": block for name, block in model.get_submodule(stack).named_children()}
     reader = _Reader(index, device, ahead if ahead is not None else device.type == "cuda")
     _leave_places(model, device)

@@ -29,17 +29,13 @@ from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
 from kvprof.models.inventory import take_inventory
 from kvprof.models.load import (
     ModelSource,
-    check_dtype,
-    dtype_of,
     input_device,
     load_config,
     load_model,
     load_tokenizer,
-    usable_device,
     weight_bytes,
     wider_dtype_advice,
 )
-from kvprof.models.pinning import bytes_to_download
 from kvprof.profile.decoder import decoding_of, within_the_window
 from kvprof.profile.probes import USUAL_FORMATS, Probe, check_something_is_read, choose_probes
 from kvprof.records.estimate import Estimate
@@ -131,19 +127,10 @@ def run_divergence(
     mix = mix_texts(data, settings.split, tokenizer, settings.sequences, length, settings.seed, settings.pack)
     mix.check_vocabulary(config.vocab_size)
     check_something_is_read(probes, settings.window, max(mix.lengths))
-    check_dtype(settings.dtype)
-    announce(
-        estimate_run(
-            whole_config,
-            mix.lengths,
-            Passes(forwards=1 + len(probes)),
-            dtype_of(whole_config, settings.dtype),
-            usable_device(settings.device),
-            settings.stream,
-            written_bytes=BYTES_A_NUMBER * len(mix.lengths) * len(probes) + bytes_to_download(source),
-        )
-    )
-    model = load_model(source, settings.dtype, settings.device, settings.stream)
+    passes, written_bytes = Passes(forwards=1 + len(probes)), BYTES_A_NUMBER * len(mix.lengths) * len(probes)
+    how = (settings.dtype, settings.device, settings.stream)
+    announce(estimate_run(source, whole_config, mix.lengths, passes, *how, written_bytes=written_bytes))
+    model = load_model(source, *how)
     fingerprint = live_fingerprint(model, geometry) or checkpoint_fingerprint(source, geometry)
     inventory = inventory.model_copy(update={"model": inventory.model.model_copy(update={"fingerprint": fingerprint})})
     text = fill(mix, model, tokenizer, fingerprint, writing)

@@ -18,16 +18,7 @@ from kvprof.calibration.sequences import CALIBRATION_LENGTH, choose_length
 from kvprof.errors import UsageError
 from kvprof.models.costs import Passes, estimate_run
 from kvprof.models.inventory import take_inventory
-from kvprof.models.load import (
-    ModelSource,
-    check_dtype,
-    dtype_of,
-    load_config,
-    load_tokenizer,
-    usable_device,
-    weight_bytes,
-)
-from kvprof.models.pinning import bytes_to_download
+from kvprof.models.load import ModelSource, load_config, load_tokenizer, weight_bytes
 from kvprof.profile.decoder import Decoder, Formats, formats_of, readable
 from kvprof.records.estimate import Estimate
 from kvprof.records.geometry import CacheGeometry
@@ -35,10 +26,10 @@ from kvprof.records.inventory import Inventory
 from kvprof.records.partial import Share
 
 USUAL_SEQUENCES = 8
-BYTES_A_NUMBER = 40
-"""Of each number of each sequence: in the journal, and in the result."""
 SEQUENCES_UNTIL_STABLE = 32
 """The most, where a run stops as soon as its plans are stable."""
+BYTES_A_NUMBER = 40
+"""Of each number of each sequence: in the journal, and in the result."""
 
 
 @dataclass(frozen=True)
@@ -124,19 +115,19 @@ def prepare(
 def estimate(prepared: Prepared, device: str) -> Estimate:
     """Return what a run will take. device: its own, of several processes'."""
     settings, lengths = prepared.settings, prepared.mix.lengths
-    check_dtype(settings.dtype)
     if settings.share is not None:
         lengths = tuple(lengths[index] for index in settings.share.indices(len(lengths)))
     asked = sum(map(len, prepared.formats.values()))
     times = 2 if prepared.formats else 1  # gradient norms by themselves, losses by themselves
     numbers = len(lengths) * (2 * len(prepared.inventory.geometry.scored) + asked)
     return estimate_run(
+        prepared.source,
         prepared.config,
         lengths,
         Passes(forwards=times, backwards=times, attentions=settings.decoder.suffix_fraction * asked),
-        dtype_of(prepared.config, settings.dtype),
-        usable_device(device),
+        settings.dtype,
+        device,
         settings.stream,
         settings.batch_size,
-        written_bytes=BYTES_A_NUMBER * numbers + bytes_to_download(prepared.source),
+        written_bytes=BYTES_A_NUMBER * numbers,
     )

@@ -22,11 +22,7 @@ from kvprof.calibration.self_text import fill
 from kvprof.calibration.sequences import CalibrationSet
 from kvprof.errors import InvalidFile, UnsupportedAttention, UsageError, first_line
 from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
-from kvprof.models.load import (
-    ModelSource,
-    input_device,
-    load_model,
-)
+from kvprof.models.load import ModelSource, input_device, load_model
 from kvprof.profile.decoder import Formats, within_the_window
 from kvprof.profile.request import Prepared, SensitivitySettings, estimate, prepare
 from kvprof.profile.scoring import SequenceResult, measure_sensitivity, samples_of

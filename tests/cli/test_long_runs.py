@@ -179,7 +179,7 @@ def test_a_streamed_run_is_reckoned_at_a_block_and_its_disk(monkeypatch: pytest.
     assert counted.block == 855_654_400
     passes = costs.Passes(forwards=2, backwards=2)
     whole, streamed = (
-        costs.estimate_run(big, [1024] * 8, passes, torch.bfloat16, torch.device("cpu"), stream, batch_size=8)
+        costs.reckon(counted, costs.Run([1024] * 8, passes, torch.bfloat16, torch.device("cpu"), stream, batch_size=8))
         for stream in (False, True)
     )
     assert whole.memory_bytes > 140e9
