@@ -9,13 +9,12 @@ says whether it holds; the exit status is 1 where one does not.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from peaks import run_watched
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from kvprof.models.load import load_tokenizer, resolve
@@ -26,28 +25,6 @@ SHAPES = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 2
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
 TEXT = ["--data", "builtin", "--sequences", "1", "--sequence-length", "128" if QUICK else "1024"]
 FORMATS = ["--recent-tokens", "16", "--formats", "key:int2g64,value:rot2"]
-
-RUN = """
-import sys, threading, time
-import psutil, datasets
-import kvprof.profile.sensitivity, kvprof.report.tables, kvprof.allocate.stability
-import transformers.models.qwen2.modeling_qwen2
-from kvprof.cli.app import app
-process = psutil.Process()
-before = most = process.memory_info().rss
-def watch():
-    global most
-    while True:
-        most = max(most, process.memory_info().rss)
-        time.sleep(0.005)
-threading.Thread(target=watch, daemon=True).start()
-start = time.monotonic()
-try:
-    app(sys.argv[1:])
-except SystemExit as end:
-    print(most - before, time.monotonic() - start)
-    sys.exit(end.code)
-"""
 
 
 def make_model(folder: Path) -> None:
@@ -70,18 +47,7 @@ def main() -> int:
         found = {}
         for label, how in (("--stream", ["--stream"]), ("in memory", [])):
             command = ["gradients", str(place / "model"), *TEXT, *FORMATS, *how, "--out", str(place / label)]
-            done = subprocess.run(
-                [sys.executable, "-c", RUN, *command],
-                env=os.environ | {"KVPROF_CACHE": str(place / "cache")},
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if done.returncode:
-                print(done.stderr)
-                return 1
-            peak_bytes, seconds = map(float, done.stdout.split()[-2:])
-            found[label] = peak_bytes, seconds
+            found[label] = peak_bytes, seconds = run_watched(command, place)
             print(f"{label:<10}{peak_bytes / 1e9:7.2f} GB{seconds:8.1f} s", flush=True)
         files = [(place / label / "gradients.json").read_bytes() for label in found]
     (peak_bytes, seconds), (_, whole_seconds) = found.values()

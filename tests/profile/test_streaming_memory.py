@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.peaks import run_watched
 from folders import save_folder, save_text
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -16,27 +15,6 @@ from kvprof import Scores
 
 ALLOWED_SHARE = 0.4
 """Of the model's bytes: fourteen blocks, a thirtieth each, and the head."""
-
-MEASURE = """
-import sys, threading, time
-import psutil
-import kvprof.profile.sensitivity, kvprof.report.tables, kvprof.allocate.stability, datasets
-import transformers.models.llama.modeling_llama
-from kvprof.cli.app import app
-process = psutil.Process()
-before = most = process.memory_info().rss
-def watch():
-    global most
-    while True:
-        most = max(most, process.memory_info().rss)
-        time.sleep(0.002)
-threading.Thread(target=watch, daemon=True).start()
-try:
-    app(sys.argv[1:])
-except SystemExit as end:
-    print(most - before)
-    sys.exit(end.code)
-"""
 
 
 @pytest.fixture
@@ -66,15 +44,6 @@ def test_a_streamed_model_takes_the_memory_of_a_block_and_a_head(large: Path, tm
     peaks = {}
     for name, how in (("streamed", ["--stream"]), ("whole", [])):
         command = ["gradients", "model", *options.split(), "--formats", "key:int2g8,value:rot2", *how, "--out", name]
-        done = subprocess.run(
-            [sys.executable, "-c", MEASURE, *command],
-            cwd=tmp_path,
-            env=os.environ | {"KVPROF_CACHE": str(tmp_path / "cache")},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        peaks[name] = int(done.stdout.split()[-1])
+        peaks[name], _ = run_watched(command, tmp_path)
     assert peaks["streamed"] < ALLOWED_SHARE * whole_bytes < peaks["whole"]
     assert Scores.load(tmp_path / "streamed" / "gradients.json") == Scores.load(tmp_path / "whole" / "gradients.json")
