@@ -15,12 +15,15 @@ def merge(
     out: Out = None,
 ) -> None:
     """What do the shards of one measurement make together? The same scores as one run over the whole text."""
+    from kvprof.errors import UsageError
     from kvprof.records.partial import merge_shards
     from kvprof.records.runs import output_folder
     from kvprof.records.scores import Scores
     from kvprof.report.console import print_written
     from kvprof.report.tables import show_scores
 
+    if twice := sorted({str(path) for path in shards if shards.count(path) > 1}):
+        raise UsageError(f"{twice[0]} is named twice.\n  Name each shard once.")
     scores = merge_shards({path: Scores.load(path) for path in shards})
     assert scores.model is not None
     path = output_folder(scores.model.id or "model", out) / "gradients.json"

@@ -77,7 +77,8 @@ def costs_of(config: PretrainedConfig) -> Costs:
     sizes = [_elements(block, 1.0) for block in blocks]
     share = _active_share(text)
     head = int(text.vocab_size) * int(text.hidden_size)
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // skeleton.query_heads
+    heads = int(getattr(text, "num_attention_heads", None) or 0)  # a recurrent model has none
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // max(1, heads)
     return Costs(
         layers=len(blocks),
         hidden=int(text.hidden_size),
@@ -86,7 +87,7 @@ def costs_of(config: PretrainedConfig) -> Costs:
         head=head,
         active=int(sum(_elements(block, share) for block in blocks)) + head,
         kept=max(_kept(block) for block in blocks) + 8 * int(text.hidden_size),
-        attention=4 * skeleton.query_heads * int(head_dim),
+        attention=4 * heads * int(head_dim),
     )
 
 

@@ -85,10 +85,11 @@ def _own_folder(owner: object) -> Path:
     place = cache_folder() / "stream"
     try:
         place.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(place)
-        folder = Path(tempfile.mkdtemp(dir=place))
-        lock = FileLock(folder.with_suffix(".lock"))
-        lock.acquire(timeout=0)
+        with FileLock(place / "making"):  # nobody sweeps what is being made
+            _remove_abandoned(place)
+            folder = Path(tempfile.mkdtemp(dir=place))
+            lock = FileLock(folder.with_suffix(".lock"))
+            lock.acquire(timeout=0)
     except OSError as error:
         raise OutputError(
             f"cannot write to {place}: {error.strerror}.\n  Name another folder in KVPROF_CACHE."
@@ -105,10 +106,10 @@ def _remove(folder: Path, lock: FileLock) -> None:
 
 def _remove_abandoned(place: Path) -> None:
     """Remove the folders whose process holds no lock on them any more."""
-    for file in place.glob("*.lock"):
-        lock = FileLock(file)
+    for folder in [path for path in place.iterdir() if path.is_dir()]:
+        lock = FileLock(folder.with_suffix(".lock"))
         try:
             lock.acquire(timeout=0)
         except (Timeout, OSError):
             continue
-        _remove(file.with_suffix(""), lock)
+        _remove(folder, lock)

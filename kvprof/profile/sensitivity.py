@@ -165,19 +165,22 @@ def _read_journal(log: Journal | None, loaded: _Loaded, chosen: Sequence[int]) -
     try:
         for batch in log.done.values():
             for index, norms, own in batch:
-                result = SequenceResult(
-                    tuple((float(key), float(value)) for key, value in norms), tuple(map(float, own))
-                )
+                result = SequenceResult(tuple((key, value) for key, value in norms), tuple(own))
                 numbers = [*itertools.chain(*result.norms), *result.losses]
-                fits = len(result.norms) == layers and len(result.losses) == losses and index in chosen
-                if not fits or not all(math.isfinite(number) and number >= 0 for number in numbers):
+                fits = len(result.norms) == layers and len(result.losses) == losses
+                known = type(index) is int and index in chosen and index not in found
+                if not (fits and known and all(map(_is_score, numbers))):
                     raise ValueError(index)
                 found[index] = result
-    except (ValueError, TypeError, OverflowError):
+    except (ValueError, TypeError):
         raise InvalidFile(
             f"{log.path} does not hold what this command measures.\n  Add --restart to begin anew."
         ) from None
     return found
+
+
+def _is_score(number: object) -> bool:
+    return type(number) is float and math.isfinite(number) and number >= 0
 
 
 def _in_words(formats: Formats) -> list[str]:

@@ -94,23 +94,22 @@ def merge_shards(files: Mapping[Path, Scores]) -> Scores:
     """
     shards = {path: _sealed(path, scores) for path, scores in files.items()}
     first_path, first = next(iter(shards.items()))
+    example = files[first_path]
     holder: dict[int, Path] = {}
     for path, shard in shards.items():
-        _check_alike(first_path, first, path, shard)
-        if files[path].geometry != files[first_path].geometry:
-            raise Mismatch(f"{path} is of another model than {first_path}: they differ in geometry.")
+        _check_alike(first_path, _shared(example, first), path, _shared(files[path], shard))
         for index in shard.sequences:
             if index in holder:
                 raise InvalidFile(
                     f"{holder[index]} and {path} both measured sequence {index}.\n  Name each shard once."
                 )
             holder[index] = path
-    missing = sorted(set(range(first.text.sequences)) - set(holder))
-    if missing:
+    if lacking := first.text.sequences - len(holder):
+        missing = next(index for index in range(first.text.sequences) if index not in holder)
         raise InvalidFile(
-            f"sequence {missing[0]} of {first.text.sequences} is in none of these files"
-            + (f", nor are {len(missing) - 1} others" if len(missing) > 1 else "")
-            + f".\n  Measure what is missing: kvprof gradients ... --shard {missing[0] % first.of + 1}/{first.of}"
+            f"sequence {missing} of {first.text.sequences} is in none of these files"
+            + (f", nor are {lacking - 1} others" if lacking > 1 else "")
+            + f".\n  Measure what is missing: kvprof gradients ... --shard {missing % first.of + 1}/{first.of}"
         )
     return _whole(files, shards)
 
@@ -123,11 +122,28 @@ def _sealed(path: Path, scores: Scores) -> Shard:
     return scores.shard
 
 
-def _check_alike(first_path: Path, first: Shard, path: Path, shard: Shard) -> None:
+def _shared(scores: Scores, shard: Shard) -> dict[str, Any]:
+    """Return what all shards of a measurement must have alike, by name."""
+    formats = {
+        (entry.layer, tensor): tuple(entry.tensor(tensor).loss_increase_samples or ())
+        for entry in scores.layers
+        for tensor in TENSORS
+    }
+    decoding = None if scores.decoding is None else scores.decoding.model_copy(update={"tokens": 1})
+    text = {f"the text's {name}": value for name, value in shard.text.model_dump().items()}
+    own = {
+        "the model itself": scores.model,
+        "geometry": scores.geometry,
+        "decoding": decoding,
+        "formats of the layers": formats,
+    }
+    return shard.settings | text | own
+
+
+def _check_alike(first_path: Path, first: dict[str, Any], path: Path, shard: dict[str, Any]) -> None:
     """Raise Mismatch, naming the field, where two shards are not of the same measurement."""
-    both = first.settings | {"text": first.text}, shard.settings | {"text": shard.text}
-    for field in dict.fromkeys([*both[0], *both[1]]):  # in the order they were given
-        one, other = (fields.get(field) for fields in both)
+    for field in dict.fromkeys([*first, *shard]):  # in the order they were given
+        one, other = (fields.get(field) for fields in (first, shard))
         if one != other:
             raise Mismatch(
                 f"{path} does not belong to {first_path}: they differ in {field}, {other} and {one}.\n"

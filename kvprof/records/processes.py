@@ -12,8 +12,11 @@ _SIZE = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"
 
 
 def launched_size() -> int:
-    """Return how many processes were launched together; 1 where nobody launched this one."""
-    return max(1, _number(_SIZE, 1))
+    """Return how many processes were launched together; 1 where nobody launched this one.
+
+    Tasks that are told no address to meet at, as srun's are, each stand alone.
+    """
+    return max(1, _number(_SIZE, 1)) if "MASTER_ADDR" in os.environ else 1
 
 
 def launched_rank() -> int:

@@ -42,24 +42,38 @@ def slug(model_id: str) -> str:
     return f"{tail[:80]}-{hashlib.sha256(model_id.encode(errors='surrogatepass')).hexdigest()[:6]}"
 
 
+_ATTEMPTS = 50
+
+
 def output_folder(model_id: str, out: Path | None) -> Path:
     """Return the folder for a model's results, known to be writable; raises OutputError. It is made with the first."""
     folder = out if out is not None else OUTPUTS / slug(model_id)
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        finally:
-            for place in missing:  # a run that fails leaves nothing behind
-                with contextlib.suppress(OSError):
-                    place.rmdir()
+        for attempt in range(_ATTEMPTS):
+            try:
+                _write_nothing(folder)
+                break
+            except (FileNotFoundError, FileExistsError):  # another process does the same just now
+                if attempt == _ATTEMPTS - 1:
+                    raise
     except OSError as error:
         raise OutputError(
             f"cannot write to {folder}: {error.strerror}.\n  Name another folder with --out DIR."
         ) from None
     return folder
+
+
+def _write_nothing(folder: Path) -> None:
+    """Make a folder and a file in it, and leave neither behind: a run that fails should not have been there."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    finally:
+        for place in missing:
+            with contextlib.suppress(OSError):
+                place.rmdir()
 
 
 def cache_folder() -> Path:
@@ -192,6 +206,8 @@ class Journal:
         if not entries:
             return False
         (_, settings), *pieces = entries
+        if not isinstance(settings, dict):
+            return False
         for field in dict.fromkeys([*self.settings, *settings]):  # in the order they were given
             if settings.get(field) != self.settings.get(field):
                 raise Mismatch(

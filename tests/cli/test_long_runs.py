@@ -103,7 +103,7 @@ def test_shards_merge_to_the_file_of_one_run(place: Path) -> None:
     result = kvprof("merge", *parts, "--out", "merged")
     assert result.exit_code == 0, result.output
     assert (place / "merged/gradients.json").read_bytes() == (place / "whole/gradients.json").read_bytes()
-    for words, code in (([parts[0]], 1), ([*parts, parts[0]], 0), (["whole/gradients.json"], 1), (["none.json"], 1)):
+    for words, code in (([parts[0]], 1), ([*parts, parts[0]], 2), (["whole/gradients.json"], 1), (["none.json"], 1)):
         again = kvprof("merge", *words, "--out", "bad")
         assert again.exit_code == code, again.output
         assert "Traceback" not in again.output

@@ -297,6 +297,10 @@ def test_a_run_that_failed_at_its_first_sequence_forbids_no_other_settings(
         [[0, [[1.0, float("nan")], [1.0, 1.0]], [1.0] * 6]],
         [[0, [[1.0, -1.0], [1.0, 1.0]], [1.0] * 6]],
         [[[], [[1.0, 1.0], [1.0, 1.0]], [1.0] * 6]],
+        [[True, [[1.0, 1.0], [1.0, 1.0]], [1.0] * 6]],
+        [[0, [["1.0", 1.0], [1.0, 1.0]], [1.0] * 6]],
+        [[0, [[10**400, 1.0], [1.0, 1.0]], [1.0] * 6]],
+        [[0, [[1.0, 1.0], [1.0, 1.0]], [1.0] * 6]] * 2,  # one sequence twice
     ],
 )
 def test_a_journal_whole_but_of_nothing_that_was_measured_is_refused(

@@ -57,6 +57,7 @@ def test_an_error_ends_all_processes_with_one_message(place: Path) -> None:
 
 
 def test_a_command_that_cannot_be_shared_says_so(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     done = launch(place, 1, "norms model")
@@ -69,6 +70,8 @@ def test_every_launcher_says_which_process_this_is(names: tuple[str, str], monke
     assert (launched_rank(), launched_size()) == (0, 1)
     for name, number in zip(names, ("2", "3"), strict=True):
         monkeypatch.setenv(name, number)
+    assert (launched_rank(), launched_size()) == (0, 1)  # with nowhere to meet, each stands alone
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     assert (launched_rank(), launched_size()) == (2, 3)
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from kvprof.errors import InvalidFile, KvprofError, Mismatch, UsageError
 from kvprof.records.document import ModelInfo
 from kvprof.records.geometry import CacheGeometry, KVLayer
-from kvprof.records.partial import Share, as_shard, merge_shards, read_share
+from kvprof.records.partial import Share, as_shard, merge_shards, read_share, seal
 from kvprof.records.plan import Window
 from kvprof.records.sampled import TensorSamples, gradient_scores
 from kvprof.records.scores import CalibrationInfo, DecodingSetup, Scores
@@ -92,7 +92,7 @@ def test_a_shard_of_another_setting_is_refused_by_the_field_that_differs(field: 
 
 def test_a_shard_of_another_text_is_refused() -> None:
     parts = {Path("a"): shard(Share(1, 2), 6), Path("b"): shard(Share(2, 2), 7)}
-    with pytest.raises(Mismatch, match="differ in text"):
+    with pytest.raises(Mismatch, match="differ in the text's sequences, 7 and 6"):
         merge_shards(parts)
 
 
@@ -173,3 +173,37 @@ assert "torch" not in sys.modules
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert Scores.load(tmp_path / "merged" / "gradients.json") == scores(range(5))
+
+
+def resealed(scores: Scores, **changes: object) -> Scores:
+    changed = scores.model_copy(update=changes)
+    return changed.model_copy(update={"shard": changed.shard.model_copy(update={"checksum": seal(changed)})})
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("decoding", {"decoding": None}),
+        ("the model itself", {"model": MODEL.model_copy(update={"fingerprint": "sha256:2"})}),
+        ("geometry", {"geometry": GEOMETRY.model_copy(update={"dtype": "float16"})}),
+    ],
+)
+def test_a_shard_whose_other_fields_differ_is_refused_even_when_sealed(field: str, changes: dict[str, Any]) -> None:
+    parts = {Path("a"): shard(Share(1, 2), 6), Path("b"): resealed(shard(Share(2, 2), 6), **changes)}
+    with pytest.raises(Mismatch, match=f"differ in {field}"):
+        merge_shards(parts)
+
+
+def test_a_shard_without_one_of_the_formats_is_refused() -> None:
+    one, other = shard(Share(1, 2), 6), shard(Share(2, 2), 6)
+    bare = dict.fromkeys(("loss_increase", "loss_increase_stderr", "loss_increase_samples"))
+    entry = other.layers[0].model_copy(update={"key": other.layers[0].key.model_copy(update=bare)})
+    with pytest.raises(Mismatch, match="differ in formats of the layers"):
+        merge_shards({Path("a"): one, Path("b"): resealed(other, layers=(entry, *other.layers[1:]))})
+
+
+def test_a_text_said_to_be_endless_is_not_counted_through() -> None:
+    part = shard(Share(1, 2), 6)
+    endless = part.shard.model_copy(update={"text": part.shard.text.model_copy(update={"sequences": 10**12})})
+    with pytest.raises(InvalidFile, match="sequence 1 of 1000000000000 is in none"):
+        merge_shards({Path("a"): resealed(part, shard=endless)})
