@@ -96,8 +96,10 @@ def find_projections(
     names: every module (or tensor, without `.weight`) of a model.
     geometry, layers: which layers must be found, as a geometry's scored ones or by number. Of several stacks that have
     them (a vision tower, the linear attention of a hybrid) the decoder's is taken.
-    Raises UnknownLayout when none does, with the attention-like names that were seen.
+    Raises UnknownLayout when none does, with the attention-like names that were seen, or where none needs to.
     """
+    if geometry is not None and not geometry.scored:
+        raise UnknownLayout(f"no layer keeps keys and values of its own: {geometry.layers[0].skipped}, and so on.")
     stacks: dict[tuple[str, str, Layout], dict[int, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
     seen: set[str] = set()
     for name in names:

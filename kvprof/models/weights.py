@@ -83,8 +83,6 @@ class Projections:
     """
 
     def __init__(self, checkpoint: Checkpoint, geometry: CacheGeometry, config: PretrainedConfig) -> None:
-        if not geometry.scored:
-            raise ModelError(f"no layer keeps keys and values of its own: {geometry.layers[0].skipped}, and so on.")
         self._checkpoint = checkpoint
         self._names = set(checkpoint.names)
         if packed := sorted(name for name in self._names if name.endswith(_PACKED)):

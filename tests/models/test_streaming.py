@@ -216,6 +216,14 @@ def test_a_weight_of_another_shape_is_named(tmp_path: Path) -> None:
         found(ragged().input_ids)
 
 
+def test_a_model_without_keys_of_its_own_says_so(tmp_path: Path) -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "vocab_size": 96}
+    with pytest.raises(ModelError, match="no layer keeps keys and values of its own: recurrent"):
+        streamed(MambaForCausalLM(MambaConfig(**small)), tmp_path / "model")
+
+
 def test_a_gguf_file_is_refused(tmp_path: Path) -> None:
     (file := tmp_path / "m.gguf").write_bytes(b"GGUF")
     with pytest.raises((UsageError, ModelError)):

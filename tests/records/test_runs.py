@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -354,3 +355,19 @@ def test_a_disk_that_fills_up_is_told_in_one_error_and_costs_no_finished_piece(t
     assert "Free some space" in message
     with journal(path) as run:
         assert len(run.done) == int(pieces) > 3
+
+
+MAKE = """
+import sys, time
+from pathlib import Path
+from kvprof.records.runs import output_folder
+time.sleep(max(0.0, float(sys.argv[1]) - time.time()))
+for number in range(200):
+    output_folder("m", Path(f"{number}/made"))
+"""
+
+
+def test_processes_that_try_the_same_new_folder_do_not_trip_each_other(tmp_path: Path) -> None:
+    start = str(time.time() + 2)
+    running = [subprocess.Popen([sys.executable, "-c", MAKE, start], cwd=tmp_path, stderr=-1) for _ in range(4)]
+    assert [process.communicate()[1] for process in running] == [b""] * 4
