@@ -102,6 +102,16 @@ class Run:
     stream: bool
     batch_size: int
 
+    @property
+    def computes_in(self) -> torch.dtype:
+        """Gradients of a model in half precision are computed in float32 (`models.widening`)."""
+        return torch.promote_types(self.dtype, torch.float32) if self.passes.backwards else self.dtype
+
+    @property
+    def goes_twice(self) -> bool:
+        """Whether blocks run once more on the way back."""
+        return self.stream or self.computes_in != self.dtype
+
 
 def estimate_run(
     source: ModelSource,
@@ -126,19 +136,21 @@ def estimate_run(
 
 def reckon(costs: Costs, run: Run, written_bytes: int = 0) -> Estimate:
     """Return what a run takes of a model that costs so much."""
-    lengths, passes, device, stream, batch_size = run.lengths, run.passes, run.device, run.stream, run.batch_size
-    size = run.dtype.itemsize
+    lengths, passes, device, batch_size = run.lengths, run.passes, run.device, run.batch_size
+    size, wide = run.dtype.itemsize, run.computes_in.itemsize
     tokens = batch_size * max(lengths)
-    kept = costs.kept * size * tokens if passes.backwards else 0
-    inputs = costs.layers * costs.hidden * size * tokens if passes.backwards else 0
+    kept = costs.kept * wide * tokens if passes.backwards else 0
+    inputs = costs.layers * costs.hidden * wide * tokens if passes.backwards else 0
+    cast = wide if wide != size else 0  # of a block's weights, beside what they are cast from
     working = 4 * batch_size * max(lengths) * costs.hidden * 4 + HEAD_BYTES
-    if stream:
-        memory = max(costs.block * size + kept, costs.head * size) + min(inputs, HELD_BYTES) + working
+    if run.stream:
+        memory = max(costs.block * (size + cast) + kept, costs.head * size) + min(inputs, HELD_BYTES) + working
         written_bytes += max(0, inputs - HELD_BYTES)
     else:
         # While a checkpoint is loaded on a CPU, its file is in memory beside what is made of it.
         loading = costs.weights * size * (2 if device.type == "cpu" else 1)
-        memory = max(loading, costs.weights * size + costs.layers * kept + working)
+        running = costs.block * cast + kept + inputs if run.goes_twice else costs.layers * kept
+        memory = max(loading, costs.weights * size + running + working)
     return Estimate(
         sequences=len(lengths),
         tokens=sum(lengths),
@@ -151,8 +163,8 @@ def reckon(costs: Costs, run: Run, written_bytes: int = 0) -> Estimate:
 
 def _seconds(costs: Costs, run: Run) -> float:
     passes = run.passes
-    rate = _multiplications_a_second(run.dtype, run.device)
-    through = passes.forwards + passes.backwards * (2 if run.stream else 1)
+    rate = _multiplications_a_second(run.computes_in, run.device)
+    through = passes.forwards + passes.backwards * (2 if run.goes_twice else 1)
     pairs = sum(length**2 for length in run.lengths)
     products = 2 * costs.active * sum(run.lengths) * through
     attended = costs.attention * pairs * (costs.layers * (passes.forwards + 2 * passes.backwards) + passes.attentions)

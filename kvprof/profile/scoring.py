@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from kvprof.calibration.sequences import Batch, CalibrationSet, batches
 from kvprof.errors import KvprofError
 from kvprof.models.load import input_device
+from kvprof.models.widening import computing_in_float32
 from kvprof.profile.decoder import Decoder, Formats, decoding_of
 from kvprof.profile.gradients import gradient_norms, padded_on_the_right
 from kvprof.profile.losses import loss_increases
@@ -60,6 +61,7 @@ def measure_sensitivity(
     model: in eval mode, no parameter asking for a gradient; left as it was found. formats: None or none at all leaves
     the losses out. done: results of sequences measured before, by index. finished: called with each batch's results.
     is_enough: asked of the scores so far, as `run_sensitivity` has it; sequences beyond are then not in the result.
+    A model in half precision computes in float32 meanwhile (`models.widening`).
     indices: the sequences to measure, all by default. team: the processes that measure a batch each at a time.
     Returns Scores: means over sequences, with standard errors (of a single one, 0 for norms, none for losses).
     Raises NonFiniteGradient, with advice, where half precision overflows.
@@ -70,13 +72,13 @@ def measure_sensitivity(
     first = 0
     for stage in _stages(len(chosen)) if is_enough is not None else [len(chosen)]:
         todo = _left(calibration.sequences, batch_size, chosen[first:stage], measured)
-        for batch in team.turns(todo):
-            for results in team.together(
-                functools.partial(_measure, model, inventory.geometry, batch, formats, decoder, calibration.info.seed)
-            ):
-                if results:
-                    finished(results)
-                    measured.update(results)
+        measure = functools.partial(_measure, model, inventory.geometry, formats, decoder, calibration.info.seed)
+        with computing_in_float32(model):
+            for batch in team.turns(todo):
+                for results in team.together(functools.partial(measure, batch)):
+                    if results:
+                        finished(results)
+                        measured.update(results)
         first = stage
         text = calibration.taken(chosen[:stage])
         samples = samples_of([measured[index] for index in chosen[:stage]], inventory.geometry, formats)
@@ -121,7 +123,7 @@ def samples_of(
 
 
 def _measure(
-    model: PreTrainedModel, geometry: CacheGeometry, batch: Batch | None, formats: Formats, decoder: Decoder, seed: int
+    model: PreTrainedModel, geometry: CacheGeometry, formats: Formats, decoder: Decoder, seed: int, batch: Batch | None
 ) -> dict[int, SequenceResult]:
     """Return the results of each sequence of a batch, by index; of no batch, none."""
     if batch is None:

@@ -183,8 +183,8 @@ def test_a_streamed_run_is_reckoned_at_a_block_and_its_disk(monkeypatch: pytest.
         for stream in (False, True)
     )
     assert whole.memory_bytes > 140e9
-    assert 2 * counted.block < streamed.memory_bytes < 20e9
-    assert streamed.disk_bytes == pytest.approx(8 * 1024 * 8192 * 2 * 80, rel=0.05)
+    assert (2 + 4) * counted.block < streamed.memory_bytes < 30e9  # a block, and what it is cast to
+    assert streamed.disk_bytes == pytest.approx(8 * 1024 * 8192 * 4 * 80, rel=0.05)
     assert streamed.seconds > whole.seconds
 
 

@@ -23,8 +23,8 @@ from kvprof.cli.app import make_app
 kills, seed, command = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 chance = random.Random(seed)
 
-def live(folder, seconds=None):
-    started = time.monotonic()
+def live(folder, batches=None):
+    # Killed at a random moment after this many batches.
     child = os.fork()
     if child == 0:
         log = os.open(f"{folder}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -35,20 +35,24 @@ def live(folder, seconds=None):
         except SystemExit as end:
             os._exit(int(end.code or 0))
         os._exit(77)
-    if seconds is not None:
-        time.sleep(seconds)
+    if batches is not None:
+        journal = f"{folder}/gradients.journal"
+        while not (os.path.exists(journal) and open(journal, "rb").read().count(b"\\n") > batches):  # and its header
+            if os.waitpid(child, os.WNOHANG) != (0, 0):
+                return 77  # done before it could be killed
+            time.sleep(0.0005)
+        time.sleep(chance.uniform(0, 0.02))
         os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    return status, time.monotonic() - started
+    return os.waitpid(child, 0)[1]
 
-status, whole = live("whole")
+status = live("whole")
 assert status == 0, open("whole.log").read()
 expected = open("whole/gradients.json", "rb").read()
 resumed = 0
 for number in range(kills):
     folder = f"killed-{number}"
-    live(folder, chance.uniform(0.3 * whole, whole))  # before, nothing but the model is read
-    status, _ = live(folder)
+    live(folder, chance.randrange(-1, 8))
+    status = live(folder)
     said = open(f"{folder}.log").read()
     assert status == 0, said
     resumed += "went on with a stopped run" in said

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kvprof import Scores
 
-ALLOWED_SHARE = 0.4
-"""Of the model's bytes: fourteen blocks, a thirtieth each, and the head."""
+ALLOWED_SHARE = 0.5
+"""Of the model's bytes: a block, one of fourteen, in float32 at twice its size, and the head."""
 
 
 @pytest.fixture
