@@ -37,6 +37,10 @@ class Mismatch(KvprofError):
     exit_code = 4
 
 
+class Inexpressible(Mismatch):
+    """A runtime cannot be told what a plan says. Exit code 4."""
+
+
 class NotBetter(KvprofError):
     """A plan is no better than a rival that stores no more bits. Exit code 5."""
 

@@ -22,6 +22,10 @@ together. It decides nothing about bits. The files of this room, in the order th
     what is written
       assemble    all that a plan says besides its formats
       task        the tensors to plan, and how a plan of them is put together
+    plans that other runtimes obey
+      targets     the runtimes: what each can be told
+      grammars    sets of assignments, and the best of each
+      within      a plan solved within one
     how far to trust it
       relaxed     many knapsacks at once, in the linear relaxation
       sampled     the problem with every sequence's own losses
@@ -49,7 +53,9 @@ from kvprof.allocate.budget import Limit, bit_limit, memory_limit
 from kvprof.allocate.candidates import USUAL_GROUP_SIZE, Allowed
 from kvprof.allocate.cheapest import cheapest
 from kvprof.allocate.rules import GREEDY_METRICS, KVMIX_FRACTION, default_metric, exact, kvmix, norm_greedy, uniform
+from kvprof.allocate.targets import target_named
 from kvprof.allocate.task import usual_window, without_sinks
+from kvprof.allocate.within import plan_within
 from kvprof.errors import UsageError, did_you_mean
 from kvprof.records.formats import TensorName, parse_formats
 from kvprof.records.plan import BitPlan, Window
@@ -61,7 +67,7 @@ RULES = ("exact", "norm-greedy", "kvmix", "uniform")
 
 _LIMIT_OPTIONS = ("--budget", "--unit", "--memory", "--context", "--batch")
 _OPTIONS = {
-    "exact": (*_LIMIT_OPTIONS, "--max-kl", "--metric", "--bits", "--formats", "--min-key-bits", "--tie"),
+    "exact": (*_LIMIT_OPTIONS, "--max-kl", "--metric", "--bits", "--formats", "--min-key-bits", "--tie", "--target"),
     "norm-greedy": (*_LIMIT_OPTIONS, "--metric", "--bits", "--min-key-bits", "--as-published"),
     "kvmix": ("--top-fraction", "--as-published"),
     "uniform": ("--bits-key", "--bits-value", "--formats", "--metric"),
@@ -70,14 +76,18 @@ _OPTIONS = {
 
 
 def metric_needed(
-    rule: str, metric: str | None = None, max_kl: str | float | None = None, formats: str | None = None
+    rule: str,
+    metric: str | None = None,
+    max_kl: str | float | None = None,
+    formats: str | None = None,
+    target: str | None = None,
 ) -> str | None:
     """Return the metric that scores must have to serve a request; None where any that can be allocated by will do."""
     if rule == "kvmix":
         return "gradient_norm"
     if metric is None and rule == "norm-greedy":
         return GREEDY_METRICS[0]
-    if metric is None and rule == "exact" and (max_kl is not None or formats is not None):
+    if metric is None and rule == "exact" and not (max_kl is None and formats is None and target is None):
         return LOSS_INCREASE
     return metric
 
@@ -97,6 +107,7 @@ def allocate(
     formats: str | None = None,
     min_key_bits: int | None = None,
     tie: str | None = None,
+    target: str | None = None,
     top_fraction: str | float | None = None,
     as_published: bool = False,
     bits_key: int | None = None,
@@ -112,10 +123,11 @@ def allocate(
     that were scored, nominal bits by a norm. memory, context, batch: bytes of cache, such as "1.5GiB", for `batch`
     (default 1) sequences of `context` tokens. max_kl: instead of a limit, see `cheapest.cheapest`; costs are counted
     in `unit`, stored bits by default, or in bytes where a context is given. metric, bits, formats, min_key_bits, tie:
-    see `rules.exact`. top_fraction: for `kvmix`. as_published: `norm-greedy` and `kvmix` as their papers have them,
-    without sinks, and KVmix with the groups of its kernels. bits_key, bits_value, or formats as
-    "key:rot3,value:rot2": for `uniform`. group_size: of scored formats, all by default; else USUAL_GROUP_SIZE. pins:
-    see pins.py. window: by default the scores' own. command: for the plan's provenance.
+    see `rules.exact`. target: a runtime of `targets.TARGETS`, within whose grammar the plan is solved. top_fraction:
+    for `kvmix`. as_published: `norm-greedy` and `kvmix` as their papers have them, without sinks, and KVmix with the
+    groups of its kernels. bits_key, bits_value, or formats as "key:rot3,value:rot2": for `uniform`. group_size: of
+    scored formats, all by default; else USUAL_GROUP_SIZE. pins: see pins.py. window: by default the scores' own, or the
+    target's. command: for the plan's provenance.
     Raises UsageError for an unknown rule, an option that the rule would ignore or lacks, or options that contradict
     each other; and whatever the rule raises.
     """
@@ -133,6 +145,7 @@ def allocate(
         "--formats": formats,
         "--min-key-bits": min_key_bits,
         "--tie": tie,
+        "--target": target,
         "--top-fraction": top_fraction,
         "--as-published": as_published or None,
         "--bits-key": bits_key,
@@ -161,6 +174,13 @@ def allocate(
             scores, key, value, metric=metric, group_size=usual_group, pins=pins, window=window, command=command
         )
     allowed = Allowed(bits=bits, formats=formats, group_size=group_size, min_key_bits=min_key_bits, pins=pins)
+    if target is not None:
+        if max_kl is not None or tie is not None:
+            raise UsageError("--target takes a --budget or --memory; leave out --max-kl and --tie.")
+        if metric not in (None, LOSS_INCREASE):
+            raise UsageError(f"--target needs {LOSS_INCREASE}: {metric} knows no formats.")
+        limit = _limit(rule, LOSS_INCREASE, budget, unit, memory, context, batch)
+        return plan_within(scores, target_named(target), limit, window=window, command=command, **allowed)
     if max_kl is not None:
         if budget is not None or memory is not None:
             raise UsageError("--max-kl asks for the cheapest plan; leave out --budget and --memory.")

@@ -128,7 +128,7 @@ def _scored(scores: Scores, tensors: Sequence[CachedTensor], allowed: Allowed, p
     for tensor in tensors:
         pin = pins.get((tensor.layer, tensor.name))
         if pin is not None:
-            candidates.append(formats.pinned(tensor, pin, group_size))
+            candidates.append(formats.pinned(tensor, pin, names.get(tensor.name), group_size))
         else:
             candidates.append(formats.chosen(tensor, names.get(tensor.name), widths, group_size))
     return candidates

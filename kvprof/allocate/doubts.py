@@ -33,8 +33,8 @@ def doubts(scores: Scores, plan: BitPlan, *, tie: str | None = None, **allowed: 
     tie, allowed: what it was made with, as `rules.exact` takes them. Raises as `ExactProblem` does.
     """
     solver = plan.solver
-    if solver is None or solver.method != "exact" or solver.metric != LOSS_INCREASE:
-        return Doubts()
+    if solver is None or solver.method != "exact" or solver.metric != LOSS_INCREASE or solver.target is not None:
+        return Doubts()  # resampling solves without a runtime's grammar
     unknown = why_unknown(scores)
     problem = None if unknown else problem_of(plan, scores, tie, allowed)
     return Doubts(

@@ -16,6 +16,7 @@ from kvprof.allocate.budget import CachedTensor
 from kvprof.allocate.candidates import USUAL_GROUP_SIZE
 from kvprof.allocate.measured import Measured, measured_formats, storage
 from kvprof.errors import UsageError
+from kvprof.records.foreign import FOREIGN
 from kvprof.records.formats import (
     CODE_BITS,
     FULL_BITS,
@@ -113,7 +114,12 @@ def uniform_pairs(
 
 
 def fitted(form: Format, tensor: CachedTensor, axis: Axis) -> Format:
-    """Return a format as a tensor has it whose groups go along an axis: rotated over whole heads, groups capped."""
+    """Return a format as a tensor has it whose groups go along an axis: rotated over whole heads, groups capped.
+
+    Another runtime's lies as that runtime has it.
+    """
+    if form.is_foreign:
+        return format_named(form.name, tensor.name, tensor.head_dim)
     head_dim = _head_dim(tensor)
     if form.scheme == "rotated" and not form.is_full:
         return Format(scheme="rotated", bits=form.bits, group_size=head_dim, axis="token")
@@ -160,12 +166,19 @@ def _promising(pairs: Sequence[_Pair]) -> list[_Pair]:
 def _scored_rungs(side: _Side, scores: Scores) -> list[_Rung]:
     """Return the ways to store all keys, or all values, in one format that was scored of each of them.
 
-    16 bits are among them where the plan has them; they lose nothing.
+    16 bits are among them where the plan has them; they lose nothing. Other runtimes' formats are rivals of their like.
     """
+    families = {_family(form) for form in side.own if not form.is_full} or {None}
     found = [
-        {storage(measured.format, tensor.head_dim): measured for measured in measured_formats(scores, tensor)}
+        {
+            storage(measured.format, tensor.head_dim): measured
+            for measured in measured_formats(scores, tensor)
+            if _family(measured.format) in families
+        }
         for tensor in side.tensors
     ]
+    if not found[0]:
+        return []
     names = dict.fromkeys(measured.format.name for measured in found[0].values())
     rungs = [rung for name in names if (rung := _scored_rung(side, name, found)) is not None]
     full = usual_format(side.name, FULL_BITS, USUAL_GROUP_SIZE)
@@ -195,7 +208,13 @@ def _rungs_of_plan(side: _Side) -> list[_Rung]:
     full = usual_format(side.name, FULL_BITS, USUAL_GROUP_SIZE)
     rotatable = all_can_rotate(side.tensors)
     kinds = [form for form in side.own if not form.is_full and (rotatable or form.scheme != "rotated")]
-    forms = dict.fromkeys(form.model_copy(update={"bits": bits}) for form in (kinds or [full]) for bits in CODE_BITS)
+    forms = dict.fromkeys(
+        form.model_copy(update={"bits": bits})
+        for form in (kinds or [full])
+        for bits in CODE_BITS
+        if not form.is_foreign
+    )
+    forms |= dict.fromkeys(form for form in kinds if form.is_foreign)
     if any(form.is_full for form in side.own):
         forms[full] = None
     rungs: dict[tuple[Format, ...], _Rung] = {}
@@ -204,6 +223,11 @@ def _rungs_of_plan(side: _Side) -> list[_Rung]:
         if formats not in rungs:  # groups may be capped to the same
             rungs[formats] = side.rung(form, formats)
     return list(rungs.values())
+
+
+def _family(form: Format) -> str | None:
+    """Return whose quantizer rounds a format: None of kvprof's own."""
+    return FOREIGN[form.scheme].family if form.is_foreign else None
 
 
 def _is_uniform(side: _Side) -> bool:

@@ -11,6 +11,7 @@ from kvprof.allocate.budget import CachedTensor
 from kvprof.allocate.measured import Measured, measured_formats, storage
 from kvprof.allocate.pins import Pin
 from kvprof.errors import InvalidFile, UsageError
+from kvprof.records.foreign import FOREIGN
 from kvprof.records.formats import FULL_BITS, Format, TensorName, format_named, usual_format
 from kvprof.records.scores import Scores
 
@@ -61,7 +62,7 @@ class ScoredFormats:
 
         Raises UsageError, saying what was scored, where none is left.
         """
-        choices = list(self._of(tensor))
+        choices = self._own(tensor, words)
         if words:
             named = [self._named(tensor, word) for word in words]
             choices = [choice for choice in dict.fromkeys(named) if choice is not None]
@@ -82,13 +83,15 @@ class ScoredFormats:
             )
         return grouped
 
-    def pinned(self, tensor: CachedTensor, pin: Pin, group_size: int | None) -> list[Measured]:
+    def pinned(
+        self, tensor: CachedTensor, pin: Pin, words: Sequence[str] | None, group_size: int | None
+    ) -> list[Measured]:
         """Return the one format that a pin names, or all of its width; raises UsageError where none was scored."""
         if pin.format is not None:
             found = self._named(tensor, pin.format)
             choices = [] if found is None else [found]
         else:
-            choices = [choice for choice in self._of(tensor) if choice.format.bits == pin.bits]
+            choices = [choice for choice in self._own(tensor, words) if choice.format.bits == pin.bits]
             choices = [choice for choice in choices if _has_group(choice, tensor, group_size)]
             if not choices and pin.bits == FULL_BITS:
                 choices = [self._full(tensor)]
@@ -102,6 +105,23 @@ class ScoredFormats:
 
     def _of(self, tensor: CachedTensor) -> list[Measured]:
         return self._found[tensor.layer, tensor.name]
+
+    def _own(self, tensor: CachedTensor, words: Sequence[str] | None) -> list[Measured]:
+        """Return what kvprof's own cache can store, and another runtime's only where names of such are given.
+
+        Raises UsageError where no name is given and all that was scored is other runtimes'.
+        """
+        if words and any(word in FOREIGN for word in words):
+            return [choice for choice in self._of(tensor) if choice.format.name in words]
+        own = [choice for choice in self._of(tensor) if not choice.format.is_foreign]
+        if not own and not words:
+            raise UsageError(
+                f"all that was scored for the {tensor.name} of layer {tensor.layer} is other runtimes': "
+                f"{', '.join(self._names(tensor))}.\n"
+                "  Plan for one of them with --target, as `kvprof targets` lists them, or score kvprof's own with "
+                "`kvprof gradients`."
+            )
+        return own
 
     def _named(self, tensor: CachedTensor, word: str) -> Measured | None:
         """Return what was measured of a format by name, None where nothing was, or the heads cannot have it."""

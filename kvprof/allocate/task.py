@@ -28,9 +28,14 @@ from kvprof.records.plan import USUAL_WINDOW, BitPlan, Provenance, Quantizer, So
 from kvprof.records.scores import LOSS_INCREASE, Scores
 
 
-def usual_window(scores: Scores, sink_tokens: int | None = None, recent_tokens: int | None = None) -> Window:
-    """Return the window of a plan: what is asked for, else what the scores were measured with, else USUAL_WINDOW."""
-    window = USUAL_WINDOW if scores.decoding is None else scores.decoding.window
+def usual_window(
+    scores: Scores, sink_tokens: int | None = None, recent_tokens: int | None = None, own: Window | None = None
+) -> Window:
+    """Return the window of a plan: what is asked for, else what the scores were measured with, else USUAL_WINDOW.
+
+    own: of a runtime that the plan is for, instead of the latter two.
+    """
+    window = own or (USUAL_WINDOW if scores.decoding is None else scores.decoding.window)
     return Window(
         sink_tokens=window.sink_tokens if sink_tokens is None else sink_tokens,
         recent_tokens=window.recent_tokens if recent_tokens is None else recent_tokens,

@@ -61,6 +61,14 @@ def allocate(
     min_key_bits: MinKeyBits = None,
     recent_tokens: RecentTokens = None,
     sink_tokens: SinkTokens = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="Plan for another runtime, within what it can be told and in its own formats: `kvprof targets` lists "
+            "them.",
+            show_default="kvprof's own cache",
+        ),
+    ] = None,
     top_fraction: Annotated[
         str | None, typer.Option(help="kvmix: the share of layers that get more bits.", show_default="0.2")
     ] = None,
@@ -88,18 +96,24 @@ def allocate(
     from kvprof.allocate.budget import parse_bits
     from kvprof.allocate.candidates import Allowed
     from kvprof.allocate.doubts import doubts
+    from kvprof.allocate.targets import target_named
     from kvprof.allocate.task import usual_window
+    from kvprof.allocate.within import unrestricted
     from kvprof.errors import UsageError
-    from kvprof.records.files import newest_scores, plan_path
+    from kvprof.records.files import newest_scores, plan_path, scores_for
     from kvprof.records.geometry import bytes_text
     from kvprof.records.scores import Scores
     from kvprof.report.console import print_note, print_plain, print_written
-    from kvprof.report.plans import plan_remarks, show_plan, stability_lines
+    from kvprof.report.plans import plan_remarks, restriction_lines, show_plan, stability_lines
 
     if as_published and sink_tokens:
         raise UsageError(f"--as-published has no sinks, --sink-tokens asks for {sink_tokens}; leave out one of them.")
-    wanted = metric_needed(rule, metric, max_kl, formats)
-    path, found = newest_scores(wanted) if scores is None else (scores, Scores.load(scores))
+    wanted = metric_needed(rule, metric, max_kl, formats, target)
+    runtime = None if target is None else target_named(target)
+    if scores is not None:
+        path, found = scores, Scores.load(scores)
+    else:
+        path, found = newest_scores(wanted) if target is None else scores_for(target)
     allowed = Allowed(
         bits=None if bits is None else parse_bits(bits),
         formats=formats,
@@ -110,6 +124,7 @@ def allocate(
     plan = make_plan(
         found,
         rule=rule,
+        target=target,
         budget=budget,
         unit=unit,
         memory=memory,
@@ -122,7 +137,7 @@ def allocate(
         as_published=as_published,
         bits_key=bits_key,
         bits_value=bits_value,
-        window=usual_window(found, sink_tokens, recent_tokens),
+        window=usual_window(found, sink_tokens, recent_tokens, None if runtime is None else runtime.window),
         command=" ".join(["kvprof", *sys.argv[1:]]),
         **allowed,
     )
@@ -133,6 +148,9 @@ def allocate(
         asked = "" if memory is None else f", of {memory} asked for"
         print_plain(f"{held} bytes ({bytes_text(held)}) at {context} tokens x {batch or 1}{asked}")
     print_plain(f"from {path}")
+    if target is not None:
+        for line in restriction_lines(plan, unrestricted(found, plan)):
+            print_plain(line)
     doubted = doubts(found, plan, tie=tie, **allowed)
     for line in stability_lines(doubted.stability):
         print_plain(line)

@@ -29,12 +29,14 @@ COMMANDS = {
     "validate": "show",
     "schema": "show",
     "merge": "merge",
+    "targets": "exchange",
+    "export": "exchange",
     "import": "exchange",
 }
 """Each command, in the order of the help, and the module beside this one that has its function."""
 
 
-QUICK = frozenset({"allocate", "explain", "diff", "show", "schema", "merge"})
+QUICK = frozenset({"allocate", "explain", "diff", "show", "schema", "merge", "targets", "export"})
 """Those that read a file or two, write one and stop."""
 
 

@@ -1,4 +1,4 @@
-"""Commands that trade plans with other tools: import."""
+"""Commands that trade plans with other tools: targets, export, import."""
 
 from __future__ import annotations
 
@@ -14,6 +14,47 @@ from kvprof.errors import UsageError, did_you_mean
 
 TOOLS = ("kvtuner",)
 """Whose files can be imported."""
+
+
+def targets() -> None:
+    """Which runtimes can a plan be made for? What each can be told, its formats, what was checked and how."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's pool of threads would cost more than it saves
+
+    from kvprof.allocate.targets import TARGETS
+    from kvprof.report.targets import TargetRow, show_targets
+
+    show_targets(
+        [
+            TargetRow(target.name, target.words, target.stored_bits(), target.artefact, target.since, target.checked)
+            for target in TARGETS.values()
+        ]
+    )
+
+
+def export(
+    plan: Annotated[Path, typer.Argument(help="A plan's file.")],
+    to: Annotated[str, typer.Option(help="The runtime: `kvprof targets` lists them.", show_default=False)],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File or folder for what is written.", show_default="beside the plan"),
+    ] = None,
+) -> None:
+    """Write a plan in the syntax of a runtime, exactly; a plan that it cannot be told is refused."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's pool of threads would cost more than it saves
+
+    from kvprof.allocate.targets import target_named
+    from kvprof.export.writers import export as write_for
+    from kvprof.records.plan import BitPlan
+    from kvprof.records.runs import write_atomically
+    from kvprof.report.console import print_note, print_plain
+
+    target = target_named(to)
+    artefact, place = write_for(BitPlan.load(plan), target, plan, out)
+    write_atomically(place, artefact.text)
+    print_plain(artefact.text.rstrip("\n"))
+    for remark in artefact.remarks:
+        print_note(remark)
+    print_note(f"written to {place}")
 
 
 def import_(

@@ -13,10 +13,8 @@ from kvprof.cli.options import (
     Dtype,
     Out,
     Pack,
-    RecentTokens,
     Restart,
     Seed,
-    SinkTokens,
     Split,
     Stream,
     SuffixFraction,
@@ -87,8 +85,21 @@ def gradients(
             show_default="15 for keys, 10 for values",
         ),
     ] = None,
-    recent_tokens: RecentTokens = 128,
-    sink_tokens: SinkTokens = 4,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="Score the formats of another runtime, as it keeps them: `kvprof targets` lists them.",
+            show_default="kvprof's own cache",
+        ),
+    ] = None,
+    recent_tokens: Annotated[
+        int | None,
+        typer.Option(min=0, max=2**31, help="Last tokens kept in full precision.", show_default="128; a target's own"),
+    ] = None,
+    sink_tokens: Annotated[
+        int | None,
+        typer.Option(min=0, max=2**31, help="First tokens kept in full precision.", show_default="4; a target's own"),
+    ] = None,
     suffix_fraction: SuffixFraction = 0.5,
     until_stable: Annotated[
         bool, typer.Option("--until-stable", help="Stop before --sequences once more of them would change no plan.")
@@ -115,24 +126,32 @@ def gradients(
 ) -> None:
     """How much does the loss feel each layer's keys and values? Gradient norms, and the loss that each format costs."""
     from kvprof.allocate.stability import StableAt
+    from kvprof.allocate.targets import target_named
     from kvprof.calibration.ingredients import USUAL_DATA
     from kvprof.errors import UsageError
     from kvprof.models.load import resolve
     from kvprof.profile.decoder import Decoder, read_formats
     from kvprof.profile.request import SEQUENCES_UNTIL_STABLE, USUAL_SEQUENCES, SensitivitySettings
     from kvprof.profile.sensitivity import run_sensitivity
+    from kvprof.records.formats import TENSORS
     from kvprof.records.partial import read_share
-    from kvprof.records.plan import Window
-    from kvprof.records.runs import output_folder
+    from kvprof.records.plan import USUAL_WINDOW
+    from kvprof.records.runs import OUTPUTS, output_folder, slug
     from kvprof.report.console import print_note, print_written, progress
     from kvprof.report.tables import show_scores
 
     if stable_at and not until_stable:
         raise UsageError("--stable-at says what --until-stable looks at, which is not there.\n  Add --until-stable.")
     source = resolve(model)
-    decoder = Decoder(
-        read_formats(formats), Window(sink_tokens=sink_tokens, recent_tokens=recent_tokens), suffix_fraction
-    )
+    runtime = None if target is None else target_named(target)
+    window = USUAL_WINDOW if runtime is None else runtime.window
+    if sink_tokens is not None or recent_tokens is not None:
+        asked = {"sink_tokens": sink_tokens, "recent_tokens": recent_tokens}
+        window = window.model_copy(update={name: tokens for name, tokens in asked.items() if tokens is not None})
+    names = read_formats(formats)
+    if runtime is not None and names is None and runtime.formats:
+        names = {tensor: tuple(name for name in runtime.formats_of(tensor) if name != "full") for tensor in TENSORS}
+    decoder = Decoder(names, window, suffix_fraction, passes_over=formats is None)
     if sequences is None:
         sequences = SEQUENCES_UNTIL_STABLE if until_stable else USUAL_SEQUENCES
     settings = SensitivitySettings(
@@ -149,6 +168,8 @@ def gradients(
         share=read_share(shard) if shard is not None else None,
         decoder=decoder,
     )
+    if out is None and runtime is not None:
+        out = OUTPUTS / slug(source.id) / runtime.name
     folder = output_folder(source.id, out)
     question = StableAt(stable_at or ()) if until_stable else None
     watch = Watch(dry_run)

@@ -1,9 +1,9 @@
-"""KVTuner's per-layer bits (arXiv 2502.04420): the YAML file that its search publishes -> BitPlan.
+"""KVTuner's per-layer bits (arXiv 2502.04420): the YAML file that its search publishes, to a BitPlan and back.
 
     0: {nbits_key: 4, nbits_value: 2}
     1: {nbits_key: 8, nbits_value: 4}
 
-Reads such a file. Does not know which model it was searched for, unless told: the file does not say.
+Reads and writes such a file. Does not know which model it was searched for, unless told: the file does not say.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from typing import NamedTuple
 import yaml
 
 from kvprof.allocate.assemble import assemble, tensors_of
+from kvprof.allocate.targets import Target
 from kvprof.errors import InvalidFile, Mismatch, did_you_mean, first_line
+from kvprof.export.artefact import Artefact, refused
 from kvprof.records.document import ModelInfo
-from kvprof.records.formats import CODE_BITS, FULL_BITS, usual_format
+from kvprof.records.formats import CODE_BITS, FULL_BITS, TENSORS, USUAL_AXIS, usual_format
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import BitPlan, Provenance, Quantizer, Solver, Window
 
@@ -26,6 +28,9 @@ KIVI_GROUP_SIZE = 32
 KIVI_WINDOW = Window(sink_tokens=0, recent_tokens=32)
 """What KVTuner runs its KIVI files with, keys per channel and values per token: `residual_length=32, q_group_size=32,
 axis_key=1, axis_value=0` in its `sh_gen_presets.py`, and in the KiVi example of its README."""
+
+KVTUNER_BITS = (2, 4, 8)
+"""What its search chooses from."""
 
 LARGEST_FILE_BYTES = 2**17
 """A thousand layers take 40 kB; this is read in two seconds."""
@@ -102,6 +107,36 @@ def kvtuner_plan(
         solver=Solver(method="kvtuner"),
         provenance=Provenance(command=command),
     )
+
+
+def write_kvtuner(plan: BitPlan, target: Target) -> Artefact:
+    """Return the file for a plan of 2, 4 and 8 bits, in the formats of KIVI: keys per channel, values per token.
+
+    The size of groups and the window stand in no file of KVTuner's: a comment and the remarks say them.
+    Raises Inexpressible for any other plan, and where groups are not all of one size.
+    """
+    sizes: set[int] = set()
+    rows = []
+    for entry in plan.layers:
+        for tensor in TENSORS:
+            form = entry.tensor(tensor)
+            place = f"the {tensor} of layer {entry.layer}"
+            is_kivi = form.scheme == "asymmetric" and form.clip == "none" and form.axis == USUAL_AXIS[tensor]
+            if not is_kivi or form.bits not in KVTUNER_BITS or form.recent_fraction:
+                raise refused(plan, target, f"{place} has {form.name}, KVTuner has int2, int4 and int8 as KIVI rounds")
+            sizes.add(form.group_size)
+        rows.append(f"{entry.layer}:\n  nbits_key: {entry.key.bits}\n  nbits_value: {entry.value.bits}\n")
+    if len(sizes) > 1:
+        raise refused(plan, target, f"its groups have sizes {', '.join(map(str, sorted(sizes)))}, KVTuner takes one")
+    group_size, window = sizes.pop(), plan.window
+    remarks = [
+        f"run it with q_group_size={group_size}, residual_length={window.recent_tokens}, axis_key=1, axis_value=0"
+    ]
+    if window.sink_tokens:
+        remarks.append(f"the plan keeps the first {window.sink_tokens} tokens in full precision, KVTuner none")
+    if plan.skipped:
+        remarks.append("KVTuner needs bits for every layer, and the plan leaves some alone")
+    return Artefact("".join(rows), ".yaml", tuple(remarks))
 
 
 def _check_layers(layers: Mapping[int, LayerBits], geometry: CacheGeometry) -> None:

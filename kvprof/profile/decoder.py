@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvprof.calibration.sequences import CalibrationSet
+from kvprof.errors import UsageError
 from kvprof.records.formats import TENSORS, Format, TensorName, can_rotate, format_named, parse_formats
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import USUAL_WINDOW, Quantizer, Window, head_dim_of, quantized_tokens
@@ -40,7 +41,8 @@ MORE_TOKENS = "Raise --sequence-length, join rows with --pack, or lower --recent
 class Decoder:
     """Of what decoder the losses are predicted.
 
-    formats: names by tensor; None: those of `usual_formats`; none at all: no losses are predicted.
+    formats: names by tensor; None: those of `usual_formats`; none at all: no losses are predicted. passes_over: whether
+    a format that heads cannot have is left out of these, instead of refused.
     suffix_fraction: the share of each sequence, at its end, whose loss counts.
     """
 
@@ -48,6 +50,7 @@ class Decoder:
     window: Window = USUAL_WINDOW
     suffix_fraction: float = 0.5
     quantizer: Quantizer = field(default_factory=Quantizer)
+    passes_over: bool = False
 
 
 def read_formats(text: str | None) -> dict[TensorName, tuple[str, ...]] | None:
@@ -66,9 +69,22 @@ def formats_of(geometry: CacheGeometry, decoder: Decoder) -> Formats:
             if decoder.formats is None:
                 found[layer.layer, tensor] = usual_formats(tensor, head_dim)
             elif names := decoder.formats[tensor]:
-                forms = [format_named(name, tensor, head_dim) for name in names]
+                forms = _named(names, tensor, head_dim, decoder.passes_over)
                 found[layer.layer, tensor] = tuple({form.name: form for form in forms}.values())
     return found
+
+
+def _named(names: Sequence[str], tensor: TensorName, head_dim: int, passes_over: bool) -> list[Format]:
+    forms = []
+    for name in names:
+        try:
+            forms.append(format_named(name, tensor, head_dim))
+        except UsageError:
+            if not passes_over:
+                raise
+    if not forms:
+        raise UsageError(f"{tensor} heads of {head_dim} channels can have none of {', '.join(names)}.")
+    return forms
 
 
 def usual_formats(tensor: TensorName, head_dim: int) -> tuple[Format, ...]:

@@ -53,6 +53,15 @@ def newest_scores(metric: str | None = None, outputs: Path = OUTPUTS) -> tuple[P
     raise InvalidFile(f"no {wanted} in {outputs}/.\n  Run {' or '.join(makers)} first, or name a file with --scores.")
 
 
+def scores_for(target: str, outputs: Path = OUTPUTS) -> tuple[Path, Scores]:
+    """Find the newest scores that were measured for a runtime, else the newest that `newest_scores` finds; read them.
+
+    What is measured for a runtime lies in a folder of its name, within the model's.
+    """
+    files = sorted(outputs.glob(f"*/{target}/gradients.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    return (files[0], Scores.load(files[0])) if files else newest_scores(LOSS_INCREASE, outputs)
+
+
 def _rank(path: Path, scores: Scores) -> tuple[bool, bool]:
     """Return what makes scores of one folder preferable to newer ones."""
     return path.stem != "divergence", LOSS_INCREASE in scores.metrics
@@ -95,6 +104,8 @@ def plan_name(plan: BitPlan, max_kl: str | None = None) -> str:
     solver, budget = plan.solver, plan.budget
     if solver is not None and solver.method != "exact":
         words.append(solver.method)
+    if solver is not None and solver.target is not None:
+        words.append(solver.target)
     if max_kl is not None:
         words.append(f"kl-{_amount(float(max_kl))}")
     elif budget is not None and budget.requested is not None:

@@ -8,15 +8,27 @@ from __future__ import annotations
 import functools
 import re
 from fractions import Fraction
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import AfterValidator, Field, model_validator
 from typing_extensions import Self
 
-from kvprof.errors import UsageError
+from kvprof.errors import UsageError, did_you_mean
 from kvprof.records.document import Positive, Record
+from kvprof.records.foreign import FOREIGN
 
-Scheme = Literal["asymmetric", "rotated"]
+OWN_SCHEMES = ("asymmetric", "rotated")
+"""What kvprof's own cache stores; every other scheme is the format of another runtime, by its name there."""
+SCHEMES = (*OWN_SCHEMES, *FOREIGN)
+
+
+def _known_scheme(scheme: str) -> str:
+    if scheme not in SCHEMES:
+        raise ValueError(f"unknown scheme {scheme!r}: {did_you_mean(scheme, SCHEMES)}")
+    return scheme
+
+
+Scheme = Annotated[str, Field(strict=True, json_schema_extra={"enum": list(SCHEMES)}), AfterValidator(_known_scheme)]
 Axis = Literal["channel", "token"]
 Clip = Literal["none", "mse"]
 TensorName = Literal["key", "value"]
@@ -40,6 +52,7 @@ class Format(Record):
     Format(bits=4, group_size=32, axis="channel")                       int4g32
     Format(bits=2, group_size=64, axis="token", clip="mse")             int2g64c
     Format(scheme="rotated", bits=3, group_size=64, axis="token")       rot3
+    Format(scheme="q4_0", bits=4, group_size=32, axis="token")          q4_0
     Format(bits=16, group_size=32, axis="token")                        full
     """
 
@@ -51,6 +64,9 @@ class Format(Record):
 
     @model_validator(mode="after")
     def _can_be_stored(self) -> Self:
+        if self.scheme in FOREIGN:
+            self._check_foreign()
+            return self
         if self.bits not in (*CODE_BITS, FULL_BITS):
             raise ValueError(f"bits must be one of {', '.join(map(str, CODE_BITS))} or {FULL_BITS}, found {self.bits}")
         if self.scheme == "rotated":
@@ -62,6 +78,15 @@ class Format(Record):
                 raise ValueError("scheme 'rotated' has nothing to clip: clip must be 'none'")
         return self
 
+    def _check_foreign(self) -> None:
+        form = FOREIGN[self.scheme]
+        expected = {"bits": form.bits, "axis": "token", "clip": "none"}
+        if form.block:
+            expected["group_size"] = form.block
+        for name, value in expected.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"scheme {self.scheme!r} has {name} {value!r}, found {getattr(self, name)!r}")
+
     def __hash__(self) -> int:
         return hash((self.scheme, self.bits, self.group_size, self.axis, self.clip))  # a record's own hash is slow
 
@@ -71,10 +96,24 @@ class Format(Record):
         return self.bits == FULL_BITS
 
     @property
+    def is_foreign(self) -> bool:
+        """Whether this is another runtime's format, which kvprof can score and plan but its cache cannot store."""
+        return self.scheme in FOREIGN
+
+    @property
+    def group_bits(self) -> int:
+        """Bits that each group stores beside its codes."""
+        if self.is_foreign:
+            return FOREIGN[self.scheme].side_bits
+        return ROTATED_GROUP_BITS if self.scheme == "rotated" else ASYMMETRIC_GROUP_BITS
+
+    @property
     def name(self) -> str:
-        """The short name: `int2g64c`, `rot3`, `full`."""
+        """The short name: `int2g64c`, `rot3`, `q4_0`, `full`."""
         if self.is_full:
             return "full"
+        if self.is_foreign:
+            return self.scheme
         if self.scheme == "rotated":
             return f"rot{self.bits}"
         return f"int{self.bits}g{self.group_size}" + ("c" if self.clip == "mse" else "")
@@ -87,11 +126,10 @@ class Format(Record):
         """
         if self.is_full:
             return Fraction(FULL_BITS)
-        group_bits = ROTATED_GROUP_BITS if self.scheme == "rotated" else ASYMMETRIC_GROUP_BITS
         if self.axis == "channel" or head_dim is None:
-            return self.bits + Fraction(group_bits, self.group_size)
+            return self.bits + Fraction(self.group_bits, self.group_size)
         groups_per_head = -(-head_dim // self.group_size)
-        return self.bits + Fraction(group_bits * groups_per_head, head_dim)
+        return self.bits + Fraction(self.group_bits * groups_per_head, head_dim)
 
 
 def usual_format(tensor: TensorName, bits: int, group_size: int, head_dim: int | None = None) -> Format:
@@ -111,12 +149,17 @@ def format_named(name: str, tensor: TensorName, head_dim: int | None = None) -> 
     """
     if name == "full":
         return usual_format(tensor, FULL_BITS, 1)
+    if name in FOREIGN:
+        return _foreign_format(name, tensor, head_dim)
     plain, rotated = re.fullmatch(r"int(\d)g(\d{1,9})(c?)", name), re.fullmatch(r"rot(\d)", name)
     found = plain or rotated
     bits = int(found[1]) if found else 0
     if bits not in CODE_BITS or (plain is not None and int(plain[2]) < 1):
         widths = ", ".join(map(str, CODE_BITS))
-        raise UsageError(f"{name!r} is no format: write int3g64, int2g64c (clipped), rot2 or full; bits are {widths}.")
+        raise UsageError(
+            f"{name!r} is no format: write int3g64, int2g64c (clipped), rot2 or full; bits are {widths}.\n"
+            f"  Of other runtimes there are {', '.join(FOREIGN)}."
+        )
     if plain is not None:
         form = usual_format(tensor, bits, int(plain[2]), head_dim)
         return form.model_copy(update={"clip": "mse"}) if plain[3] else form
@@ -124,6 +167,15 @@ def format_named(name: str, tensor: TensorName, head_dim: int | None = None) -> 
         heads = "an unknown head dimension" if head_dim is None else f"heads of {head_dim} channels"
         raise UsageError(f"{name} needs a head dimension that is a power of two; the {tensor} has {heads}.")
     return Format(scheme="rotated", bits=bits, group_size=head_dim, axis="token")
+
+
+def _foreign_format(name: str, tensor: TensorName, head_dim: int | None) -> Format:
+    form = FOREIGN[name]
+    if not form.fits(head_dim):
+        heads = "an unknown head dimension" if head_dim is None else f"heads of {head_dim} channels"
+        whole = f"heads that are a multiple of {form.block} channels" if form.block else "a known head dimension"
+        raise UsageError(f"{name} needs {whole}; the {tensor} has {heads}.")
+    return Format(scheme=name, bits=form.bits, group_size=form.group_size(head_dim), axis="token")
 
 
 def can_rotate(head_dim: int) -> bool:

@@ -28,8 +28,6 @@ from kvprof.records.document import (
     is_absent,
 )
 from kvprof.records.formats import (
-    ASYMMETRIC_GROUP_BITS,
-    ROTATED_GROUP_BITS,
     TENSORS,
     Format,
     TensorName,
@@ -102,6 +100,8 @@ class Solver(Record):
     metric: Text | None = None
     objective: Number | None = None
     optimal: bool = False
+    target: Text | None = Field(None, exclude_if=is_absent)
+    """The runtime that the plan was solved for, within what it can be told."""
     predicted_kl_nats: Number | None = None
     """Of the whole plan, in nats a token, a decoding model's KL divergence from full precision."""
     predicted_kl_stderr_nats: Number | None = Field(None, exclude_if=is_absent)
@@ -180,6 +180,11 @@ class BitPlan(Document):
                 if form.scheme == "rotated" and form.group_size != head_dim:
                     return (
                         f"layer {entry.layer} rotates its {tensor} in groups of {form.group_size}, "
+                        f"but the head dimension is {head_dim}"
+                    )
+                if form.is_foreign and head_dim % form.group_size:
+                    return (
+                        f"layer {entry.layer} stores its {tensor} as {form.name}, in blocks of {form.group_size}, "
                         f"but the head dimension is {head_dim}"
                     )
         missing = sorted(set(planned) - {entry.layer for entry in self.layers})
@@ -261,5 +266,4 @@ def tensor_bytes(
         groups = tokens // form.group_size * width
     else:
         groups = tokens * layer.kv_heads * -(-head_dim // form.group_size)
-    group_bits = ROTATED_GROUP_BITS if form.scheme == "rotated" else ASYMMETRIC_GROUP_BITS
-    return full_bytes + -(-(tokens * width * form.bits + groups * group_bits) // 8)
+    return full_bytes + -(-(tokens * width * form.bits + groups * form.group_bits) // 8)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 from kvprof.errors import UsageError
+from kvprof.records.foreign import FOREIGN
 from kvprof.records.formats import TENSORS, format_named
 from kvprof.records.geometry import bytes_text
 from kvprof.records.inventory import CONTEXTS
@@ -72,6 +73,8 @@ def plan_lines(plan: BitPlan) -> list[str]:
         least = "the least of all plans within the budget"
         if budget is not None and budget.requested is None and plan.solver.method == "exact":
             least = "the plan is the cheapest of all that are predicted to stay below what was asked for"
+        if plan.solver.target is not None:
+            least += f" that {plan.solver.target} can be told"
         proof = least if plan.solver.optimal else "not claimed to be the least"
         lines.append(f"objective {plan.solver.objective:.6g} ({plan.solver.metric}): {proof}")
     return lines
@@ -92,6 +95,19 @@ def prediction_text(plan: BitPlan) -> str | None:
 def kl_text(kl: float, stderr: float | None) -> str:
     """Return a predicted KL divergence with its standard error, where that is known."""
     return (f"{kl:#.3g}" if kl else "0") + (f" ± {stderr:#.2g}" if stderr else "")
+
+
+def restriction_lines(plan: BitPlan, unrestricted: BitPlan) -> list[str]:
+    """Return what a runtime's grammar costs: a plan within it beside the best one that stores no more bits."""
+    kl, free = (each.solver.predicted_kl_nats if each.solver else None for each in (plan, unrestricted))
+    if kl is None or free is None or plan.solver is None or unrestricted.budget is None:
+        return []
+    stored = unrestricted.budget.stored_bits
+    times = f", {kl / free:.3g} times as much" if free else ""
+    return [
+        f"price of the restriction: {kl - free:.3g} nats a token{times}; within {plan.solver.target} {kl:.4g} nats, "
+        f"with any scored format for any tensor {free:.4g} nats at {stored:.4g} stored bits"
+    ]
 
 
 def stability_lines(stability: Stability | None) -> list[str]:
@@ -115,7 +131,7 @@ def plan_remarks(plan: BitPlan, scores: Scores) -> list[str]:
         return []
     remarks = score_remarks(scores, [solver.metric]) if solver.metric else []
     if solver.metric == LOSS_INCREASE:
-        remarks += loss_remarks(scores, plan.window)
+        remarks += loss_remarks(scores, plan.window, solver.target is not None)
         if solver.predicted_kl_nats is None:
             remarks.append("not all of these formats were scored, so no KL is predicted")
     elif solver.method == "exact" and (lacking := _partly_predicted(scores)):
@@ -138,9 +154,12 @@ def _partly_predicted(scores: Scores) -> str | None:
     return next((f"{name} of layer {layer}" for (layer, name), has in having.items() if not has), None)
 
 
-def loss_remarks(scores: Scores, window: Window) -> list[str]:
+def loss_remarks(scores: Scores, window: Window, for_target: bool = False) -> list[str]:
     """Return what a reader should know of plans made by `loss_increase`, of this window."""
     remarks = []
+    foreign = [name for name in _scored_names(scores) if name in FOREIGN]
+    if foreign and not for_target:
+        remarks.append(f"left out, as they are other runtimes' (see --target): {', '.join(foreign)}")
     unknown = [name for name in scores.passed_over if not _is_format(name)]
     unfit = [name for name in scores.passed_over if _is_format(name)]
     if unknown:
@@ -154,6 +173,14 @@ def loss_remarks(scores: Scores, window: Window) -> list[str]:
             f"{_window_text(window)}: the predicted KL is of the former"
         )
     return remarks
+
+
+def _scored_names(scores: Scores) -> list[str]:
+    names: dict[str, None] = {}
+    for entry in scores.planned:
+        for tensor in TENSORS:
+            names |= dict.fromkeys(entry.tensor(tensor).loss_increase or {})
+    return list(names)
 
 
 def _format_cells(form: TensorPlan) -> list[str]:

@@ -61,6 +61,13 @@ class PlanCache(Cache):  # type: ignore[misc]
         """
         if not isinstance(plan, BitPlan):
             raise CacheError(f"a {type(plan).__name__} is no plan.\n  Give BitPlan.load(path).")
+        for entry in plan.layers:
+            if foreign := [form.name for form in (entry.key, entry.value) if form.is_foreign]:
+                raise CacheError(
+                    f"layer {entry.layer} is to be stored as {foreign[0]}, which is another runtime's format.\n"
+                    "  kvprof evaluate measures such a plan, kvprof export writes it for its runtime; a plan for this "
+                    "cache is one that allocate makes without --target."
+                )
         geometry = take_inventory(model.config).geometry
         plan.check_fits(geometry)  # shapes differ without a look at the weights
         if plan.model.fingerprint is not None:

@@ -17,7 +17,8 @@ from scipy.stats import norm
 
 from kvprof.records.formats import CODE_BITS, Format
 from kvprof.records.plan import Quantizer
-from kvprof.runtime.quantizer import decode, encode, fake_quantize, lloyd_max_levels, unit_tokens
+from kvprof.runtime.quantizer import decode, encode, fake_quantize, unit_tokens
+from kvprof.runtime.rotation import lloyd_max_levels
 
 HEAD_DIM = 16
 USUAL = Quantizer()

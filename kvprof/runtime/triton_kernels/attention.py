@@ -17,7 +17,7 @@ from triton.runtime.errors import OutOfResources
 from kvprof.runtime import torch_kernels
 from kvprof.runtime.history import PAGE_TOKENS, History, StoredTensor
 from kvprof.runtime.kernels import say_once
-from kvprof.runtime.quantizer import rotation
+from kvprof.runtime.rotation import rotation
 from kvprof.runtime.triton_kernels import attention_kernels
 from kvprof.runtime.triton_kernels.arithmetic import LOG2_E
 from kvprof.runtime.triton_kernels.forms import (

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kvprof.records.formats import Format
 from kvprof.runtime.history import PAGE_TOKENS, CodeBlock, StoredTensor
-from kvprof.runtime.quantizer import exact_levels, level_edges, rotation_signs, unit_tokens
+from kvprof.runtime.quantizer import unit_tokens
+from kvprof.runtime.rotation import exact_levels, level_edges, rotation_signs
 from kvprof.runtime.triton_kernels.arithmetic import CHANNEL, FULL, ROTATED, TOKEN
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -1,0 +1,47 @@
+"""ExLlamaV3: a Python module with a cache layer that knows each layer's bits, and the same bits as JSON in it.
+
+Source: `exllamav3/cache/quant.py` (CacheLayer_quant(config, attention, cache_id, max_num_tokens, k_bits, v_bits)) and
+`exllamav3/cache/cache.py`, which makes a `layer_type` for each attention layer.
+"""
+
+from __future__ import annotations
+
+import json
+
+from kvprof.allocate.targets import Target
+from kvprof.export.artefact import Artefact, told
+from kvprof.records.foreign import FOREIGN
+from kvprof.records.plan import BitPlan
+
+_TEXT = '''"""A cache layer for ExLlamaV3, as kvprof planned it.
+
+    Cache(model, max_num_tokens=8192, layer_type=PlannedCacheLayer)
+"""
+
+import json
+
+from exllamav3.cache.quant import CacheLayer_quant
+
+BITS = json.loads("""
+{bits}
+""")
+"""[k_bits, v_bits] of each layer."""
+
+
+class PlannedCacheLayer(CacheLayer_quant):
+    def __init__(self, config, attention, cache_id, max_num_tokens, **kwargs):
+        k_bits, v_bits = BITS[str(attention.layer_idx)]
+        super().__init__(config, attention, cache_id, max_num_tokens, k_bits=k_bits, v_bits=v_bits, **kwargs)
+'''
+
+
+def write_exllamav3(plan: BitPlan, target: Target) -> Artefact:
+    """Return the module for a plan of 2 to 8 bits for each layer's keys and values."""
+    found = told(plan, target)
+    layers = sorted({layer for layer, _ in found.assignment})
+    bits = {
+        str(layer): [FOREIGN[found.assignment[layer, "key"]].bits, FOREIGN[found.assignment[layer, "value"]].bits]
+        for layer in layers
+    }
+    lines = ",\n".join(f'  "{layer}": {json.dumps(pair)}' for layer, pair in bits.items())
+    return Artefact(_TEXT.format(bits=f"{{\n{lines}\n}}"), ".py", found.remarks)

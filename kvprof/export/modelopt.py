@@ -1,0 +1,48 @@
+"""NVIDIA Model-Optimizer: the `hf_quant_config.json` of a checkpoint whose cache has a format for each layer.
+
+Source: the KV cache's layer map, schema version 1, as Model-Optimizer's own unit tests have it (pull request 2272).
+"""
+
+from __future__ import annotations
+
+import json
+
+from kvprof import __version__
+from kvprof.allocate.grammars import EachLayer
+from kvprof.allocate.targets import Target
+from kvprof.export.artefact import Artefact, told
+from kvprof.records.plan import BitPlan
+
+SCHEMA_VERSION = 1
+MIXED = "MIXED_PRECISION"
+
+
+def write_modelopt(plan: BitPlan, target: Target) -> Artefact:
+    """Return the file for a plan whose layers have FP8 or NVFP4 for keys and values alike."""
+    found = told(plan, target)
+    grammar = target.grammar
+    assert isinstance(grammar, EachLayer)
+    word_of = {pair: word for word, pair in grammar.pairs.items()}
+    layers = {
+        layer: word_of[found.assignment[layer, "key"], found.assignment[layer, "value"]]
+        for layer in sorted({layer for layer, _ in found.assignment})
+    }
+    words = set(layers.values())
+    config = {
+        "producer": {"name": "kvprof", "version": __version__},
+        "quantization": {
+            "quant_algo": None,
+            "kv_cache_quant_algo": words.pop() if len(words) == 1 else MIXED,
+            "kv_cache_quantized_layers": {
+                f"model.layers.{layer}.self_attn": {"quant_algo": word} for layer, word in layers.items()
+            },
+            "kv_cache_schema_version": SCHEMA_VERSION,
+        },
+    }
+    remarks = [
+        *found.remarks,
+        "vLLM reads the layer map with its pull request 56116, which was open when this was checked; releases before "
+        "it read one kv_cache_quant_algo for all layers, and refuse a file without quant_algo",
+        "layers are named model.layers.N.self_attn: rename them where the checkpoint calls them otherwise",
+    ]
+    return Artefact(json.dumps(config, indent=2) + "\n", ".hf_quant_config.json", tuple(remarks))
