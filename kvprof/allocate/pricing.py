@@ -102,12 +102,13 @@ def check_reach(
     scored: bool = False,
     narrowed: Sequence[str] = (),
     option: str | None = None,
+    target: str | None = None,
 ) -> None:
     """Raise InfeasibleBudget where the cheapest plan costs more than the limit or the dearest less.
 
     cheapest, dearest: in the limit's unit. formats: each tensor's candidates. scored: whether they are what scores
     speak of, rather than widths at one group size. narrowed: the options that left choices out. option: that the
-    limit was given with.
+    limit was given with. target: the runtime whose grammar the plans are within.
     """
     if cheapest <= limit.amount <= dearest:
         return
@@ -117,15 +118,18 @@ def check_reach(
         asked, usual = f"{limit.amount} bytes of cache", "--memory"
     else:
         asked, usual = f"{float(limit.amount):.15g} {limit.unit} bits per element", "--budget"
-    verdict = "is below what these formats can reach" if below else "is more than these formats can use"
+    whose = "these formats" if target is None else target
+    verdict = f"is below what {whose} can reach" if below else f"is more than {whose} can use"
     ways = [f"{option or usual} {low if below else high}"]
     if not scored:
         narrowed = [one for one in narrowed if one not in ("--bits", "--group-size")]  # said there, with a value
         ways += _for_widths(limit, below, formats)
-    elif not narrowed:
+    elif not narrowed and target is None:
         ways += _for_scored(below, formats)
     if narrowed:
         ways.append(f"loosen {' or '.join(narrowed)}")
+    if target is not None:
+        ways.append("choose another --target")
     raise InfeasibleBudget(f"{asked} {verdict}.\n  cheapest plan: {low}    dearest: {high}\n  try {', or '.join(ways)}")
 
 

@@ -5,8 +5,6 @@ Reads Scores, a target and a limit; writes BitPlans. Does not know how a grammar
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 from typing_extensions import Unpack
 
 from kvprof.allocate.budget import Limit, stored_bits_per_element
@@ -56,7 +54,8 @@ def plan_within(
             "  Loosen --pin, --bits or --formats, or score all layers in the same formats."
         )
     low, high = (problem.prices.amount(end) for end in ends)
-    _check_reach(limit, low, high, problem, target)
+    narrowed = [option for option in problem.narrowed if option != "--formats" or allowed.get("formats")]
+    check_reach(limit, low, high, [], True, narrowed, target=f"{target.name}, which takes {target.words},")
     found = target.grammar.best(table, problem.prices.capacity(limit.amount))
     if found is None:
         raise InfeasibleBudget(f"no plan that {target.name} can be told fits {limit.amount} {limit.unit}.")
@@ -130,15 +129,6 @@ def _parts(problem: ExactProblem, assignment: Assignment) -> list[Measured]:
         name = assignment[tensor.layer, tensor.name]
         found.append(next(choice for choice in choices if choice.format.name == name))
     return found
-
-
-def _check_reach(limit: Limit, low: Fraction, high: Fraction, problem: ExactProblem, target: Target) -> None:
-    try:
-        formats = [[choice.format for choice in choices] for choices in problem.candidates]
-        narrowed = [option for option in problem.narrowed if option != "--formats"]
-        check_reach(limit, low, high, formats, scored=True, narrowed=[*narrowed, "--target"])
-    except InfeasibleBudget as error:
-        raise InfeasibleBudget(f"{target.name} takes {target.words}: {error}") from None
 
 
 def _every_format(scores: Scores) -> str:

@@ -59,8 +59,9 @@ def plan_lines(plan: BitPlan) -> list[str]:
         over = f"{len(bits)} layer{'s' if len(bits) > 1 else ''}"
         lines.append(f"mean {tensor} bits over {over}: {sum(bits) / len(bits):.4f}")
     window = plan.window
-    first = f"the first {window.sink_tokens} tokens and " if window.sink_tokens else ""
-    lines.append(f"in full precision: {first}the last {window.recent_tokens}" + ("" if first else " tokens"))
+    first = f"the first {window.sink_tokens} tokens" if window.sink_tokens else ""
+    last = f"the last {window.recent_tokens}{'' if first else ' tokens'}" if window.recent_tokens else ""
+    lines.append("in full precision: " + (" and ".join(part for part in (first, last) if part) or "no token"))
     if plan.geometry is not None:
         for context in CONTEXTS:
             planned, full = plan.bytes_at(context), plan.geometry.bytes_at(context)

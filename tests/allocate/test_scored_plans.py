@@ -197,11 +197,13 @@ def test_keys_can_be_given_a_least_width(rule: str) -> None:
     assert min(entry.value.bits for entry in plan.layers) < 4
 
 
-def test_formats_of_another_runtime_are_passed_over() -> None:
+def test_formats_of_another_runtime_are_left_to_its_plans() -> None:
     source = scored(({**KEYS, "q4_0": 1e-9, "MXFP4": 0.0}, {**VALUES, "q8_0": 1e-9}))
-    assert set(source.passed_over) == {"q4_0", "MXFP4", "q8_0", "rot1", "rot2"}  # of heads that nobody described
+    assert set(source.passed_over) == {"MXFP4", "rot1", "rot2"}  # of heads that nobody described
     assert allocate(source, budget=3).solver.objective > 1e-3
     with pytest.raises(InvalidFile, match="key of layer 0 is one that a plan can give it"):
+        allocate(scored(({"MXFP4": 0.1}, {"MXFP4": 0.1})), budget=3)
+    with pytest.raises(UsageError, match=r"key of layer 0 is other runtimes': q4_0\.\n.*--target"):
         allocate(scored(({"q4_0": 0.1}, {"q4_0": 0.1})), budget=3)
 
 

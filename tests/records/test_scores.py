@@ -266,11 +266,11 @@ def test_losses_are_no_number_a_tensor() -> None:
 
 
 def test_formats_that_no_plan_can_have_are_known() -> None:
-    losses = {"int2g64": 0.1, "q4_0": 0.1, "rot2": 0.1, "int2": 0.1}
+    losses = {"int2g64": 0.1, "MXFP4": 0.1, "rot2": 0.1, "int2": 0.1, "q4_0": 0.1}
     shape = {"layer": 0, "kind": "full", "kv_heads": 1, "key_head_dim": 48, "value_head_dim": 64}
     scores = with_losses((losses, {"rot3": 0.1}), geometry={"dtype": "float16", "layers": [shape]})
-    assert scores.passed_over == ("q4_0", "rot2", "int2")  # 48 is no power of two
-    assert with_losses((losses, {"rot3": 0.1})).passed_over == ("q4_0", "rot2", "int2", "rot3")
+    assert scores.passed_over == ("MXFP4", "rot2", "int2", "q4_0")  # 48 is no power of two, and no multiple of 32
+    assert with_losses((losses, {"rot3": 0.1})).passed_over == ("MXFP4", "rot2", "int2", "rot3")
 
 
 @pytest.mark.parametrize("number", [-1e-9, math.inf, math.nan])

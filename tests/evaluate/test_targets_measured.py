@@ -1,0 +1,69 @@
+"""Plans within llama.cpp's and ik_llama.cpp's grammars are as good, measured, as any pair of no more bytes."""
+
+from __future__ import annotations
+
+import itertools
+from fractions import Fraction
+from statistics import fmean
+
+import pytest
+
+from kvprof import BitPlan, Scores
+from kvprof.allocate import allocate
+from kvprof.allocate.rules import uniform
+from kvprof.allocate.targets import TARGETS
+from kvprof.calibration.sequences import CalibrationSet, tokenize
+from kvprof.calibration.text import open_text
+from kvprof.evaluate.logits import planned_logits, reference_logits
+from kvprof.evaluate.metrics import token_kl
+from kvprof.models.inventory import take_inventory
+from kvprof.models.load import load_model, load_tokenizer, resolve
+from kvprof.profile.decoder import Decoder, formats_of
+from kvprof.profile.scoring import measure_sensitivity
+from kvprof.records.foreign import GGML
+from kvprof.records.formats import format_named
+
+BUDGET = 5
+TOKENS, FIRST = 512, 128
+
+
+def text_of(split: str, sequences: int) -> CalibrationSet:
+    return tokenize(open_text("builtin", split), load_tokenizer(resolve("demo")), sequences, TOKENS, pack=True)
+
+
+@pytest.mark.demo
+def test_plans_within_a_grammar_lose_no_more_than_any_global_pair_of_no_more_bytes() -> None:
+    model = load_model(resolve("demo"), "float32", "cpu")
+    inventory = take_inventory(model.config)
+    names = tuple(GGML)
+    decoder = Decoder({"key": names, "value": names}, TARGETS["llama.cpp"].window)
+    scores: Scores = measure_sensitivity(
+        model, text_of("calibration", 4), inventory, formats_of(inventory.geometry, decoder), decoder
+    )
+    held_out = text_of("held-out", 3).sequences
+    references = [reference_logits(model, ids, FIRST) for ids in held_out]
+    measured: dict[str, float] = {}
+
+    def kl_of(plan: BitPlan) -> float:
+        if plan.recipe not in measured:
+            measured[plan.recipe] = fmean(
+                float(token_kl(reference, planned_logits(model, plan, ids, "fast", FIRST)).mean())
+                for ids, reference in zip(held_out, references, strict=True)
+            )
+        return measured[plan.recipe]
+
+    stored: dict[str, Fraction] = {name: format_named(name, "key", 64).stored_bits(64) for name in names}
+    for target, known in (("llama.cpp", set(names) - {"q6_0"}), ("ik_llama.cpp", set(names))):
+        plan = allocate(scores, target=target, budget=BUDGET)
+        assert plan.budget is not None
+        assert plan.budget.stored_bits <= BUDGET
+        pairs = [
+            (key, value)
+            for key, value in itertools.product(known, repeat=2)
+            if stored[key] + stored[value] <= 2 * Fraction(plan.budget.stored_bits)
+        ]
+        assert len(pairs) >= 5
+        for key, value in pairs:
+            rival = kl_of(uniform(scores, key, value, window=plan.window))
+            assert kl_of(plan) <= rival, (target, key, value)
+    print({recipe[:12]: round(kl, 5) for recipe, kl in measured.items()})
