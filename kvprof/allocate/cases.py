@@ -23,6 +23,7 @@ from kvprof.allocate.measured import (
     planned_tensors,
     storage,
 )
+from kvprof.allocate.scored import every_format
 from kvprof.errors import InvalidFile, UsageError, did_you_mean
 from kvprof.records.formats import TENSORS, usual_format
 from kvprof.records.plan import BitPlan, TensorPlan
@@ -52,7 +53,8 @@ class Case:
 def cases_of(plan: BitPlan, scores: Scores, metric: str, formats: str | None = None) -> list[Case]:
     """Return every tensor of a plan that the scores fit.
 
-    formats: what may be chosen besides what the plan has, as `parse_formats` reads it; by default all that was scored.
+    formats: what may be chosen besides what the plan has, as `parse_formats` reads it; by default all that was scored,
+    other runtimes' formats only where the plan has such.
     A metric that knows no formats could have every usual width, in the group size of most tensors of the same name.
     Raises UsageError for a metric or formats that there are not, InvalidFile for scores that lack the metric.
     """
@@ -63,6 +65,8 @@ def cases_of(plan: BitPlan, scores: Scores, metric: str, formats: str | None = N
     chosen: list[Measured | None]
     if metric == LOSS_INCREASE:
         factor = kl_factor(scores)
+        if formats is None and any(entry.is_foreign for entry in entries):
+            formats = every_format(scores)
         offered = [
             [_times(choice, factor) for choice in choices]
             for choices in candidates_of(scores, tensors, metric, {"formats": formats})

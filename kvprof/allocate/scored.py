@@ -12,7 +12,7 @@ from kvprof.allocate.measured import Measured, measured_formats, storage
 from kvprof.allocate.pins import Pin
 from kvprof.errors import InvalidFile, UsageError
 from kvprof.records.foreign import FOREIGN
-from kvprof.records.formats import FULL_BITS, Format, TensorName, format_named, usual_format
+from kvprof.records.formats import FULL_BITS, TENSORS, Format, TensorName, format_named, usual_format
 from kvprof.records.scores import Scores
 
 
@@ -141,6 +141,18 @@ class ScoredFormats:
 
     def _names(self, tensor: CachedTensor) -> list[str]:
         return [choice.format.name for choice in self._of(tensor)]
+
+
+def every_format(scores: Scores) -> str:
+    """Return, as `Allowed` takes names, all that was scored and a plan can have: other runtimes' and 16 bits too."""
+    words = []
+    for tensor in TENSORS:
+        names: dict[str, None] = {}
+        for entry in scores.planned:
+            names |= dict.fromkeys(entry.tensor(tensor).loss_increase or {})
+        words += [f"{tensor}:{name}" for name in names if name not in scores.passed_over]
+        words.append(f"{tensor}:full")
+    return ",".join(words)
 
 
 def _has_groups(form: Format) -> bool:

@@ -14,6 +14,7 @@ from kvprof.allocate.measured import Measured, entries_of, planned_tensors
 from kvprof.allocate.pricing import check_reach
 from kvprof.allocate.problem import ExactProblem
 from kvprof.allocate.rules import exact
+from kvprof.allocate.scored import every_format
 from kvprof.allocate.targets import Target
 from kvprof.errors import InfeasibleBudget, InvalidFile, UsageError
 from kvprof.records.formats import TENSORS, parse_formats
@@ -71,7 +72,7 @@ def unrestricted(scores: Scores, plan: BitPlan) -> BitPlan:
     """
     tensors = planned_tensors(plan, scores.geometry)
     same = Limit(stored_bits_per_element(tensors, entries_of(plan, tensors)), "stored")
-    return exact(scores, same, metric=LOSS_INCREASE, window=plan.window, formats=_every_format(scores))
+    return exact(scores, same, metric=LOSS_INCREASE, window=plan.window, formats=every_format(scores))
 
 
 def _for(plan: BitPlan, target: Target) -> BitPlan:
@@ -129,15 +130,3 @@ def _parts(problem: ExactProblem, assignment: Assignment) -> list[Measured]:
         name = assignment[tensor.layer, tensor.name]
         found.append(next(choice for choice in choices if choice.format.name == name))
     return found
-
-
-def _every_format(scores: Scores) -> str:
-    """Return the names of all that was scored and can be planned, full precision among them."""
-    words = []
-    for tensor in TENSORS:
-        names: dict[str, None] = {}
-        for entry in scores.planned:
-            names |= dict.fromkeys(entry.tensor(tensor).loss_increase or {})
-        words += [f"{tensor}:{name}" for name in names if name not in scores.passed_over]
-        words += [f"{tensor}:full"]
-    return ",".join(words)

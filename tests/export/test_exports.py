@@ -9,25 +9,33 @@ import ast
 import json
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from folders import save_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvprof.allocate.assemble import assemble, tensors_of
 from kvprof.allocate.grammars import FirstLastRest, Ranges, SomeInFull, Table
 from kvprof.allocate.targets import TARGETS, WHOLE_CACHE, Target
+from kvprof.allocate.unscored import uniform_plan
 from kvprof.errors import Inexpressible
 from kvprof.export.kvtuner import kvtuner_plan, read_kvtuner
 from kvprof.export.writers import WRITERS, export
+from kvprof.models.inventory import take_inventory
+from kvprof.models.load import load_model, load_tokenizer, resolve
 from kvprof.records.document import ModelInfo
-from kvprof.records.formats import TENSORS, format_named
+from kvprof.records.formats import TENSORS, format_named, parse_formats
 from kvprof.records.geometry import CacheGeometry, KVLayer
 from kvprof.records.plan import BitPlan, Provenance, Quantizer, Window
+from kvprof.runtime import PlanCache
 
 LAYERS = 8
 HEAD_DIM = 128
@@ -367,3 +375,26 @@ def test_the_script_for_transformers_has_twelve_lines_and_refuses_other_runtimes
     compile(made.text, "run.py", "exec")
     with pytest.raises(Inexpressible, match=r"key of layer 0 has q4_0.*\n.*--target transformers"):
         export(plan_of(everywhere("q4_0", "q4_0")), TARGETS["transformers"], tmp_path / "plan.json")
+
+
+def test_the_script_for_transformers_writes_what_the_planned_cache_writes(tmp_path: Path) -> None:
+    source = resolve(str(save_folder(tmp_path / "model")))
+    model, tokenizer = load_model(source, device="cpu"), load_tokenizer(source)
+    inventory = take_inventory(model.config, source.id)
+    formats = parse_formats("key:int2g8,value:rot2")
+    window = Window(sink_tokens=1, recent_tokens=2)
+    plan = uniform_plan(formats, inventory.model, inventory.geometry, window=window)
+    path = plan.save(tmp_path / "plan.json")
+    made, place = export(plan, TARGETS["transformers"], path)
+    place.write_text(made.text)
+    prompt = "the cat sat on a mat and saw another cat"
+    done = subprocess.run(
+        [sys.executable, str(place), *prompt.split()], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    inputs = tokenizer(prompt, return_tensors="pt")
+    written = [
+        model.generate(**inputs, past_key_values=cache, max_new_tokens=64)[0]
+        for cache in (PlanCache.from_plan(plan, model), None)
+    ]
+    assert done.stdout.strip() == tokenizer.decode(written[0], skip_special_tokens=True)
+    assert not torch.equal(*written)  # two bits can be told from none
