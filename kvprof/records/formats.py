@@ -100,6 +100,11 @@ class Format(Record):
         """Whether this is another runtime's format, which kvprof can score and plan but its cache cannot store."""
         return self.scheme in FOREIGN
 
+    def is_foreign_of(self, head_dim: int) -> bool:
+        """Whether heads of a dimension have this format of another runtime, in blocks of this size."""
+        form = FOREIGN[self.scheme]
+        return form.fits(head_dim) and form.group_size(head_dim) == self.group_size
+
     @property
     def group_bits(self) -> int:
         """Bits that each group stores beside its codes."""

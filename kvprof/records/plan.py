@@ -182,7 +182,7 @@ class BitPlan(Document):
                         f"layer {entry.layer} rotates its {tensor} in groups of {form.group_size}, "
                         f"but the head dimension is {head_dim}"
                     )
-                if form.is_foreign and head_dim % form.group_size:
+                if form.is_foreign and not form.is_foreign_of(head_dim):
                     return (
                         f"layer {entry.layer} stores its {tensor} as {form.name}, in blocks of {form.group_size}, "
                         f"but the head dimension is {head_dim}"
