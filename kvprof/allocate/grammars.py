@@ -16,8 +16,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kvprof.allocate.solver import solve
-from kvprof.errors import InfeasibleBudget
+from kvprof.allocate.pareto import TIE
+from kvprof.allocate.solver import MAX_UNITS, solve
+from kvprof.errors import InfeasibleBudget, KvprofError
 from kvprof.records.formats import TENSORS, TensorName
 
 FULL = "full"
@@ -90,6 +91,8 @@ class Grammar(Protocol):
 
 def reach(grammar: Grammar, table: Table) -> tuple[int, int] | None:
     """Return what the cheapest and the dearest assignment of a grammar cost; None where the table allows none."""
+    if not all(table.cells.values()):
+        return None
     dearest_cell = max(cell.cost for row in table.cells.values() for cell in row.values())
     everything = len(table.cells) * dearest_cell
     ends = []
@@ -266,8 +269,11 @@ class FirstLastRest:
     def best(self, table: Table, capacity: int) -> Found | None:
         """Find the Pareto lists of keys and of values over all (first layers, last layers, formats), and join them.
 
-        A format's costs and losses are summed up along the layers once, so that any three ranges are three differences.
+        What a format costs and loses from one layer to another is summed up once for all such runs, so that any three
+        ranges are three numbers: no difference is taken, in which a large loss would drown the small ones.
         """
+        if sum(max(cell.cost for cell in row.values()) for row in table.cells.values() if row) >= MAX_UNITS:
+            raise KvprofError("costs of so many digits are beyond exact arithmetic; take a rounder budget.")
         keys, values = (self._pareto(table, tensor) for tensor in TENSORS)
         if not keys.costs.size or not values.costs.size:
             return None
@@ -277,7 +283,8 @@ class FirstLastRest:
             return None
         losses = keys.losses[fits] + values.losses[partner[fits]]
         costs = keys.costs[fits] + values.costs[partner[fits]]
-        best = fits[np.lexsort((costs, losses))[0]]
+        least = np.flatnonzero(losses <= losses.min() * (1 + TIE))
+        best = fits[least[np.argmin(costs[least])]]
         return Found(self.assigned(table, {"key": keys.ranges(best), "value": values.ranges(partner[best])}))
 
     def assigned(self, table: Table, ranges: Mapping[TensorName, Ranges]) -> Assignment:
@@ -320,11 +327,11 @@ class FirstLastRest:
         return None
 
     def _pareto(self, table: Table, tensor: TensorName) -> _Side:
-        layers = [layer for layer in table.layers if (layer, tensor) in table.cells]
+        layers = table.layers
         rows = [table.cells[layer, tensor] for layer in layers]
         names = [name for name in self.formats if any(name in row for row in rows)]
         costs, losses, absent = (
-            {name: np.concatenate([[0], np.cumsum([part(row.get(name)) for row in rows])]) for name in names}
+            {name: _runs([part(row.get(name)) for row in rows]) for name in names}
             for part in (_cost, _loss, _is_absent)
         )
         count = len(layers)
@@ -332,7 +339,7 @@ class FirstLastRest:
         cut = count - tails
 
         def summed(sums: Mapping[str, NDArray[Any]], first: str, last: str, rest: str) -> Any:
-            return sums[first][heads] + (sums[rest][cut] - sums[rest][heads]) + (sums[last][count] - sums[last][cut])
+            return sums[first][0, heads] + sums[rest][heads, cut] + sums[last][cut, count]
 
         triples = [(first, last, rest) for first in names for last in names for rest in names]
         found = []
@@ -345,10 +352,9 @@ class FirstLastRest:
             cost, loss = (summed(sums, *triple)[kept] for sums in (costs, losses))
             found.append(np.array([cost, loss, np.full(len(cost), number), heads[kept], tails[kept]]))
         columns = np.concatenate(found, axis=1) if found else np.zeros((5, 0))
-        # Every column is exact in a float64: costs are below 2^53, as the solver asks of its own.
         columns = columns[:, np.lexsort((columns[3] + columns[4], columns[1], columns[0]))]
         least = np.minimum.accumulate(columns[1])
-        better = np.concatenate([[True], columns[1][1:] < least[:-1]])[: columns.shape[1]]
+        better = np.concatenate([[True], columns[1][1:] < least[:-1] * (1 - TIE)])[: columns.shape[1]]
         cost, loss, number, head, tail = columns[:, better]
         return _Side(cost, loss, number, head, tail, triples, layers, table.num_layers)
 
@@ -378,6 +384,14 @@ class _Side(NamedTuple):
         )
 
 
+def _runs(numbers: Sequence[float]) -> NDArray[np.float64]:
+    """Return the sum of the numbers from one place up to another, at [from, to]."""
+    sums = np.zeros((len(numbers) + 1, len(numbers) + 1))
+    for start in range(len(numbers)):
+        sums[start, start + 1 :] = np.cumsum(np.array(numbers[start:], dtype=np.float64))
+    return sums
+
+
 def _cost(cell: Cell | None) -> int:
     return 0 if cell is None else cell.cost
 
@@ -405,16 +419,13 @@ def _everywhere(table: Table, key: str, value: str) -> dict[Place, str]:
 
 def _least(table: Table, capacity: int, candidates: Iterable[Found]) -> Found | None:
     """Return the best of some assignments that are allowed and fit, the first of equally good ones."""
-    best: tuple[float, int, Found] | None = None
-    proven = True
-    for found in candidates:
-        if not table.allows(found.assignment):
-            continue
-        cost, loss = table.total(found.assignment)
-        proven &= found.proven
-        if cost <= capacity and (best is None or (loss, cost) < best[:2]):
-            best = loss, cost, found
-    return None if best is None else best[2]._replace(proven=proven)
+    allowed = [found for found in candidates if table.allows(found.assignment)]
+    fitting = [(total, found) for found in allowed if (total := table.total(found.assignment)).cost <= capacity]
+    if not fitting:
+        return None
+    least = min(total.loss for total, _ in fitting) * (1 + TIE)
+    _, found = min((total.cost, place) for place, (total, _) in enumerate(fitting) if total.loss <= least)
+    return fitting[found][1]._replace(proven=all(each.proven for each in allowed))
 
 
 def _knapsack(table: Table, items: Sequence[Sequence[Assignment]], capacity: int) -> Found | None:

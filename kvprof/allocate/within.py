@@ -5,19 +5,23 @@ Reads Scores, a target and a limit; writes BitPlans. Does not know how a grammar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from typing_extensions import Unpack
 
-from kvprof.allocate.budget import Limit, stored_bits_per_element
+from kvprof.allocate.budget import CachedTensor, Limit, stored_bits_per_element
 from kvprof.allocate.candidates import Allowed
 from kvprof.allocate.grammars import FULL, Assignment, Cell, Table, reach
-from kvprof.allocate.measured import Measured, entries_of, planned_tensors
+from kvprof.allocate.measured import Measured, entries_of, measured_formats, planned_tensors, storage
 from kvprof.allocate.pricing import check_reach
 from kvprof.allocate.problem import ExactProblem
 from kvprof.allocate.rules import exact
 from kvprof.allocate.scored import every_format
 from kvprof.allocate.targets import Target
+from kvprof.allocate.task import PlanTask
 from kvprof.errors import InfeasibleBudget, InvalidFile, UsageError
-from kvprof.records.formats import TENSORS, parse_formats
+from kvprof.records.foreign import FOREIGN
+from kvprof.records.formats import TENSORS, format_named, parse_formats
 from kvprof.records.plan import BitPlan, Window
 from kvprof.records.scores import LOSS_INCREASE, Scores
 
@@ -45,9 +49,14 @@ def plan_within(
     window = window or target.window
     if target.grammar is None:
         return _for(exact(scores, limit, metric=LOSS_INCREASE, window=window, command=command, **allowed), target)
-    named = {**allowed, "formats": _formats(scores, target, allowed.get("formats"))}
-    problem = ExactProblem(scores, limit, LOSS_INCREASE, named, None, window, command)  # type: ignore[arg-type]
-    table = _table(problem, target)
+    named: Allowed = {
+        **allowed,
+        "formats": _formats(scores, target, allowed.get("formats"), allowed.get("group_size")),
+        "group_size": None,
+    }
+    problem = ExactProblem(scores, limit, LOSS_INCREASE, named, None, window, command)
+    rows = _Rows(problem, target)
+    table = rows.table()
     ends = reach(target.grammar, table)
     if ends is None:
         raise UsageError(
@@ -60,19 +69,28 @@ def plan_within(
     found = target.grammar.best(table, problem.prices.capacity(limit.amount))
     if found is None:
         raise InfeasibleBudget(f"no plan that {target.name} can be told fits {limit.amount} {limit.unit}.")
-    parts = _parts(problem, found.assignment)
+    parts = rows.parts(found.assignment)
     solver = problem.task.predicted("exact", parts, found.proven)
     return _for(problem.task.plan([part.format for part in parts], solver, limit), target)
 
 
-def unrestricted(scores: Scores, plan: BitPlan) -> BitPlan:
+def unrestricted(scores: Scores, plan: BitPlan, pins: Sequence[str] = (), min_key_bits: int | None = None) -> BitPlan:
     """Return the plan of least loss that stores no more bits than a plan does: any scored format for any tensor.
 
-    What it is predicted to lose less is the price of the restriction. Raises as `rules.exact` does.
+    What it is predicted to lose less is the price of the restriction. pins, min_key_bits: what the plan itself had to
+    obey. Raises as `rules.exact` does.
     """
     tensors = planned_tensors(plan, scores.geometry)
     same = Limit(stored_bits_per_element(tensors, entries_of(plan, tensors)), "stored")
-    return exact(scores, same, metric=LOSS_INCREASE, window=plan.window, formats=every_format(scores))
+    return exact(
+        scores,
+        same,
+        metric=LOSS_INCREASE,
+        window=plan.window,
+        formats=every_format(scores),
+        pins=pins,
+        min_key_bits=min_key_bits,
+    )
 
 
 def _for(plan: BitPlan, target: Target) -> BitPlan:
@@ -80,53 +98,94 @@ def _for(plan: BitPlan, target: Target) -> BitPlan:
     return plan.model_copy(update={"solver": plan.solver.model_copy(update={"target": target.name})})
 
 
-def _formats(scores: Scores, target: Target, asked: str | None) -> str:
+def _formats(scores: Scores, target: Target, asked: str | None, group_size: int | None) -> str:
     """Return the names that a plan may choose from, as `Allowed` takes them: the target's, of these what is asked for.
 
     Full precision loses nothing, and needs no score.
     """
     wanted = None if asked is None else parse_formats(asked)
     words = []
-    for tensor in TENSORS:
-        scored = {name for entry in scores.planned for name in entry.tensor(tensor).loss_increase or {}}
-        known = target.formats_of(tensor)
-        own = [name for name in known if name in scored or name == FULL]
-        if not any(name in scored for name in own):
+    for name in TENSORS:
+        tensors = [tensor for tensor in PlanTask(scores).tensors if tensor.name == name]
+        known = target.formats_of(name)
+        scored = [one for one in known if any(_scored_as(one, tensor, scores) for tensor in tensors)]
+        if not scored:
             raise UsageError(
-                f"these scores know none of {target.name}'s formats for {tensor}s: {', '.join(known)}.\n"
+                f"these scores know none of {target.name}'s formats for {name}s: {', '.join(known)}.\n"
                 f"  Measure them with `kvprof gradients --target {target.name}`."
             )
-        if wanted is not None and wanted[tensor]:
-            if unknown := [name for name in wanted[tensor] if name not in known]:
+        own = [one for one in known if one in scored or one == FULL]
+        for word in () if wanted is None else wanted[name]:
+            if word not in known:
+                raise UsageError(f"--formats: {target.name} knows no {word} for {name}s.\n  It has {', '.join(known)}.")
+            if word not in own:
                 raise UsageError(
-                    f"--formats: {target.name} knows no {unknown[0]} for {tensor}s.\n  It has {', '.join(known)}."
+                    f"--formats: {word} was not scored for {name}s.\n"
+                    f"  Of {target.name}'s there are {', '.join(scored)}."
                 )
-            own = [name for name in own if name in wanted[tensor]]
-        words += [f"{tensor}:{name}" for name in own]
+        if wanted is not None and wanted[name]:
+            own = [one for one in own if one in wanted[name]]
+        if group_size is not None:
+            own = [one for one in own if one not in FOREIGN or FOREIGN[one].block == group_size]
+            if not any(one in scored for one in own):
+                raise UsageError(f"--group-size {group_size}: none of {target.name}'s scored formats has such groups.")
+        words += [f"{name}:{one}" for one in own]
     return ",".join(words)
 
 
-def _table(problem: ExactProblem, target: Target) -> Table:
-    rows = zip(problem.task.tensors, problem.candidates, problem.prices.costs, strict=True)
-    cells = {
-        (tensor.layer, tensor.name): {
-            choice.format.name: Cell(cost, choice.loss) for choice, cost in zip(choices, costs, strict=True)
+def _scored_as(name: str, tensor: CachedTensor, scores: Scores) -> bool:
+    """Whether a tensor was scored in a target's format of this name; not where its heads cannot have it."""
+    try:
+        wanted = storage(format_named(name, tensor.name, tensor.head_dim), tensor.head_dim)
+    except UsageError:
+        return False
+    return any(storage(one.format, tensor.head_dim) == wanted for one in measured_formats(scores, tensor))
+
+
+class _Rows:
+    """The problem's candidates by the names that the target's grammar knows them by."""
+
+    def __init__(self, problem: ExactProblem, target: Target) -> None:
+        self._problem = problem
+        self._places = [
+            _by_name(tensor, choices, target)
+            for tensor, choices in zip(problem.task.tensors, problem.candidates, strict=True)
+        ]
+
+    def table(self) -> Table:
+        """Return what each tensor may have."""
+        problem = self._problem
+        rows = zip(problem.task.tensors, self._places, problem.candidates, problem.prices.costs, strict=True)
+        cells = {
+            (tensor.layer, tensor.name): {
+                name: Cell(costs[place], choices[place].loss) for name, place in places.items()
+            }
+            for tensor, places, choices, costs in rows
         }
-        for tensor, choices, costs in rows
-    }
-    return Table(cells, _num_layers(problem))
+        return Table(cells, _num_layers(problem.task.scores))
+
+    def parts(self, assignment: Assignment) -> list[Measured]:
+        """Return what was measured of each tensor's format."""
+        rows = zip(self._problem.task.tensors, self._places, self._problem.candidates, strict=True)
+        return [choices[places[assignment[tensor.layer, tensor.name]]] for tensor, places, choices in rows]
 
 
-def _num_layers(problem: ExactProblem) -> int:
-    scores = problem.task.scores
+def _by_name(tensor: CachedTensor, choices: Sequence[Measured], target: Target) -> dict[str, int]:
+    """Return, of a tensor's candidates, the place of each that a target has a name for."""
+    stored = {storage(choice.format, tensor.head_dim): place for place, choice in enumerate(choices)}
+    found = {}
+    for name in target.formats_of(tensor.name):
+        try:
+            form = format_named(name, tensor.name, tensor.head_dim)
+        except UsageError:  # heads of this dimension cannot have it
+            continue
+        place = stored.get(storage(form, tensor.head_dim))
+        if place is not None:
+            found[name] = place
+    return found
+
+
+def _num_layers(scores: Scores) -> int:
     if scores.geometry is not None:
         return scores.geometry.num_layers
     return scores.model.num_layers if scores.model is not None else len(scores.layers)
-
-
-def _parts(problem: ExactProblem, assignment: Assignment) -> list[Measured]:
-    found = []
-    for tensor, choices in zip(problem.task.tensors, problem.candidates, strict=True):
-        name = assignment[tensor.layer, tensor.name]
-        found.append(next(choice for choice in choices if choice.format.name == name))
-    return found

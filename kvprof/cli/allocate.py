@@ -141,6 +141,7 @@ def allocate(
         command=" ".join(["kvprof", *sys.argv[1:]]),
         **allowed,
     )
+    free = None if target is None else unrestricted(found, plan, pin or (), min_key_bits)
     written = plan.save(plan_path(plan, path, out, max_kl))
     show_plan(plan)
     if context is not None:
@@ -148,9 +149,8 @@ def allocate(
         asked = "" if memory is None else f", of {memory} asked for"
         print_plain(f"{held} bytes ({bytes_text(held)}) at {context} tokens x {batch or 1}{asked}")
     print_plain(f"from {path}")
-    if target is not None:
-        for line in restriction_lines(plan, unrestricted(found, plan)):
-            print_plain(line)
+    for line in [] if free is None else restriction_lines(plan, free):
+        print_plain(line)
     doubted = doubts(found, plan, tie=tie, **allowed)
     for line in stability_lines(doubted.stability):
         print_plain(line)

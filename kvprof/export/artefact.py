@@ -10,10 +10,12 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-from kvprof.allocate.grammars import FULL, Assignment
+from kvprof.allocate.budget import CachedTensor
+from kvprof.allocate.grammars import FULL, Assignment, Cell, Table, reach
 from kvprof.allocate.measured import planned_tensors
+from kvprof.allocate.pricing import written
 from kvprof.allocate.targets import WHOLE_CACHE, Target
-from kvprof.errors import Inexpressible
+from kvprof.errors import Inexpressible, UsageError
 from kvprof.records.foreign import FOREIGN
 from kvprof.records.formats import TENSORS, USUAL_AXIS, TensorName, format_named
 from kvprof.records.plan import BitPlan, TensorPlan
@@ -58,7 +60,7 @@ def told(plan: BitPlan, target: Target) -> Told:
             known = ", ".join(target.formats_of(tensor.name))
             raise refused(plan, target, f"{place} has {entry.name}; {target.name} knows {known}")
         if name != entry.name:
-            others[entry.name] = name
+            others[entry.name + (" (per channel)" if entry.axis == "channel" else "")] = name
         assignment[tensor.layer, tensor.name] = name
     assert target.grammar is not None
     problem = target.grammar.misfit(assignment, plan.model.num_layers)
@@ -98,8 +100,10 @@ def _name_for(entry: TensorPlan, target: Target, tensor: TensorName, head_dim: i
     if entry.name in known and (entry.is_foreign or entry.axis == USUAL_AXIS[tensor]):
         return entry.name
     stored = entry.bits, entry.stored_bits(head_dim)
+    own = FOREIGN[entry.scheme].family if entry.is_foreign else None
     for name in known:
-        if name in FOREIGN and FOREIGN[name].fits(head_dim):
+        # Of one family two formats are two things that its runtimes tell apart.
+        if name in FOREIGN and FOREIGN[name].family != own and FOREIGN[name].fits(head_dim):
             form = format_named(name, tensor, head_dim)
             if (form.bits, form.stored_bits(head_dim)) == stored:
                 return name
@@ -111,24 +115,63 @@ def _quantizer_remarks(target: Target, others: dict[str, str]) -> list[str]:
         return []
     pairs = ", ".join(f"{own} as {name}" for own, name in others.items())
     return [
-        f"scored with another quantizer than {target.name}'s: {pairs}, of the same bits but rounded otherwise; "
-        f"`kvprof gradients --target {target.name}` scores its own"
+        f"scored with another quantizer than {target.name}'s: {pairs}, of the same bits, but rounded otherwise and "
+        f"along each token's channels; `kvprof gradients --target {target.name}` scores its own"
     ]
+
+
+def skipped_remarks(plan: BitPlan, target: Target, does: str) -> list[str]:
+    """Return what a runtime does with the layers that a plan leaves alone, where there are any."""
+    if not plan.skipped:
+        return []
+    layers = ", ".join(str(entry.layer) for entry in plan.skipped)
+    return [f"the plan leaves layers {layers} alone; {target.name} {does}"]
 
 
 def refused(plan: BitPlan, target: Target, problem: str) -> Inexpressible:
     """Return the error for a plan that a target cannot be told, with the command that makes one that it can."""
-    budget = Fraction(math.ceil(_stored_bits(plan) * 10_000), 10_000)
-    return Inexpressible(
-        f"{target.name} cannot be told this plan: {problem}.\n  Make one that it can: kvprof allocate --target "
-        f"{target.name} --budget {float(budget):g}"
+    budget = _nearest_budget(plan, target)
+    advice = (
+        f"Make one that it can: kvprof allocate --target {target.name} --budget {budget}"
+        if budget is not None
+        else "No plan for heads like these can be made for it."
     )
+    return Inexpressible(f"{target.name} cannot be told this plan: {problem}.\n  {advice}")
 
 
-def _stored_bits(plan: BitPlan) -> Fraction:
+def _nearest_budget(plan: BitPlan, target: Target) -> str | None:
+    """Return the stored bits that a target can reach nearest to a plan's, as an option takes them; None for none."""
     tensors = planned_tensors(plan)
     entries = {entry.layer: entry for entry in plan.layers}
-    total = sum(
-        tensor.width * entries[tensor.layer].tensor(tensor.name).stored_bits(tensor.head_dim) for tensor in tensors
-    )
-    return Fraction(total) / sum(tensor.width for tensor in tensors)
+    own = {
+        (tensor.layer, tensor.name): entries[tensor.layer].tensor(tensor.name).stored_bits(tensor.head_dim)
+        for tensor in tensors
+    }
+    share = sum(tensor.width for tensor in tensors)
+    stored = Fraction(sum(tensor.width * own[tensor.layer, tensor.name] for tensor in tensors)) / share
+    if target.grammar is None:
+        return written(stored, "stored", math.ceil)
+    bits = {(tensor.layer, tensor.name): _stored_bits(tensor, target) for tensor in tensors}
+    unit = math.lcm(*(one.denominator for row in bits.values() for one in row.values()))
+    cells = {
+        (tensor.layer, tensor.name): {
+            name: Cell(int(tensor.width * one * unit), 0.0) for name, one in bits[tensor.layer, tensor.name].items()
+        }
+        for tensor in tensors
+    }
+    ends = reach(target.grammar, Table(cells, plan.model.num_layers))
+    if ends is None:
+        return None
+    low, high = (Fraction(end, unit * share) for end in ends)
+    return written(max(stored, low), "stored", math.ceil) if stored < high else written(high, "stored", math.floor)
+
+
+def _stored_bits(tensor: CachedTensor, target: Target) -> dict[str, Fraction]:
+    """Return what each of a target's formats stores of a tensor, those left out that its heads cannot have."""
+    found = {}
+    for name in target.formats_of(tensor.name):
+        try:
+            found[name] = format_named(name, tensor.name, tensor.head_dim).stored_bits(tensor.head_dim)
+        except UsageError:
+            continue
+    return found

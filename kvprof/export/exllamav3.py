@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 
 from kvprof.allocate.targets import Target
-from kvprof.export.artefact import Artefact, told
+from kvprof.export.artefact import Artefact, skipped_remarks, told
 from kvprof.records.foreign import FOREIGN
 from kvprof.records.plan import BitPlan
 
@@ -30,6 +30,8 @@ BITS = json.loads("""
 
 class PlannedCacheLayer(CacheLayer_quant):
     def __init__(self, config, attention, cache_id, max_num_tokens, **kwargs):
+        if str(attention.layer_idx) not in BITS:
+            raise KeyError(f"the plan gives no bits to layer {{attention.layer_idx}}")
         k_bits, v_bits = BITS[str(attention.layer_idx)]
         super().__init__(config, attention, cache_id, max_num_tokens, k_bits=k_bits, v_bits=v_bits, **kwargs)
 '''
@@ -44,4 +46,6 @@ def write_exllamav3(plan: BitPlan, target: Target) -> Artefact:
         for layer in layers
     }
     lines = ",\n".join(f'  "{layer}": {json.dumps(pair)}' for layer, pair in bits.items())
-    return Artefact(_TEXT.format(bits=f"{{\n{lines}\n}}"), ".py", found.remarks)
+    does = "must keep them apart, as it does sliding windows: the cache layer has no bits for them, and says so"
+    remarks = (*found.remarks, *skipped_remarks(plan, target, does))
+    return Artefact(_TEXT.format(bits=f"{{\n{lines}\n}}"), ".py", remarks)

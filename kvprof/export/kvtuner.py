@@ -115,27 +115,34 @@ def write_kvtuner(plan: BitPlan, target: Target) -> Artefact:
     The size of groups and the window stand in no file of KVTuner's: a comment and the remarks say them.
     Raises Inexpressible for any other plan, and where groups are not all of one size.
     """
-    sizes: set[int] = set()
+    if plan.skipped:
+        raise refused(plan, target, f"KVTuner needs bits for every layer, and layer {plan.skipped[0].layer} has none")
+    sizes: dict[str, set[int]] = {tensor: set() for tensor in TENSORS}
     rows = []
     for entry in plan.layers:
         for tensor in TENSORS:
             form = entry.tensor(tensor)
             place = f"the {tensor} of layer {entry.layer}"
-            is_kivi = form.scheme == "asymmetric" and form.clip == "none" and form.axis == USUAL_AXIS[tensor]
-            if not is_kivi or form.bits not in KVTUNER_BITS or form.recent_fraction:
-                raise refused(plan, target, f"{place} has {form.name}, KVTuner has int2, int4 and int8 as KIVI rounds")
-            sizes.add(form.group_size)
+            if form.scheme != "asymmetric" or form.clip != "none" or form.bits not in KVTUNER_BITS:
+                raise refused(
+                    plan, target, f"{place} has {form.name}, KVTuner has int2, int4 and int8 without clipping"
+                )
+            if form.axis != USUAL_AXIS[tensor]:
+                raise refused(plan, target, f"{place} has groups along axis {form.axis}, KVTuner the other")
+            if form.recent_fraction:
+                raise refused(plan, target, f"{place} keeps a share of the recent past in full precision")
+            sizes[tensor].add(form.group_size)
         rows.append(f"{entry.layer}:\n  nbits_key: {entry.key.bits}\n  nbits_value: {entry.value.bits}\n")
-    if len(sizes) > 1:
-        raise refused(plan, target, f"its groups have sizes {', '.join(map(str, sorted(sizes)))}, KVTuner takes one")
-    group_size, window = sizes.pop(), plan.window
+    found = sorted(set.union(*sizes.values()))
+    # Values' groups end with the head: a plan of larger ones says how large they are.
+    if any(len(each) > 1 for each in sizes.values()) or min(sizes["key"]) < max(sizes["value"]):
+        raise refused(plan, target, f"its groups have sizes {', '.join(map(str, found))}, KVTuner takes one")
+    group_size, window = found[-1], plan.window
     remarks = [
         f"run it with q_group_size={group_size}, residual_length={window.recent_tokens}, axis_key=1, axis_value=0"
     ]
     if window.sink_tokens:
         remarks.append(f"the plan keeps the first {window.sink_tokens} tokens in full precision, KVTuner none")
-    if plan.skipped:
-        remarks.append("KVTuner needs bits for every layer, and the plan leaves some alone")
     return Artefact("".join(rows), ".yaml", tuple(remarks))
 
 

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from kvprof.allocate.grammars import FirstLastRest
 from kvprof.allocate.targets import Target
-from kvprof.export.artefact import Artefact, told
+from kvprof.export.artefact import Artefact, skipped_remarks, told
 from kvprof.records.formats import TENSORS
 from kvprof.records.plan import BitPlan
 
 FLASH_ATTENTION = "-fa on"
 """Quantized values need it."""
+
+_ALL_LAYERS = "gives them the types of the layers around them"
 
 
 def write_llama_cpp(plan: BitPlan, target: Target) -> Artefact:
@@ -27,7 +29,7 @@ def write_llama_cpp(plan: BitPlan, target: Target) -> Artefact:
         target.formats[next(name for (_, side), name in found.assignment.items() if side == tensor)]
         for tensor in TENSORS
     )
-    remarks = [*found.remarks, *_skipped(plan, target)]
+    remarks = [*found.remarks, *skipped_remarks(plan, target, _ALL_LAYERS)]
     if key != value:
         remarks.append(
             f"on CUDA, keys and values of unlike types need a build with -DGGML_CUDA_FA_ALL_QUANTS=ON, or by newer "
@@ -52,11 +54,4 @@ def write_ik_llama_cpp(plan: BitPlan, target: Target) -> Artefact:
             words.append(f"{flag}-first {target.formats[ranges.first]},{ranges.first_layers}")
         if ranges.last_layers:
             words.append(f"{flag}-last {target.formats[ranges.last]},{ranges.last_layers}")
-    return Artefact(" ".join(words) + "\n", ".args", (*found.remarks, *_skipped(plan, target)))
-
-
-def _skipped(plan: BitPlan, target: Target) -> list[str]:
-    if not plan.skipped:
-        return []
-    layers = ", ".join(str(entry.layer) for entry in plan.skipped)
-    return [f"the plan leaves layers {layers} alone; {target.name} gives them the types of the layers around them"]
+    return Artefact(" ".join(words) + "\n", ".args", (*found.remarks, *skipped_remarks(plan, target, _ALL_LAYERS)))

@@ -10,7 +10,7 @@ import json
 from kvprof import __version__
 from kvprof.allocate.grammars import EachLayer
 from kvprof.allocate.targets import Target
-from kvprof.export.artefact import Artefact, told
+from kvprof.export.artefact import Artefact, skipped_remarks, told
 from kvprof.records.plan import BitPlan
 
 SCHEMA_VERSION = 1
@@ -32,7 +32,7 @@ def write_modelopt(plan: BitPlan, target: Target) -> Artefact:
         "producer": {"name": "kvprof", "version": __version__},
         "quantization": {
             "quant_algo": None,
-            "kv_cache_quant_algo": words.pop() if len(words) == 1 else MIXED,
+            "kv_cache_quant_algo": words.pop() if len(words) == 1 and not plan.skipped else MIXED,
             "kv_cache_quantized_layers": {
                 f"model.layers.{layer}.self_attn": {"quant_algo": word} for layer, word in layers.items()
             },
@@ -41,6 +41,7 @@ def write_modelopt(plan: BitPlan, target: Target) -> Artefact:
     }
     remarks = [
         *found.remarks,
+        *skipped_remarks(plan, target, "has no entry for them, and so leaves them in 16 bits"),
         "vLLM reads the layer map with its pull request 56116, which was open when this was checked; releases before "
         "it read one kv_cache_quant_algo for all layers, and refuse a file without quant_algo",
         "layers are named model.layers.N.self_attn: rename them where the checkpoint calls them otherwise",

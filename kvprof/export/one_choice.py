@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from kvprof.allocate.grammars import OneOfAll
 from kvprof.allocate.targets import Target
-from kvprof.export.artefact import Artefact, told
+from kvprof.export.artefact import Artefact, skipped_remarks, told
 from kvprof.records.foreign import FOREIGN
 from kvprof.records.plan import BitPlan
 
@@ -53,4 +53,4 @@ def _written(plan: BitPlan, target: Target, text: Callable[[str], str], suffix: 
     layer = plan.layers[0].layer
     pair = found.assignment[layer, "key"], found.assignment[layer, "value"]
     word = next(word for word, known in grammar.pairs.items() if known == pair)
-    return Artefact(text(word), suffix, found.remarks)
+    return Artefact(text(word), suffix, (*found.remarks, *skipped_remarks(plan, target, "makes no difference of them")))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kvprof.allocate.targets import Target
+from kvprof.errors import UsageError
 from kvprof.export.artefact import Artefact
 from kvprof.export.exllamav3 import write_exllamav3
 from kvprof.export.kvtuner import write_kvtuner
@@ -33,6 +34,10 @@ WRITERS: dict[str, Callable[[BitPlan, Target], Artefact]] = {
 }
 
 
+FILES = (".args", ".conf", ".json", ".py", ".sh", ".txt", ".yaml", ".yml")
+"""How the name of a file ends that `out` may be; any other name is a folder's."""
+
+
 def export(plan: BitPlan, target: Target, path: Path, out: Path | None = None) -> tuple[Artefact, Path]:
     """Return what a runtime is given of a plan, and where that goes; writes nothing.
 
@@ -40,6 +45,8 @@ def export(plan: BitPlan, target: Target, path: Path, out: Path | None = None) -
     Raises Inexpressible for a plan that the runtime cannot be told.
     """
     folder = path.parent if out is None else out
+    if out is not None and out.exists() and path.exists() and out.samefile(path):
+        raise UsageError(f"--out {out} is the plan itself.\n  Name another file, or a folder.")
     if target.name != "transformers":
         made = WRITERS[target.name](plan, target)
         return made, _place(path, folder, target, made.suffix)
@@ -49,6 +56,6 @@ def export(plan: BitPlan, target: Target, path: Path, out: Path | None = None) -
 
 
 def _place(path: Path, out: Path, target: Target, suffix: str) -> Path:
-    if out.suffix and not out.is_dir():
+    if out.suffix in FILES and not out.is_dir():
         return out
     return out / f"{path.stem.removesuffix(f'-{target.name}')}.{target.name}{suffix}"

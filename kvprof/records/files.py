@@ -58,8 +58,22 @@ def scores_for(target: str, outputs: Path = OUTPUTS) -> tuple[Path, Scores]:
 
     What is measured for a runtime lies in a folder of its name, within the model's.
     """
-    files = sorted(outputs.glob(f"*/{target}/gradients.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    return (files[0], Scores.load(files[0])) if files else newest_scores(LOSS_INCREASE, outputs)
+    files = filter(Path.is_file, outputs.glob(f"*/{target}/gradients.json"))
+    broken: InvalidFile | None = None
+    for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        try:
+            scores = Scores.load(path)
+        except InvalidFile as error:
+            broken = broken or error
+            continue
+        if LOSS_INCREASE in scores.metrics:
+            return path, scores
+    try:
+        return newest_scores(LOSS_INCREASE, outputs)
+    except InvalidFile:
+        if broken is not None:
+            raise broken from None
+        raise
 
 
 def _rank(path: Path, scores: Scores) -> tuple[bool, bool]:

@@ -142,6 +142,36 @@ def test_ranges_are_counted_over_all_layers_of_the_model() -> None:
     assert ranges.rest == "b"
 
 
+def test_one_huge_loss_drowns_no_other() -> None:
+    losses = [1e17, 1, 5, 1, 5]
+    cells = {}
+    for layer, loss in enumerate(losses):
+        cells[layer, "key"] = {"a": Cell(4, float(loss)), "b": Cell(8, 0.0)}
+        cells[layer, "value"] = {"a": Cell(4, 0.0)}
+    found = FirstLastRest(("a", "b")).best(Table(cells, 5), 4 * 10 + 4 * 4)
+    assert found is not None
+    assert Table(cells, 5).total(found.assignment).loss == 1
+
+
+@given(table=tables())
+@settings(max_examples=100, deadline=None)
+def test_of_equal_losses_the_cheapest_is_taken(table: Table) -> None:
+    flat = table.with_losses(lambda cell: 0.1 if cell.cost < 10 else 0.3)  # sums that differ in the last place
+    for grammar in GRAMMARS:
+        allowed = [
+            table.total(each)._replace(loss=flat.total(each).loss)
+            for each in every_assignment(table.layers)
+            if table.allows(each) and can_say(grammar, each, table.num_layers)
+        ]
+        found = grammar.best(flat, 10**6)
+        assert (found is None) == (not allowed)
+        if found is not None:
+            least = min(each.loss for each in allowed)
+            assert table.total(found.assignment).cost == min(
+                each.cost for each in allowed if each.loss <= least * (1 + 1e-12)
+            )
+
+
 def test_eighty_layers_of_eight_formats_are_solved_at_once() -> None:
     names = tuple("abcdefgh")
     cells = {

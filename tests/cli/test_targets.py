@@ -117,6 +117,86 @@ def test_what_does_not_go_together_is_said(words: list[str], message: str, here:
     assert sorted(here.iterdir()) == [scores]
 
 
+def test_a_format_that_was_not_scored_is_not_replaced_by_all_that_were(here: Path) -> None:
+    scores = save_scores(here / "scores.json")
+    for formats in ("key:iq4_nl", "iq4_nl", "key:q4_0,value:iq4_nl"):
+        words = ("--target", "llama.cpp", "--budget", "5", "--formats", formats, "--scores", scores)
+        said = kvprof("allocate", *words, "--out", "plan.json", code=2)
+        assert "iq4_nl was not scored" in said.stderr
+        assert not (here / "plan.json").exists()
+
+
+def test_formats_that_the_heads_cannot_have_leave_the_others(here: Path) -> None:
+    shape = {"layer": 0, "kind": "full", "kv_heads": 2, "key_head_dim": 64, "value_head_dim": 64}
+    losses = {"loss_increase": {"mlx4g64": 0.1, "mlx8g64": 0.01, "mlx4g128": 0.2}}
+    content = {
+        "schema": "kvprof.scores/1",
+        "geometry": {"dtype": "float16", "layers": [shape]},
+        "layers": [{"layer": 0, "key": losses, "value": losses}],
+    }
+    (here / "scores.json").write_text(json.dumps(content))
+    words = ("--target", "mlx-lm", "--scores", "scores.json", "--out", "plan.json")
+    kvprof("allocate", *words, "--budget", "5")
+    assert BitPlan.load("plan.json").layers[0].key.name == "mlx4g64"
+    kvprof("allocate", *words, "--budget", "8.5", "--group-size", "64")
+    assert BitPlan.load("plan.json").layers[0].key.name == "mlx8g64"
+    assert "no" in kvprof("allocate", *words, "--budget", "5", "--group-size", "32", code=2).stderr
+
+
+def test_small_heads_have_kvtuners_formats_too(here: Path) -> None:
+    shape = {"layer": 0, "kind": "full", "kv_heads": 2, "key_head_dim": 16, "value_head_dim": 16}
+    content = {
+        "schema": "kvprof.scores/1",
+        "geometry": {"dtype": "float16", "layers": [shape]},
+        "layers": [
+            {
+                "layer": 0,
+                "key": {"loss_increase": {"int2g32": 0.1, "int8g32": 0.01}},
+                "value": {"loss_increase": {"int2g16": 0.1, "int8g16": 0.01}},
+            }
+        ],
+    }
+    (here / "scores.json").write_text(json.dumps(content))
+    words = ("--target", "kvtuner", "--scores", "scores.json", "--out", "plan.json")
+    kvprof("allocate", *words, "--budget", "7")
+    assert kvprof("export", "plan.json", "--to", "kvtuner").stdout == "0:\n  nbits_key: 8\n  nbits_value: 2\n"
+
+
+@pytest.mark.parametrize("name", ["llama.cpp", "vllm", "modelopt", "exllamav3", "kvtuner", "mlx-lm", "sglang"])
+@pytest.mark.parametrize("form", ["rot2", "full", "int6g128"])
+def test_the_command_that_a_refusal_names_is_within_the_runtimes_reach(name: str, form: str, here: Path) -> None:
+    target = TARGETS[name]
+    shape = {"layer": 0, "kind": "full", "kv_heads": 2, "key_head_dim": 64, "value_head_dim": 64}
+    losses = {
+        tensor: {
+            "loss_increase": {one: 0.1 for one in (*target.formats_of(tensor), "rot2", "int6g128") if one != "full"}
+        }
+        for tensor in ("key", "value")
+    }
+    content = {
+        "schema": "kvprof.scores/1",
+        "geometry": {"dtype": "float16", "layers": [shape]},
+        "layers": [{"layer": 0, **losses}],
+    }
+    (here / "scores.json").write_text(json.dumps(content))
+    kvprof("allocate", "--rule", "uniform", "--formats", form, "--scores", "scores.json", "--out", "plan.json")
+    if form == "full" and "full" in target.formats_of("key"):
+        kvprof("export", "plan.json", "--to", name)
+        return
+    advice = kvprof("export", "plan.json", "--to", name, code=4).stderr.split("kvprof ")[1].split()
+    kvprof(*advice, "--scores", "scores.json", "--out", "other.json")
+    kvprof("export", "other.json", "--to", name)
+
+
+def test_a_plan_is_not_replaced_by_its_artefact(here: Path) -> None:
+    scores = save_scores(here / "scores.json")
+    kvprof("allocate", "--target", "llama.cpp", "--budget", "5", "--scores", scores, "--out", "plan.json")
+    assert "the plan itself" in kvprof("export", "plan.json", "--to", "llama.cpp", "--out", "plan.json", code=2).stderr
+    BitPlan.load("plan.json")
+    kvprof("export", "plan.json", "--to", "llama.cpp", "--out", "llama.cpp")
+    assert (here / "llama.cpp" / "plan.llama.cpp.args").exists()
+
+
 def test_formats_narrow_the_choice_of_a_runtime(here: Path) -> None:
     scores = save_scores(here / "scores.json")
     words = ("--formats", "key:q8_0,value:q4_1", "--scores", scores, "--out", "plan.json")
