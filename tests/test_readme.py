@@ -15,6 +15,7 @@ import pytest
 from folders import save_folder, save_text
 from quickstart import Quickstart
 
+from kvprof.allocate.targets import TARGETS
 from kvprof.cli.app import COMMANDS
 
 ROOT = Path(__file__).parents[1]
@@ -99,6 +100,7 @@ def test_every_flag_named_in_the_readme_exists() -> None:
         ).stdout
         for command in COMMANDS
     )
+    help_texts += "".join(target.artefact for target in TARGETS.values())  # other runtimes' flags
     prose = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", prose)):
         assert flag in help_texts, flag
