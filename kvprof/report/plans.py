@@ -160,7 +160,8 @@ def loss_remarks(scores: Scores, window: Window, for_target: bool = False) -> li
     remarks = []
     foreign = [name for name in _scored_names(scores) if name in FOREIGN]
     if foreign and not for_target:
-        remarks.append(f"left out, as they are other runtimes' (see --target): {', '.join(foreign)}")
+        names = ", ".join(foreign)
+        remarks.append(f"passed over, as no plan of kvprof's can store them: {names} (other runtimes': see --target)")
     unknown = [name for name in scores.passed_over if not _is_format(name)]
     unfit = [name for name in scores.passed_over if _is_format(name)]
     if unknown:

@@ -141,7 +141,8 @@ def test_max_kl_writes_the_cheapest_plan_and_says_what_it_is(outputs: Path, monk
         (("allocate", "--budget", "2", "--formats", "int4g64,rot3"), 3, ["or loosen --formats"]),
         (("allocate", "--max-kl", "1e-6", "--pin", "key:*=2"), 3, ["or loosen --pin"]),
         (("allocate", "--budget", "3", "--formats", "int5g64"), 2, ["was not scored", "int2g128"]),
-        (("allocate", "--budget", "3", "--formats", "q4_0"), 2, ["'q4_0' is no format"]),
+        (("allocate", "--budget", "3", "--formats", "q4_1"), 2, ["q4_1 was not scored"]),
+        (("allocate", "--budget", "3", "--formats", "MXFP4"), 2, ["'MXFP4' is no format"]),
         (("allocate", "--budget", "3", "--tie", "all"), 2, ["unknown --tie 'all'", "key-value"]),
         (("allocate", "--budget", "3", "--min-key-bits", "17"), 2, ["min-key-bits"]),
         (
