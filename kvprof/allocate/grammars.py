@@ -68,6 +68,12 @@ class Table:
         )
 
 
+def pairs_of(assignment: Assignment) -> dict[int, tuple[str, str]]:
+    """Return the formats of each layer's keys and values, layers ascending."""
+    layers = sorted({layer for layer, _ in assignment})
+    return {layer: (assignment[layer, "key"], assignment[layer, "value"]) for layer in layers}
+
+
 class Found(NamedTuple):
     """The best assignment of a grammar. proven: whether no other of it loses less, for certain."""
 
@@ -81,6 +87,12 @@ class Grammar(Protocol):
     @property
     def words(self) -> str:
         """What can be expressed, in words."""
+
+    def formats_of(self, tensor: TensorName) -> tuple[str, ...]:
+        """Return the formats that keys or values can have, by name."""
+
+    def choices(self) -> Mapping[str, tuple[str, ...]]:
+        """Return what the runtime has a word for: the word, and a format, or that of keys and that of values."""
 
     def best(self, table: Table, capacity: int) -> Found | None:
         """Return the assignment of least loss whose cost fits, the cheapest of such; None where none fits."""
@@ -105,10 +117,45 @@ def reach(grammar: Grammar, table: Table) -> tuple[int, int] | None:
 
 
 @dataclass(frozen=True)
-class EachTensor:
-    """Any of its formats for each tensor."""
+class _OfFormats:
+    """A grammar that names formats for keys and for values apart."""
 
     formats: tuple[str, ...]
+
+    def formats_of(self, tensor: TensorName) -> tuple[str, ...]:
+        """Return the formats that keys or values can have, by name."""
+        return self.formats
+
+    def choices(self) -> Mapping[str, tuple[str, ...]]:
+        """Return each format by its name."""
+        return {name: (name,) for name in self.formats}
+
+
+@dataclass(frozen=True)
+class _OfPairs:
+    """A grammar with words for a format of keys and one of values together.
+
+    pairs: the runtime's word to the formats of keys and values.
+    """
+
+    pairs: Mapping[str, tuple[str, str]]
+
+    def formats_of(self, tensor: TensorName) -> tuple[str, ...]:
+        """Return the formats that keys or values can have, by name."""
+        return tuple(dict.fromkeys(pair[TENSORS.index(tensor)] for pair in self.pairs.values()))
+
+    def choices(self) -> Mapping[str, tuple[str, ...]]:
+        """Return each word with its formats."""
+        return self.pairs
+
+    def word_for(self, pair: tuple[str, str]) -> str:
+        """Return the first word for a pair of formats, which is one of `pairs`."""
+        return next(word for word, known in self.pairs.items() if known == pair)
+
+
+@dataclass(frozen=True)
+class EachTensor(_OfFormats):
+    """Any of its formats for each tensor."""
 
     words = "any format for each layer's keys and values"
 
@@ -129,10 +176,8 @@ class EachTensor:
 
 
 @dataclass(frozen=True)
-class EachLayer:
-    """A pair of formats for each layer. pairs: the runtime's word to the formats of keys and values."""
-
-    pairs: Mapping[str, tuple[str, str]]
+class EachLayer(_OfPairs):
+    """A pair of formats for each layer."""
 
     words = "one choice for each layer, keys and values alike"
 
@@ -146,18 +191,15 @@ class EachLayer:
 
     def misfit(self, assignment: Assignment, num_layers: int) -> str | None:
         """Return why an assignment cannot be expressed, or None where it can."""
-        for layer in sorted({layer for layer, _ in assignment}):
-            pair = assignment[layer, "key"], assignment[layer, "value"]
+        for layer, pair in pairs_of(assignment).items():
             if pair not in self.pairs.values():
                 return f"layer {layer} has keys in {pair[0]} and values in {pair[1]}; {self.words}"
         return None
 
 
 @dataclass(frozen=True)
-class OneOfAll:
-    """One pair of formats for all layers. pairs: as `EachLayer` has them."""
-
-    pairs: Mapping[str, tuple[str, str]]
+class OneOfAll(_OfPairs):
+    """One pair of formats for all layers."""
 
     words = "one choice for all layers"
 
@@ -171,10 +213,8 @@ class OneOfAll:
 
 
 @dataclass(frozen=True)
-class KeysAndValues:
+class KeysAndValues(_OfFormats):
     """One format for all keys, and one for all values."""
-
-    formats: tuple[str, ...]
 
     words = "one format for all keys, one for all values"
 
@@ -189,17 +229,20 @@ class KeysAndValues:
 
 
 @dataclass(frozen=True)
-class SomeInFull:
+class SomeInFull(_OfPairs):
     """One pair of formats for all layers but some, which stay in full precision.
 
-    pairs: as `EachLayer` has them. ends: of each word, how many layers at either end of the model it leaves in full
-    precision by itself; words that are not there leave none.
+    ends: of each word, how many layers at either end of the model it leaves in full precision by itself; words that
+    are not there leave none.
     """
 
-    pairs: Mapping[str, tuple[str, str]]
     ends: Mapping[str, int]
 
     words = "one format for the layers, any of which can stay in 16 bits"
+
+    def formats_of(self, tensor: TensorName) -> tuple[str, ...]:
+        """Return the formats that keys or values can have, by name."""
+        return (*super().formats_of(tensor), FULL)
 
     def best(self, table: Table, capacity: int) -> Found | None:
         """Solve for each pair a knapsack of two choices a layer."""
@@ -208,12 +251,8 @@ class SomeInFull:
             forced = self.forced(word, table.num_layers)
             items = []
             for layer in table.layers:
-                choices = (
-                    [_layer(layer, FULL, FULL)]
-                    if layer in forced
-                    else [_layer(layer, *pair), _layer(layer, FULL, FULL)]
-                )
-                items.append([choice for choice in choices if table.allows(choice)])
+                quantized = [] if layer in forced else [_layer(layer, *pair)]
+                items.append([each for each in (*quantized, _layer(layer, FULL, FULL)) if table.allows(each)])
             solution = _knapsack(table, items, capacity)
             if solution is not None:
                 found.append(solution)
@@ -226,13 +265,9 @@ class SomeInFull:
 
     def word_of(self, assignment: Assignment, num_layers: int) -> str | None:
         """Return the first word that can express an assignment, or None."""
-        layers = sorted({layer for layer, _ in assignment})
-        full = {layer for layer in layers if (assignment[layer, "key"], assignment[layer, "value"]) == (FULL, FULL)}
-        others = {(assignment[layer, "key"], assignment[layer, "value"]) for layer in layers if layer not in full}
+        quantized = {layer: pair for layer, pair in pairs_of(assignment).items() if pair != (FULL, FULL)}
         for word, pair in self.pairs.items():
-            if others <= {pair} and all(
-                layer in full or layer not in layers for layer in self.forced(word, num_layers)
-            ):
+            if set(quantized.values()) <= {pair} and quantized.keys().isdisjoint(self.forced(word, num_layers)):
                 return word
         return None
 
@@ -259,10 +294,8 @@ class Ranges(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FirstLastRest:
+class FirstLastRest(_OfFormats):
     """For all keys, and for all values: a format for the first layers, one for the last, and one for the rest."""
-
-    formats: tuple[str, ...]
 
     words = "keys and values apart: the first layers, the last ones and the rest, each in a format"
 
@@ -300,8 +333,8 @@ class FirstLastRest:
 
     def ranges_of(self, assignment: Assignment, tensor: TensorName, num_layers: int) -> Ranges | None:
         """Return the ranges that a side of an assignment is made of, the fewest and shortest; None where it is not."""
-        names = [assignment[layer, tensor] for layer in sorted(layer for layer, name in assignment if name == tensor)]
         layers = sorted(layer for layer, name in assignment if name == tensor)
+        names = [assignment[layer, tensor] for layer in layers]
         runs = [(name, len(list(run))) for name, run in itertools.groupby(names)]
         if len(runs) > 3:
             return None
@@ -330,10 +363,11 @@ class FirstLastRest:
         layers = table.layers
         rows = [table.cells[layer, tensor] for layer in layers]
         names = [name for name in self.formats if any(name in row for row in rows)]
-        costs, losses, absent = (
-            {name: _runs([part(row.get(name)) for row in rows]) for name in names}
-            for part in (_cost, _loss, _is_absent)
+        nothing = Cell(0, 0.0)
+        costs, losses = (
+            {name: _runs([row.get(name, nothing)[part] for row in rows]) for name in names} for part in (0, 1)
         )
+        absent = {name: _runs([name not in row for row in rows]) for name in names}
         count = len(layers)
         heads, tails = np.array([(head, tail) for head in range(count + 1) for tail in range(count + 1 - head)]).T
         cut = count - tails
@@ -392,18 +426,6 @@ def _runs(numbers: Sequence[float]) -> NDArray[np.float64]:
     return sums
 
 
-def _cost(cell: Cell | None) -> int:
-    return 0 if cell is None else cell.cost
-
-
-def _loss(cell: Cell | None) -> float:
-    return 0.0 if cell is None else cell.loss
-
-
-def _is_absent(cell: Cell | None) -> int:
-    return int(cell is None)
-
-
 def _by_tensor(item: tuple[Place, object]) -> tuple[int, int]:
     (layer, tensor), _ = item
     return TENSORS.index(tensor), layer
@@ -460,8 +482,7 @@ def _uneven(assignment: Assignment) -> str | None:
 def _mixed(assignment: Assignment, pairs: Iterable[tuple[str, str]], words: str) -> str | None:
     known = set(pairs) | {(FULL, FULL)}
     found: dict[tuple[str, str], int] = {}
-    for layer in sorted({layer for layer, _ in assignment}):
-        pair = assignment[layer, "key"], assignment[layer, "value"]
+    for layer, pair in pairs_of(assignment).items():
         if pair not in known:
             return f"layer {layer} has keys in {pair[0]} and values in {pair[1]}; {words}"
         found.setdefault(pair, layer)

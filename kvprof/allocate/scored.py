@@ -147,10 +147,7 @@ def every_format(scores: Scores) -> str:
     """Return, as `Allowed` takes names, all that was scored and a plan can have: other runtimes' and 16 bits too."""
     words = []
     for tensor in TENSORS:
-        names: dict[str, None] = {}
-        for entry in scores.planned:
-            names |= dict.fromkeys(entry.tensor(tensor).loss_increase or {})
-        words += [f"{tensor}:{name}" for name in names if name not in scores.passed_over]
+        words += [f"{tensor}:{name}" for name in scores.scored_formats(tensor) if name not in scores.passed_over]
         words.append(f"{tensor}:full")
     return ",".join(words)
 

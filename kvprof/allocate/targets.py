@@ -5,9 +5,10 @@ Plain data. Does not know how a plan is solved within a grammar (within.py), nor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
 from dataclasses import dataclass
 
+from kvprof.allocate.budget import CachedTensor
 from kvprof.allocate.grammars import (
     FULL,
     EachLayer,
@@ -20,7 +21,7 @@ from kvprof.allocate.grammars import (
 )
 from kvprof.errors import UsageError, did_you_mean
 from kvprof.records.foreign import EXL3, FOREIGN, GGML, MLX
-from kvprof.records.formats import TENSORS, TensorName, format_named
+from kvprof.records.formats import TENSORS, Format, TensorName, format_named
 from kvprof.records.plan import USUAL_WINDOW, Window
 
 WHOLE_CACHE = Window(sink_tokens=0, recent_tokens=0)
@@ -31,34 +32,51 @@ WHOLE_CACHE = Window(sink_tokens=0, recent_tokens=0)
 class Target:
     """A runtime that plans can be made for.
 
-    grammar: what it can be told; None where it obeys any plan of kvprof's own formats. formats: of its grammar, by
-    name, to the runtime's own word for them. window: what it keeps in full precision. artefact: what `kvprof export`
-    writes. since: the version that understands it. checked: what was held against what.
+    grammar: what it can be told; None where it obeys any plan of kvprof's own formats. artefact: what `kvprof export`
+    writes. since: the version that understands it. checked: what was held against what. window: what it keeps in full
+    precision. full: its own word for 16 bits.
     """
 
     name: str
     grammar: Grammar | None
-    formats: Mapping[str, str]
-    window: Window
     artefact: str
     since: str
     checked: str
+    window: Window = WHOLE_CACHE
+    full: str = FULL
 
     def formats_of(self, tensor: TensorName) -> tuple[str, ...]:
-        """Return the formats, by name, that keys or values can have."""
-        if isinstance(self.grammar, EachLayer | OneOfAll | SomeInFull):
-            names = [pair[TENSORS.index(tensor)] for pair in self.grammar.pairs.values()]
-            return tuple(dict.fromkeys([*names, *([FULL] if isinstance(self.grammar, SomeInFull) else [])]))
-        return tuple(self.formats)
+        """Return the formats, by name, that keys or values can have; none where any of kvprof's own will do."""
+        return () if self.grammar is None else self.grammar.formats_of(tensor)
+
+    def forms(self, tensor: CachedTensor) -> dict[str, Format]:
+        """Return the formats by name that a tensor can have, those left out that its heads cannot."""
+        found = {}
+        for name in self.formats_of(tensor.name):
+            with contextlib.suppress(UsageError):
+                found[name] = format_named(name, tensor.name, tensor.head_dim)
+        return found
+
+    @property
+    def to_score(self) -> dict[TensorName, tuple[str, ...]] | None:
+        """The formats that its plans need scores of; None where kvprof's usual ones will do."""
+        if self.grammar is None:
+            return None
+        return {tensor: tuple(name for name in self.formats_of(tensor) if name != FULL) for tensor in TENSORS}
+
+    def word(self, name: str) -> str:
+        """Return the runtime's own word for a format that it knows by the name that kvprof has for it."""
+        return self.full if name == FULL else name
 
     def stored_bits(self) -> list[tuple[str, str]]:
         """Return each of the runtime's own words with the bits that an element then stores; D is the head dimension."""
-        if not isinstance(self.grammar, EachLayer | OneOfAll | SomeInFull):
-            return [(word, _stored_bits(name)) for name, word in self.formats.items()]
-        return [
-            (word, _stored_bits(key) if key == value else f"K {_stored_bits(key)} V {_stored_bits(value)}")
-            for word, (key, value) in self.grammar.pairs.items()
-        ]
+        if self.grammar is None:
+            return []
+        rows = []
+        for word, forms in self.grammar.choices().items():
+            bits = dict.fromkeys(map(_stored_bits, forms))
+            rows.append((self.word(word), next(iter(bits)) if len(bits) == 1 else "K {} V {}".format(*bits)))
+        return rows
 
     @property
     def words(self) -> str:
@@ -81,13 +99,7 @@ def _stored_bits(name: str) -> str:
     return f"{float(format_named(name, 'value').stored_bits()):g}"
 
 
-def _words(*names: str) -> dict[str, str]:
-    return {name: name for name in names}
-
-
-_FLOAT16 = {FULL: "f16"}
-_LLAMA_CPP = _words(*(name for name in GGML if name != "q6_0")) | _FLOAT16
-_IK_LLAMA_CPP = _words(*GGML) | _FLOAT16
+_LLAMA_CPP = (*(name for name in GGML if name != "q6_0"), FULL)
 _FP8 = {"fp8_e4m3": ("fp8_e4m3", "fp8_e4m3"), "fp8_e5m2": ("fp8_e5m2", "fp8_e5m2")}
 _NVFP4 = ("nvfp4", "nvfp4")
 _AUTO = (FULL, FULL)
@@ -97,7 +109,7 @@ _TURBO = {
     "turboquant_k3v4_nc": ("turbo_k3", "turbo_v4"),
     "turboquant_3bit_nc": ("turbo_k3", "turbo_v3"),
 }
-_MLX = {name: (name, name) for name in MLX} | {FULL: _AUTO}
+_MLX = {name: (name, name) for name in MLX}
 _VLLM = _FP8 | {"nvfp4": _NVFP4} | _TURBO
 _SGLANG = {"auto": _AUTO} | _FP8 | {"fp4_e2m1": ("fp4_e2m1", "fp4_e2m1")}
 _LMDEPLOY = {"0": _AUTO, "4": ("lmdeploy_int4", "lmdeploy_int4"), "8": ("lmdeploy_int8", "lmdeploy_int8")}
@@ -105,15 +117,10 @@ _TENSORRT = {"auto": _AUTO, "fp8": ("fp8_e4m3", "fp8_e4m3"), "nvfp4": _NVFP4}
 _MODELOPT = {"FP8": ("fp8_e4m3", "fp8_e4m3"), "NVFP4": _NVFP4}
 
 
-def _formats(pairs: Mapping[str, tuple[str, str]]) -> dict[str, str]:
-    return {name: word for word, pair in reversed(list(pairs.items())) for name in pair}
-
-
 _ALL = (
     Target(
         name="transformers",
         grammar=None,
-        formats={},
         window=USUAL_WINDOW,
         artefact="a Python script that generates through PlanCache",
         since="transformers 5.23",
@@ -121,27 +128,23 @@ _ALL = (
     ),
     Target(
         name="ik_llama.cpp",
-        grammar=FirstLastRest(tuple(_IK_LLAMA_CPP)),
-        formats=_IK_LLAMA_CPP,
-        window=WHOLE_CACHE,
+        grammar=FirstLastRest((*GGML, FULL)),
         artefact="flags: -ctk T -ctk-first T,N -ctk-last T,M -ctv ...",
         since="April 2026 (pull requests 1599 and 1626)",
         checked="flags and precedence against common/common.cpp and src/llama.cpp; not run",
+        full="f16",
     ),
     Target(
         name="llama.cpp",
-        grammar=KeysAndValues(tuple(_LLAMA_CPP)),
-        formats=_LLAMA_CPP,
-        window=WHOLE_CACHE,
+        grammar=KeysAndValues(_LLAMA_CPP),
         artefact="flags: -ctk T -ctv T -fa on",
         since="a build whose -fa takes on, off or auto",
         checked="types against common/arg.cpp; quantizers bit for bit against gguf's",
+        full="f16",
     ),
     Target(
         name="vllm",
         grammar=SomeInFull(_VLLM, dict.fromkeys(_TURBO, 2)),
-        formats=_formats(_VLLM) | {FULL: "auto"},
-        window=WHOLE_CACHE,
         artefact="flags: --kv-cache-dtype X --kv-cache-dtype-skip-layers ...",
         since="the release that has --kv-cache-dtype-skip-layers (pull requests 33695, 38479)",
         checked="flags against vllm/config/cache.py, TurboQuant's bytes against its config.py; not run",
@@ -149,8 +152,6 @@ _ALL = (
     Target(
         name="modelopt",
         grammar=EachLayer(_MODELOPT),
-        formats=_formats(_MODELOPT),
-        window=WHOLE_CACHE,
         artefact="hf_quant_config.json, schema version 1",
         since="Model-Optimizer with pull request 2272; vLLM reads it with pull request 56116, open when checked",
         checked="fields against Model-Optimizer's own unit tests; not run",
@@ -158,8 +159,6 @@ _ALL = (
     Target(
         name="sglang",
         grammar=OneOfAll(_SGLANG),
-        formats=_formats(_SGLANG),
-        window=WHOLE_CACHE,
         artefact="flag: --kv-cache-dtype X",
         since="the release that has fp4_e2m1; for fp8 any",
         checked="values against docs/advanced_features/quantized_kv_cache.md; not run",
@@ -167,8 +166,6 @@ _ALL = (
     Target(
         name="lmdeploy",
         grammar=OneOfAll(_LMDEPLOY),
-        formats=_formats(_LMDEPLOY),
-        window=WHOLE_CACHE,
         artefact="flag: --quant-policy N",
         since="0.4.0",
         checked="values and rounding against docs/en/quantization/kv_quant.md and fill_kv_cache.py; not run",
@@ -176,26 +173,20 @@ _ALL = (
     Target(
         name="tensorrt-llm",
         grammar=OneOfAll(_TENSORRT),
-        formats=_formats(_TENSORRT),
-        window=WHOLE_CACHE,
         artefact="YAML: kv_cache_config: dtype: X",
         since="a release whose YAML has kv_cache_config (1.1 does)",
         checked="field against llm_args.py and the published examples; not run",
     ),
     Target(
         name="mlx-vlm",
-        grammar=OneOfAll({name: pair for name, pair in _MLX.items() if name != FULL}),
-        formats=_words(*MLX),
-        window=WHOLE_CACHE,
+        grammar=OneOfAll(_MLX),
         artefact="flags: --kv-bits B --kv-group-size G --quantized-kv-start 0",
         since="the release that has --quantized-kv-start",
         checked="flags against docs/cli/generate.md; not run",
     ),
     Target(
         name="mlx-lm",
-        grammar=EachLayer(_MLX),
-        formats=_words(*MLX) | {FULL: "KVCache"},
-        window=WHOLE_CACHE,
+        grammar=EachLayer(_MLX | {FULL: _AUTO}),
         artefact="a Python snippet that builds the prompt cache",
         since="the release that has QuantizedKVCache",
         checked="names and arguments against mlx_lm/models/cache.py, rounding against mlx's CPU source; not run",
@@ -203,8 +194,6 @@ _ALL = (
     Target(
         name="exllamav3",
         grammar=EachTensor(tuple(EXL3)),
-        formats={name: str(form.bits) for name, form in EXL3.items()},
-        window=WHOLE_CACHE,
         artefact="a Python snippet with a cache layer of its own, and its bits as JSON",
         since="the release whose CacheLayer_quant takes cache_id",
         checked="constructor against exllamav3/cache/quant.py, rounding against q_cache_kernels.cuh; not run",
@@ -212,7 +201,6 @@ _ALL = (
     Target(
         name="kvtuner",
         grammar=EachTensor(("int2g32", "int4g32", "int8g32")),
-        formats={"int2g32": "2", "int4g32": "4", "int8g32": "8"},
         window=Window(sink_tokens=0, recent_tokens=32),
         artefact="YAML: layer: {nbits_key: B, nbits_value: B}",
         since="any",

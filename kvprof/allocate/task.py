@@ -36,10 +36,7 @@ def usual_window(
     own: of a runtime that the plan is for, instead of the latter two.
     """
     window = own or (USUAL_WINDOW if scores.decoding is None else scores.decoding.window)
-    return Window(
-        sink_tokens=window.sink_tokens if sink_tokens is None else sink_tokens,
-        recent_tokens=window.recent_tokens if recent_tokens is None else recent_tokens,
-    )
+    return window.with_tokens(sink_tokens, recent_tokens)
 
 
 def without_sinks(window: Window) -> Window:
@@ -110,18 +107,23 @@ class PlanTask:
 
     def plan(self, formats: Sequence[Format], solver: Solver, limit: Limit | None = None) -> BitPlan:
         """Return the plan that stores each tensor in its format. limit: what was asked for."""
-        scores, geometry = self.scores, self.scores.geometry
         return assemble(
             self.tensors,
             formats,
-            model=scores.model or ModelInfo(num_layers=geometry.num_layers if geometry else len(scores.layers)),
-            geometry=geometry,
+            model=self.model,
+            geometry=self.scores.geometry,
             quantizer=Quantizer(),
             window=self.window,
             solver=solver,
             provenance=Provenance(scores=self.digest, command=self.command),
             limit=limit,
         )
+
+    @cached_property
+    def model(self) -> ModelInfo:
+        """The scores' model; of scores that name none, as many layers as they speak of."""
+        scores, geometry = self.scores, self.scores.geometry
+        return scores.model or ModelInfo(num_layers=geometry.num_layers if geometry else len(scores.layers))
 
     @cached_property
     def digest(self) -> str:

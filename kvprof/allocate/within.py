@@ -21,7 +21,7 @@ from kvprof.allocate.targets import Target
 from kvprof.allocate.task import PlanTask
 from kvprof.errors import InfeasibleBudget, InvalidFile, UsageError
 from kvprof.records.foreign import FOREIGN
-from kvprof.records.formats import TENSORS, format_named, parse_formats
+from kvprof.records.formats import TENSORS, parse_formats
 from kvprof.records.plan import BitPlan, Window
 from kvprof.records.scores import LOSS_INCREASE, Scores
 
@@ -104,11 +104,12 @@ def _formats(scores: Scores, target: Target, asked: str | None, group_size: int 
     Full precision loses nothing, and needs no score.
     """
     wanted = None if asked is None else parse_formats(asked)
+    tensors = PlanTask(scores).tensors
     words = []
     for name in TENSORS:
-        tensors = [tensor for tensor in PlanTask(scores).tensors if tensor.name == name]
         known = target.formats_of(name)
-        scored = [one for one in known if any(_scored_as(one, tensor, scores) for tensor in tensors)]
+        found = {one for tensor in tensors if tensor.name == name for one in _scored(tensor, target, scores)}
+        scored = [one for one in known if one in found]
         if not scored:
             raise UsageError(
                 f"these scores know none of {target.name}'s formats for {name}s: {', '.join(known)}.\n"
@@ -133,15 +134,6 @@ def _formats(scores: Scores, target: Target, asked: str | None, group_size: int 
     return ",".join(words)
 
 
-def _scored_as(name: str, tensor: CachedTensor, scores: Scores) -> bool:
-    """Whether a tensor was scored in a target's format of this name; not where its heads cannot have it."""
-    try:
-        wanted = storage(format_named(name, tensor.name, tensor.head_dim), tensor.head_dim)
-    except UsageError:
-        return False
-    return any(storage(one.format, tensor.head_dim) == wanted for one in measured_formats(scores, tensor))
-
-
 class _Rows:
     """The problem's candidates by the names that the target's grammar knows them by."""
 
@@ -162,7 +154,7 @@ class _Rows:
             }
             for tensor, places, choices, costs in rows
         }
-        return Table(cells, _num_layers(problem.task.scores))
+        return Table(cells, problem.task.model.num_layers)
 
     def parts(self, assignment: Assignment) -> list[Measured]:
         """Return what was measured of each tensor's format."""
@@ -170,22 +162,12 @@ class _Rows:
         return [choices[places[assignment[tensor.layer, tensor.name]]] for tensor, places, choices in rows]
 
 
+def _scored(tensor: CachedTensor, target: Target, scores: Scores) -> dict[str, int]:
+    return _by_name(tensor, measured_formats(scores, tensor), target)
+
+
 def _by_name(tensor: CachedTensor, choices: Sequence[Measured], target: Target) -> dict[str, int]:
-    """Return, of a tensor's candidates, the place of each that a target has a name for."""
-    stored = {storage(choice.format, tensor.head_dim): place for place, choice in enumerate(choices)}
-    found = {}
-    for name in target.formats_of(tensor.name):
-        try:
-            form = format_named(name, tensor.name, tensor.head_dim)
-        except UsageError:  # heads of this dimension cannot have it
-            continue
-        place = stored.get(storage(form, tensor.head_dim))
-        if place is not None:
-            found[name] = place
-    return found
-
-
-def _num_layers(scores: Scores) -> int:
-    if scores.geometry is not None:
-        return scores.geometry.num_layers
-    return scores.model.num_layers if scores.model is not None else len(scores.layers)
+    """Return, of what was measured of a tensor, the place of each format that a target has a name for."""
+    places = {storage(choice.format, tensor.head_dim): place for place, choice in enumerate(choices)}
+    named = {name: storage(form, tensor.head_dim) for name, form in target.forms(tensor).items()}
+    return {name: places[stored] for name, stored in named.items() if stored in places}

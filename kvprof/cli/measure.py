@@ -133,7 +133,6 @@ def gradients(
     from kvprof.profile.decoder import Decoder, read_formats
     from kvprof.profile.request import SEQUENCES_UNTIL_STABLE, USUAL_SEQUENCES, SensitivitySettings
     from kvprof.profile.sensitivity import run_sensitivity
-    from kvprof.records.formats import TENSORS
     from kvprof.records.partial import read_share
     from kvprof.records.plan import USUAL_WINDOW
     from kvprof.records.runs import OUTPUTS, output_folder, slug
@@ -145,13 +144,12 @@ def gradients(
     source = resolve(model)
     runtime = None if target is None else target_named(target)
     window = USUAL_WINDOW if runtime is None else runtime.window
-    if sink_tokens is not None or recent_tokens is not None:
-        asked = {"sink_tokens": sink_tokens, "recent_tokens": recent_tokens}
-        window = window.model_copy(update={name: tokens for name, tokens in asked.items() if tokens is not None})
-    names = read_formats(formats)
-    if runtime is not None and names is None and runtime.formats:
-        names = {tensor: tuple(name for name in runtime.formats_of(tensor) if name != "full") for tensor in TENSORS}
-    decoder = Decoder(names, window, suffix_fraction, passes_over=formats is None)
+    decoder = Decoder(
+        read_formats(formats) if formats is not None or runtime is None else runtime.to_score,
+        window.with_tokens(sink_tokens, recent_tokens),
+        suffix_fraction,
+        passes_over=formats is None,
+    )
     if sequences is None:
         sequences = SEQUENCES_UNTIL_STABLE if until_stable else USUAL_SEQUENCES
     settings = SensitivitySettings(

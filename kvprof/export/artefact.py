@@ -10,12 +10,12 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-from kvprof.allocate.budget import CachedTensor
+from kvprof.allocate.budget import stored_bits_per_element
 from kvprof.allocate.grammars import FULL, Assignment, Cell, Table, reach
-from kvprof.allocate.measured import planned_tensors
+from kvprof.allocate.measured import entries_of, planned_tensors
 from kvprof.allocate.pricing import written
 from kvprof.allocate.targets import WHOLE_CACHE, Target
-from kvprof.errors import Inexpressible, UsageError
+from kvprof.errors import Inexpressible
 from kvprof.records.foreign import FOREIGN
 from kvprof.records.formats import TENSORS, USUAL_AXIS, TensorName, format_named
 from kvprof.records.plan import BitPlan, TensorPlan
@@ -47,10 +47,9 @@ def told(plan: BitPlan, target: Target) -> Told:
     A format of another quantizer stands for the target's own of equally wide codes and equal stored bits, with a
     remark: the bytes are the same, the rounding is not what was scored.
     """
-    entries = {entry.layer: entry for entry in plan.layers}
+    tensors = planned_tensors(plan)
     assignment, others = {}, {}
-    for tensor in planned_tensors(plan):
-        entry = entries[tensor.layer].tensor(tensor.name)
+    for tensor, entry in zip(tensors, entries_of(plan, tensors), strict=True):
         head_dim = tensor.head_dim or (entry.group_size if entry.is_foreign else None)
         place = f"the {tensor.name} of layer {tensor.layer}"
         if entry.recent_fraction and not entry.is_full:
@@ -69,14 +68,13 @@ def told(plan: BitPlan, target: Target) -> Told:
     return Told(assignment, (*_quantizer_remarks(target, others), *window_remarks(plan, target)))
 
 
-def told_own(plan: BitPlan, target: Target) -> tuple[str, ...]:
-    """See to it that a plan is of kvprof's own formats alone, and return no remarks; raises Inexpressible."""
+def check_own(plan: BitPlan, target: Target) -> None:
+    """Raise Inexpressible for a plan that is not of kvprof's own formats alone."""
     for entry in plan.layers:
         for tensor in TENSORS:
             form = entry.tensor(tensor)
             if form.is_foreign:
                 raise refused(plan, target, f"the {tensor} of layer {entry.layer} has {form.name}, another runtime's")
-    return ()
 
 
 def window_remarks(plan: BitPlan, target: Target) -> list[str]:
@@ -142,36 +140,19 @@ def refused(plan: BitPlan, target: Target, problem: str) -> Inexpressible:
 def _nearest_budget(plan: BitPlan, target: Target) -> str | None:
     """Return the stored bits that a target can reach nearest to a plan's, as an option takes them; None for none."""
     tensors = planned_tensors(plan)
-    entries = {entry.layer: entry for entry in plan.layers}
-    own = {
-        (tensor.layer, tensor.name): entries[tensor.layer].tensor(tensor.name).stored_bits(tensor.head_dim)
-        for tensor in tensors
-    }
-    share = sum(tensor.width for tensor in tensors)
-    stored = Fraction(sum(tensor.width * own[tensor.layer, tensor.name] for tensor in tensors)) / share
+    stored = stored_bits_per_element(tensors, entries_of(plan, tensors))
     if target.grammar is None:
         return written(stored, "stored", math.ceil)
-    bits = {(tensor.layer, tensor.name): _stored_bits(tensor, target) for tensor in tensors}
-    unit = math.lcm(*(one.denominator for row in bits.values() for one in row.values()))
-    cells = {
+    bits = {
         (tensor.layer, tensor.name): {
-            name: Cell(int(tensor.width * one * unit), 0.0) for name, one in bits[tensor.layer, tensor.name].items()
+            name: tensor.width * form.stored_bits(tensor.head_dim) for name, form in target.forms(tensor).items()
         }
         for tensor in tensors
     }
+    unit = math.lcm(*(one.denominator for row in bits.values() for one in row.values()))
+    cells = {place: {name: Cell(int(one * unit), 0.0) for name, one in row.items()} for place, row in bits.items()}
     ends = reach(target.grammar, Table(cells, plan.model.num_layers))
     if ends is None:
         return None
-    low, high = (Fraction(end, unit * share) for end in ends)
+    low, high = (Fraction(end, unit * sum(tensor.width for tensor in tensors)) for end in ends)
     return written(max(stored, low), "stored", math.ceil) if stored < high else written(high, "stored", math.floor)
-
-
-def _stored_bits(tensor: CachedTensor, target: Target) -> dict[str, Fraction]:
-    """Return what each of a target's formats stores of a tensor, those left out that its heads cannot have."""
-    found = {}
-    for name in target.formats_of(tensor.name):
-        try:
-            found[name] = format_named(name, tensor.name, tensor.head_dim).stored_bits(tensor.head_dim)
-        except UsageError:
-            continue
-    return found

@@ -6,8 +6,7 @@ Source: `exllamav3/cache/quant.py` (CacheLayer_quant(config, attention, cache_id
 
 from __future__ import annotations
 
-import json
-
+from kvprof.allocate.grammars import pairs_of
 from kvprof.allocate.targets import Target
 from kvprof.export.artefact import Artefact, skipped_remarks, told
 from kvprof.records.foreign import FOREIGN
@@ -40,12 +39,8 @@ class PlannedCacheLayer(CacheLayer_quant):
 def write_exllamav3(plan: BitPlan, target: Target) -> Artefact:
     """Return the module for a plan of 2 to 8 bits for each layer's keys and values."""
     found = told(plan, target)
-    layers = sorted({layer for layer, _ in found.assignment})
-    bits = {
-        str(layer): [FOREIGN[found.assignment[layer, "key"]].bits, FOREIGN[found.assignment[layer, "value"]].bits]
-        for layer in layers
-    }
-    lines = ",\n".join(f'  "{layer}": {json.dumps(pair)}' for layer, pair in bits.items())
+    pairs = pairs_of(found.assignment).items()
+    lines = ",\n".join(f'  "{layer}": [{FOREIGN[key].bits}, {FOREIGN[value].bits}]' for layer, (key, value) in pairs)
     does = "must keep them apart, as it does sliding windows: the cache layer has no bits for them, and says so"
     remarks = (*found.remarks, *skipped_remarks(plan, target, does))
     return Artefact(_TEXT.format(bits=f"{{\n{lines}\n}}"), ".py", remarks)

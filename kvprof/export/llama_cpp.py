@@ -10,7 +10,7 @@ what is written here never does.
 
 from __future__ import annotations
 
-from kvprof.allocate.grammars import FirstLastRest
+from kvprof.allocate.grammars import FirstLastRest, pairs_of
 from kvprof.allocate.targets import Target
 from kvprof.export.artefact import Artefact, skipped_remarks, told
 from kvprof.records.formats import TENSORS
@@ -25,10 +25,7 @@ _ALL_LAYERS = "gives them the types of the layers around them"
 def write_llama_cpp(plan: BitPlan, target: Target) -> Artefact:
     """Return llama.cpp's flags for a plan of one type for keys and one for values."""
     found = told(plan, target)
-    key, value = (
-        target.formats[next(name for (_, side), name in found.assignment.items() if side == tensor)]
-        for tensor in TENSORS
-    )
+    key, value = map(target.word, next(iter(pairs_of(found.assignment).values())))
     remarks = [*found.remarks, *skipped_remarks(plan, target, _ALL_LAYERS)]
     if key != value:
         remarks.append(
@@ -49,9 +46,9 @@ def write_ik_llama_cpp(plan: BitPlan, target: Target) -> Artefact:
     for tensor, flag in zip(TENSORS, ("-ctk", "-ctv"), strict=True):
         ranges = grammar.ranges_of(found.assignment, tensor, plan.model.num_layers)
         assert ranges is not None
-        words.append(f"{flag} {target.formats[ranges.rest]}")
+        words.append(f"{flag} {target.word(ranges.rest)}")
         if ranges.first_layers:
-            words.append(f"{flag}-first {target.formats[ranges.first]},{ranges.first_layers}")
+            words.append(f"{flag}-first {target.word(ranges.first)},{ranges.first_layers}")
         if ranges.last_layers:
-            words.append(f"{flag}-last {target.formats[ranges.last]},{ranges.last_layers}")
+            words.append(f"{flag}-last {target.word(ranges.last)},{ranges.last_layers}")
     return Artefact(" ".join(words) + "\n", ".args", (*found.remarks, *skipped_remarks(plan, target, _ALL_LAYERS)))

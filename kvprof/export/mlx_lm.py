@@ -6,7 +6,7 @@ as `prompt_cache` is left as it is where `kv_bits` is not given (`mlx_lm/generat
 
 from __future__ import annotations
 
-from kvprof.allocate.grammars import FULL
+from kvprof.allocate.grammars import FULL, pairs_of
 from kvprof.allocate.targets import Target
 from kvprof.export.artefact import Artefact, told
 from kvprof.records.foreign import FOREIGN
@@ -36,9 +36,9 @@ def planned_cache(model):
 def write_mlx_lm(plan: BitPlan, target: Target) -> Artefact:
     """Return the module for a plan whose layers have equal bits and groups for keys and values."""
     found = told(plan, target)
-    entries = []
-    for layer in sorted({layer for layer, _ in found.assignment}):
-        name = found.assignment[layer, "key"]
-        if name != FULL:
-            entries.append(f"{layer}: ({FOREIGN[name].bits}, {FOREIGN[name].block})")
+    entries = [
+        f"{layer}: ({FOREIGN[name].bits}, {FOREIGN[name].block})"
+        for layer, (name, _) in pairs_of(found.assignment).items()
+        if name != FULL
+    ]
     return Artefact(_TEXT.format(entries=", ".join(entries)), ".py", found.remarks)

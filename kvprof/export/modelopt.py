@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 
 from kvprof import __version__
-from kvprof.allocate.grammars import EachLayer
+from kvprof.allocate.grammars import EachLayer, pairs_of
 from kvprof.allocate.targets import Target
 from kvprof.export.artefact import Artefact, skipped_remarks, told
 from kvprof.records.plan import BitPlan
@@ -22,11 +22,7 @@ def write_modelopt(plan: BitPlan, target: Target) -> Artefact:
     found = told(plan, target)
     grammar = target.grammar
     assert isinstance(grammar, EachLayer)
-    word_of = {pair: word for word, pair in grammar.pairs.items()}
-    layers = {
-        layer: word_of[found.assignment[layer, "key"], found.assignment[layer, "value"]]
-        for layer in sorted({layer for layer, _ in found.assignment})
-    }
+    layers = {layer: grammar.word_for(pair) for layer, pair in pairs_of(found.assignment).items()}
     words = set(layers.values())
     config = {
         "producer": {"name": "kvprof", "version": __version__},

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvprof.allocate.grammars import OneOfAll
+from kvprof.allocate.grammars import OneOfAll, pairs_of
 from kvprof.allocate.targets import Target
 from kvprof.export.artefact import Artefact, skipped_remarks, told
 from kvprof.records.foreign import FOREIGN
@@ -50,7 +50,9 @@ def _written(plan: BitPlan, target: Target, text: Callable[[str], str], suffix: 
     found = told(plan, target)
     grammar = target.grammar
     assert isinstance(grammar, OneOfAll)
-    layer = plan.layers[0].layer
-    pair = found.assignment[layer, "key"], found.assignment[layer, "value"]
-    word = next(word for word, known in grammar.pairs.items() if known == pair)
-    return Artefact(text(word), suffix, (*found.remarks, *skipped_remarks(plan, target, "makes no difference of them")))
+    pair = next(iter(pairs_of(found.assignment).values()))
+    return Artefact(
+        text(grammar.word_for(pair)),
+        suffix,
+        (*found.remarks, *skipped_remarks(plan, target, "makes no difference of them")),
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvprof.allocate.targets import Target
-from kvprof.export.artefact import Artefact, told_own
+from kvprof.export.artefact import Artefact, check_own
 from kvprof.records.plan import BitPlan
 
 _TEXT = """\
@@ -24,7 +24,8 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))
 
 def write_transformers(plan: BitPlan, target: Target, place: str) -> Artefact:
     """Return the script for a plan of kvprof's own formats. place: of the plan's file, from the script's folder."""
-    remarks = list(told_own(plan, target))
+    check_own(plan, target)
+    remarks = []
     if plan.model.id is None:
         remarks.append("the plan names no model: put its folder or hub id in the script's resolve(...)")
     text = _TEXT.format(model=plan.model.id or "MODEL", plan=f"/{place}")

@@ -9,7 +9,7 @@ themselves, which are written out all the same.
 
 from __future__ import annotations
 
-from kvprof.allocate.grammars import FULL, SomeInFull
+from kvprof.allocate.grammars import FULL, SomeInFull, pairs_of
 from kvprof.allocate.targets import Target
 from kvprof.export.artefact import Artefact, told
 from kvprof.records.plan import BitPlan
@@ -20,13 +20,12 @@ def write_vllm(plan: BitPlan, target: Target) -> Artefact:
     found = told(plan, target)
     grammar = target.grammar
     assert isinstance(grammar, SomeInFull)
-    full = {layer for (layer, _), name in found.assignment.items() if name == FULL}
-    if full == {layer for layer, _ in found.assignment}:
+    pairs = pairs_of(found.assignment)
+    full = {layer for layer, pair in pairs.items() if pair == (FULL, FULL)}
+    if len(full) == len(pairs):
         return Artefact("--kv-cache-dtype auto\n", ".args", found.remarks)
     word = grammar.word_of(found.assignment, plan.model.num_layers)
-    skipped = sorted(
-        full | {entry.layer for entry in plan.skipped or ()} | grammar.forced(str(word), plan.model.num_layers)
-    )
+    skipped = sorted(full | {entry.layer for entry in plan.skipped or ()})
     flags = f"--kv-cache-dtype {word}"
     if skipped:
         flags += " --kv-cache-dtype-skip-layers " + " ".join(map(str, skipped))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from kvprof.calibration.sequences import CalibrationSet
 from kvprof.errors import UsageError
-from kvprof.records.formats import TENSORS, Format, TensorName, can_rotate, format_named, parse_formats
+from kvprof.records.formats import TENSORS, Format, TensorName, format_named, parse_formats
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import USUAL_WINDOW, Quantizer, Window, head_dim_of, quantized_tokens
 from kvprof.records.scores import DecodingSetup, suffix_start
@@ -69,28 +69,29 @@ def formats_of(geometry: CacheGeometry, decoder: Decoder) -> Formats:
             if decoder.formats is None:
                 found[layer.layer, tensor] = usual_formats(tensor, head_dim)
             elif names := decoder.formats[tensor]:
-                forms = _named(names, tensor, head_dim, decoder.passes_over)
-                found[layer.layer, tensor] = tuple({form.name: form for form in forms}.values())
+                found[layer.layer, tensor] = _named(names, tensor, head_dim, decoder.passes_over)
     return found
 
 
-def _named(names: Sequence[str], tensor: TensorName, head_dim: int, passes_over: bool) -> list[Format]:
-    forms = []
+def _named(names: Sequence[str], tensor: TensorName, head_dim: int, passes_over: bool) -> tuple[Format, ...]:
+    """Return formats by name, each once."""
+    forms: dict[str, Format] = {}
     for name in names:
         try:
-            forms.append(format_named(name, tensor, head_dim))
+            form = format_named(name, tensor, head_dim)
         except UsageError:
             if not passes_over:
                 raise
+        else:
+            forms.setdefault(form.name, form)
     if not forms:
         raise UsageError(f"{tensor} heads of {head_dim} channels can have none of {', '.join(names)}.")
-    return forms
+    return tuple(forms.values())
 
 
 def usual_formats(tensor: TensorName, head_dim: int) -> tuple[Format, ...]:
     """Return the formats to try where none are named, those left out that heads of this dimension cannot have."""
-    names = [name for name in USUAL_FORMATS[tensor] if not name.startswith("rot") or can_rotate(head_dim)]
-    return tuple({form.name: form for form in (format_named(name, tensor, head_dim) for name in names)}.values())
+    return _named(USUAL_FORMATS[tensor], tensor, head_dim, passes_over=True)
 
 
 def readable(formats: Formats, decoder: Decoder, longest: int) -> tuple[Formats, str | None]:

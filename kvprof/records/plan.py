@@ -75,6 +75,13 @@ class Window(Record):
     sink_tokens: Count
     recent_tokens: Count
 
+    def with_tokens(self, sink_tokens: int | None = None, recent_tokens: int | None = None) -> Window:
+        """Return the window with other numbers of tokens, where they are given."""
+        return Window(
+            sink_tokens=self.sink_tokens if sink_tokens is None else sink_tokens,
+            recent_tokens=self.recent_tokens if recent_tokens is None else recent_tokens,
+        )
+
 
 USUAL_WINDOW = Window(sink_tokens=4, recent_tokens=128)
 """What plans keep in full precision where nothing else is said: four sinks cost nothing and spare most of the loss."""

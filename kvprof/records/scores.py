@@ -350,6 +350,13 @@ class Scores(Document):
             )
         )
 
+    def scored_formats(self, tensor: TensorName) -> tuple[str, ...]:
+        """Return the names of all formats that keys, or values, of a planned layer have a `loss_increase` of."""
+        names: dict[str, None] = {}
+        for entry in self.planned:
+            names |= dict.fromkeys(entry.tensor(tensor).loss_increase or {})
+        return tuple(names)
+
     @property
     def passed_over(self) -> tuple[str, ...]:
         """The formats of `loss_increase` that no plan can have: another runtime's, or no format of such heads."""

@@ -158,7 +158,8 @@ def _partly_predicted(scores: Scores) -> str | None:
 def loss_remarks(scores: Scores, window: Window, for_target: bool = False) -> list[str]:
     """Return what a reader should know of plans made by `loss_increase`, of this window."""
     remarks = []
-    foreign = [name for name in _scored_names(scores) if name in FOREIGN]
+    scored = dict.fromkeys(name for tensor in TENSORS for name in scores.scored_formats(tensor))
+    foreign = [name for name in scored if name in FOREIGN]
     if foreign and not for_target:
         names = ", ".join(foreign)
         remarks.append(f"passed over, as no plan of kvprof's can store them: {names} (other runtimes': see --target)")
@@ -175,14 +176,6 @@ def loss_remarks(scores: Scores, window: Window, for_target: bool = False) -> li
             f"{_window_text(window)}: the predicted KL is of the former"
         )
     return remarks
-
-
-def _scored_names(scores: Scores) -> list[str]:
-    names: dict[str, None] = {}
-    for entry in scores.planned:
-        for tensor in TENSORS:
-            names |= dict.fromkeys(entry.tensor(tensor).loss_increase or {})
-    return list(names)
 
 
 def _format_cells(form: TensorPlan) -> list[str]:

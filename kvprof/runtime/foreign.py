@@ -42,11 +42,8 @@ def _ggml(blocks: Tensor, form: ForeignFormat) -> Tensor:
     if form.name == "q8_0":
         step = blocks.abs().amax(-1, keepdim=True) / 127
         return _half_away(blocks * _inverse(step)) * _float16(step)
-    if form.name.endswith("_1"):  # from the minimum up
-        low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
-        step = (high - low) / ((1 << form.bits) - 1)
-        codes = ((blocks - low) * _inverse(step) + 0.5).trunc().clamp(0, (1 << form.bits) - 1)
-        return codes * _float16(step) + _float16(low)
+    if form.name.endswith("_1"):
+        return _from_minimum(blocks, form.bits)
     # Of the entry that is largest in magnitude the sign counts: its code is the lowest, which has no counterpart.
     half = 1 << (form.bits - 1)
     step = _largest(blocks) / -half
@@ -150,10 +147,7 @@ def _turboquant(blocks: Tensor, form: ForeignFormat) -> Tensor:
     A key is its norm times a direction; what its codes stand for is brought to that norm (the `nc` of the dtypes).
     """
     if form.name.startswith("turbo_v"):
-        low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
-        scale = (high - low) / ((1 << form.bits) - 1)
-        codes = ((blocks - low) * _inverse(scale) + 0.5).floor().clamp(0, (1 << form.bits) - 1)
-        return codes * _float16(scale) + _float16(low)
+        return _from_minimum(blocks, form.bits)
     size = blocks.shape[-1]
     turn = rotation(size, 0, blocks.dtype, blocks.device) / math.sqrt(size)
     norm = torch.linalg.vector_norm(blocks, dim=-1, keepdim=True)
@@ -174,6 +168,15 @@ _ROUNDERS: dict[Family, Callable[[Tensor, ForeignFormat], Tensor]] = {
     "lmdeploy": _lmdeploy,
     "turboquant": _turboquant,
 }
+
+
+def _from_minimum(blocks: Tensor, bits: int) -> Tensor:
+    """Round in equal steps from a block's minimum to its maximum; step and minimum are kept in float16."""
+    low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
+    top = (1 << bits) - 1
+    step = (high - low) / top
+    codes = ((blocks - low) * _inverse(step) + 0.5).trunc().clamp(0, top)
+    return codes * _float16(step) + _float16(low)
 
 
 def _largest(blocks: Tensor) -> Tensor:
