@@ -131,7 +131,8 @@ _ALL = (
         grammar=FirstLastRest((*GGML, FULL)),
         artefact="flags: -ctk T -ctk-first T,N -ctk-last T,M -ctv ...",
         since="April 2026 (pull requests 1599 and 1626)",
-        checked="flags and precedence against common/common.cpp and src/llama.cpp; not run",
+        checked="flags and precedence against common/common.cpp and src/llama.cpp; not run. A GGUF of the Llama family "
+        "has a key's channels in another order than the checkpoint that is scored",
         full="f16",
     ),
     Target(
@@ -139,7 +140,9 @@ _ALL = (
         grammar=KeysAndValues(_LLAMA_CPP),
         artefact="flags: -ctk T -ctv T -fa on",
         since="a build whose -fa takes on, off or auto",
-        checked="types against common/arg.cpp; quantizers bit for bit against gguf's",
+        checked="types against common/arg.cpp, and run (llama-cpp-python 0.3.36); quantizers bit for bit against gguf's, "
+        "but for what it does before: it turns keys and values by a Hadamard matrix (pull request 21038), and a GGUF "
+        "of the Llama family has a key's channels in another order",
         full="f16",
     ),
     Target(
