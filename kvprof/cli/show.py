@@ -8,27 +8,31 @@ from typing import Annotated
 
 import typer
 
-from kvprof.errors import UsageError, did_you_mean
-
-File = Annotated[Path, typer.Argument(help="A Scores, BitPlan, Evaluation, Frontier, Audit or Benchmark file.")]
+File = Annotated[
+    Path, typer.Argument(help="A Scores, BitPlan, Evaluation, Frontier, Audit, Benchmark or Spectra file.")
+]
 
 
 def show(file: File) -> None:
-    """Print any Scores, BitPlan, Evaluation, Frontier, Audit or Benchmark file as a table."""
+    """Print any Scores, BitPlan, Evaluation, Frontier, Audit, Benchmark or Spectra file as a table."""
     from kvprof.records.audit import Audit
     from kvprof.records.benchmark import Benchmark
     from kvprof.records.evaluation import Evaluation
     from kvprof.records.frontier import Frontier
     from kvprof.records.kinds import load_any
     from kvprof.records.plan import BitPlan
+    from kvprof.records.spectra import Spectra
     from kvprof.report.audits import show_audit
     from kvprof.report.benchmarks import show_benchmark
+    from kvprof.report.console import print_result
     from kvprof.report.evaluations import show_evaluation
     from kvprof.report.frontiers import show_frontier
     from kvprof.report.plans import show_plan
+    from kvprof.report.spectra import show_spectra
     from kvprof.report.tables import show_scores
 
     document = load_any(file)
+    print_result(document)
     if isinstance(document, BitPlan):
         show_plan(document)
     elif isinstance(document, Evaluation):
@@ -39,6 +43,8 @@ def show(file: File) -> None:
         show_audit(document)
     elif isinstance(document, Benchmark):
         show_benchmark(document)
+    elif isinstance(document, Spectra):
+        show_spectra(document)
     else:
         show_scores(document)
 
@@ -50,8 +56,9 @@ def validate(
     ] = None,
 ) -> None:
     """Exit with 0, or say what is wrong with a file (1), or that it is for another model than the one named (4)."""
+    from kvprof.records.answers import Validated
     from kvprof.records.kinds import load_any
-    from kvprof.report.console import print_plain
+    from kvprof.report.console import print_plain, print_result
 
     document = load_any(file)
     if model is not None:
@@ -59,16 +66,21 @@ def validate(
         from kvprof.models.load import resolve
 
         check_fits(document, resolve(model))
+    print_result(Validated(file=str(file), kind=document.kind, model=model))
     print_plain(f"{file}: a valid {document.kind} file" + (f", and it fits {model}" if model else ""))
 
 
 def schema(
-    kind: Annotated[str, typer.Argument(help="`scores`, `plan`, `evaluation`, `frontier`, `audit` or `benchmark`.")],
+    kind: Annotated[
+        str,
+        typer.Argument(
+            help="A kind of file (`scores`, `plan`, `evaluation`, `frontier`, `audit`, `benchmark` ...), a command, or "
+            "`estimate` for what --dry-run answers."
+        ),
+    ],
 ) -> None:
-    """Print the JSON Schema of Scores, BitPlan, Evaluation, Frontier, Audit or Benchmark files."""
-    from kvprof.records.kinds import KINDS
-    from kvprof.report.console import print_plain
+    """Print the JSON Schema of a kind of file, or of what a command prints under --json."""
+    from kvprof.records.schemas import schema_for
+    from kvprof.report.console import print_json
 
-    if kind not in KINDS:
-        raise UsageError(f"unknown kind of file {kind!r}: {did_you_mean(kind, KINDS)}")
-    print_plain(json.dumps(KINDS[kind].model_json_schema(by_alias=True), indent=2))
+    print_json(json.dumps(schema_for(kind), indent=2) + "\n")

@@ -17,13 +17,8 @@ from kvprof.models.load import ModelSource, load_config
 from kvprof.models.pinning import pin
 from kvprof.models.streaming import is_streamed
 from kvprof.models.weights import LayerWeights, stream_projections
-from kvprof.records.audit import Audit
-from kvprof.records.benchmark import Benchmark
-from kvprof.records.evaluation import Evaluation
-from kvprof.records.frontier import Frontier
 from kvprof.records.geometry import CacheGeometry
-from kvprof.records.plan import BitPlan
-from kvprof.records.scores import Scores
+from kvprof.records.kinds import AnyFile
 
 
 class Fingerprint:
@@ -79,7 +74,7 @@ def checkpoint_fingerprint(source: ModelSource, geometry: CacheGeometry) -> str:
     return fingerprint.text
 
 
-def check_fits(document: Scores | BitPlan | Evaluation | Frontier | Audit | Benchmark, source: ModelSource) -> None:
+def check_fits(document: AnyFile, source: ModelSource) -> None:
     """Raise Mismatch, saying how they differ, when a file is for another model than this one."""
     geometry = take_inventory(load_config(source), source.id).geometry
     document.check_fits(geometry)  # shapes differ without a look at the weights

@@ -48,6 +48,10 @@ class Record(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    def to_text(self) -> str:
+        """Return the record as JSON; of a file, its exact text. The same record always gives the same bytes."""
+        return _text(self.model_dump(mode="json", by_alias=True)) + "\n"
+
 
 class SparseRecord(Record):
     """A record whose absent fields are left out of the JSON rather than written as null."""
@@ -94,10 +98,6 @@ class Document(Record):
             return cls.model_validate(value)
         except ValidationError as error:
             raise InvalidFile(_explain(error, name, cls)) from None
-
-    def to_text(self) -> str:
-        """Return the file's exact text: the same record always gives the same bytes."""
-        return _text(self.model_dump(mode="json", by_alias=True)) + "\n"
 
     def save(self, path: str | Path) -> Path:
         """Write the file, whole or not at all; raises OutputError when the place cannot be written."""
@@ -178,7 +178,7 @@ def _known_schemas() -> str:
 def _schema_advice(schema: str) -> str:
     if schema == "kvprof.scores/1":
         return "Scores become a plan with kvprof allocate --scores FILE."
-    if schema in (f"kvprof.{kind}/1" for kind in ("plan", "evaluation", "frontier", "audit", "benchmark")):
+    if schema in (f"kvprof.{kind}/1" for kind in ("plan", "evaluation", "frontier", "audit", "benchmark", "spectra")):
         return "kvprof show FILE prints what it is."
     if schema.startswith("kvprof.") and not schema.endswith("/1"):
         return "The file was written by another version of kvprof; upgrade, or measure again."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeAlias
 
 from kvprof.errors import InvalidFile, did_you_mean
 from kvprof.records.audit import Audit
@@ -12,19 +13,23 @@ from kvprof.records.evaluation import Evaluation
 from kvprof.records.frontier import Frontier
 from kvprof.records.plan import BitPlan
 from kvprof.records.scores import Scores
+from kvprof.records.spectra import Spectra
 
-KINDS: dict[str, type[Scores] | type[BitPlan] | type[Evaluation] | type[Frontier] | type[Audit] | type[Benchmark]] = {
+AnyFile: TypeAlias = Scores | BitPlan | Evaluation | Frontier | Audit | Benchmark | Spectra
+
+KINDS: dict[str, type[AnyFile]] = {
     "scores": Scores,
     "plan": BitPlan,
     "evaluation": Evaluation,
     "frontier": Frontier,
     "audit": Audit,
     "benchmark": Benchmark,
+    "spectra": Spectra,
 }
 """The kinds of file by the word that `kvprof schema` takes."""
 
 
-def load_any(path: str | Path) -> Scores | BitPlan | Evaluation | Frontier | Audit | Benchmark:
+def load_any(path: str | Path) -> AnyFile:
     """Read and validate a file of whatever kind it says it is; raises InvalidFile."""
     value = read_json(path)
     schema = schema_of(value, str(path))
