@@ -103,7 +103,7 @@ def allocate(
     from kvprof.records.files import newest_scores, plan_path, scores_for
     from kvprof.records.geometry import bytes_text
     from kvprof.records.scores import Scores
-    from kvprof.report.console import print_note, print_plain, print_written
+    from kvprof.report.console import print_note, print_plain, print_result, print_written
     from kvprof.report.plans import plan_remarks, restriction_lines, show_plan, stability_lines
 
     if as_published and sink_tokens:
@@ -157,3 +157,4 @@ def allocate(
     for remark in (*plan_remarks(plan, found), *doubted.remarks):
         print_note(remark)
     print_written(written)
+    print_result(plan)

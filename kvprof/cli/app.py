@@ -10,6 +10,7 @@ import typer
 
 from kvprof import __version__
 from kvprof.cli.errors import explains_errors
+from kvprof.cli.manner import speaks
 
 COMMANDS = {
     "inspect": "measure",
@@ -54,7 +55,7 @@ def make_app(names: Iterable[str] = COMMANDS) -> typer.Typer:
         module = import_module(f"kvprof.cli.{COMMANDS[name]}")
         function = getattr(module, name, None) or getattr(module, f"{name}_")  # no function can be called `import`
         several = module.TakesSeveralFiles if name == "evaluate" else None
-        made.command(name, cls=several)(explains_errors(function))
+        made.command(name, cls=several)(explains_errors(speaks(function)))
     return made
 
 
@@ -64,14 +65,30 @@ def app_for(words: list[str]) -> typer.Typer:
 
 
 def _version(asked: bool) -> None:
-    if asked:
-        typer.echo(f"kvprof {__version__}")
-        raise typer.Exit
+    if not asked:
+        return
+    from importlib.metadata import version
+
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = f"{gpus} x {torch.cuda.get_device_name(0)}" if gpus else f"CPU, {torch.get_num_threads()} threads"
+    typer.echo(f"kvprof {__version__}")
+    typer.echo(f"torch {torch.__version__}")
+    typer.echo(f"transformers {version('transformers')}")
+    typer.echo(f"device {device}")
+    raise typer.Exit
 
 
 def _main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+        bool,
+        typer.Option(
+            "--version",
+            callback=_version,
+            is_eager=True,
+            help="Print the versions of kvprof, torch and transformers, and the device.",
+        ),
     ] = False,
 ) -> None:
     """Which bits does a language model's KV cache need? Measure, allocate, obey."""

@@ -60,7 +60,7 @@ def divergence(
     from kvprof.records.plan import Window
     from kvprof.records.runs import output_folder
     from kvprof.report.audits import show_divergence
-    from kvprof.report.console import print_note, print_written, progress
+    from kvprof.report.console import print_note, print_result, print_written, progress
 
     source = resolve(model)
     folder = output_folder(source.id, out)
@@ -88,6 +88,7 @@ def divergence(
     for remark in run.remarks:
         print_note(remark)
     print_written(run.path)
+    print_result(run.scores)
 
 
 def calibrate(
@@ -124,9 +125,10 @@ def calibrate(
 
     from kvprof.evaluate.calibrate import CalibrateSettings, run_calibrate
     from kvprof.models.load import resolve
+    from kvprof.records.answers import Calibrated
     from kvprof.records.runs import output_folder
     from kvprof.report.audits import show_calibration
-    from kvprof.report.console import print_note, print_written, progress
+    from kvprof.report.console import print_note, print_result, print_written, progress
 
     source = resolve(model or foretold[0].plan.model.id)
     folder = output_folder(source.id, path.parent)
@@ -138,6 +140,7 @@ def calibrate(
     for remark in run.remarks:
         print_note(remark)
     print_written(run.path)
+    print_result(Calibrated(path=str(run.path), kl_calibration=run.found, plans=run.plans))
 
 
 def audit(
@@ -172,7 +175,7 @@ def audit(
     from kvprof.records.beside import find_audit_files
     from kvprof.records.runs import output_folder
     from kvprof.report.audits import show_audit, show_pictures
-    from kvprof.report.console import print_note, print_plain, print_written
+    from kvprof.report.console import print_note, print_plain, print_result, print_written
 
     files = find_audit_files(divergence, scores or (), evaluations or (), plans or ())
     found = hold_against(files.divergence, files.scores, files.plans, files.evaluations)
@@ -183,3 +186,4 @@ def audit(
     print_plain(f"from {files.path} and {', '.join(files.scores)}")
     print_written(found.save(folder / "audit.json"))
     show_pictures(found, folder / "plots")
+    print_result(found)

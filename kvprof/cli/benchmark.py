@@ -96,7 +96,7 @@ def benchmark(
     from kvprof.records.plan import BitPlan
     from kvprof.records.runs import output_folder
     from kvprof.report.benchmarks import show_benchmark, show_benchmark_picture
-    from kvprof.report.console import print_written, progress
+    from kvprof.report.console import print_result, print_written, progress
 
     settings = BenchmarkSettings(
         contexts=contexts,
@@ -125,6 +125,7 @@ def benchmark(
     show_benchmark(run.benchmark)
     print_written(run.path)
     show_benchmark_picture(run.benchmark, folder / "plots")
+    print_result(run.benchmark)
 
 
 def _plan_or_formats(word: str) -> BitPlan | dict[TensorName, tuple[str, ...]]:

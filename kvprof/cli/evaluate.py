@@ -92,7 +92,7 @@ def evaluate(
     from kvprof.records.files import short_names
     from kvprof.records.plan import BitPlan
     from kvprof.records.runs import output_folder
-    from kvprof.report.console import print_note, print_written, progress
+    from kvprof.report.console import print_note, print_result, print_written, progress
     from kvprof.report.evaluations import show_evaluation
 
     if check and not rivals and not against:
@@ -131,6 +131,7 @@ def evaluate(
     for remark in run.remarks:
         print_note(remark)
     print_written(run.path)
+    print_result(run.evaluation)
     if check and run.evaluation.unbeaten:
         better = ", ".join(result.name for result in run.evaluation.unbeaten)
         raise NotBetter(

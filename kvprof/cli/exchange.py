@@ -21,14 +21,25 @@ def targets() -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's pool of threads would cost more than it saves
 
     from kvprof.allocate.targets import TARGETS
-    from kvprof.report.targets import TargetRow, show_targets
+    from kvprof.records.answers import Runtime, Runtimes, StoredFormat
+    from kvprof.report.console import print_result
+    from kvprof.report.targets import show_targets
 
-    show_targets(
-        [
-            TargetRow(target.name, target.words, target.stored_bits(), target.artefact, target.since, target.checked)
+    found = Runtimes(
+        targets=tuple(
+            Runtime(
+                name=target.name,
+                grammar=target.words,
+                formats=tuple(StoredFormat(name=name, stored_bits=bits) for name, bits in target.stored_bits()),
+                writes=target.artefact,
+                needs=target.since,
+                checked=target.checked,
+            )
             for target in TARGETS.values()
-        ]
+        )
     )
+    show_targets(found)
+    print_result(found)
 
 
 def export(
@@ -44,9 +55,10 @@ def export(
 
     from kvprof.allocate.targets import target_named
     from kvprof.export.writers import export as write_for
+    from kvprof.records.answers import Exported
     from kvprof.records.plan import BitPlan
     from kvprof.records.runs import write_atomically
-    from kvprof.report.console import print_note, print_plain
+    from kvprof.report.console import print_note, print_plain, print_result
 
     target = target_named(to)
     artefact, place = write_for(BitPlan.load(plan), target, plan, out)
@@ -55,6 +67,7 @@ def export(
     for remark in artefact.remarks:
         print_note(remark)
     print_note(f"written to {place}")
+    print_result(Exported(target=target.name, path=str(place), text=artefact.text, remarks=artefact.remarks))
 
 
 def import_(
@@ -84,7 +97,7 @@ def import_(
     from kvprof.export.kvtuner import kvtuner_plan, read_kvtuner
     from kvprof.records.plan import Window
     from kvprof.records.runs import output_folder, slug
-    from kvprof.report.console import print_plain, print_written
+    from kvprof.report.console import print_plain, print_result, print_written
     from kvprof.report.plans import show_plan
 
     if tool not in TOOLS:
@@ -113,3 +126,4 @@ def import_(
     show_plan(plan)
     print_plain(f"from {file}")
     print_written(written)
+    print_result(plan)

@@ -33,7 +33,6 @@ def explain(
             help="Formats that compete for the budget: int3g64,key:int2g64c,value:rot2.", show_default="all scored"
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the explanation as JSON instead of tables.")] = False,
 ) -> None:
     """Why does this layer have these bits? What its K and V cost at each format, against the price everywhere."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of so little arithmetic, starting threads is the most
@@ -42,7 +41,7 @@ def explain(
     from kvprof.records.plan import BitPlan
     from kvprof.records.provenance import find_scores
     from kvprof.records.scores import Scores
-    from kvprof.report.console import print_plain
+    from kvprof.report.console import print_result
     from kvprof.report.explanations import show_explanation
 
     read = BitPlan.load(plan)
@@ -50,10 +49,8 @@ def explain(
     explanation = explain_plan(
         read, found, layer, tensor=tensor, metric=metric, formats=formats, names=(str(plan), str(path))
     )
-    if as_json:
-        print_plain(explanation.model_dump_json(indent=2))
-    else:
-        show_explanation(explanation)
+    show_explanation(explanation)
+    print_result(explanation)
 
 
 def diff(
@@ -66,7 +63,6 @@ def diff(
             show_default="those that both were made from, else what each file says",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON instead of tables.")] = False,
 ) -> None:
     """Which tensors does plan B store differently from plan A? And what does it do to bytes and predicted KL?"""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -76,12 +72,10 @@ def diff(
     from kvprof.records.provenance import find_common_losses
     from kvprof.records.scores import Scores
     from kvprof.report.comparisons import show_comparison
-    from kvprof.report.console import print_plain
+    from kvprof.report.console import print_result
 
     before, after = BitPlan.load(first), BitPlan.load(second)
     found = find_common_losses({first: before, second: after}) if scores is None else Scores.load(scores)
     comparison = compare(before, after, found, (str(first), str(second)))
-    if as_json:
-        print_plain(comparison.model_dump_json(indent=2))
-    else:
-        show_comparison(comparison)
+    show_comparison(comparison)
+    print_result(comparison)

@@ -51,7 +51,7 @@ def frontier(
     from kvprof.allocate.task import usual_window
     from kvprof.records.files import frontier_path, newest_scores
     from kvprof.records.scores import LOSS_INCREASE, Scores
-    from kvprof.report.console import print_note, print_plain, print_written
+    from kvprof.report.console import print_note, print_plain, print_result, print_written
     from kvprof.report.frontiers import show_frontier
     from kvprof.report.plans import loss_remarks
     from kvprof.report.plots import MissingMatplotlib, draw_frontier
@@ -85,3 +85,4 @@ def frontier(
             print_written(draw_frontier(result, written.parent / "plots" / f"{written.stem}.png"))
         except MissingMatplotlib as error:
             print_note(str(error))
+    print_result(result)

@@ -31,18 +31,14 @@ def generate(
 
     from kvprof.evaluate.continuation import GenerationSettings, compare_continuations
     from kvprof.models.load import resolve
-    from kvprof.report.console import print_note, progress
-    from kvprof.report.continuations import Written, show_continuations
+    from kvprof.report.console import print_note, print_result, progress
+    from kvprof.report.continuations import show_continuations
 
     text = sys.stdin.buffer.read().decode(errors="surrogateescape") if prompt == "-" else prompt
     settings = GenerationSettings(max_new_tokens, temperature, seed, chat, dtype, device)
     with progress("generate", "tokens") as advance:
         found = compare_continuations(resolve(model or obeyed.model.id), obeyed, text, settings, advance)
-    show_continuations(
-        Written(f"full precision, {found.dtype}", found.full.text, len(found.full.tokens), found.full.cache_bytes),
-        Written(plan.stem, found.planned.text, len(found.planned.tokens), found.planned.cache_bytes),
-        found.prompt_tokens,
-        found.shared_tokens,
-    )
+    show_continuations(found, plan.stem)
     if found.is_vacuous:
         print_note("nothing was quantized: all was within the window. Give a longer prompt, or more --max-new-tokens")
+    print_result(found)

@@ -28,22 +28,17 @@ Model = Annotated[
 ]
 
 
-def inspect(
-    model: Model = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the inventory as JSON instead of a table.")] = False,
-) -> None:
+def inspect(model: Model = None) -> None:
     """What does this model cache? Heads, widths and bytes layer by layer, from the config."""
     from kvprof.models.inventory import take_inventory
     from kvprof.models.load import load_config, resolve
-    from kvprof.report.console import print_plain
+    from kvprof.report.console import print_result
     from kvprof.report.tables import show_inventory
 
     source = resolve(model)
     inventory = take_inventory(load_config(source), source.id)
-    if as_json:
-        print_plain(inventory.model_dump_json(indent=2))
-    else:
-        show_inventory(inventory)
+    show_inventory(inventory)
+    print_result(inventory)
 
 
 def norms(model: Model = None, out: Out = None, dry_run: DryRun = False, restart: Restart = False) -> None:
@@ -51,7 +46,7 @@ def norms(model: Model = None, out: Out = None, dry_run: DryRun = False, restart
     from kvprof.models.load import resolve
     from kvprof.profile.norms import run_norms
     from kvprof.records.runs import output_folder
-    from kvprof.report.console import print_fetched, print_note, print_written, progress
+    from kvprof.report.console import print_fetched, print_note, print_result, print_written, progress
     from kvprof.report.tables import show_red_flags, show_scores
 
     source = resolve(model)
@@ -66,6 +61,7 @@ def norms(model: Model = None, out: Out = None, dry_run: DryRun = False, restart
     if run.fetched is not None:
         print_fetched(run.fetched.fetched_bytes, run.fetched.whole_bytes)
     print_written(run.path)
+    print_result(run.scores)
 
 
 def gradients(
@@ -136,7 +132,7 @@ def gradients(
     from kvprof.records.partial import read_share
     from kvprof.records.plan import USUAL_WINDOW
     from kvprof.records.runs import OUTPUTS, output_folder, slug
-    from kvprof.report.console import print_note, print_written, progress
+    from kvprof.report.console import print_note, print_result, print_written, progress
     from kvprof.report.tables import show_scores
 
     if stable_at and not until_stable:
@@ -187,3 +183,4 @@ def gradients(
     for remark in run.remarks:
         print_note(remark)
     print_written(run.path)
+    print_result(run.scores)

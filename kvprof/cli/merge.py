@@ -19,7 +19,7 @@ def merge(
     from kvprof.records.partial import merge_shards
     from kvprof.records.runs import output_folder
     from kvprof.records.scores import Scores
-    from kvprof.report.console import print_written
+    from kvprof.report.console import print_result, print_written
     from kvprof.report.tables import show_scores
 
     if twice := sorted({str(path) for path in shards if shards.count(path) > 1}):
@@ -31,3 +31,4 @@ def merge(
     scores.save(path)
     show_scores(scores, brief=True)
     print_written(path)
+    print_result(scores)

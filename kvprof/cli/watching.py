@@ -22,10 +22,12 @@ class Watch:
 
     def __call__(self, estimate: Estimate) -> None:
         """Say what a step will take, and stop there where that was all that was asked."""
+        from kvprof.report.console import print_result
         from kvprof.report.estimates import show_estimate
 
         show_estimate(estimate, is_result=self._dry_run)
         if self._dry_run:
+            print_result(estimate)
             raise typer.Exit
         self._estimate = estimate
 

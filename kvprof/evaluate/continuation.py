@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel,
 
 from kvprof.errors import KvprofError, UsageError
 from kvprof.models.load import ModelSource, load_config, load_model, load_tokenizer
+from kvprof.records.answers import Continuation, Continuations
 from kvprof.records.plan import BitPlan
 from kvprof.runtime.cache import PlanCache, cache_bytes
 
@@ -39,46 +40,13 @@ class GenerationSettings:
     device: str = "auto"
 
 
-@dataclass(frozen=True)
-class Continuation:
-    """What one cache made of the prompt, and the bytes of its keys and values when it was done."""
-
-    text: str
-    tokens: tuple[int, ...]
-    cache_bytes: int
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Both continuations of one prompt."""
-
-    prompt_tokens: int
-    dtype: str
-    full: Continuation
-    planned: Continuation
-
-    @property
-    def shared_tokens(self) -> int:
-        """New tokens before the two part."""
-        pairs = zip(self.full.tokens, self.planned.tokens, strict=False)
-        return next(
-            (count for count, (a, b) in enumerate(pairs) if a != b),
-            min(len(self.full.tokens), len(self.planned.tokens)),
-        )
-
-    @property
-    def is_vacuous(self) -> bool:
-        """Whether every token was within the plan's window, so that nothing was ever rounded."""
-        return self.planned.cache_bytes == self.full.cache_bytes
-
-
 def compare_continuations(
     source: ModelSource,
     plan: BitPlan,
     prompt: str,
     settings: GenerationSettings,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Comparison:
+) -> Continuations:
     """Continue a prompt with the full cache and with the plan's, by the same model, from the same seed.
 
     progress: called with (new tokens done, new tokens in all), of both together.
@@ -112,9 +80,11 @@ def compare_continuations(
 
         tokens = _continue(model, tokenizer, inputs, cache, settings, tick)
         text = tokenizer.decode(tokens, skip_special_tokens=True)
-        found.append(Continuation(text, tuple(tokens), cache_bytes(cache)))
+        found.append(Continuation(text=text, tokens=tuple(tokens), cache_bytes=cache_bytes(cache)))
     progress(2 * settings.max_new_tokens, 2 * settings.max_new_tokens)
-    return Comparison(prompt_tokens, str(model.dtype).removeprefix("torch."), *found)
+    full, planned = found
+    dtype = str(model.dtype).removeprefix("torch.")
+    return Continuations(prompt_tokens=prompt_tokens, dtype=dtype, full=full, planned=planned)
 
 
 def _tokens_of(prompt: str, tokenizer: Any, chat: bool) -> dict[str, Any]:

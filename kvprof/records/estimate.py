@@ -5,25 +5,24 @@ Plain numbers; does not know how they were reckoned.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from kvprof.records.document import Count, Number, Record
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A step's tokens, memory, time and disk.
+class Estimate(Record):
+    """A step's tokens, memory, time and disk."""
 
-    memory_bytes: the peak, over what the libraries take. free_bytes: what the device has to give. disk_bytes: what is
-    written, files that go again among it. sequences, tokens: of text, where there is any. read_bytes: of a checkpoint,
-    where only parts of it are read. seconds: None where nobody can say.
-    """
-
-    memory_bytes: int
-    free_bytes: int
-    disk_bytes: int
-    sequences: int | None = None
-    tokens: int | None = None
-    read_bytes: int | None = None
-    seconds: float | None = None
+    memory_bytes: Count
+    """The peak, over what the libraries take."""
+    free_bytes: Count
+    """What the device has to give."""
+    disk_bytes: Count
+    """What is written, files that go again among it."""
+    sequences: Count | None = None
+    tokens: Count | None = None
+    read_bytes: Count | None = None
+    """Of a checkpoint, where only parts of it are read."""
+    seconds: Number | None = None
+    """None where nobody can say."""
 
     @property
     def fits(self) -> bool:

@@ -1,10 +1,12 @@
 """The terminal: errors, notes, prose, tables, progress. The only importer of rich.
 
-Results go to stdout, all else to stderr. Does not know what it prints.
+Results go to stdout, all else to stderr. Under `--json` stdout is one record and nothing else; under `--quiet` nothing
+but errors is printed. Does not know what it prints.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +20,33 @@ from kvprof.records.processes import launched_rank
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+    from kvprof.records.document import Record
+
 _LEADS = launched_rank() == 0
 """Of several processes on one measurement, the first alone speaks, but for errors that it does not know of."""
 
 out = Console(highlight=False, quiet=not _LEADS)
 err = Console(stderr=True, highlight=False, quiet=not _LEADS)
+_as_json = _quiet = False
+
+
+def set_manner(as_json: bool = False, quiet: bool = False) -> None:
+    """Choose how a command speaks. as_json: its result is printed as JSON. quiet: nothing but errors is printed."""
+    global _as_json, _quiet
+    _as_json, _quiet = as_json, quiet
+    out.quiet = not _LEADS or as_json or quiet
+
+
+def print_result(record: Record) -> None:
+    """Print a command's result where it was asked for as JSON; else the tables beside this call say it."""
+    if _as_json and _LEADS:
+        sys.stdout.write(record.to_text())
+
+
+def print_json(text: str) -> None:
+    """Print a result that is JSON in any manner."""
+    if _LEADS and not (_quiet and not _as_json):
+        sys.stdout.write(text)
 
 
 def clean(text: str) -> str:
@@ -40,12 +64,13 @@ def print_error(error: BaseException) -> None:
 
 def print_note(text: str) -> None:
     """Print a remark that is no result: to stderr, so that it never mixes with one."""
-    err.print(Text(clean(text), style="yellow"), soft_wrap=True)
+    if not _quiet:
+        err.print(Text(clean(text), style="yellow"), soft_wrap=True)
 
 
 def print_written(path: Path) -> None:
     """Say where a result went."""
-    print_plain(f"written to {path}")
+    (print_note if _as_json else print_plain)(f"written to {path}")
 
 
 def print_fetched(fetched_bytes: int, whole_bytes: int) -> None:
@@ -169,5 +194,5 @@ def progress(what: str, unit: str) -> Iterator[Bar]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, disable=not err.is_terminal) as bar:
+    with Progress(*columns, console=err, disable=_quiet or not err.is_terminal) as bar:
         yield Bar(bar, what, unit)

@@ -1,39 +1,26 @@
 """The runtimes that plans can be made for, printed: what each can be told, in which formats, and what was checked.
 
-Reads rows that its caller made; prints them through `console`. Does not know where they come from.
+Reads Runtimes; prints them through `console`. Does not know where they come from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
+from kvprof.records.answers import Runtimes
 from kvprof.report.console import Table, print_plain
 
 
-@dataclass(frozen=True)
-class TargetRow:
-    """A runtime in words. formats: each with its stored bits, dearest first."""
-
-    name: str
-    words: str
-    formats: Sequence[tuple[str, str]]
-    artefact: str
-    since: str
-    checked: str
-
-
-def show_targets(rows: Sequence[TargetRow]) -> None:
+def show_targets(found: Runtimes) -> None:
     """Print a table of what each runtime can be told, then its formats and what was checked, runtime by runtime."""
     table = Table("runtimes that kvprof allocate --target plans for", ("target", "what it can be told"), left=[0, 1])
-    for row in rows:
-        table.add(row.name, row.words)
+    for runtime in found.targets:
+        table.add(runtime.name, runtime.grammar)
     table.print()
-    for row in rows:
+    for runtime in found.targets:
         print_plain("")
-        print_plain(row.name, style="bold")
-        if row.formats:
-            print_plain("  stored bits: " + ", ".join(f"{name} {bits}" for name, bits in row.formats))
-        print_plain(f"  writes: {row.artefact}")
-        print_plain(f"  needs: {row.since}")
-        print_plain(f"  checked: {row.checked}")
+        print_plain(runtime.name, style="bold")
+        if runtime.formats:
+            bits = ", ".join(f"{form.name} {form.stored_bits}" for form in runtime.formats)
+            print_plain(f"  stored bits: {bits}")
+        print_plain(f"  writes: {runtime.writes}")
+        print_plain(f"  needs: {runtime.needs}")
+        print_plain(f"  checked: {runtime.checked}")

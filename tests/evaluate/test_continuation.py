@@ -10,8 +10,9 @@ from folders import edit_json, save_folder
 from tiny import tiny_model
 
 from kvprof.errors import Mismatch, UsageError
-from kvprof.evaluate.continuation import Comparison, GenerationSettings, compare_continuations
+from kvprof.evaluate.continuation import GenerationSettings, compare_continuations
 from kvprof.models.load import resolve
+from kvprof.records.answers import Continuations
 from kvprof.records.document import ModelInfo
 from kvprof.records.plan import BitPlan, LayerPlan, Quantizer, SkippedLayer, TensorPlan, Window
 
@@ -34,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
     return save_folder(tmp_path / "model")
 
 
-def continued(folder: Path, plan: BitPlan, prompt: str = PROMPT, **settings: object) -> Comparison:
+def continued(folder: Path, plan: BitPlan, prompt: str = PROMPT, **settings: object) -> Continuations:
     given = {"max_new_tokens": 12} | settings
     return compare_continuations(resolve(str(folder)), plan, prompt, GenerationSettings(**given))  # type: ignore[arg-type]
 

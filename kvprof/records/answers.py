@@ -1,0 +1,101 @@
+"""What commands answer under `--json` where that is no file of its own.
+
+Plain data. Does not know how an answer is printed, nor which command gives it (schemas.py does).
+"""
+
+from __future__ import annotations
+
+from kvprof.records.audit import PlanCheck
+from kvprof.records.document import Count, Positive, Record, Text
+from kvprof.records.scores import KlCalibration
+
+
+class Validated(Record):
+    """A file that keeps its contract."""
+
+    file: Text
+    kind: Text
+    """Its `schema`."""
+    model: Text | None = None
+    """The model that it was found to be for, where one was named."""
+
+
+class Calibrated(Record):
+    """The factor between measured and predicted KL divergence, and the plans that it was fitted to."""
+
+    path: Text
+    """Of the scores that hold it now."""
+    kl_calibration: KlCalibration
+    plans: tuple[PlanCheck, ...]
+
+
+class Continuation(Record):
+    """What one cache made of a prompt, and the bytes of its keys and values when it was done."""
+
+    text: str
+    tokens: tuple[int, ...]
+    cache_bytes: Count
+
+
+class Continuations(Record):
+    """One prompt continued twice: in full precision, and as a plan says."""
+
+    prompt_tokens: Positive
+    dtype: Text
+    full: Continuation
+    planned: Continuation
+
+    @property
+    def shared_tokens(self) -> int:
+        """New tokens before the two part."""
+        pairs = zip(self.full.tokens, self.planned.tokens, strict=False)
+        return next(
+            (count for count, (a, b) in enumerate(pairs) if a != b),
+            min(len(self.full.tokens), len(self.planned.tokens)),
+        )
+
+    @property
+    def is_vacuous(self) -> bool:
+        """Whether every token was within the plan's window, so that nothing was ever rounded."""
+        return self.planned.cache_bytes == self.full.cache_bytes
+
+
+class StoredFormat(Record):
+    """A format by the runtime's own word, and the bits that an element then stores; D is the head dimension."""
+
+    name: Text
+    stored_bits: Text
+
+
+class Runtime(Record):
+    """A runtime that plans can be made for."""
+
+    name: Text
+    grammar: Text
+    """What it can be told, in words."""
+    formats: tuple[StoredFormat, ...]
+    writes: Text
+    needs: Text
+    checked: Text
+
+
+class Runtimes(Record):
+    """Every runtime that a plan can be made for."""
+
+    targets: tuple[Runtime, ...]
+
+
+class Exported(Record):
+    """A plan in the words of a runtime."""
+
+    target: Text
+    path: Text
+    text: str
+    """Of the file."""
+    remarks: tuple[str, ...]
+
+
+class Written(Record):
+    """Files that were written: pictures, pages."""
+
+    paths: tuple[Text, ...]
