@@ -141,8 +141,8 @@ _ALL = (
         artefact="flags: -ctk T -ctv T -fa on",
         since="a build whose -fa takes on, off or auto",
         checked="types against common/arg.cpp, and run (llama-cpp-python 0.3.36); quantizers bit for bit against "
-        "gguf's. What comes before is left out: it turns keys and values by a Hadamard matrix (pull request 21038), and "
-        "a GGUF of the Llama family has a key's channels in another order",
+        "gguf's. What comes before is left out: it turns keys and values by a Hadamard matrix (pull request 21038), "
+        "and a GGUF of the Llama family has a key's channels in another order",
         full="f16",
     ),
     Target(

@@ -25,15 +25,12 @@ def speaks(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def spoken(*args: Any, as_json: bool = False, quiet: bool = False, **kwargs: Any) -> None:
-        from kvprof.report.console import set_manner
+        from kvprof.report.console import speaking
 
         if as_json and quiet:
             raise UsageError("--json prints the result, --quiet does not; leave out one of them.")
-        set_manner(as_json=as_json, quiet=quiet)
-        try:
+        with speaking(as_json, quiet):
             command(*args, **kwargs)
-        finally:
-            set_manner()
 
     own = inspect.signature(command, eval_str=True)
     added = [

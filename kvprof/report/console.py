@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 from rich.text import Text
@@ -27,25 +27,40 @@ _LEADS = launched_rank() == 0
 
 out = Console(highlight=False, quiet=not _LEADS)
 err = Console(stderr=True, highlight=False, quiet=not _LEADS)
-_as_json = _quiet = False
+Manner = Literal["plain", "json", "quiet", "within json"]
+_manner: Manner = "plain"
 
 
-def set_manner(as_json: bool = False, quiet: bool = False) -> None:
-    """Choose how a command speaks. as_json: its result is printed as JSON. quiet: nothing but errors is printed."""
-    global _as_json, _quiet
-    _as_json, _quiet = as_json, quiet
-    out.quiet = not _LEADS or as_json or quiet
+@contextmanager
+def speaking(as_json: bool = False, quiet: bool = False) -> Iterator[None]:
+    """Choose how a command speaks. as_json: its result is printed as JSON. quiet: nothing but errors is printed.
+
+    A command within another one that prints JSON prints no result of its own, and is quiet within a quiet one.
+    """
+    before = _manner
+    asked: Manner = "json" if as_json else "quiet" if quiet else "plain"
+    _set_manner(asked if before == "plain" else "quiet" if before == "quiet" else "within json")
+    try:
+        yield
+    finally:
+        _set_manner(before)
+
+
+def _set_manner(manner: Manner) -> None:
+    global _manner
+    _manner = manner
+    out.quiet = not _LEADS or manner != "plain"
 
 
 def print_result(record: Record) -> None:
     """Print a command's result where it was asked for as JSON; else the tables beside this call say it."""
-    if _as_json and _LEADS:
+    if _manner == "json" and _LEADS:
         sys.stdout.write(record.to_text())
 
 
 def print_json(text: str) -> None:
-    """Print a result that is JSON in any manner."""
-    if _LEADS and not (_quiet and not _as_json):
+    """Print a result that is JSON anyway."""
+    if _manner in ("plain", "json") and _LEADS:
         sys.stdout.write(text)
 
 
@@ -64,13 +79,13 @@ def print_error(error: BaseException) -> None:
 
 def print_note(text: str) -> None:
     """Print a remark that is no result: to stderr, so that it never mixes with one."""
-    if not _quiet:
+    if _manner != "quiet":
         err.print(Text(clean(text), style="yellow"), soft_wrap=True)
 
 
 def print_written(path: Path) -> None:
     """Say where a result went."""
-    (print_note if _as_json else print_plain)(f"written to {path}")
+    (print_plain if _manner == "plain" else print_note)(f"written to {path}")
 
 
 def print_fetched(fetched_bytes: int, whole_bytes: int) -> None:
@@ -194,5 +209,5 @@ def progress(what: str, unit: str) -> Iterator[Bar]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, disable=_quiet or not err.is_terminal) as bar:
+    with Progress(*columns, console=err, disable=_manner == "quiet" or not err.is_terminal) as bar:
         yield Bar(bar, what, unit)
