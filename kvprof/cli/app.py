@@ -16,6 +16,7 @@ COMMANDS = {
     "inspect": "measure",
     "norms": "measure",
     "gradients": "measure",
+    "spectra": "spectra",
     "allocate": "allocate",
     "frontier": "frontier",
     "explain": "explain",

@@ -24,6 +24,7 @@ ANSWERS: dict[str, type[Record]] = {
     "inspect": Inventory,
     "norms": KINDS["scores"],
     "gradients": KINDS["scores"],
+    "spectra": KINDS["spectra"],
     "allocate": KINDS["plan"],
     "frontier": KINDS["frontier"],
     "explain": Explanation,

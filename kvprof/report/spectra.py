@@ -41,10 +41,10 @@ def show_spectra(spectra: Spectra) -> None:
         table.add(*cells, *(sparkline(spectrum.mean, top) for spectrum in both))
     table.print()
     print_plain(
-        "of the (T, D) matrix of each KV head: means over heads and sequences. spec.: the largest singular value; "
-        f"frob.: root of the sum of squares; {SHARE:.0%}".replace("%", " %")
-        + ": effective rank, the singular values that hold so much of the sum of squares; shape: all of them, the "
-        f"largest first, on a log scale of {DECADES} decades from the layer's largest",
+        "of the (T, D) matrix of each KV head, means over heads and sequences. spec.: largest singular value; frob.: "
+        f"root of the sum of squares; {SHARE:.0%}".replace("%", " %")
+        + ": effective rank, how many singular values hold that share of the sum of squares; shape: the singular "
+        f"values, largest first, on a log scale that ends {DECADES} decades below the layer's largest",
         style="dim",
     )
     print_plain(heads_text(spectra), style="dim")
@@ -69,8 +69,8 @@ def larger_text(spectra: Spectra) -> str:
         for name in ("spectral", "frobenius")
     }
     total = len(spectra.layers)
-    counts = [f"{found.count('K')} of {total} layers by {name} norm" for name, found in winners.items()]
-    text = f"keys larger in {counts[0]}, in {counts[1].replace(' layers', '')}"
+    spectral, frobenius = (found.count("K") for found in winners.values())
+    text = f"keys larger in {spectral} of {total} layers by spectral norm, in {frobenius} of {total} by Frobenius norm"
     others = [entry.layer for entry, winner in zip(spectra.layers, winners["spectral"], strict=True) if winner != "K"]
     return text + (f"; not by spectral norm: {layers_text(others)}" if 0 < len(others) < total else "")
 

@@ -1,0 +1,213 @@
+"""How large are the singular values of each layer's cached keys and values, on calibration text? In one resumable run.
+
+Reads a model and calibration text; writes spectra.json, and a journal while it runs, so that a stopped run goes on.
+Does not know how a sequence is measured (singular_values.py), nor what the spectra say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvprof import __version__
+from kvprof.calibration.ingredients import USUAL_DATA
+from kvprof.calibration.mix import mix_texts
+from kvprof.calibration.self_text import fill, streamable
+from kvprof.calibration.sequences import CALIBRATION_LENGTH, CalibrationSet, choose_length
+from kvprof.errors import InvalidFile, UsageError
+from kvprof.models.costs import Passes, estimate_run
+from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
+from kvprof.models.inventory import take_inventory
+from kvprof.models.load import ModelSource, load_config, load_model, load_tokenizer, weight_bytes
+from kvprof.profile.singular_values import SingularValues, cached_singular_values
+from kvprof.records.estimate import Estimate
+from kvprof.records.formats import TENSORS
+from kvprof.records.geometry import CacheGeometry
+from kvprof.records.inventory import Inventory
+from kvprof.records.plan import head_dim_of
+from kvprof.records.runs import Journal
+from kvprof.records.spectra import LayerSpectra, Spectra, Spectrum
+
+BYTES_A_NUMBER = 20
+"""Of each singular value of each sequence, in the journal."""
+
+
+@dataclass(frozen=True)
+class SpectraSettings:
+    """What text to measure on, and how.
+
+    data: texts with their weights, as `calibration.mix` reads them. sequence_length: None is CALIBRATION_LENGTH, or
+    what the model was made for where that is less. dtype, device, stream: as `models.load.load_model` takes them.
+    """
+
+    data: Sequence[str] = USUAL_DATA
+    split: str | None = None
+    sequences: int = 8
+    sequence_length: int | None = None
+    seed: int = 0
+    pack: bool = False
+    dtype: str = "auto"
+    device: str = "auto"
+    stream: bool = False
+
+
+@dataclass(frozen=True)
+class SpectraRun:
+    """A finished run: its spectra, the file they are in, and what a reader of them should know."""
+
+    spectra: Spectra
+    path: Path
+    remarks: tuple[str, ...]
+
+
+def run_spectra(
+    source: ModelSource,
+    settings: SpectraSettings,
+    folder: Path,
+    restart: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    writing: Callable[[int, int], None] = lambda done, total: None,
+    announce: Callable[[Estimate], None] = lambda estimate: None,
+) -> SpectraRun:
+    """Load a model, measure its cached keys and values on calibration text and write spectra.json.
+
+    folder: for the result, and for the journal of finished sequences meanwhile. progress: called with (sequences done,
+    sequences in all); writing: with (tokens done, tokens in all) of text that the model writes itself first. announce:
+    called before a weight is loaded; may raise, to stop.
+    Raises KvprofError in its many kinds: the model, the text, a setting or the journal is not fit.
+    """
+    whole_config = load_config(source)
+    inventory = take_inventory(whole_config, source.id)
+    geometry = inventory.geometry
+    if not geometry.scored:
+        raise UsageError(f"no layer of {source.id} projects keys and values of its own: there is nothing to measure.")
+    config = whole_config.get_text_config(decoder=True)
+    positions = getattr(config, "max_position_embeddings", None)
+    length = choose_length(settings.sequence_length, positions, CALIBRATION_LENGTH)
+    tokenizer = load_tokenizer(source)
+    data = tuple(settings.data)
+    if settings.stream:
+        data = streamable(data, settings.sequences, length, weight_bytes(whole_config, settings.dtype))
+    mix = mix_texts(data, settings.split, tokenizer, settings.sequences, length, settings.seed, settings.pack)
+    mix.check_vocabulary(config.vocab_size)
+    numbers = sum(
+        layer.kv_heads * min(tokens, head_dim_of(layer, tensor))
+        for tokens in mix.lengths
+        for layer in geometry.scored
+        for tensor in TENSORS
+    )
+    how = (settings.dtype, settings.device, settings.stream)
+    passes = Passes(forwards=1)
+    announce(estimate_run(source, whole_config, mix.lengths, passes, *how, written_bytes=BYTES_A_NUMBER * numbers))
+    model = load_model(source, *how)
+    fingerprint = live_fingerprint(model, geometry) or checkpoint_fingerprint(source, geometry)
+    inventory = inventory.model_copy(update={"model": inventory.model.model_copy(update={"fingerprint": fingerprint})})
+    text = fill(mix, model, tokenizer, fingerprint, writing)
+    identity = {
+        "model": source.id,
+        "model fingerprint": fingerprint,
+        "dtype": str(model.dtype),
+        "kvprof version": __version__,
+        **text.identity,
+    }
+    with Journal(folder / "spectra.journal", identity, restart) as log:
+        measured = _read_journal(log, geometry, text)
+        resumed = len(measured)
+        progress(resumed, len(text.sequences))
+        for index, ids in enumerate(text.sequences):
+            if index not in measured:
+                found = cached_singular_values(model, geometry, ids)
+                log.add(str(index), [values.tolist() for values in found.values()])
+                measured[index] = found
+                progress(len(measured), len(text.sequences))
+        spectra = Spectra(
+            kvprof_version=__version__,
+            model=inventory.model,
+            calibration=text.info,
+            geometry=geometry,
+            layers=summed_up([measured[index] for index in range(len(text.sequences))]),
+        )
+        path = spectra.save(folder / "spectra.json")
+        log.remove()
+    return SpectraRun(spectra, path, tuple(_remarks(text, inventory, settings, resumed)))
+
+
+def summed_up(sequences: Sequence[SingularValues]) -> tuple[LayerSpectra, ...]:
+    """Return the spectra of every layer: means over sequences, with the band over heads.
+
+    sequences: what `cached_singular_values` found of each. One of fewer tokens than a head has dimensions has zeros for
+    the values that it lacks.
+    """
+    layers = dict.fromkeys(layer for layer, _ in sequences[0])
+    return tuple(
+        LayerSpectra(
+            layer=layer,
+            key=_spectrum([found[layer, "key"] for found in sequences]),
+            value=_spectrum([found[layer, "value"] for found in sequences]),
+        )
+        for layer in sorted(layers)
+    )
+
+
+def _spectrum(sequences: Sequence[NDArray[np.float64]]) -> Spectrum:
+    """Return one tensor's spectrum from its singular values in each sequence, (H, min(T, D))."""
+    count = max(values.shape[1] for values in sequences)
+    values_SHN = np.stack([np.pad(values, ((0, 0), (0, count - values.shape[1]))) for values in sequences])
+    heads_HN = values_SHN.mean(axis=0)
+    mean_N = heads_HN.mean(axis=0)
+    return Spectrum(
+        heads=heads_HN.shape[0],
+        mean=tuple(mean_N.tolist()),
+        low=tuple(heads_HN.min(axis=0).tolist()),
+        high=tuple(heads_HN.max(axis=0).tolist()),
+        spectral_norm=float(mean_N[0]),
+        frobenius_norm=float(np.sqrt(np.square(values_SHN).sum(axis=2)).mean()),
+    )
+
+
+def _read_journal(log: Journal, geometry: CacheGeometry, text: CalibrationSet) -> dict[int, SingularValues]:
+    """Return what was measured of each sequence before; raises InvalidFile for what no run has written."""
+    found = {}
+    try:
+        for key, lists in log.done.items():
+            index = int(key)
+            if not 0 <= index < len(text.sequences):
+                raise ValueError(key)
+            found[index] = _as_measured(lists, geometry, len(text.sequences[index]))
+    except (ValueError, TypeError):
+        raise InvalidFile(
+            f"{log.path} does not hold what this command measures.\n  Add --restart to begin anew."
+        ) from None
+    return found
+
+
+def _as_measured(lists: Sequence[object], geometry: CacheGeometry, tokens: int) -> SingularValues:
+    """Return one line of the journal as it was measured; raises ValueError or TypeError where it was not."""
+    shapes = {
+        (layer.layer, tensor): (layer.kv_heads, min(tokens, head_dim_of(layer, tensor)))
+        for layer in geometry.scored
+        for tensor in TENSORS
+    }
+    found = {}
+    for (key, shape), values in zip(shapes.items(), lists, strict=True):
+        found[key] = np.array(values, dtype=np.float64)
+        if found[key].shape != shape or not np.isfinite(found[key]).all() or found[key].min() < 0:
+            raise ValueError(key)
+    return found
+
+
+def _remarks(text: CalibrationSet, inventory: Inventory, settings: SpectraSettings, resumed: int) -> Iterator[str]:
+    total = len(text.sequences)
+    if resumed:
+        yield f"went on with a stopped run: {resumed} of {total} sequences were measured before"
+    yield from text.remarks(settings.sequences)
+    widest = max(head_dim_of(layer, tensor) for layer in inventory.geometry.scored for tensor in TENSORS)
+    if short := sum(len(ids) < widest for ids in text.sequences):
+        yield (
+            f"{short} of {total} sequences have fewer tokens than a head has dimensions ({widest}), and count as 0 for "
+            "the singular values that they lack: try --pack"
+        )
