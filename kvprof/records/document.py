@@ -97,7 +97,7 @@ class Document(Record):
         try:
             return cls.model_validate(value)
         except ValidationError as error:
-            raise InvalidFile(_explain(error, name, cls)) from None
+            raise InvalidFile(explain_invalid(error, name, cls)) from None
 
     def save(self, path: str | Path) -> Path:
         """Write the file, whole or not at all; raises OutputError when the place cannot be written."""
@@ -185,7 +185,7 @@ def _schema_advice(schema: str) -> str:
     return "kvprof reads " + _known_schemas()
 
 
-def _explain(error: ValidationError, name: str, model: type[BaseModel]) -> str:
+def explain_invalid(error: ValidationError, name: str, model: type[BaseModel]) -> str:
     """Turn pydantic's report into lines of: where, what is wrong, the value seen."""
     lines = []
     for item in error.errors(include_url=False)[:5]:
@@ -193,9 +193,12 @@ def _explain(error: ValidationError, name: str, model: type[BaseModel]) -> str:
         where = f"{place}: " if place else ""
         if item["type"] == "extra_forbidden":
             known = _known_keys(model, item["loc"][:-1])
-            lines.append(f"unknown key {place}: {did_you_mean(str(item['loc'][-1]), known)}")
+            advice = did_you_mean(str(item["loc"][-1]), known) if known else "none is known here; leave it out"
+            lines.append(f"unknown key {place}: {advice}")
         elif item["type"] == "missing":
             lines.append(f"missing key {place}")
+        elif item["type"] == "model_type":
+            lines.append(f"{where}input should be a table of keys and values, found {_brief(item['input'])}")
         elif item["type"] in ("value_error", "assertion_error"):
             lines.append(f"{where}{item['ctx']['error']}")
         else:
