@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvprof.errors import ModelError, first_line
+from kvprof.models.names import nearest_model
 
 _CONFIG_FILES = ["*.json", "*.jinja", "*.model", "tokenizer*", "vocab*", "merges*"]
 _WEIGHT_FILES = ["model*.safetensors"]  # some models keep the same weights beside them under a second name
@@ -81,7 +82,9 @@ def _find(hub_id: str, needs_weights: bool, fetches_weights: bool) -> HubModel:
     except Exception as error:  # the hub's client lets through whatever its HTTP library raises
         with contextlib.suppress(Exception):
             return HubModel(hub_id, Path(snapshot_download(**wanted(needs_weights), local_files_only=True)), None)
-        raise ModelError(f"cannot get the model {hub_id!r} from the hub: {why_refused(error)}") from None
+        what, _, advice = why_refused(error).partition("\n  ")
+        advice = f"{nearest_model(hub_id)}{advice}"
+        raise ModelError(f"cannot get the model {hub_id!r} from the hub: {what}\n  {advice}") from None
     if needs_weights and info.sha is not None and folder.name != info.sha:
         raise ModelError(f"{hub_id} has changed on the hub while it was asked for.\n  Run the same command again.")
     return HubModel(hub_id, folder, None if untold else known)

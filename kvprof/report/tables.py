@@ -12,9 +12,12 @@ from kvprof.records.geometry import KVLayer, bytes_text
 from kvprof.records.inventory import Inventory
 from kvprof.records.scores import SCALAR_METRICS, Scores
 from kvprof.report.audits import show_divergence
-from kvprof.report.console import Table, print_flag, print_note, print_plain
+from kvprof.report.console import Table, bar, print_flag, print_note, print_plain
 from kvprof.report.losses import show_best_losses, show_losses
 from kvprof.report.sentences import larger, layers_text, norm_verdict, score_remarks
+
+BAR_CELLS = 6
+"""Of the bar beside a gradient norm."""
 
 
 def show_inventory(inventory: Inventory) -> None:
@@ -115,14 +118,17 @@ def _show_extras(scores: Scores) -> None:
 
 
 def _show_gradients(scores: Scores, title: str) -> None:
-    headings = [heading for name in ("K", "V") for heading in (f"{name} gradient norm", "± stderr", "rank")]
-    table = Table(title, ("layer", *headings))
+    headings = [heading for name in ("K", "V") for heading in (f"{name} gradient\nnorm", "± stderr", "rank", "")]
+    table = Table(title, ("layer", *headings), left=[4, 8])
     ranks = {tensor: _ranks(scores.column("gradient_norm", tensor)) for tensor in TENSORS}
+    largest = max(max(scores.column("gradient_norm", tensor)) for tensor in TENSORS) or 1.0
     for row, entry in enumerate(scores.layers):
         cells = [str(entry.layer)]
         for tensor in TENSORS:
             found = entry.tensor(tensor)
-            cells += [_number(found.gradient_norm), _number(found.gradient_norm_stderr), str(ranks[tensor][row])]
+            norm = found.gradient_norm or 0.0
+            cells += [_number(norm), _number(found.gradient_norm_stderr), str(ranks[tensor][row])]
+            cells.append(bar(norm / largest, BAR_CELLS))
         table.add(*cells)
     table.print()
 
