@@ -52,6 +52,8 @@ TINY: dict[str, Callable[[], PretrainedConfig]] = {
     "olmo2": _config("Olmo2", **_WIDE),
     "cohere": _config("Cohere", **_WIDE, use_qk_norm=True),
     "stablelm": _config("StableLm", **_WIDE),
+    "granite": _config("Granite", **_WIDE, attention_multiplier=0.25, residual_multiplier=0.5, logits_scaling=2.0),
+    "smollm3": _config("SmolLM3", **_WIDE, no_rope_layers=[1, 0]),
     "gpt-oss": _config(
         "GptOss",
         **_WIDE,
@@ -83,10 +85,35 @@ TINY: dict[str, Callable[[], PretrainedConfig]] = {
 }
 
 
+_LATENT = _WIDE | {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+
+APART: dict[str, Callable[[], PretrainedConfig]] = {
+    "deepseek-v2": _config("DeepseekV2", **_LATENT, q_lora_rank=None),
+    "deepseek-v3": _config("DeepseekV3", **_LATENT, q_lora_rank=8),
+    "xglm": _config(
+        "XGLM", d_model=32, num_layers=2, attention_heads=4, ffn_dim=48, vocab_size=96, max_position_embeddings=64
+    ),
+}
+"""Models that cannot do what the others can: without keys and values to plan, with an attention that nobody can ask."""
+
+
 def tiny_model(name: str) -> PreTrainedModel:
     """Build a tiny model with weights large enough for every path to matter, biases and gains included."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(TINY[name](), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config((TINY | APART)[name](), dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.1)

@@ -6,6 +6,7 @@ Reads a model's config and modules, and leaves them as found. Does not know plan
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -18,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask
 
 from kvprof.errors import Mismatch, UnsupportedAttention
+from kvprof.runtime.written_out import answering, spelt_out
 
 NAME = "kvprof_interception"
 """What transformers calls this way to attend."""
@@ -82,6 +84,10 @@ def attention_through(
     Raises UnsupportedAttention for a model whose attention cannot be replaced, at once or at the end of the first
     forward.
     """
+    if modules := spelt_out(model):
+        with _answered(model, modules, layers, attend):
+            yield
+        return
     decoders = text_decoders(model)
     configs = {id(decoder.config): decoder.config for decoder in decoders}
     before = [(config, config._attn_implementation, _active.get(key)) for key, config in configs.items()]
@@ -102,6 +108,31 @@ def attention_through(
                 del _active[id(config)]
             else:
                 _active[id(config)] = outer
+
+
+@contextlib.contextmanager
+def _answered(
+    model: PreTrainedModel,
+    modules: Mapping[int, nn.Module],
+    layers: Collection[int],
+    attend: Callable[[AttentionCall], Tensor],
+) -> Iterator[None]:
+    """Do as `attention_through` does, for a model that spells its attention out. modules: its attention, by layer."""
+
+    def answer(layer: int, module: nn.Module, own: Attention, *states: Any) -> Tensor:
+        return attend(AttentionCall(layer, type(model).__name__, module, own, *states))
+
+    config, before = model.config, model.config._attn_implementation
+    with contextlib.ExitStack() as stack:
+        for layer in sorted(layers):
+            module = modules[layer]
+            stack.enter_context(answering(module, functools.partial(answer, layer, module)))
+        try:
+            if model._supports_sdpa:  # where it is torch's function that is answered for
+                config._attn_implementation = {"": "sdpa"}
+            yield
+        finally:
+            config._attn_implementation = {"": before}
 
 
 def check_layers(model: PreTrainedModel, what: str, name: str | None, num_layers: int) -> None:

@@ -91,7 +91,7 @@ def test_full_precision_diverges_from_itself_by_nothing() -> None:
 
 
 def test_a_model_whose_attention_cannot_be_replaced_is_named() -> None:
-    model = tiny_model("bloom")
+    model = tiny_model("xglm")
     inventory = take_inventory(model.config)
     probes = choose_probes(inventory.geometry, None, "key", "int2g4")
     with pytest.raises(UnsupportedAttention, match="attends in a way of its own"):

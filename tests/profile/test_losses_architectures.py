@@ -1,6 +1,7 @@
 """Is loss_increase right whatever a model's own attention does: softcaps, learned sinks, layers with a sliding window?
 
-Truth is the model's own eager attention function, asked for one query at a time with states rounded by other code.
+Truth is the model's own eager attention function, asked for one query at a time with states rounded by other code; of a
+model that has no such function, what arrives at its output projection when it decodes from a cache with such states.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import pytest
 import torch
 from runtime.reference import rounded, tokens_in_codes
 from tiny import tiny_model
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
 
 from kvprof.calibration.sequences import batches
 from kvprof.models.inventory import take_inventory
@@ -85,3 +86,78 @@ def test_every_architecture_s_losses_are_those_of_its_own_attention(
     assert min(expected.values()) > 0
     for key, loss in expected.items():
         assert float(found[key][0]) == pytest.approx(loss, rel=1e-3 if has_experts else 1e-5), key
+
+
+class RoundedCache(DynamicCache):  # type: ignore[misc]
+    """A cache in full precision whose last step reads one tensor of one layer rounded."""
+
+    def __init__(self, model: PreTrainedModel, layer: int, place: int, form: TensorPlan, coded: int) -> None:
+        super().__init__(config=model.config)
+        self.rounds = False
+        self.where = layer, place
+        self.form = form
+        self.tokens = slice(WINDOW.sink_tokens, WINDOW.sink_tokens + coded)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *rest: Any, **more: Any
+    ) -> tuple[Tensor, Tensor]:
+        states = list(super().update(key_states, value_states, layer_idx, *rest, **more))
+        layer, place = self.where
+        if self.rounds and layer_idx == layer and self.tokens.start < self.tokens.stop:
+            states[place] = states[place].clone()
+            inside = states[place][0, :, self.tokens]
+            inside.copy_(torch.from_numpy(rounded(inside.numpy().copy(), self.form, Quantizer())))
+        return states[0], states[1]
+
+
+def outputs_of(model: PreTrainedModel, name: str) -> list[nn.Module]:
+    """The projections after each layer's attention."""
+    return [module for path, module in model.named_modules() if path.endswith(name)]
+
+
+@pytest.mark.parametrize(
+    ("name", "projection"),
+    [
+        ("gptj", "attn.out_proj"),
+        ("codegen", "attn.out_proj"),
+        ("bloom", "self_attention.dense"),
+        ("falcon-mqa", "self_attention.dense"),
+        ("falcon-mha", "self_attention.dense"),
+        ("falcon-grouped", "self_attention.dense"),
+        ("mpt", "attn.out_proj"),
+    ],
+)
+def test_losses_of_attention_that_is_written_out_are_those_of_decoding(
+    name: str, projection: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(name).double()
+    ids = torch.randint(1, 96, (TOKENS,), generator=torch.Generator().manual_seed(1))
+    labels = torch.randint(1, 96, (TOKENS - START,), generator=torch.Generator().manual_seed(9))
+    decoder = Decoder({"key": ("int2g4",), "value": ("rot2",)}, WINDOW)
+    formats = formats_of(take_inventory(model.config).geometry, decoder)
+    monkeypatch.setattr(losses, "_sampled_labels", lambda *_: labels)
+    found = losses.loss_increases(model, next(batches([ids.tolist()], 1)), formats, WINDOW, Quantizer(), 0.5, seed=0)
+
+    seen: list[Tensor] = []
+    for module in outputs_of(model, projection):
+        module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    inputs = model.get_input_embeddings()(ids[None]).requires_grad_()
+    logits = model(inputs_embeds=inputs, use_cache=False).logits[0, START:]
+    loss = -logits.log_softmax(-1).gather(1, labels[:, None]).sum()
+    gradients = torch.autograd.grad(loss, seen)
+    exact = [output.detach() for output in seen]
+    for (layer, tensor), forms in formats.items():
+        form, total = TensorPlan(**forms[0].model_dump()), 0.0
+        for at in range(START, TOKENS):
+            place = ("key", "value").index(tensor)
+            cache = RoundedCache(model, layer, place, form, tokens_in_codes(at, form, WINDOW))
+            with torch.no_grad():
+                model(ids[None, :at], past_key_values=cache, use_cache=True)
+                cache.rounds = True
+                seen.clear()
+                model(ids[None, at : at + 1], past_key_values=cache, use_cache=True)
+            total += 0.5 * float((gradients[layer][0, at] * (seen[layer][0, 0] - exact[layer][0, at])).sum()) ** 2
+        expected = total / (TOKENS - START)
+        assert expected > 0
+        # GPT-J and CodeGen compute scores in float32 whatever the model is in.
+        assert float(found[layer, tensor, form.name][0]) == pytest.approx(expected, rel=1e-3), (layer, tensor)

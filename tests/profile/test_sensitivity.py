@@ -230,9 +230,7 @@ def test_without_losses_there_is_no_plan_to_be_stable(source: ModelSource, tmp_p
         said(tmp_path, source, lambda scores: True, decoder=Decoder({"key": (), "value": ()}))
 
 
-@pytest.mark.parametrize(
-    ("name", "why"), [("bloom", "BloomForCausalLM attends"), ("mistral-sliding", "sliding window")]
-)
+@pytest.mark.parametrize(("name", "why"), [("xglm", "XGLMForCausalLM attends"), ("mistral-sliding", "sliding window")])
 def test_where_no_loss_can_be_predicted_norms_are_measured_and_it_is_said_why(
     tmp_path: Path, name: str, why: str
 ) -> None:

@@ -30,7 +30,8 @@ from kvprof.records.plan import BitPlan, LayerPlan, Quantizer, SkippedLayer, Ten
 from kvprof.runtime import attention, interception
 from kvprof.runtime.attention import decoding_reads
 
-UNSUPPORTED = {"gptj", "codegen", "bloom", "falcon-mqa", "falcon-mha", "falcon-grouped", "mpt"}
+WRITTEN_OUT = ("gptj", "codegen", "bloom", "falcon-mqa", "falcon-mha", "falcon-grouped", "mpt")
+UNSUPPORTED = "xglm"
 FULL = TensorPlan(bits=16, group_size=32, axis="token")
 SEED = 5
 
@@ -222,11 +223,8 @@ def test_one_forward_reads_what_decoding_reads(
     assert_same_reads(model, plan_for(model, *FORMATS[formats], sinks, recent), monkeypatch)
 
 
-SUPPORTED = sorted(set(TINY) - UNSUPPORTED)
-
-
-@pytest.mark.parametrize("name", SUPPORTED)
-def test_every_supported_architecture_reads_what_decoding_reads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_every_architecture_reads_what_decoding_reads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = precise_model(name)
     if not take_inventory(model.config).geometry.planned:
         pytest.skip("every layer has a window of its own")
@@ -315,22 +313,53 @@ def test_a_half_precision_model_reads_in_half_precision() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(TINY))
-def test_a_plan_of_16_bits_leaves_every_logit_or_the_model_is_refused(name: str) -> None:
+def test_a_plan_of_16_bits_leaves_every_logit(name: str) -> None:
     model, ids = tiny_model(name), some_ids(44)
     geometry = take_inventory(model.config).geometry
     if not geometry.planned:
         pytest.skip("every layer has a window of its own")
-    plan = plan_for(model, FULL, FULL)
-    if name in UNSUPPORTED:
-        with pytest.raises(UnsupportedAttention, match="attends in a way of its own"):
-            in_one_forward(model, plan, ids)
-    else:
-        torch.testing.assert_close(in_one_forward(model, plan, ids), model(ids).logits, rtol=0, atol=1e-5)
+    found = in_one_forward(model, plan_for(model, FULL, FULL), ids)
+    torch.testing.assert_close(found, model(ids).logits, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(UNSUPPORTED))
-def test_attention_that_is_never_reached_is_noticed_in_the_forward(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model(name)
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+@pytest.mark.parametrize("own", ["eager", "sdpa"])
+def test_attention_that_is_written_out_is_left_as_found(name: str, own: str) -> None:
+    model, ids = tiny_model(name), some_ids(44, batch=2)
+    if own == "sdpa" and not model._supports_sdpa:
+        pytest.skip("its attention is written out in one way alone")
+    model.config._attn_implementation = own
+    mask = torch.ones_like(ids)
+    mask[1, 30:] = 0
+    before, attributes = model(ids, attention_mask=mask).logits, [set(vars(part)) for part in model.modules()]
+    plan = plan_for(model, per_channel(2), per_token(2), 2, 5)
+    changed = in_one_forward(model, plan, ids, attention_mask=mask)
+    assert (changed - before)[0].abs().max() > 0.01
+    torch.testing.assert_close(changed[1:, :30], in_one_forward(model, plan, ids[1:, :30]))
+    assert torch.equal(model(ids, attention_mask=mask).logits, before)
+    assert [set(vars(part)) for part in model.modules()] == attributes
+    assert model.config._attn_implementation == own
+
+
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_of_two_readers_of_written_out_attention_the_inner_one_counts(name: str) -> None:
+    model, ids = tiny_model(name), some_ids(30)
+    coarse, full = plan_for(model, per_channel(1), per_token(1), 1, 4), plan_for(model, FULL, FULL)
+    with decoding_reads(model, coarse):
+        outside = model(ids).logits
+        with decoding_reads(model, full):
+            torch.testing.assert_close(model(ids).logits, in_one_forward(model, full, ids))
+        assert torch.equal(model(ids).logits, outside)
+
+
+def test_attention_that_cannot_be_replaced_is_refused() -> None:
+    model = tiny_model(UNSUPPORTED)
+    with pytest.raises(UnsupportedAttention, match="attends in a way of its own"):
+        in_one_forward(model, plan_for(model, FULL, FULL), some_ids(44))
+
+
+def test_attention_that_is_never_reached_is_noticed_in_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(UNSUPPORTED)
     monkeypatch.setattr(type(model), "_can_set_attn_implementation", lambda *_: True)
     for decoder in model.children():
         if isinstance(decoder, PreTrainedModel):
