@@ -34,7 +34,7 @@ def show_spectra(spectra: Spectra) -> None:
         cells = [str(entry.layer)]
         for norm in ("spectral_norm", "frobenius_norm"):
             key, value = (getattr(entry.tensor(tensor), norm) for tensor in TENSORS)
-            cells += [_number(key), _number(value), f"{key / value:#.3g}" if value else "-"]
+            cells += [_number(key), _number(value), _number(key / value, 3) if value else "-"]
         both = [entry.tensor(tensor) for tensor in TENSORS]
         top = max(spectrum.mean[0] for spectrum in both)
         cells += [str(spectrum.values_for(SHARE)) for spectrum in both]
@@ -47,7 +47,8 @@ def show_spectra(spectra: Spectra) -> None:
         f"values, largest first, on a log scale that ends {DECADES} decades below the layer's largest",
         style="dim",
     )
-    print_plain(heads_text(spectra), style="dim")
+    if any(entry.tensor(tensor).heads > 1 for entry in spectra.layers for tensor in TENSORS):
+        print_plain(heads_text(spectra), style="dim")
     print_plain(larger_text(spectra), style="bold")
 
 
@@ -108,6 +109,13 @@ def _height(value: float, top: float) -> int:
     return min(len(MARKS) - 1, max(0, int(share * len(MARKS))))
 
 
-def _number(value: float) -> str:
-    """Write a number in six marks, where it is no giant and no dwarf."""
-    return "0" if not value else f"{value:#.4g}".rstrip(".")
+def _number(value: float, digits: int = 4) -> str:
+    """Write a number with as many digits as go into six marks; a giant or a dwarf with two."""
+    if not value:
+        return "0"
+    if 0.1 <= value < 9999.5:
+        return f"{value:#.{digits}g}".rstrip(".") if value < 10**digits - 0.5 else f"{value:.0f}"
+    if 9999.5 <= value < 999999.5:
+        return f"{value:.0f}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
