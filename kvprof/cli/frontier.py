@@ -54,7 +54,8 @@ def frontier(
     from kvprof.report.console import print_note, print_plain, print_result, print_written
     from kvprof.report.frontiers import show_frontier
     from kvprof.report.plans import loss_remarks
-    from kvprof.report.plots import MissingMatplotlib, draw_frontier
+    from kvprof.report.plots.frontier import frontier_figure
+    from kvprof.report.plots.style import MissingMatplotlib, NothingToDraw, save_figure
 
     path, found = newest_scores(LOSS_INCREASE) if scores is None else (scores, Scores.load(scores))
     result = find_frontier(
@@ -80,9 +81,8 @@ def frontier(
     for remark in loss_remarks(found, result.window):
         print_note(remark)
     print_written(written)
-    if any(point.predicted_kl_nats > 0 for point in result.points):
-        try:
-            print_written(draw_frontier(result, written.parent / "plots" / f"{written.stem}.png"))
-        except MissingMatplotlib as error:
-            print_note(str(error))
+    try:
+        print_written(save_figure(frontier_figure(result), written.parent / "plots" / f"{written.stem}.png"))
+    except (MissingMatplotlib, NothingToDraw) as error:
+        print_note(f"no picture: {error}")
     print_result(result)

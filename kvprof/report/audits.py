@@ -12,7 +12,8 @@ from kvprof.records.audit import Agreement, Audit, PlanCheck, RatioSpread
 from kvprof.records.formats import TENSORS, TensorName
 from kvprof.records.scores import KlCalibration, Scores
 from kvprof.report.console import Table, print_note, print_plain, print_written
-from kvprof.report.plots import MissingMatplotlib, draw_audit
+from kvprof.report.plots.audit import audit_figure, audit_labels
+from kvprof.report.plots.style import MissingMatplotlib, save_figure
 
 COLUMNS = 4
 """Formats that stand beside each other in 100 columns."""
@@ -88,13 +89,13 @@ def show_audit(audit: Audit) -> None:
 
 def show_pictures(audit: Audit, folder: Path) -> None:
     """Draw each loss_increase of an audit against what was measured, and say where; without matplotlib, say that."""
-    labels = list(dict.fromkeys(spread.label for spread in audit.ratios))
+    labels = audit_labels(audit)
     for old in folder.glob("audit*.png"):  # of an audit that is no more
         old.unlink()
     names = ["audit.png"] if len(labels) == 1 else [f"audit-{number}.png" for number in range(1, len(labels) + 1)]
     for label, name in zip(labels, names, strict=True):
         try:
-            print_written(draw_audit(audit, label, folder / name))
+            print_written(save_figure(audit_figure(audit, label), folder / name))
         except MissingMatplotlib as error:
             print_note(f"no picture: {error}")
             return

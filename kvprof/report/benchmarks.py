@@ -19,9 +19,9 @@ from kvprof.records.benchmark import (
     Timing,
 )
 from kvprof.records.geometry import bytes_text
-from kvprof.report.benchmark_plot import draw_benchmark
 from kvprof.report.console import Table, print_note, print_plain, print_written
-from kvprof.report.plots import MissingMatplotlib
+from kvprof.report.plots.benchmark import benchmark_figure
+from kvprof.report.plots.style import MissingMatplotlib, NothingToDraw, save_figure
 
 
 def show_benchmark(benchmark: Benchmark) -> None:
@@ -43,12 +43,9 @@ def show_benchmark_picture(benchmark: Benchmark, folder: Path) -> None:
     """Draw time against context and say where; without matplotlib, or anything to draw, say that."""
     path = folder / "benchmark.png"
     path.unlink(missing_ok=True)  # of a benchmark that is no more
-    if not any(case.planned.timing for case in benchmark.cases):
-        print_note("no picture: no attention was timed")
-        return
     try:
-        print_written(draw_benchmark(benchmark, path))
-    except MissingMatplotlib as error:
+        print_written(save_figure(benchmark_figure(benchmark), path))
+    except (MissingMatplotlib, NothingToDraw) as error:
         print_note(f"no picture: {error}")
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from benchmarked import benchmark, benchmark_json, refused
 
 from kvprof.errors import OutputError
 from kvprof.records.benchmark import Benchmark
-from kvprof.report import benchmark_plot
-from kvprof.report.benchmark_plot import draw_benchmark
 from kvprof.report.benchmarks import case_verdict, reasons, show_benchmark, show_benchmark_picture
+from kvprof.report.plots.benchmark import benchmark_figure
+from kvprof.report.plots.style import save_figure
 
 
 def test_tables_fit_eighty_columns(capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,24 +72,11 @@ def test_a_reason_of_some_cases_names_them() -> None:
     ]
 
 
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The figures that are saved."""
-    seen: list[Any] = []
-    save = benchmark_plot.save_figure
-    monkeypatch.setattr(
-        benchmark_plot, "save_figure", lambda figure, path: (seen.append(figure), save(figure, path))[1]
-    )
-    return seen
-
-
 @pytest.mark.parametrize("batches", [(1,), (1, 8), (1, 8, 64)])
-def test_a_picture_has_a_panel_a_batch_and_every_line_in_its_legend(
-    tmp_path: Path, figures: list[Any], batches: tuple[int, ...]
-) -> None:
-    path = draw_benchmark(benchmark(contexts=(4096, 32768, 131072), batches=batches), tmp_path / "plots" / "b.png")
+def test_a_picture_has_a_panel_a_batch_and_every_line_in_its_legend(tmp_path: Path, batches: tuple[int, ...]) -> None:
+    figure = benchmark_figure(benchmark(contexts=(4096, 32768, 131072), batches=batches))
+    path = save_figure(figure, tmp_path / "plots" / "b.png")
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    (figure,) = figures
     assert len(figure.axes) == len(batches)
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [
@@ -113,9 +99,8 @@ def test_a_picture_has_a_panel_a_batch_and_every_line_in_its_legend(
     assert not box.overlaps(figure._suptitle.get_window_extent())
 
 
-def test_the_limit_is_the_bytes_at_the_speed_of_the_copy(tmp_path: Path, figures: list[Any]) -> None:
-    draw_benchmark(benchmark(batches=(1,)), tmp_path / "b.png")
-    (axes,) = figures[0].axes
+def test_the_limit_is_the_bytes_at_the_speed_of_the_copy() -> None:
+    (axes,) = benchmark_figure(benchmark(batches=(1,))).axes
     lines = {line.get_label(): line.get_ydata() for line in axes.lines}
     assert list(lines["limit: PlanCache copied"]) == pytest.approx(
         [1e3 * 1000 * tokens / 1e10 for tokens in (4096, 32768)]
@@ -130,8 +115,9 @@ def test_without_matplotlib_or_times_there_is_a_note(
 ) -> None:
     old = tmp_path / "benchmark.png"
     old.write_text("of another run")
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    show_benchmark_picture(benchmark(), tmp_path)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "matplotlib.figure", None)
+        show_benchmark_picture(benchmark(), tmp_path)
     assert "pip install 'kvprof-bits[plot]'" in capsys.readouterr().err
     assert not old.exists()
     document = benchmark_json(contexts=(10,), batches=(1,))
@@ -143,4 +129,4 @@ def test_without_matplotlib_or_times_there_is_a_note(
 def test_a_folder_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> None:
     (tmp_path / "plots").write_text("a file")
     with pytest.raises(OutputError):
-        draw_benchmark(benchmark(), tmp_path / "plots" / "b.png")
+        save_figure(benchmark_figure(benchmark()), tmp_path / "plots" / "b.png")

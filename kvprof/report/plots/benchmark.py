@@ -1,47 +1,64 @@
 """A picture of a Benchmark: time against context, a panel for each batch, with the limit that the bytes set.
 
-Reads a Benchmark, writes a PNG file. Does not know how anything was timed.
+Reads a Benchmark. Does not know how anything was timed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvprof.records.benchmark import AttentionRun, Benchmark, BenchmarkCase
-from kvprof.report.plots import cut_text, new_figure, save_figure
+from kvprof.report.plots.layers import light_grid
+from kvprof.report.plots.legends import legend_at_side, legend_height
+from kvprof.report.plots.style import (
+    ACCENT,
+    FULL_WIDTH,
+    GREY,
+    OTHER_MARKS,
+    OTHERS,
+    PAPER,
+    NothingToDraw,
+    Page,
+    cut_text,
+    in_paper_style,
+    model_name,
+    new_figure,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PANELS_A_ROW = 2
-PLANNED_COLOUR = "#D55E00"
-FULL_COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#606060")
-"""Of Okabe and Ito, as the plan's vermilion is: told apart by colour-blind eyes; markers differ too."""
-FULL_MARKERS = "sD^vP*X<>"
-LIMIT_COLOUR = "#606060"
+PANEL_WIDTH = 2.4
+"""Inches, at least."""
+LEGEND_WIDTH = 1.6
+"""Inches of the legend at the side; a picture with no room for it has it below."""
 
 
-def draw_benchmark(benchmark: Benchmark, path: Path) -> Path:
-    """Draw each way of attending, and how long a copy of its bytes would take; return the file.
+@in_paper_style
+def benchmark_figure(benchmark: Benchmark, page: Page = PAPER) -> Figure:
+    """Draw each way of attending, and how long a copy of its bytes would take.
 
-    Raises MissingMatplotlib, OutputError.
+    Raises NothingToDraw where no attention was timed, MissingMatplotlib.
     """
+    if not any(case.planned.timing for case in benchmark.cases):
+        raise NothingToDraw("no attention was timed: there is no time to draw.")
     batches = sorted({case.batch for case in benchmark.cases})
-    columns = min(len(batches), PANELS_A_ROW)
+    width = page.width_or(FULL_WIDTH)
+    beside = width >= PANEL_WIDTH + LEGEND_WIDTH
+    columns = min(len(batches), PANELS_A_ROW, max(1, int((width - LEGEND_WIDTH * beside) // PANEL_WIDTH)))
     rows = -(-len(batches) // columns)
-    figure = new_figure(2.6 + 4.9 * columns, 1.3 + 4.4 * rows)
+    names = dict.fromkeys((run.name, run.dtype) for case in benchmark.cases for run in case.full if run.timing)
+    figure = new_figure(width, legend_height(len(names) + 3, 0.6 + 2.5 * rows, beside), page)
     plan = benchmark.plan
     figure.suptitle(
-        f"{cut_text(plan.name, 30 * columns)} on {cut_text(benchmark.model.id or 'a model', 30 * columns)}, "
-        f"{plan.stored_bits:.2f} stored bits\n"
-        f"{cut_text(benchmark.device.name, 60)}: {benchmark.copy_bandwidth.bytes_per_second / 1e9:.3g} GB/s copied",
-        fontsize=11,
+        f"{cut_text(plan.name, 40)} on {model_name(benchmark.model, 40)}, {plan.stored_bits:.2f} stored bits\n"
+        f"{cut_text(benchmark.device.name, 50)}: {benchmark.copy_bandwidth.bytes_per_second / 1e9:.3g} GB/s copied"
     )
-    names = dict.fromkeys((run.name, run.dtype) for case in benchmark.cases for run in case.full if run.timing)
     styles: dict[tuple[str, str], tuple[str, str]] = {
-        name: (FULL_COLOURS[number % len(FULL_COLOURS)], FULL_MARKERS[number % len(FULL_MARKERS)])
+        name: (OTHERS[number % len(OTHERS)], OTHER_MARKS[number % len(OTHER_MARKS)])
         for number, name in enumerate(names)
     }
     shown: dict[str, Any] = {}
@@ -49,12 +66,12 @@ def draw_benchmark(benchmark: Benchmark, path: Path) -> Path:
         axes = figure.add_subplot(rows, columns, number)
         cases = sorted((case for case in benchmark.cases if case.batch == batch), key=lambda case: case.context)
         _panel(axes, cases, styles, benchmark.copy_bandwidth.bytes_per_second)
-        axes.set_title(f"{batch} sequence{'s' if batch > 1 else ''}", fontsize=11)
-        axes.set_ylabel(f"decode attention, ms a step of {benchmark.planned_layers} layers")
+        axes.set_title(f"{batch} sequence{'s' if batch > 1 else ''}")
+        axes.set_ylabel(f"decode attention, {benchmark.planned_layers} layers\n(ms per step)")
         shown |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     shown = {label: shown[label] for label in sorted(shown, key=lambda label: label.startswith("limit"))}
-    figure.legend(shown.values(), shown.keys(), loc="outside right center", fontsize=9, frameon=False)
-    return save_figure(figure, path)
+    legend_at_side(figure, list(shown.values()), list(shown), beside)
+    return figure
 
 
 def _panel(
@@ -75,15 +92,14 @@ def _panel(
                 ],
                 color=colour,
                 marker=marker,
-                markersize=6,
-                linewidth=1.6 if colour == PLANNED_COLOUR else 1.1,
-                elinewidth=0.8,
-                capsize=2,
+                linewidth=1.4 if colour == ACCENT else 1.0,
+                elinewidth=0.7,
+                capsize=1.5,
                 label=label,
-                zorder=4 if colour == PLANNED_COLOUR else 3,
+                zorder=4 if colour == ACCENT else 3,
             )
 
-    line(lambda case: case.planned, PLANNED_COLOUR, "o", cases[0].planned.name)
+    line(lambda case: case.planned, ACCENT, "o", cases[0].planned.name)
     for (name, dtype), (colour, marker) in styles.items():
 
         def pick(case: BenchmarkCase, wanted: tuple[str, str] = (name, dtype)) -> AttentionRun | None:
@@ -101,18 +117,17 @@ def _panel(
             axes.plot(
                 [context for context, _ in known],
                 [1e3 * count / copy_rate for _, count in known],
-                color=LIMIT_COLOUR,
+                color=GREY,
                 linestyle=style,
                 marker="_",
-                linewidth=1.2,
+                linewidth=1.0,
                 label=label,
                 zorder=2,
             )
     axes.set_xticks(contexts, [_tokens(context) for context in contexts])
     axes.minorticks_off()
-    axes.set_xlabel("context, tokens")
-    axes.grid(visible=True, which="major", color="#D8D8D8", linewidth=0.5)
-    axes.set_axisbelow(True)
+    axes.set_xlabel("context (tokens)")
+    light_grid(axes, "both")
     _plain_numbers(axes)
 
 

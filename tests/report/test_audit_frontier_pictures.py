@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
-from kvprof.errors import KvprofError, OutputError
+from kvprof.errors import OutputError
 from kvprof.records.audit import Audit, AuditPoint
 from kvprof.records.frontier import Frontier, FrontierPoint
-from kvprof.report import plots
 from kvprof.report.audits import show_pictures
 from kvprof.report.placement import Box, box_between, free_spot
-from kvprof.report.plots import MissingMatplotlib, draw_audit, draw_frontier
+from kvprof.report.plots.audit import audit_figure
+from kvprof.report.plots.frontier import frontier_figure
+from kvprof.report.plots.style import MissingMatplotlib, NothingToDraw, save_figure
 
 
 def audit(formats: tuple[tuple[str, str, int], ...], layers: int = 30, spread: float = 0.6, **more: Any) -> Audit:
@@ -63,30 +64,21 @@ def png_size(path: Path) -> tuple[int, int]:
     return struct.unpack(">II", header[16:])
 
 
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The figures that are saved."""
-    seen: list[Any] = []
-    save = plots.save_figure
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: (seen.append(figure), save(figure, path))[1])
-    return seen
-
-
 KEYS_AND_VALUES = (("key", "int2g64", 2), ("value", "int2g64", 2))
 
 
 @pytest.mark.parametrize("formats", [KEYS_AND_VALUES, (*KEYS_AND_VALUES, ("value", "rot2", 2), ("key", "int4g64", 4))])
-def test_an_audit_is_drawn_with_no_text_on_another(tmp_path: Path, figures: list[Any], formats: Any) -> None:
-    path = draw_audit(audit(formats, spread=1.2), "loss_increase", tmp_path / "plots" / "audit.png")
+def test_an_audit_is_drawn_with_no_text_on_another(tmp_path: Path, formats: Any) -> None:
+    figure = audit_figure(audit(formats, spread=1.2), "loss_increase")
+    path = save_figure(figure, tmp_path / "plots" / "audit.png")
     width, height = png_size(path)
-    assert 500 <= height <= 900
+    assert 700 <= height <= 900
     panels = len({bits for _, _, bits in formats})
-    assert 500 * panels <= width <= 700 * panels
-    (figure,) = figures
+    assert 600 * panels <= width <= 750 * panels
     assert len(figure.axes) == panels
     for axes in figure.axes:
-        assert "nats a token" in axes.get_xlabel()
-        assert "nats a token" in axes.get_ylabel()
+        assert "nats per token" in axes.get_xlabel()
+        assert "nats per token" in axes.get_ylabel()
         boxes = [text.get_window_extent() for text in axes.texts]
         assert len(boxes) >= 3
         frame = axes.get_window_extent()
@@ -101,41 +93,37 @@ def test_an_audit_is_drawn_with_no_text_on_another(tmp_path: Path, figures: list
             assert 0 <= box.y0 < box.y1 <= height
 
 
-def test_points_beyond_a_factor_of_two_are_named_by_tensor_and_layer(tmp_path: Path, figures: list[Any]) -> None:
+def test_points_beyond_a_factor_of_two_are_named_by_tensor_and_layer() -> None:
     near = audit(KEYS_AND_VALUES, layers=4, spread=0.0)
     far = near.points[2].model_copy(update={"scores": {"loss_increase": 9 * near.points[2].measured_nats}})
     changed = near.model_copy(update={"points": (*near.points[:2], far, *near.points[3:])})
-    draw_audit(changed, "loss_increase", tmp_path / "audit.png")
-    assert [text.get_text() for text in figures[0].axes[0].texts] == ["K2"]
+    figure = audit_figure(changed, "loss_increase")
+    assert [text.get_text() for text in figure.axes[0].texts] == ["K2"]
 
 
-def test_zero_has_no_place_on_a_logarithmic_axis(tmp_path: Path) -> None:
+def test_zero_has_no_place_on_a_logarithmic_axis() -> None:
     some = audit(KEYS_AND_VALUES, layers=3)
     zero = some.points[0].model_copy(update={"measured_nats": 0.0})
-    assert draw_audit(some.model_copy(update={"points": (zero, *some.points[1:])}), "loss_increase", tmp_path / "a.png")
-    with pytest.raises(KvprofError, match="nothing to draw"):
-        draw_audit(some.model_copy(update={"points": (zero,)}), "loss_increase", tmp_path / "b.png")
-    with pytest.raises(KvprofError, match="nothing to draw"):
-        draw_audit(some, "another", tmp_path / "b.png")
-    assert not (tmp_path / "b.png").exists()
+    assert audit_figure(some.model_copy(update={"points": (zero, *some.points[1:])}), "loss_increase").axes
+    with pytest.raises(NothingToDraw, match="nothing to draw"):
+        audit_figure(some.model_copy(update={"points": (zero,)}), "loss_increase")
+    with pytest.raises(NothingToDraw, match="nothing to draw"):
+        audit_figure(some, "another")
 
 
 def test_a_single_point_is_a_picture_too(tmp_path: Path) -> None:
-    assert draw_audit(audit((("key", "rot2", 2),), layers=1), "loss_increase", tmp_path / "a.png").exists()
-    assert draw_frontier(frontier(1, knees=()), tmp_path / "b.png").exists()
-
-
-def test_the_same_record_gives_the_same_picture(tmp_path: Path) -> None:
-    first = draw_audit(audit(KEYS_AND_VALUES), "loss_increase", tmp_path / "a.png").read_bytes()
-    assert draw_audit(audit(KEYS_AND_VALUES), "loss_increase", tmp_path / "b.png").read_bytes() == first
+    assert save_figure(
+        audit_figure(audit((("key", "rot2", 2),), layers=1), "loss_increase"), tmp_path / "a.png"
+    ).exists()
+    assert save_figure(frontier_figure(frontier(1, knees=())), tmp_path / "b.png").exists()
 
 
 @pytest.mark.parametrize("stderr", [None, 0.3, 2.0])
-def test_a_frontier_is_drawn_with_its_knees_marked(tmp_path: Path, figures: list[Any], stderr: float | None) -> None:
+def test_a_frontier_is_drawn_with_its_knees_marked(tmp_path: Path, stderr: float | None) -> None:
     drawn = frontier(stderr=stderr)
-    path = draw_frontier(drawn, tmp_path / "frontier.png")
-    width, height = png_size(path)
-    (axes,) = figures[0].axes
+    figure = frontier_figure(drawn)
+    width, height = png_size(save_figure(figure, tmp_path / "frontier.png"))
+    (axes,) = figure.axes
     assert axes.get_yscale() == "log"
     assert "stored bits" in axes.get_xlabel()
     texts = [text.get_text() for text in axes.texts]
@@ -145,11 +133,11 @@ def test_a_frontier_is_drawn_with_its_knees_marked(tmp_path: Path, figures: list
     assert all(0 <= box.x0 < box.x1 <= width and 0 <= box.y0 < box.y1 <= height for box in boxes)
 
 
-def test_a_frontier_that_loses_nothing_is_not_drawn(tmp_path: Path) -> None:
+def test_a_frontier_that_loses_nothing_is_not_drawn() -> None:
     lossless = frontier(3, None, ())
     points = tuple(point.model_copy(update={"predicted_kl_nats": 0.0}) for point in lossless.points)
-    with pytest.raises(KvprofError, match="lose nothing"):
-        draw_frontier(lossless.model_copy(update={"points": points}), tmp_path / "frontier.png")
+    with pytest.raises(NothingToDraw, match="lose nothing"):
+        frontier_figure(lossless.model_copy(update={"points": points}))
 
 
 def test_without_matplotlib_the_message_says_what_to_install(
@@ -157,7 +145,7 @@ def test_without_matplotlib_the_message_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingMatplotlib, match="kvprof-bits"):
-        draw_frontier(frontier(), tmp_path / "frontier.png")
+        frontier_figure(frontier())
     spread = {"label": "loss_increase", "group": "2 bits", "bits": 2, "tensors": 3, "median": 1.0, "low": 1.0,
               "high": 1.0, "worst": 1.0, "worst_layer": 0, "worst_tensor": "key"}  # fmt: skip
     show_pictures(audit(KEYS_AND_VALUES, ratios=(spread,)), tmp_path)
@@ -167,7 +155,7 @@ def test_without_matplotlib_the_message_says_what_to_install(
 def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "plots").write_text("a file")
     with pytest.raises(OutputError, match="cannot write"):
-        draw_frontier(frontier(), tmp_path / "plots" / "frontier.png")
+        save_figure(frontier_figure(frontier()), tmp_path / "plots" / "frontier.png")
 
 
 def test_a_free_spot_is_the_first_that_touches_nothing() -> None:

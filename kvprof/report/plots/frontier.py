@@ -1,0 +1,160 @@
+"""The frontier of plans: the least predicted KL at every number of stored bits, its knees, and what was measured.
+
+Reads a Frontier and Evaluations. Does not know how a plan was found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from kvprof.records.evaluation import Evaluation, PlanResult
+from kvprof.records.frontier import Frontier, FrontierPoint
+from kvprof.report.plots.layers import light_grid
+from kvprof.report.plots.legends import LEGEND_BESIDE, LONGEST_NAME, legend_at_side, legend_height
+from kvprof.report.plots.notes import legend_boxes, marker_boxes, write_beside
+from kvprof.report.plots.style import (
+    ACCENT,
+    FULL_WIDTH,
+    OTHER_MARKS,
+    OTHERS,
+    PAPER,
+    NothingToDraw,
+    Page,
+    cut_text,
+    in_paper_style,
+    model_name,
+    new_figure,
+    settle,
+)
+from kvprof.report.series import ranked_results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CURVE = "#0072B2"
+DOTTED_UP_TO = 60
+"""Points of a curve that are marked each."""
+RATIOS = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 10, 12, 16)
+
+
+@in_paper_style
+def frontier_figure(frontier: Frontier, evaluations: Sequence[Evaluation] = (), page: Page = PAPER) -> Figure:
+    """Draw the predicted KL of the best plan at each number of stored bits, and the measured KL of evaluated plans.
+
+    evaluations: of the same model; their plans and rivals are points at the bits that they store. What loses nothing
+    has no place on a logarithmic axis. Raises NothingToDraw, MissingMatplotlib.
+    """
+    shown = sorted((point for point in frontier.points if point.predicted_kl_nats > 0), key=lambda p: p.stored_bits)
+    if not shown:
+        raise NothingToDraw("every plan is predicted to lose nothing: there is no frontier to draw.")
+    results = [result for evaluation in evaluations for result in ranked_results(evaluation) if result.kl_nats > 0]
+    width = page.width_or(FULL_WIDTH if results else 5.0)
+    beside = not results or width >= LEGEND_BESIDE
+    figure = new_figure(width, legend_height(len(results) + 4, 3.6, beside), page)
+    axes = figure.add_subplot()
+    axes.set_yscale("log")
+    _draw_curve(axes, shown)
+    knees = [point for point in shown if point.knee]
+    _draw_knees(axes, knees)
+    _draw_results(axes, results)
+    factor = frontier.kl_calibration
+    basis = "not calibrated" if factor is None else f"calibrated, factor {factor.factor:.2f}"
+    window = f"{frontier.window.sink_tokens} sinks, window of {frontier.window.recent_tokens} tokens"
+    lines = [f"{model_name(frontier.model)}: best plan at every budget", f"predictions {basis}; {window}"]
+    figure.suptitle("\n".join(lines))
+    axes.set_xlabel("stored bits per element (codes and scales)")
+    axes.set_ylabel(f"{'' if results else 'predicted '}KL divergence (nats per token)")
+    light_grid(axes, "both")
+    if results:
+        handles, labels = axes.get_legend_handles_labels()
+        rest = len(labels) - len(results)
+        labels.insert(rest, "measured:")
+        legend_at_side(figure, [*handles[:rest], None, *handles[rest:]], labels, beside)
+    else:
+        axes.legend(loc="upper right")
+    _mark_compression(axes)
+    settle(figure)
+    _label_knees(axes, knees, [(result.stored_bits, result.kl_nats) for result in results])
+    return figure
+
+
+def _draw_curve(axes: Axes, shown: Sequence[FrontierPoint]) -> None:
+    bits = [point.stored_bits for point in shown]
+    losses = [point.predicted_kl_nats for point in shown]
+    errors = [point.predicted_kl_stderr_nats or 0.0 for point in shown]
+    if any(errors):
+        axes.fill_between(
+            bits,
+            [max(loss - error, min(losses) / 10) for loss, error in zip(losses, errors, strict=True)],
+            [loss + error for loss, error in zip(losses, errors, strict=True)],
+            color=CURVE,
+            alpha=0.18,
+            linewidth=0,
+            label="± standard error",
+        )
+    marker = "." if len(shown) <= DOTTED_UP_TO else None
+    axes.plot(bits, losses, color=CURVE, marker=marker, label="best plan, predicted")
+
+
+def _draw_knees(axes: Axes, knees: Sequence[FrontierPoint]) -> None:
+    if knees:
+        axes.plot(
+            [point.stored_bits for point in knees],
+            [point.predicted_kl_nats for point in knees],
+            linestyle="none",
+            marker="D",
+            markersize=5,
+            color=CURVE,
+            markeredgecolor="white",
+            markeredgewidth=0.6,
+            label="knee",
+            zorder=4,
+        )
+
+
+def _draw_results(axes: Axes, results: Sequence[PlanResult]) -> None:
+    """Draw measured plans with their standard errors: an evaluated one a star, each rival a mark of its own."""
+    rivals = 0
+    for result in results:
+        star = result.role == "plan"
+        mark, colour = ("*", ACCENT) if star else (OTHER_MARKS[rivals % len(OTHER_MARKS)], OTHERS[rivals % len(OTHERS)])
+        rivals += not star
+        error = min(result.kl_stderr_nats or 0.0, 0.9 * result.kl_nats)
+        axes.errorbar(
+            [result.stored_bits],
+            [result.kl_nats],
+            yerr=[[error], [result.kl_stderr_nats or 0.0]] if error else None,
+            fmt=mark,
+            color=colour,
+            markersize=9 if star else 5,
+            markeredgecolor="black" if star else colour,
+            markerfacecolor=colour if star or rivals % 2 else "white",
+            markeredgewidth=0.5 if star else 1.0,
+            elinewidth=0.8,
+            label=cut_text(result.name, LONGEST_NAME),
+            zorder=6 if star else 5,
+        )
+
+
+def _mark_compression(axes: Axes) -> None:
+    """Add an axis on top: how many times smaller than 16 bits."""
+    top = axes.secondary_xaxis("top")
+    low, high = axes.get_xlim()
+    spread: list[float] = []  # none closer to its neighbour than a twelfth of the axis
+    for ratio in (ratio for ratio in RATIOS if low <= 16 / ratio <= high):
+        if not spread or abs(16 / ratio - 16 / spread[-1]) > (high - low) / 12:
+            spread.append(ratio)
+    top.set_xticks([16 / ratio for ratio in spread], [f"{ratio:g}x" for ratio in spread])
+    top.minorticks_off()
+    top.set_xlabel("times smaller than 16 bits")
+
+
+def _label_knees(axes: Axes, knees: Sequence[FrontierPoint], others: Iterable[tuple[float, float]]) -> None:
+    """Write bits and nats beside each knee, above the curve where there is room."""
+    taken = legend_boxes(axes) + marker_boxes(axes, list(others))
+    for knee in knees:
+        text = f"{knee.stored_bits:.2f} bits: {knee.predicted_kl_nats:.2g}"
+        at = (knee.stored_bits, knee.predicted_kl_nats)
+        write_beside(axes, at, text, CURVE, ((5, 8), (-5, -8), (5, 18), (-5, -18), (5, -8), (-5, 8)), taken)

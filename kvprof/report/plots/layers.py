@@ -1,0 +1,92 @@
+"""What pictures by layer have in common: an axis of layers, skipped ones hatched; keys and values told apart.
+
+Knows layers by number only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Literal
+
+from kvprof.records.formats import TensorName
+from kvprof.report.plots.style import COLOURS, GREY, MARKS
+from kvprof.report.series import LayerNumber
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SKIPPED = "no plan gives bits"
+LOG_FROM = 30.0
+"""An axis is logarithmic where its largest number is more than so many times its smallest."""
+
+
+def layer_axis(axes: Axes, first: int, count: int, skipped: Iterable[int]) -> None:
+    """Give a panel an axis of `count` layers from `first` on, and hatch those that no plan gives bits to."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlim(first - 0.7, first + count - 0.3)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    axes.set_xlabel("layer")
+    for low, high in runs(layer for layer in skipped if first <= layer < first + count):
+        axes.axvspan(low - 0.5, high + 0.5, facecolor="#F4F4F4", edgecolor="#B0B0B0", hatch="////", lw=0, zorder=0)
+
+
+def runs(layers: Iterable[int]) -> list[tuple[int, int]]:
+    """Return the first and last of each run of layers without a gap."""
+    found = []
+    for _, group in groupby(enumerate(sorted(set(layers))), key=lambda pair: pair[1] - pair[0]):
+        run = [layer for _, layer in group]
+        found.append((run[0], run[-1]))
+    return found
+
+
+def draw_numbers(axes: Axes, tensor: TensorName, numbers: Sequence[LayerNumber]) -> None:
+    """Draw one number a layer, with its standard error where all have one."""
+    errors = [number.stderr for number in numbers if number.stderr is not None]
+    axes.errorbar(
+        [number.layer for number in numbers],
+        [number.value for number in numbers],
+        yerr=errors if errors and len(errors) == len(numbers) else None,
+        color=COLOURS[tensor],
+        marker=MARKS[tensor],
+        markeredgecolor="white",
+        markeredgewidth=0.4,
+        linewidth=1.0,
+        elinewidth=0.8,
+        capsize=1.5,
+        label=f"{tensor}s",
+        zorder=3,
+    )
+
+
+def fit_scale(axes: Axes, numbers: Iterable[float]) -> None:
+    """Make the vertical axis logarithmic where the numbers need it and allow it; else begin it at zero."""
+    found = list(numbers)
+    if min(found) > 0 and max(found) > LOG_FROM * min(found):
+        axes.set_yscale("log")  # an error that reaches below zero ends at the frame
+        axes.set_ylim(min(found) / 1.6, max(found) * 1.6)
+    elif max(found) > 0:
+        axes.set_ylim(0, 1.08 * max(found))
+
+
+def tensor_handles(skipped: bool = False) -> tuple[list[Any], list[str]]:
+    """Return the legend's keys and values, and what hatching means where there is any."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles: list[Any] = [
+        Line2D([], [], color=COLOURS[tensor], marker=MARKS[tensor], linewidth=1.0, markeredgecolor="white")
+        for tensor in COLOURS
+    ]
+    labels = [f"{tensor}s" for tensor in COLOURS]
+    if skipped:
+        handles.append(Patch(facecolor="#F4F4F4", edgecolor="#B0B0B0", hatch="////", linewidth=0))
+        labels.append(SKIPPED)
+    return handles, labels
+
+
+def light_grid(axes: Axes, axis: Literal["both", "x", "y"] = "y") -> None:
+    """Draw the lines that help to read a number off."""
+    axes.grid(visible=True, which="major", axis=axis)
+    axes.tick_params(color=GREY)
