@@ -47,7 +47,8 @@ together. It decides nothing about bits. The files of this room, in the order th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from kvprof.allocate.budget import Limit, bit_limit, memory_limit
 from kvprof.allocate.candidates import USUAL_GROUP_SIZE, Allowed
@@ -56,12 +57,13 @@ from kvprof.allocate.rules import GREEDY_METRICS, KVMIX_FRACTION, default_metric
 from kvprof.allocate.targets import target_named
 from kvprof.allocate.task import usual_window, without_sinks
 from kvprof.allocate.within import plan_within
+from kvprof.callables import make_callable
 from kvprof.errors import UsageError, did_you_mean
 from kvprof.records.formats import TensorName, parse_formats
 from kvprof.records.plan import BitPlan, Window
 from kvprof.records.scores import LOSS_INCREASE, METRICS, Scores, default_unit
 
-__all__ = ["RULES", "allocate", "metric_needed"]
+__all__ = ["RULES", "allocate", "check_request", "metric_needed"]
 
 RULES = ("exact", "norm-greedy", "kvmix", "uniform")
 
@@ -73,6 +75,7 @@ _OPTIONS = {
     "uniform": ("--bits-key", "--bits-value", "--formats", "--metric"),
 }
 """The options that each rule obeys, besides those that all of them do."""
+_ALL_OPTIONS = frozenset(option for options in _OPTIONS.values() for option in options)
 
 
 def metric_needed(
@@ -82,7 +85,11 @@ def metric_needed(
     formats: str | None = None,
     target: str | None = None,
 ) -> str | None:
-    """Return the metric that scores must have to serve a request; None where any that can be allocated by will do."""
+    """Return the metric that scores must have to serve a request; None where any that can be allocated by will do.
+
+    Raises UsageError for an unknown rule.
+    """
+    _check_rule(rule)
     if rule == "kvmix":
         return "gradient_norm"
     if metric is None and rule == "norm-greedy":
@@ -131,30 +138,27 @@ def allocate(
     Raises UsageError for an unknown rule, an option that the rule would ignore or lacks, or options that contradict
     each other; and whatever the rule raises.
     """
-    if rule not in RULES:
-        raise UsageError(f"unknown rule {rule!r}: {did_you_mean(rule, RULES)}")
-    options = {
-        "--budget": budget,
-        "--unit": unit,
-        "--memory": memory,
-        "--context": context,
-        "--batch": batch,
-        "--max-kl": max_kl,
-        "--metric": metric,
-        "--bits": bits,
-        "--formats": formats,
-        "--min-key-bits": min_key_bits,
-        "--tie": tie,
-        "--target": target,
-        "--top-fraction": top_fraction,
-        "--as-published": as_published or None,
-        "--bits-key": bits_key,
-        "--bits-value": bits_value,
-    }
-    for option, value in options.items():
-        if value is not None and option not in _OPTIONS[rule]:
-            takes = ", ".join(_OPTIONS[rule])
-            raise UsageError(f"--rule {rule} takes no {option}; it would change nothing.\n  {rule} takes {takes}.")
+    _refuse_ignored(
+        rule,
+        {
+            "--budget": budget,
+            "--unit": unit,
+            "--memory": memory,
+            "--context": context,
+            "--batch": batch,
+            "--max-kl": max_kl,
+            "--metric": metric,
+            "--bits": bits,
+            "--formats": formats,
+            "--min-key-bits": min_key_bits,
+            "--tie": tie,
+            "--target": target,
+            "--top-fraction": top_fraction,
+            "--as-published": as_published or None,
+            "--bits-key": bits_key,
+            "--bits-value": bits_value,
+        },
+    )
     usual_group = USUAL_GROUP_SIZE if group_size is None else group_size
     if as_published:
         window = without_sinks(window or usual_window(scores))
@@ -182,10 +186,7 @@ def allocate(
         limit = _limit(rule, LOSS_INCREASE, budget, unit, memory, context, batch)
         return plan_within(scores, target_named(target), limit, window=window, command=command, **allowed)
     if max_kl is not None:
-        if budget is not None or memory is not None:
-            raise UsageError("--max-kl asks for the cheapest plan; leave out --budget and --memory.")
-        if metric not in (None, LOSS_INCREASE):
-            raise UsageError(f"--max-kl needs {LOSS_INCREASE}: {metric} foretells no KL divergence.")
+        _check_inverse(metric, budget, memory)
         measure = _measure(unit, context, batch)
         return cheapest(scores, max_kl, measure, tie=tie, window=window, command=command, **allowed)
     metric = metric or default_metric(scores, METRICS if rule == "exact" else GREEDY_METRICS)
@@ -193,6 +194,41 @@ def allocate(
     if rule == "norm-greedy":
         return norm_greedy(scores, limit, metric=metric, window=window, command=command, **allowed)
     return exact(scores, limit, metric=metric, tie=tie, window=window, command=command, **allowed)
+
+
+def check_request(rule: str = "exact", target: str | None = None, metric: str | None = None, **options: Any) -> None:
+    """Raise the UsageError that `allocate` would for a request whatever the scores: before they are measured.
+
+    options: as `allocate` takes them; None where one is not given.
+    """
+    given = {"target": target, "metric": metric, **options}
+    _refuse_ignored(
+        rule, {f"--{name.replace('_', '-')}": None if value is False else value for name, value in given.items()}
+    )
+    asked = {name: options.get(name) for name in ("budget", "unit", "memory", "context", "batch")}
+    if rule == "kvmix":
+        return
+    if rule == "uniform":
+        _pair(options.get("bits_key"), options.get("bits_value"), options.get("formats"))
+    elif options.get("max_kl") is not None:
+        _check_inverse(metric, asked["budget"], asked["memory"])
+        _measure(asked["unit"], asked["context"], asked["batch"])
+    else:
+        _limit(rule, metric or LOSS_INCREASE, **asked)
+
+
+def _check_rule(rule: str) -> None:
+    if rule not in RULES:
+        raise UsageError(f"unknown rule {rule!r}: {did_you_mean(rule, RULES)}")
+
+
+def _refuse_ignored(rule: str, options: Mapping[str, object]) -> None:
+    """Raise UsageError for an unknown rule, and for an option, by its name and value, that the rule would ignore."""
+    _check_rule(rule)
+    for option, value in options.items():
+        if value is not None and option in _ALL_OPTIONS and option not in _OPTIONS[rule]:
+            takes = ", ".join(_OPTIONS[rule])
+            raise UsageError(f"--rule {rule} takes no {option}; it would change nothing.\n  {rule} takes {takes}.")
 
 
 def _pair(bits_key: int | None, bits_value: int | None, formats: str | None) -> tuple[int | str, int | str]:
@@ -217,6 +253,14 @@ def _pair(bits_key: int | None, bits_value: int | None, formats: str | None) -> 
         return names[tensor][0]
 
     return only("key"), only("value")
+
+
+def _check_inverse(metric: str | None, budget: str | float | None, memory: str | None) -> None:
+    """Raise UsageError for what does not go together with --max-kl."""
+    if budget is not None or memory is not None:
+        raise UsageError("--max-kl asks for the cheapest plan; leave out --budget and --memory.")
+    if metric not in (None, LOSS_INCREASE):
+        raise UsageError(f"--max-kl needs {LOSS_INCREASE}: {metric} foretells no KL divergence.")
 
 
 def _measure(unit: str | None, context: int | None, batch: int | None) -> Limit:
@@ -256,3 +300,6 @@ def _limit(
         return memory_limit(memory, context, 1 if batch is None else batch)
     or_kl = ", or --max-kl 0.01" if rule == "exact" else ""
     raise UsageError(f"--rule {rule} needs a limit.\n  Give --budget 2.5, or --memory 1.5GiB --context 32768{or_kl}.")
+
+
+make_callable(__name__, "kvprof.api.plan")

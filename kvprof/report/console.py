@@ -131,7 +131,7 @@ def print_side_by_side(left: Sequence[str], right: Sequence[str]) -> None:
 
 COLUMNS = 80
 """What a table has to fit: every terminal has as many, and a pipe is read by people as well."""
-LEAST_TEXT = 12
+LEAST_TEXT = 10
 """A column of text is never made narrower."""
 BAR = " ▏▎▍▌▋▊▉█"
 """A cell filled by eighths."""
@@ -179,12 +179,11 @@ class Table:
         out.print(text, soft_wrap=True)
 
     def _fitted(self, widths: list[int]) -> list[int]:
-        """Take from the widest text column what a row has too much."""
+        """Take from the text columns, the widest first, what a row has too much."""
         room = max(COLUMNS, out.width if out.is_terminal else 0) - 2 * len(widths) + 1
-        if sum(widths) > room and self._left:
-            widest = max(self._left, key=lambda index: widths[index])
-            heading = max(len(line[widest]) for line in self._head)
-            widths[widest] = max(heading, LEAST_TEXT, widths[widest] - (sum(widths) - room))
+        least = {index: max(LEAST_TEXT, *(len(line[index]) for line in self._head)) for index in self._left}
+        while sum(widths) > room and (wide := [index for index in self._left if widths[index] > least[index]]):
+            widths[max(wide, key=lambda index: widths[index])] -= 1
         return widths
 
     def _broken(self, cells: Sequence[str], widths: Sequence[int]) -> list[list[str]]:
