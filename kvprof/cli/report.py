@@ -1,0 +1,97 @@
+"""The command that writes all of it down on one page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvprof.errors import InvalidFile, KvprofError, did_you_mean, first_line
+
+if TYPE_CHECKING:
+    from kvprof.records.inventory import Inventory
+
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        help="A hub id, a folder, a .gguf file, or `demo`; or the folder that holds its files.",
+        show_default="the newest in outputs/",
+    ),
+]
+
+
+def report(
+    model: Model = None,
+    plan: Annotated[Path | None, typer.Option(help="The plan to show.", show_default="the newest of the model")] = None,
+    scores: Annotated[
+        list[Path] | None,
+        typer.Option(help="Scores to show. Can be repeated.", show_default="the plan's own; the newest of the model"),
+    ] = None,
+    evaluation: Annotated[
+        Path | None,
+        typer.Option(help="The evaluation to show.", show_default="that of the plan; the newest of the model"),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the report, or a file that ends in .html.", show_default="outputs/<model>"),
+    ] = None,
+) -> None:
+    """What does all of this say of one model? One page with every picture, as HTML that needs no network, and Markdown.
+
+    A section whose file does not exist names the command that makes it. Loads no weights, and never asks the hub.
+    """
+    from kvprof.records.answers import Written
+    from kvprof.records.gathered import folder_of, gather, holds_files
+    from kvprof.records.runs import write_atomically
+    from kvprof.report.console import print_note, print_plain, print_result, print_written
+    from kvprof.report.html import to_html
+    from kvprof.report.markdown import to_markdown
+    from kvprof.report.whole import absent, make_page
+
+    folder = folder_of(model)
+    named = [path for path in (plan, *(scores or ()), evaluation) if path is not None]
+    if model is None and not folder.is_dir() and not named:
+        model = "demo"
+    if model is None or holds_files(Path(model)):
+        files = gather(folder, named)
+        files = files.with_inventory(_inventory(files.model.id))
+    else:
+        inventory = _inventory(model)
+        if inventory is None and not folder.is_dir() and not named:
+            known = ["demo", *(path.name for path in folder.parent.glob("*") if path.is_dir())]
+            raise InvalidFile(
+                f"nothing is known of {model!r}: there is no {folder}/, and its config is not on this machine; "
+                f"{did_you_mean(model, known)}\n  Measure it first: kvprof norms {model}"
+            )
+        files = gather(folder, named, inventory)
+    page = make_page(files)
+    place = out if out is not None and out.suffix == ".html" else (out or folder) / "report.html"
+    written = [
+        write_atomically(place, to_html(page)),
+        write_atomically(place.with_suffix(".md"), to_markdown(page)),
+    ]
+    for name, fact in page.facts:
+        print_plain(f"{name}: {fact}")
+    for remark in page.remarks:
+        print_note(remark)
+    commands = absent(files)
+    if commands:
+        print_note(f"not in it, since it was not measured: {', '.join(commands)}")
+    for path in written:
+        print_written(path)
+    print_result(Written(paths=tuple(map(str, written))))
+
+
+def _inventory(model: str | None) -> Inventory | None:
+    """Return what a model's config says; None where it is not on this machine, or with a remark cannot be read."""
+    from kvprof.models.offline import inventory_at_hand
+    from kvprof.report.console import print_note
+
+    if model is None:
+        return None
+    try:
+        return inventory_at_hand(model)
+    except KvprofError as error:
+        print_note(f"the model's config was not read: {first_line(error)}")
+        return None

@@ -1,0 +1,57 @@
+"""The singular values of one layer's cached keys and values, with the band that its heads span.
+
+Reads one layer's spectra; the vertical axis is that of all layers.
+"""
+
+from __future__ import annotations
+
+from kvprof.records.formats import TENSORS
+from kvprof.records.spectra import LayerSpectra, Spectrum
+from kvprof.report.svg import Frame, Scale, band, line, marked, picture, tag, write
+
+WIDTH, HEIGHT = 292, 216
+FLOOR = 1e-6
+"""Of the largest singular value: below, all is rounding."""
+
+
+def draw_spectrum(entry: LayerSpectra, y_low: float, y_high: float) -> str:
+    """Draw the mean over heads of each singular value, and what the heads span. y_low, y_high: of the axis."""
+    frame = Frame(52, 44, WIDTH - 8, HEIGHT - 40)
+    count = max(len(entry.tensor(tensor).mean) for tensor in TENSORS)
+    x = frame.x(1, max(2, count))
+    y = Scale(y_low, y_high, frame.bottom, frame.top, is_log=True)
+    parts = [
+        frame.axes(x, y, "index of the singular value", "singular value (logarithmic)", y_count=4),
+        write(2, 14, f"layer {entry.layer}", "small strong"),
+        write(70, 14, "keys (solid)", "small key-text"),
+        write(160, 14, "values (dashed)", "small value-text"),
+    ]
+    for tensor in TENSORS:
+        spectrum = entry.tensor(tensor)
+        if spectrum.heads > 1:
+            parts.append(band(_places(spectrum.high, x, y), _places(spectrum.low, x, y), f"fill {tensor} faint"))
+        parts.append(line(_places(spectrum.mean, x, y), f"line {tensor}" + (" dashed" * (tensor == "value"))))
+    for index in range(count):
+        tip = f"layer {entry.layer}, singular value {index + 1}: " + ", ".join(
+            f"{tensor}s {_span(entry.tensor(tensor), index)}"
+            for tensor in TENSORS
+            if index < len(entry.tensor(tensor).mean)
+        )
+        step = (frame.right - frame.left) / max(1, count - 1)
+        box = tag(
+            "rect", x=max(frame.left, x(index + 1) - step / 2), y=frame.top, width=step,
+            height=frame.bottom - frame.top, class_="target",
+        )  # fmt: skip
+        parts.append(marked(tip, box))
+    label = f"Singular values of the cached keys and values of layer {entry.layer}"
+    return picture(WIDTH, HEIGHT, label, *parts)
+
+
+def _places(values: tuple[float, ...], x: Scale, y: Scale) -> list[tuple[float, float]]:
+    return [(x(place), y(max(value, y.low))) for place, value in enumerate(values, start=1)]
+
+
+def _span(spectrum: Spectrum, index: int) -> str:
+    low, high = spectrum.low[index], spectrum.high[index]
+    heads = f" ({low:.3g} to {high:.3g} over {spectrum.heads} heads)" if spectrum.heads > 1 else ""
+    return f"{spectrum.mean[index]:.3g}{heads}"

@@ -1,0 +1,107 @@
+"""A report as plain data: sections of prose, tables, pictures and commands, which HTML and Markdown share.
+
+Text in it is plain text, from files too: whoever writes it out escapes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Code:
+    """Words to type, or a name in a file, within a sentence."""
+
+    text: str
+
+
+Words = str | Code | tuple[str | Code, ...]
+"""A sentence or more; a tuple is read from left to right."""
+
+Role = Literal["prose", "see", "means", "missing", "note", "flag"]
+"""see: what a picture shows. means: what that says of this model. missing: which command makes a section. flag: what
+changes what a score means."""
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """Sentences."""
+
+    words: Words
+    role: Role = "prose"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under headings. left: columns that are text, not numbers. is_long: shown on demand, where that is known."""
+
+    caption: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: Sequence[int] = ()
+    is_long: bool = False
+    strong: int | None = None
+    """The row that this is about."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A picture as SVG. fits: pages of any width, wide ones alone, or narrow ones alone."""
+
+    svg: str
+    fits: Literal["any", "wide", "narrow"] = "any"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Pictures side by side under one caption, and their numbers, which stand for them where there are no pictures."""
+
+    caption: str
+    drawings: Sequence[Drawing]
+    numbers: Sequence[Table]
+    is_long: bool = False
+
+
+@dataclass(frozen=True)
+class Commands:
+    """Lines to type."""
+
+    lines: Sequence[str]
+
+
+Block = Paragraph | Table | Figure | Commands
+
+
+@dataclass(frozen=True)
+class Section:
+    """One question and its answer."""
+
+    name: str
+    """Of the place in the page; letters and dashes."""
+    heading: str
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class Page:
+    """A whole report."""
+
+    title: str
+    subtitle: str
+    facts: Sequence[tuple[str, str]]
+    """What to know first, and its number with the unit."""
+    sections: Sequence[Section]
+    remarks: Sequence[str]
+    """What the reader should know of the files."""
+
+
+def both_widths(draw_wide: str, draw_narrow: str) -> tuple[Drawing, Drawing]:
+    """Return one picture in two widths, of which a page shows the one that it has room for."""
+    return Drawing(draw_wide, "wide"), Drawing(draw_narrow, "narrow")
+
+
+def missing(command: str, what: str) -> Paragraph:
+    """Return the line that stands for a section whose file does not exist."""
+    return Paragraph((f"Not measured yet: {what} ", Code(command), " does that."), "missing")

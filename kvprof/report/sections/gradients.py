@@ -1,0 +1,85 @@
+"""Section: how strongly the loss pulls at W_k and W_v.
+
+Reads Scores with gradient norms.
+"""
+
+from __future__ import annotations
+
+from kvprof.records.formats import TENSORS, TensorName
+from kvprof.records.gathered import ReportFiles
+from kvprof.records.scores import Scores
+from kvprof.report.charts.layers import LayerNumber, draw_layers
+from kvprof.report.page import Block, Figure, Paragraph, Section, Table, both_widths, missing
+from kvprof.report.sentences import score_remarks
+
+HEADING = "How strongly does the loss pull at W_k and W_v?"
+
+
+def gradients_section(files: ReportFiles, command: str) -> Section:
+    """Return the section. command: of this model, `kvprof gradients demo`."""
+    if files.gradients is None:
+        return Section("gradients", HEADING, [missing(command, "gradient norms")])
+    scores = files.gradients.document
+    blocks: list[Block] = [
+        Paragraph(
+            "The gradient norm says how fast the model's loss would change if a layer's W_k or W_v moved. The paper "
+            "KVmix (arXiv 2506.08018) gives more bits where it is large. It does not see how much error a format makes "
+            "there: for that, see the predicted loss below.",
+            "see",
+        ),
+        Paragraph(_means(scores), "means"),
+        Figure(
+            "L2 norm of the gradient of the loss with respect to each projection, in nats per unit of weight: mean "
+            "over calibration sequences, bars one standard error.",
+            both_widths(*(_draw(scores, files.model.num_layers, width) for width in (920, 358))),
+            [_table(scores)],
+        ),
+    ]
+    remarks = score_remarks(scores, ["gradient_norm"])
+    blocks += [Paragraph(remark[0].upper() + remark[1:] + ".", "flag") for remark in remarks]
+    return Section("gradients", HEADING, blocks)
+
+
+def _means(scores: Scores) -> str:
+    layers = [entry.layer for entry in scores.layers]
+    keys, values = (scores.column("gradient_norm", tensor) for tensor in TENSORS)
+    wins = sum(key > value for key, value in zip(keys, values, strict=True))
+    text = f"The gradient of W_k is the larger one in {wins} of {len(layers)} layers. "
+    for tensor, numbers in (("key", keys), ("value", values)):
+        top = max(range(len(numbers)), key=lambda place: numbers[place])
+        text += f"Of the {tensor}s, layer {layers[top]} has the largest, {numbers[top]:.3g}. "
+    if scores.calibration is not None:
+        of = scores.calibration
+        text += f"Measured on {of.sequences} sequences, {of.tokens} tokens of {of.dataset}."
+    return text.strip()
+
+
+def _draw(scores: Scores, num_layers: int, width: float) -> str:
+    series: dict[TensorName, list[LayerNumber]] = {}
+    for tensor in TENSORS:
+        numbers = []
+        for entry in scores.layers:
+            found = entry.tensor(tensor)
+            norm, error = found.gradient_norm or 0.0, found.gradient_norm_stderr
+            tip = f"layer {entry.layer}, {tensor}s: gradient norm {norm:.4g}"
+            ends: tuple[float | None, float | None] = (None, None)
+            if error is not None:
+                tip += f" ± {error:.2g}"
+                ends = max(norm - error, 0.1 * norm), norm + error
+            numbers.append(LayerNumber(entry.layer, norm, *ends, tip=tip))
+        series[tensor] = numbers
+    title = "gradient norm, nats per unit of weight"
+    return draw_layers(series, num_layers, title, "Gradient norm of W_k and W_v by layer", width=width)
+
+
+def _table(scores: Scores) -> Table:
+    rows = []
+    for entry in scores.layers:
+        cells = [str(entry.layer)]
+        for tensor in TENSORS:
+            found = entry.tensor(tensor)
+            for number in (found.gradient_norm, found.gradient_norm_stderr):
+                cells.append("-" if number is None else f"{number:#.4g}")
+        rows.append(cells)
+    headings = ("layer", "gradient norm K", "± stderr", "gradient norm V", "± stderr")
+    return Table("Gradient norms, nats per unit of weight", headings, rows, is_long=True)

@@ -1,0 +1,141 @@
+"""Section: what every way to store every layer's keys and values is predicted to cost.
+
+Reads Scores with `loss_increase`, and the plan, whose choices the picture frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from kvprof.errors import UsageError
+from kvprof.records.formats import TENSORS, Format, TensorName, format_named
+from kvprof.records.gathered import ReportFiles
+from kvprof.records.plan import BitPlan, head_dim_of
+from kvprof.records.scores import Scores
+from kvprof.report.charts.heat import Column, draw_heat, shades_of
+from kvprof.report.page import Block, Drawing, Figure, Paragraph, Section, Table, missing
+
+HEADING = "What does each way to store them cost?"
+
+
+def losses_section(files: ReportFiles, command: str) -> Section:
+    """Return the section. command: of this model, `kvprof gradients demo`."""
+    if files.losses is None:
+        return Section("losses", HEADING, [missing(command, "the predicted loss of every format")])
+    scores = files.losses.document
+    plan = None if files.plan is None else files.plan.document
+    losses = {tensor: _losses(scores, tensor) for tensor in TENSORS}
+    formats = {tensor: _columns(scores, tensor) for tensor in TENSORS}
+    every = [loss for tensor in TENSORS for row in losses[tensor].values() for loss in row.values()]
+    shades = shades_of(every)
+    drawings = [
+        Drawing(
+            draw_heat(
+                list(losses[tensor].items()), [column for column, _ in formats[tensor]], shades, f"{tensor}s",
+                _chosen(plan, tensor),
+            )
+        )
+        for tensor in TENSORS
+        if formats[tensor]
+    ]  # fmt: skip
+    framed = " A frame marks the format that the plan gives a layer." if plan is not None else ""
+    blocks: list[Block] = [
+        Paragraph(
+            "Each cell answers one question: if this layer's keys (or values) alone were stored in this format and all "
+            "else in full precision, how far would the model's predictions move? The unit is nats a token of "
+            "Kullback-Leibler divergence: 0 is no change at all. Formats are named as in "
+            "the plan: int3g64 has codes of 3 bits and one scale for 64 of them, a c at the end clips outliers, rot3 "
+            "rotates first." + framed,
+            "see",
+        ),
+        Paragraph(_means(scores, losses, formats), "means"),
+        Figure(
+            "Predicted loss of each layer's keys and values, format by format: nats a token, one colour scale for "
+            "both; formats from the fewest stored bits to the most.",
+            drawings,
+            [_table(losses[tensor], formats[tensor], tensor) for tensor in TENSORS if formats[tensor]],
+        ),
+    ]
+    if scores.decoding is not None:
+        window = scores.decoding.window
+        text = (
+            f"With the first {window.sink_tokens} and the last {window.recent_tokens} tokens in full precision, as "
+            f"the scores were measured; {scores.decoding.tokens} predicted tokens counted."
+        )
+        blocks.append(Paragraph(text, "note"))
+    return Section("losses", HEADING, blocks)
+
+
+def _losses(scores: Scores, tensor: TensorName) -> dict[int, Mapping[str, float]]:
+    """Return the losses of each layer that has any; of those that a plan covers where that is known."""
+    rows = {entry.layer: entry.tensor(tensor).loss_increase or {} for entry in scores.planned or scores.layers}
+    return {layer: row for layer, row in rows.items() if row}
+
+
+def _columns(scores: Scores, tensor: TensorName) -> list[tuple[Column, Format | None]]:
+    """Return the formats that any layer was scored in, by what they store; those that no plan can have come last."""
+    found: list[tuple[float, Column, Format | None]] = []
+    shapes = [] if scores.geometry is None else scores.geometry.planned
+    head_dim = head_dim_of(shapes[0], tensor) if shapes else None
+    for name in scores.scored_formats(tensor):
+        try:
+            form = format_named(name, tensor, head_dim)
+            bits = float(form.stored_bits(head_dim))
+            found.append((bits, Column(name, f"{bits:.4g} stored bits"), form))
+        except UsageError:
+            found.append((float("inf"), Column(name, "no format of this cache"), None))
+    return [(column, form) for _, column, form in sorted(found, key=lambda each: (each[0], each[1].name))]
+
+
+def _chosen(plan: BitPlan | None, tensor: TensorName) -> dict[int, str]:
+    return {} if plan is None else {entry.layer: entry.tensor(tensor).name for entry in plan.layers}
+
+
+def _means(
+    scores: Scores,
+    losses: Mapping[TensorName, Mapping[int, Mapping[str, float]]],
+    formats: Mapping[TensorName, list[tuple[Column, Format | None]]],
+) -> str:
+    """Say which tensors are the dearest at 2 bits, or at the narrowest width that keys and values share."""
+    names = {
+        tensor: {column.name: form.bits for column, form in formats[tensor] if form is not None} for tensor in TENSORS
+    }
+    shared = sorted(set(names["key"].values()) & set(names["value"].values()))
+    if not shared:
+        return f"Scored: {len(formats['key'])} formats for keys and {len(formats['value'])} for values."
+    bits = 2 if 2 in shared else shared[0]
+    best = {
+        (layer, tensor): min(row[name] for name in row if names[tensor].get(name) == bits)
+        for tensor in TENSORS
+        for layer, row in losses[tensor].items()
+        if any(names[tensor].get(name) == bits for name in row)
+    }
+    if not best:
+        return f"Scored: {len(formats['key'])} formats for keys and {len(formats['value'])} for values."
+    dearest, cheapest = max(best, key=lambda each: best[each]), min(best, key=lambda each: best[each])
+    text = (
+        f"In its best {bits}-bit format, the dearest tensor is the {dearest[1]}s of layer {dearest[0]} with "
+        f"{best[dearest]:.3g} nats a token"
+    )
+    if best[cheapest] > 0:
+        text += (
+            f", {best[dearest] / best[cheapest]:.3g} times what the cheapest costs (the {cheapest[1]}s of layer "
+            f"{cheapest[0]}, {best[cheapest]:.3g})"
+        )
+    totals = {tensor: sum(loss for (_, of), loss in best.items() if of == tensor) for tensor in TENSORS}
+    text += (
+        f". All keys together would cost {totals['key']:.3g} at {bits} bits, all values {totals['value']:.3g}. That "
+        "spread is why one width for all wastes bits."
+    )
+    return text
+
+
+def _table(
+    rows: Mapping[int, Mapping[str, float]], formats: list[tuple[Column, Format | None]], tensor: TensorName
+) -> Table:
+    headings = ["layer", *(column.name for column, _ in formats)]
+    cells = [
+        [str(layer), *(f"{row[column.name]:#.3g}" if column.name in row else "-" for column, _ in formats)]
+        for layer, row in rows.items()
+    ]
+    return Table(f"Predicted loss of {tensor}s, nats a token", headings, cells, is_long=True)

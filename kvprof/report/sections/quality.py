@@ -1,0 +1,116 @@
+"""Section: what was measured of the plan and its rivals, and how it changes along a sequence.
+
+Reads an Evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from kvprof.records.evaluation import Evaluation, PlanResult
+from kvprof.records.gathered import ReportFiles
+from kvprof.report.charts.positions import draw_positions
+from kvprof.report.evaluations import KL_FLOOR, evaluation_lines, evaluation_verdict
+from kvprof.report.page import Block, Code, Drawing, Figure, Paragraph, Section, Table, missing
+from kvprof.report.sections.budgets import measured_plans
+
+HEADING = "How good is it, measured?"
+
+
+def quality_section(files: ReportFiles, command: str) -> Section:
+    """Return the section. command: `kvprof evaluate PLAN`."""
+    if files.evaluation is None:
+        return Section("quality", HEADING, [missing(command, "the plan's cache against full precision and its rivals")])
+    evaluation = files.evaluation.document
+    numbers = {each.result.digest: each.number for each in measured_plans(files)}
+    blocks: list[Block] = [
+        Paragraph(
+            "The model read text twice, once with its cache in full precision and once with the cache stored as the "
+            "plan says, as decoding would read it. KL divergence says how far the predictions of the next token moved, "
+            "in nats a token (0 is no change); top-1 agreement is the share of tokens after which both find the same "
+            "next token the likeliest; perplexity is how well the text itself was foretold (lower is better).",
+            "see",
+        ),
+        Paragraph(_means(evaluation), "means"),
+    ]
+    if files.plan is not None and evaluation.plan.digest != files.plan.document.digest:
+        text = f"This evaluation is of another plan than the one shown above: of {evaluation.plan.name}; "
+        blocks.append(Paragraph((text, Code(command), " measures the one above."), "note"))
+    blocks += [
+        _results(evaluation, numbers),
+        Figure(
+            "The same by position: the further back the cache reaches, the more of it is quantized. Numbers as in the "
+            "table.",
+            [
+                Drawing(draw_positions(evaluation.plans, quantity, numbers))
+                for quantity in ("kl_nats", "top1_agreement")
+            ],
+            [_positions(evaluation)],
+        ),
+    ]
+    blocks += [Paragraph(line[0].upper() + line[1:] + ".", "note") for line in evaluation_lines(evaluation)]
+    return Section("quality", HEADING, blocks)
+
+
+def _means(evaluation: Evaluation) -> str:
+    plan, text = evaluation.plan, evaluation.text
+    tokens = sum(part.tokens for part in plan.by_position)
+    first, last = plan.by_position[0], plan.by_position[-1]
+    words = (
+        f"{plan.name} loses {_nats(plan.kl_nats)} nats a token over {tokens} tokens of {text.dataset}, and agrees on "
+        f"{plan.top1_agreement:.1%} of the likeliest next tokens. "
+    )
+    if first is not last:
+        words += (
+            f"At positions {first.first} to {first.last} it loses {_nats(first.kl_nats)}, at positions {last.first} to "
+            f"{last.last} {_nats(last.kl_nats)}. "
+        )
+    verdict = evaluation_verdict(evaluation) if len(evaluation.plans) > 1 else ""
+    return (words + (verdict + "." if verdict else "")).strip()
+
+
+def _results(evaluation: Evaluation, numbers: Mapping[str, int]) -> Table:
+    plan = evaluation.plan
+    ranked = sorted(evaluation.plans, key=lambda result: result.kl_nats)
+    full = ("", "full precision", "", "16", "0", "-", "0", "1", f"{evaluation.reference_perplexity:.2f}", "-")
+    rows = [full, *((str(numbers[result.digest]), *_cells(result, plan)) for result in ranked)]
+    split = f", {evaluation.text.split}" if evaluation.text.split else ""
+    many = "s" if evaluation.text.sequences != 1 else ""
+    caption = (
+        f"{evaluation.text.sequences} sequence{many} of {evaluation.text.dataset}{split}, from position "
+        f"{evaluation.measured_from}, in {evaluation.dtype}"
+    )
+    headings = (
+        "no.", "plan", "what it is", "stored bits", "KL, nats/token", "± stderr", "KL, 99th percentile",
+        "top-1 agreement", "perplexity", "KL / the plan's",
+    )  # fmt: skip
+    return Table(caption, headings, rows, left=(1, 2), strong=1 + ranked.index(plan))
+
+
+def _cells(result: PlanResult, plan: PlanResult) -> tuple[str, ...]:
+    return (
+        result.name,
+        {"plan": "the plan", "rival": "rival", "against": "compared with"}[result.role],
+        f"{result.stored_bits:.4g}",
+        _nats(result.kl_nats),
+        f"{result.kl_stderr_nats:#.2g}" if result.kl_stderr_nats and result.kl_nats >= KL_FLOOR else "-",
+        _nats(result.kl_p99_nats),
+        f"{result.top1_agreement:.4f}",
+        f"{result.perplexity:.2f}",
+        f"{result.kl_nats / plan.kl_nats:.2f}" if plan.kl_nats > 0 else "-",
+    )
+
+
+def _positions(evaluation: Evaluation) -> Table:
+    rows = [
+        (result.name, f"{part.first}-{part.last}", str(part.tokens), _nats(part.kl_nats), f"{part.top1_agreement:.4f}")
+        for result in evaluation.plans
+        for part in result.by_position
+    ]
+    headings = ("plan", "positions", "tokens", "KL, nats/token", "top-1 agreement")
+    return Table("By position", headings, rows, left=(0, 1), is_long=True)
+
+
+def _nats(kl: float) -> str:
+    """Write a divergence; what is below the rounding of float32 logits is none."""
+    return f"{kl:#.3g}" if kl >= KL_FLOOR else "0"

@@ -1,0 +1,158 @@
+"""Section: the singular values of what the cache really holds.
+
+Reads Spectra.
+"""
+
+from __future__ import annotations
+
+import math
+
+from kvprof.records.formats import TENSORS, TensorName
+from kvprof.records.gathered import ReportFiles
+from kvprof.records.spectra import LayerSpectra, Spectra
+from kvprof.report.charts.layers import LayerNumber, draw_layers
+from kvprof.report.charts.spectra import FLOOR, draw_spectrum
+from kvprof.report.page import Block, Drawing, Figure, Paragraph, Section, Table, missing
+from kvprof.report.spectra import SHARE, heads_text, larger_text
+
+HEADING = "How large are the cached keys and values themselves?"
+SHOWN = 6
+"""Layers whose spectra are open at once, evenly spaced; the others are a click away."""
+
+
+def spectra_section(files: ReportFiles, command: str) -> Section:
+    """Return the section. command: of this model, `kvprof spectra demo`."""
+    if files.spectra is None:
+        return Section("spectra", HEADING, [missing(command, "the singular values of cached keys and values")])
+    spectra = files.spectra.document
+    entries = spectra.layers
+    low, high = _range(spectra)
+    picked = _evenly(entries)
+    rest = [entry for entry in entries if entry not in picked]
+    blocks: list[Block] = [
+        Paragraph(
+            "The weights are only half of it: what is stored are keys and values of real text. For each layer and KV "
+            "head, take the matrix of all tokens' keys (or values) and its singular values, the largest first. A steep "
+            "fall says that a few directions hold nearly everything; a flat line says that all directions matter. "
+            "Lines are means over heads and sequences, bands what the heads span.",
+            "see",
+        ),
+        Paragraph(_means(spectra), "means"),
+        Figure(
+            "Layer by layer: the largest singular value of the cached keys and values, in units of the cached elements "
+            "(mean over heads, a band from the least head to the largest), and how many singular values hold 90 % of "
+            "the sum of squares.",
+            [
+                Drawing(_draw_norm(spectra, files.model.num_layers)),
+                Drawing(_draw_rank(spectra, files.model.num_layers)),
+            ],
+            [_table(spectra)],
+        ),
+        Figure(
+            "All singular values of some layers, in units of the cached elements; one vertical axis for all.",
+            [Drawing(draw_spectrum(entry, low, high)) for entry in picked],
+            [_values(picked)],
+        ),
+    ]
+    if rest:
+        blocks.append(
+            Figure(
+                f"The other {len(rest)} layers.",
+                [Drawing(draw_spectrum(entry, low, high)) for entry in rest],
+                [_values(rest)],
+                is_long=True,
+            )
+        )
+    return Section("spectra", HEADING, blocks)
+
+
+def _means(spectra: Spectra) -> str:
+    text = f"{larger_text(spectra)}. "
+    text = text[0].upper() + text[1:]
+    count = len(spectra.layers)
+    for tensor in TENSORS:
+        ranks = [entry.tensor(tensor).values_for(SHARE) for entry in spectra.layers]
+        dims = max(len(entry.tensor(tensor).mean) for entry in spectra.layers)
+        text += (
+            f"Of the {tensor}s' {dims} singular values {sum(ranks) / count:.1f} hold 90 % of the sum of squares on "
+            f"average over layers (between {min(ranks)} and {max(ranks)}). "
+        )
+    found = heads_text(spectra)
+    return text + found[0].upper() + found[1:] + "."
+
+
+def _range(spectra: Spectra) -> tuple[float, float]:
+    """Return the ends of the axis that all layers share."""
+    every = [entry.tensor(tensor) for entry in spectra.layers for tensor in TENSORS]
+    high = max(max(spectrum.high) for spectrum in every) or 1.0
+    above = [value for spectrum in every for value in spectrum.low if value > high * FLOOR]
+    low = min(above, default=high / 10)
+    return low / 1.2, max(high * 1.2, low * 2)
+
+
+def _evenly(entries: tuple[LayerSpectra, ...]) -> list[LayerSpectra]:
+    """Return a few entries from the first to the last; all of them where they are hardly more."""
+    if len(entries) <= SHOWN + 2:
+        return list(entries)
+    return [entries[round(place * (len(entries) - 1) / (SHOWN - 1))] for place in range(SHOWN)]
+
+
+def _draw_norm(spectra: Spectra, num_layers: int) -> str:
+    series: dict[TensorName, list[LayerNumber]] = {}
+    for tensor in TENSORS:
+        numbers = []
+        for entry in spectra.layers:
+            found = entry.tensor(tensor)
+            ends = (found.low[0], found.high[0]) if found.heads > 1 else (None, None)
+            tip = f"layer {entry.layer}, {tensor}s: largest singular value {found.spectral_norm:.4g}"
+            if found.heads > 1:
+                tip += f", {found.low[0]:.4g} to {found.high[0]:.4g} over {found.heads} heads"
+            numbers.append(LayerNumber(entry.layer, found.spectral_norm, ends[0], ends[1], tip))
+        series[tensor] = numbers
+    title = "largest singular value, cached units"
+    return draw_layers(
+        series, num_layers, title, "Largest singular value of cached keys and values by layer", "heads", as_band=True
+    )
+
+
+def _draw_rank(spectra: Spectra, num_layers: int) -> str:
+    series: dict[TensorName, list[LayerNumber]] = {}
+    for tensor in TENSORS:
+        ranks = {entry.layer: entry.tensor(tensor).values_for(SHARE) for entry in spectra.layers}
+        series[tensor] = [
+            LayerNumber(layer, rank, tip=f"layer {layer}, {tensor}s: {rank} singular values hold 90 %")
+            for layer, rank in ranks.items()
+        ]
+    return draw_layers(
+        series, num_layers, "singular values that hold 90 %, count", "Effective rank of cached keys and values by layer"
+    )
+
+
+def _table(spectra: Spectra) -> Table:
+    rows = []
+    for entry in spectra.layers:
+        cells = [str(entry.layer)]
+        for norm in ("spectral_norm", "frobenius_norm"):
+            key, value = (getattr(entry.tensor(tensor), norm) for tensor in TENSORS)
+            cells += [f"{key:#.4g}", f"{value:#.4g}", f"{key / value:#.3g}" if value else "-"]
+        rows.append([*cells, *(str(entry.tensor(tensor).values_for(SHARE)) for tensor in TENSORS)])
+    headings = [
+        "layer",
+        *(f"{norm} {of}" for norm in ("spectral norm", "Frobenius norm") for of in ("K", "V", "K / V")),
+    ]
+    text = "Norms of the cached keys and values, means over heads and sequences; 90 %: singular values that hold it"
+    return Table(text, [*headings, "90 % K", "90 % V"], rows, is_long=True)
+
+
+def _values(entries: list[LayerSpectra]) -> Table:
+    """Return each spectrum at the powers of two, its ends among them."""
+    count = max(len(entry.tensor(tensor).mean) for entry in entries for tensor in TENSORS)
+    places = sorted({0, count - 1, *(2**power - 1 for power in range(int(math.log2(count)) + 1))})
+    rows = []
+    for entry in entries:
+        for tensor in TENSORS:
+            values = entry.tensor(tensor).mean
+            cells = [f"{values[place]:#.4g}" if place < len(values) else "-" for place in places]
+            rows.append([str(entry.layer), tensor, *cells])
+    headings = ["layer", "tensor", *(f"no. {place + 1}" for place in places)]
+    return Table("Mean singular values, some of them", headings, rows, left=[1], is_long=True)
