@@ -15,29 +15,51 @@ Shapes: L layers, B batch, H KV heads, T tokens, D head dimension.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["BitPlan", "KvprofError", "Scores", "__version__"]
+__all__ = [
+    "BitPlan",
+    "Evaluation",
+    "KvprofError",
+    "PlanCache",
+    "Scores",
+    "Spectra",
+    "__version__",
+    "allocate",
+    "evaluate",
+    "gradients",
+    "norms",
+    "spectra",
+]
 
-if TYPE_CHECKING:
-    from kvprof.errors import KvprofError
-    from kvprof.records.plan import BitPlan
-    from kvprof.records.scores import Scores
+_HOMES = {
+    "BitPlan": "kvprof.records.plan",
+    "Evaluation": "kvprof.records.evaluation",
+    "KvprofError": "kvprof.errors",
+    "PlanCache": "kvprof.runtime.cache",
+    "Scores": "kvprof.records.scores",
+    "Spectra": "kvprof.records.spectra",
+    "allocate": "kvprof.api.plan",
+    "evaluate": "kvprof.api.quality",
+    "gradients": "kvprof.api.measure",
+    "norms": "kvprof.api.measure",
+    "spectra": "kvprof.api.measure",
+}
+"""The module of each public name. Their types stand in __init__.pyi."""
+_ROOMS = ("allocate", "evaluate")
+"""Functions that have a package's name: the package itself is what is called, see callables.py."""
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that `import kvprof` costs nothing."""
-    if name == "KvprofError":
-        from kvprof.errors import KvprofError
+    if name in _ROOMS:
+        return import_module(f"kvprof.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kvprof' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
 
-        return KvprofError
-    if name == "BitPlan":
-        from kvprof.records.plan import BitPlan
 
-        return BitPlan
-    if name == "Scores":
-        from kvprof.records.scores import Scores
-
-        return Scores
-    raise AttributeError(f"module 'kvprof' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ from transformers import (
 from kvprof.errors import KvprofError, ModelError, UsageError, did_you_mean, first_line
 from kvprof.models.hub import fetch_from_hub, refuse_pickles
 from kvprof.models.inventory import build_skeleton
+from kvprof.models.lent import check_lent, live_config
 from kvprof.models.memory import free_bytes
 from kvprof.models.names import DEMO, nearest_path
 from kvprof.models.shelf import Shelf
@@ -57,13 +58,16 @@ GPU_SHARE = 0.7
 class ModelSource:
     """A model that was found: its id as the user wrote it, and the files it consists of.
 
-    path: a folder with config.json, or a .gguf file; None for a hub id, whose files `fetch` brings.
+    path: a folder with config.json, or a .gguf file; None for a hub id, whose files `fetch` brings. live: of the kind
+    `loaded`, the model itself and its tokenizer; such a model is lent, and not moved, cast or changed.
     """
 
     id: str
-    kind: Literal["demo", "folder", "gguf", "hub"]
+    kind: Literal["demo", "folder", "gguf", "hub", "loaded"]
     path: Path | None = None
     hub_id: str | None = None
+    live: PreTrainedModel | None = field(default=None, repr=False, compare=False)
+    tokenizer: Any = field(default=None, repr=False, compare=False)
 
     def fetch(self, weights: bool) -> Path:
         """Return a local folder (or GGUF file) with the config and tokenizer, and the weights where asked.
@@ -107,13 +111,22 @@ def resolve(model: str | None) -> ModelSource:
 
 def load_config(source: ModelSource) -> PretrainedConfig:
     """Load a model's config; of a GGUF file, the one that its metadata describes."""
+    if source.live is not None:
+        return live_config(source.live)
     place = source.fetch(weights=False)
     with _explained(source, "config"), _quiet():
         return AutoConfig.from_pretrained(**_arguments(place))
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """Load a model's tokenizer."""
+    """Load a model's tokenizer. Raises UsageError for a model that was lent without one."""
+    if source.live is not None:
+        if source.tokenizer is None:
+            raise UsageError(
+                "reading text with a loaded model needs its tokenizer.\n"
+                "  Give tokenizer=AutoTokenizer.from_pretrained(...)."
+            )
+        return source.tokenizer
     place = source.fetch(weights=False)
     with _explained(source, "tokenizer"), _quiet():
         return AutoTokenizer.from_pretrained(**_arguments(place))
@@ -127,9 +140,13 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto", s
     CPU; the CPU where there is no GPU), or a torch device such as cpu, cuda:1, mps.
     stream: leave the weights in the checkpoint, and load each block when it runs (`models.streaming`); auto is then
     the first GPU whatever its size.
-    Raises UsageError for an unknown dtype or device, ModelError for a checkpoint that cannot be loaded.
+    A model that is loaded already is returned as it is. Raises UsageError for an unknown dtype or device, or another
+    than a loaded model has, ModelError for a checkpoint that cannot be loaded.
     """
     check_dtype(dtype)
+    if source.live is not None:
+        check_lent(source.live, dtype, None if device == "auto" else usable_device(device), stream)
+        return source.live
     config = load_config(source)
     target = usable_device(device) if stream else _placement(device, config, dtype)
     place = source.fetch(weights=True)
@@ -164,6 +181,11 @@ def check_dtype(dtype: str) -> None:
     """Raise UsageError for a word that names neither `auto` nor a dtype that a model can be loaded in."""
     if dtype != "auto" and dtype not in DTYPES:
         raise UsageError(f"unknown --dtype {dtype!r}: {did_you_mean(dtype, ['auto', *DTYPES])}")
+
+
+def lend(model: PreTrainedModel, tokenizer: Any = None) -> ModelSource:
+    """Return a loaded model as a source like any other: its id is where it was loaded from, else its class."""
+    return ModelSource(model.name_or_path or type(model).__name__, "loaded", live=model, tokenizer=tokenizer)
 
 
 def need_gguf() -> None:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from kvprof.models.checkpoints import Checkpoint, SafetensorsCheckpoint, open_checkpoint
+from kvprof.models.checkpoints import Checkpoint, LiveCheckpoint, SafetensorsCheckpoint, open_checkpoint
 from kvprof.models.hub import HubModel, find_on_hub, refuse_pickles
+from kvprof.models.lent import check_in_memory
 from kvprof.models.load import ModelSource
 from kvprof.models.remote import RemoteCheckpoint
 from kvprof.models.shards import SAFETENSORS_INDEX, find_shards
@@ -23,24 +25,38 @@ from kvprof.models.shards import SAFETENSORS_INDEX, find_shards
 class PinnedModel:
     """A model whose config and weights are of one version, although its repository may change meanwhile.
 
-    source: has a path, of the config at least. identity: a text that is another one for every version.
+    source: has a path, of the config at least, or the loaded model. identity: a text that is another one for every
+    version.
     """
 
     source: ModelSource
-    path: Path
+    path: Path | None
     identity: str
     hub: HubModel | None = None
 
-    def open(self, config: PretrainedConfig) -> Checkpoint:
-        """Open the checkpoint: local files where they are, else the hub's. config: the text decoder's.
+    @property
+    def is_gguf(self) -> bool:
+        """Whether weights are read as llama.cpp has them."""
+        return self.path is not None and self.path.is_file()
 
-        Raises ModelError as the checkpoints do.
+    def open(self, config: PretrainedConfig) -> Checkpoint:
+        """Open the checkpoint: a loaded model's own, local files where they are, else the hub's.
+
+        config: the text decoder's. Raises ModelError as the checkpoints do.
         """
-        return open_checkpoint(self.path, config) if self.hub is None else _open_hub(self.hub)
+        if self.source.live is not None:
+            return LiveCheckpoint(self.source.live)
+        if self.hub is not None:
+            return _open_hub(self.hub)
+        assert self.path is not None
+        return open_checkpoint(self.path, config)
 
 
 def pin(source: ModelSource) -> PinnedModel:
     """Settle on a model's files without downloading its weights. Raises ModelError as `models.hub` does."""
+    if source.live is not None:
+        check_in_memory(source.live)
+        return PinnedModel(source, None, f"model {id(source.live)} of process {os.getpid()}")
     if source.path is not None:
         return PinnedModel(source, source.path, _identity(source.path))
     assert source.hub_id is not None

@@ -128,7 +128,7 @@ def _open(source: ModelSource) -> _Subject:
     checkpoint = pinned.open(config)
     projections = Projections(checkpoint, inventory.geometry, config)
     # llama.cpp stores whole gains
-    gain_offset = 0.0 if pinned.path.is_file() else inventory.key_norm_offset or 0.0
+    gain_offset = 0.0 if pinned.is_gguf else inventory.key_norm_offset or 0.0
     return _Subject(inventory, pinned.identity, checkpoint, projections, gain_offset)
 
 

@@ -1,0 +1,106 @@
+"""What callers give: a model in any form, a folder for the result or none, one word or several.
+
+Turns it into what the rooms take. Does not know what is done with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvprof.errors import UsageError
+from kvprof.records.plan import BitPlan
+from kvprof.records.runs import output_folder
+from kvprof.records.scores import Scores
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from kvprof.models.load import ModelSource
+
+logger = logging.getLogger("kvprof")
+
+Progress = Callable[[int, int], None]
+"""Called with what is done and what there is in all."""
+
+LARGEST_WINDOW = 2**31
+LARGEST_SEED = 2**32 - 1
+
+
+@contextlib.contextmanager
+def borrowed(model: str | Path | PreTrainedModel | None, tokenizer: Any) -> Iterator[ModelSource]:
+    """Yield the source that a model names or is; a loaded one is in eval mode meanwhile, and then as it was.
+
+    Raises ModelError for a path that holds no model, UsageError for anything that cannot be one.
+    """
+    from transformers import PreTrainedModel
+
+    from kvprof.models.lent import as_found
+    from kvprof.models.load import lend, resolve
+
+    if isinstance(model, PreTrainedModel):
+        with as_found(model):
+            yield lend(model, tokenizer)
+        return
+    if model is not None and not isinstance(model, str | Path):
+        raise UsageError(
+            f"a {type(model).__module__}.{type(model).__name__} is no model that kvprof can read.\n"
+            "  Give a hub id, a folder, a .gguf file, 'demo', or a loaded transformers model."
+        )
+    if tokenizer is not None:
+        raise UsageError("tokenizer= goes with a loaded model; one that is named has its own. Leave it out.")
+    yield resolve(None if model is None else str(model))
+
+
+@contextlib.contextmanager
+def results_in(out: str | Path | None, model_id: str) -> Iterator[Path]:
+    """Yield the folder for results: `out`, known to be writable; without one, one that is gone afterwards."""
+    if out is not None:
+        yield output_folder(model_id, Path(out))
+        return
+    with tempfile.TemporaryDirectory(prefix="kvprof-") as folder:
+        yield Path(folder)
+
+
+def several(given: str | Path | Iterable[str | Path] | None) -> tuple[str, ...] | None:
+    """Return words that are given one or many at a time."""
+    if given is None:
+        return None
+    return (str(given),) if isinstance(given, str | Path) else tuple(str(word) for word in given)
+
+
+def joined(given: str | Iterable[str | int] | None) -> str | None:
+    """Return what an option takes as words between commas, given so or as a list."""
+    return given if given is None or isinstance(given, str) else ",".join(map(str, given))
+
+
+def scores_given(scores: Scores | str | Path) -> Scores:
+    """Return Scores, read where a file is named. Raises InvalidFile as `Scores.load` does."""
+    return scores if isinstance(scores, Scores) else Scores.load(scores)
+
+
+def plan_given(plan: BitPlan | str | Path) -> BitPlan:
+    """Return a plan, read where a file is named. Raises InvalidFile as `BitPlan.load` does."""
+    return plan if isinstance(plan, BitPlan) else BitPlan.load(plan)
+
+
+def check_range(name: str, number: float | None, low: float, high: float) -> None:
+    """Raise UsageError for a number that the command would not take either."""
+    if number is not None and not low <= number <= high:
+        raise UsageError(f"{name}={number}: a number from {low} to {high} is needed.")
+
+
+def check_window(sink_tokens: int | None, recent_tokens: int | None) -> None:
+    """Raise UsageError for a window of fewer tokens than none."""
+    check_range("sink_tokens", sink_tokens, 0, LARGEST_WINDOW)
+    check_range("recent_tokens", recent_tokens, 0, LARGEST_WINDOW)
+
+
+def remark(lines: Sequence[str]) -> None:
+    """Log what a command would say beside its result."""
+    for line in lines:
+        logger.info(line)

@@ -1,0 +1,198 @@
+"""norms, gradients and spectra as functions.
+
+Read a model, and text; return records. Write a file only where a folder is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvprof.api.given import (
+    LARGEST_SEED,
+    Progress,
+    borrowed,
+    check_range,
+    check_window,
+    joined,
+    remark,
+    results_in,
+    several,
+)
+from kvprof.errors import UsageError
+from kvprof.records.scores import Scores
+from kvprof.records.spectra import Spectra
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def norms(
+    model: str | Path | PreTrainedModel | None = None,
+    *,
+    tokenizer: Any = None,
+    out: str | Path | None = None,
+    restart: bool = False,
+    progress: Progress | None = None,
+) -> Scores:
+    """Measure how large W_k and W_v are, layer by layer, as `kvprof norms` does; never loads a model that is named.
+
+    model: a hub id, a folder, a .gguf file, or `demo` (the default); or a loaded transformers model, whose weights are
+    read where they are. tokenizer: not needed, and taken so that all functions can be called alike. out: a folder for
+    norms.json and, meanwhile, the journal that a stopped run goes on from; without it nothing is written. restart:
+    begin anew there. progress: called with (bytes done, bytes in all).
+    Returns Scores: of each layer's whole (out_features, in_features) projection `spectral_norm`, `frobenius_norm` and
+    `stable_rank`, and of each KV head, in the weights' own units; of a bias or a norm after k_proj, its size too.
+    Raises ModelError, UnknownLayout or NonFiniteWeight for a model that cannot be measured, UsageError for no model.
+    """
+    from kvprof.profile.norms import run_norms
+
+    with borrowed(model, tokenizer) as source, results_in(out, source.id) as folder:
+        run = run_norms(source, folder, restart, progress or _silent)
+    remark(run.remarks)
+    return run.scores
+
+
+def gradients(
+    model: str | Path | PreTrainedModel | None = None,
+    *,
+    tokenizer: Any = None,
+    data: str | Path | Sequence[str | Path] | None = None,
+    split: str | None = None,
+    sequences: int | None = None,
+    sequence_length: int | None = None,
+    formats: str | Sequence[str] | None = None,
+    target: str | None = None,
+    recent_tokens: int | None = None,
+    sink_tokens: int | None = None,
+    suffix_fraction: float = 0.5,
+    until_stable: bool = False,
+    stable_at: str | float | Sequence[str | float] | None = None,
+    batch_size: int = 1,
+    seed: int = 0,
+    pack: bool = False,
+    dtype: str = "auto",
+    device: str = "auto",
+    stream: bool = False,
+    shard: str | None = None,
+    out: str | Path | None = None,
+    restart: bool = False,
+    progress: Progress | None = None,
+) -> Scores:
+    """Measure how much the loss feels each layer's keys and values, as `kvprof gradients` does.
+
+    model: as `norms` takes it. tokenizer: of a loaded model, which is measured in the dtype and on the device that it
+    has, and given back as it was. data: `builtin`, `self`, files or hub datasets, as NAME or NAME:WEIGHT; builtin and
+    self by default. sequences: 8 by default, 32 with until_stable. sequence_length: tokens; 1024 by default, or the
+    model's own limit. formats: whose loss to predict, such as "int3g64,value:rot2"; "none" for gradient norms alone.
+    target: score another runtime's formats instead. sink_tokens, recent_tokens: kept in full precision. The rest is
+    named as the command's options are. out: a folder for gradients.json and its journal; without it, no file is written
+    but what the model writes for `self`, in the user's cache folder. progress: called with (sequences done, in all).
+    Returns Scores: of each layer's K and V `gradient_norm`, the mean over sequences of the L2 norm of dLoss/dW (nats a
+    token, by the weights' units), and `loss_increase`, by format, in nats a token; with standard errors.
+    Raises UsageError for options that do not go together or a loaded model without a tokenizer, CalibrationError for
+    text that cannot be read, ModelError for a model that cannot be measured, NonFiniteGradient where numbers overflow.
+    """
+    from kvprof.allocate.stability import StableAt
+    from kvprof.allocate.targets import target_named
+    from kvprof.calibration.ingredients import USUAL_DATA
+    from kvprof.profile.decoder import Decoder, read_formats
+    from kvprof.profile.request import SEQUENCES_UNTIL_STABLE, USUAL_SEQUENCES, SensitivitySettings
+    from kvprof.profile.sensitivity import run_sensitivity
+    from kvprof.records.partial import read_share
+    from kvprof.records.plan import USUAL_WINDOW
+
+    if stable_at is not None and not until_stable:
+        raise UsageError("stable_at says what until_stable looks at, which is not asked for.\n  Add until_stable=True.")
+    check_window(sink_tokens, recent_tokens)
+    check_range("suffix_fraction", suffix_fraction, 0.01, 1)
+    check_range("seed", seed, 0, LARGEST_SEED)
+    runtime = None if target is None else target_named(target)
+    window = USUAL_WINDOW if runtime is None else runtime.window
+    asked = joined(formats)
+    decoder = Decoder(
+        read_formats(asked) if asked is not None or runtime is None else runtime.to_score,
+        window.with_tokens(sink_tokens, recent_tokens),
+        suffix_fraction,
+        passes_over=asked is None,
+    )
+    if sequences is None:
+        sequences = SEQUENCES_UNTIL_STABLE if until_stable else USUAL_SEQUENCES
+    settings = SensitivitySettings(
+        data=several(data) or USUAL_DATA,
+        split=split,
+        sequences=sequences,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        seed=seed,
+        pack=pack,
+        dtype=dtype,
+        device=device,
+        stream=stream,
+        share=read_share(shard) if shard is not None else None,
+        decoder=decoder,
+    )
+    budgets = () if stable_at is None else [stable_at] if isinstance(stable_at, str | float | int) else stable_at
+    question = StableAt(budgets) if until_stable else None
+    with borrowed(model, tokenizer) as source, results_in(out, source.id) as folder:
+        run = run_sensitivity(
+            source,
+            settings,
+            folder,
+            restart,
+            progress or _silent,
+            is_enough=question,
+            check=question.check if question else None,
+        )
+    remark(run.remarks)
+    return run.scores
+
+
+def spectra(
+    model: str | Path | PreTrainedModel | None = None,
+    *,
+    tokenizer: Any = None,
+    data: str | Path | Sequence[str | Path] | None = None,
+    split: str | None = None,
+    sequences: int = 8,
+    sequence_length: int | None = None,
+    seed: int = 0,
+    pack: bool = False,
+    dtype: str = "auto",
+    device: str = "auto",
+    stream: bool = False,
+    out: str | Path | None = None,
+    restart: bool = False,
+    progress: Progress | None = None,
+) -> Spectra:
+    """Measure the singular values of the cached keys and values on text, as `kvprof spectra` does.
+
+    model, tokenizer, data, sequence_length, out, progress: as `gradients` takes them.
+    Returns Spectra: of each layer's K and V the singular values of a head's (T, D) cache, descending, as a mean over
+    sequences and heads with the least and the largest head's; in the units of keys and values.
+    Raises what `gradients` does.
+    """
+    from kvprof.calibration.ingredients import USUAL_DATA
+    from kvprof.profile.spectra import SpectraSettings, run_spectra
+
+    check_range("seed", seed, 0, LARGEST_SEED)
+    settings = SpectraSettings(
+        data=several(data) or USUAL_DATA,
+        split=split,
+        sequences=sequences,
+        sequence_length=sequence_length,
+        seed=seed,
+        pack=pack,
+        dtype=dtype,
+        device=device,
+        stream=stream,
+    )
+    with borrowed(model, tokenizer) as source, results_in(out, source.id) as folder:
+        run = run_spectra(source, settings, folder, restart, progress or _silent)
+    remark(run.remarks)
+    return run.spectra
+
+
+def _silent(done: int, total: int) -> None:
+    """Show nothing."""

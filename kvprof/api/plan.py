@@ -1,0 +1,112 @@
+"""allocate as a function: from Scores to a BitPlan, without a tensor.
+
+Reads Scores; returns a BitPlan. Writes a file only where a place is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvprof.allocate import allocate as make_plan
+from kvprof.allocate import metric_needed
+from kvprof.allocate.budget import known_bits, parse_bits
+from kvprof.allocate.targets import target_named
+from kvprof.allocate.task import usual_window
+from kvprof.api.given import check_range, check_window, joined, scores_given, several
+from kvprof.errors import UsageError
+from kvprof.records.files import newest_scores, plan_path, scores_for
+from kvprof.records.plan import BitPlan
+from kvprof.records.scores import Scores
+
+LARGEST_GROUP = 2**31
+
+
+def allocate(
+    scores: Scores | str | Path | None = None,
+    budget: str | float | None = None,
+    *,
+    unit: str | None = None,
+    memory: str | None = None,
+    context: int | None = None,
+    batch: int | None = None,
+    max_kl: str | float | None = None,
+    rule: str = "exact",
+    metric: str | None = None,
+    bits: str | Sequence[int] | None = None,
+    formats: str | Sequence[str] | None = None,
+    group_size: int | None = None,
+    pin: str | Sequence[str] | None = None,
+    tie: str | None = None,
+    min_key_bits: int | None = None,
+    recent_tokens: int | None = None,
+    sink_tokens: int | None = None,
+    target: str | None = None,
+    top_fraction: str | float | None = None,
+    as_published: bool = False,
+    bits_key: int | None = None,
+    bits_value: int | None = None,
+    out: str | Path | None = None,
+) -> BitPlan:
+    """Spend a budget of bits where they buy the most, as `kvprof allocate` does. Never loads a model, nor torch.
+
+    scores: Scores, or their file; by default the newest in outputs/ that serve, as for the command. budget: bits an
+    element of the cache may cost on average, counted in `unit`: "stored" (codes and scales; the default by
+    loss_increase) or "nominal" (codes alone; the default by a norm). memory, context, batch: bytes of cache instead,
+    such as "1.5GiB", for `batch` sequences of `context` tokens. max_kl: the cheapest plan predicted to stay at or below
+    so many nats a token. bits, formats, group_size, min_key_bits: what the plan may choose from; pin: tensors set by
+    hand, such as "key:0=8". sink_tokens, recent_tokens: the window in full precision. The rest is named as the
+    command's options are. out: a folder for the plan, or its file that ends in .json; without it nothing is written.
+    Returns the BitPlan, the best one there is where `solver.optimal`; it never costs more than the budget.
+    Raises InfeasibleBudget, with the range that can be reached; UsageError for options that do not go together;
+    InvalidFile for scores that cannot be read, or lack what the rule needs.
+    """
+    if as_published and sink_tokens:
+        raise UsageError(f"as_published has no sinks, sink_tokens asks for {sink_tokens}; leave out one of them.")
+    check_window(sink_tokens, recent_tokens)
+    check_range("group_size", group_size, 1, LARGEST_GROUP)
+    check_range("min_key_bits", min_key_bits, 1, 16)
+    named = joined(formats)
+    runtime = None if target is None else target_named(target)
+    path = Path("scores.json") if scores is None or isinstance(scores, Scores) else Path(scores)
+    if scores is not None:
+        found = scores_given(scores)
+    elif target is not None:
+        path, found = scores_for(target)
+    else:
+        path, found = newest_scores(metric_needed(rule, metric, max_kl, named, target))
+    given = {
+        "budget": budget,
+        "unit": unit,
+        "memory": memory,
+        "context": context,
+        "batch": batch,
+        "max_kl": max_kl,
+        "rule": rule,
+        "metric": metric,
+        "bits": None if bits is None else parse_bits(bits) if isinstance(bits, str) else known_bits(bits),
+        "formats": named,
+        "group_size": group_size,
+        "tie": tie,
+        "min_key_bits": min_key_bits,
+        "target": target,
+        "top_fraction": top_fraction,
+        "as_published": as_published,
+        "bits_key": bits_key,
+        "bits_value": bits_value,
+    }
+    window = usual_window(found, sink_tokens, recent_tokens, None if runtime is None else runtime.window)
+    pins = several(pin) or ()
+    command = _spelled({**given, "pin": pins or None, "sink_tokens": sink_tokens, "recent_tokens": recent_tokens})
+    plan = make_plan(found, **given, pins=pins, window=window, command=command)  # type: ignore[arg-type]
+    if out is not None:
+        plan.save(plan_path(plan, path, Path(out), None if max_kl is None else str(max_kl)))
+    return plan
+
+
+def _spelled(options: dict[str, object]) -> str:
+    """Return the call that made a plan, for its provenance: what was said, without what goes without saying."""
+    said = {name: given for name, given in options.items() if given is not None and given is not False}
+    if said["rule"] == "exact":
+        del said["rule"]
+    return f"kvprof.allocate({', '.join(['scores', *(f'{name}={given!r}' for name, given in said.items())])})"

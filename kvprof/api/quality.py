@@ -1,0 +1,178 @@
+"""evaluate as a function: what a plan costs in quality, beside rivals that store as much.
+
+Reads a plan, a model and text; returns an Evaluation. Writes files only where a folder is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvprof.api.given import (
+    LARGEST_SEED,
+    Progress,
+    borrowed,
+    check_range,
+    logger,
+    plan_given,
+    remark,
+    results_in,
+    several,
+)
+from kvprof.errors import InvalidFile, Mismatch, NotBetter, UsageError, first_line
+from kvprof.records.evaluation import Evaluation
+from kvprof.records.files import short_names
+from kvprof.records.plan import BitPlan
+from kvprof.records.scores import Scores
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from kvprof.evaluate.evaluation import Rival
+    from kvprof.models.load import ModelSource
+    from kvprof.profile.request import SensitivitySettings
+    from kvprof.records.geometry import CacheGeometry
+
+Plan = BitPlan | str | Path
+
+
+def evaluate(
+    plan: Plan,
+    model: str | Path | PreTrainedModel | None = None,
+    *,
+    tokenizer: Any = None,
+    against: Mapping[str, Plan] | Plan | Sequence[Plan] = (),
+    check: bool = False,
+    rivals: bool = True,
+    exact: bool = False,
+    data: str | Path | Sequence[str | Path] | None = None,
+    split: str | None = None,
+    sequences: int = 12,
+    sequence_length: int | None = None,
+    measure_from: int = 0,
+    seed: int = 0,
+    pack: bool = False,
+    dtype: str = "auto",
+    device: str = "auto",
+    stream: bool = False,
+    out: str | Path | None = None,
+    restart: bool = False,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure how far a plan's cache moves the model's predictions on held-out text, as `kvprof evaluate` does.
+
+    plan: a BitPlan, or its file. model: as `norms` takes it, by default the plan's own; of a loaded one, tokenizer.
+    against: further plans, by name or as files. rivals: compare with published rules at the same stored bits; they need
+    norms and gradients, read from `out` where they are there and fit, else measured first. check: raise NotBetter
+    unless the plan beats all that store no more bits. exact: token by token through the packed cache. sequence_length:
+    tokens; 512 by default. measure_from: the first position that counts. The rest is named as the command's options
+    are. out: a folder for evaluation.json and its journal, and for what the rivals need; without it nothing is written.
+    progress: called with (forwards done, forwards in all) of the evaluation itself.
+    Returns an Evaluation: of each plan KL divergence in nats a token with its standard error, top-1 agreement,
+    perplexity, stored bits; every number against the same model with its cache in full precision.
+    Raises Mismatch for another model's plan, UsageError for options that do not go together, CalibrationError for text
+    that cannot be read, ModelError for a model that cannot be used.
+    """
+    (name, found), *further = _named(plan, against)
+    if check and not rivals and not further:
+        raise UsageError("check has nothing to compare with.\n  Leave out rivals=False, or name plans with against.")
+    check_range("measure_from", measure_from, 0, 2**31)
+    check_range("seed", seed, 0, LARGEST_SEED)
+    from kvprof.calibration.text import BUILTIN
+    from kvprof.evaluate.evaluation import EvaluationSettings, check_request, run_evaluation
+    from kvprof.profile.request import SensitivitySettings
+
+    settings = EvaluationSettings(
+        several(data) or (BUILTIN,),
+        split,
+        sequences,
+        sequence_length,
+        measure_from,
+        seed,
+        pack,
+        dtype,
+        device,
+        exact,
+        stream,
+    )
+    with (
+        borrowed(found.model.id if model is None else model, tokenizer) as source,
+        results_in(out, source.id) as folder,
+    ):
+        published: list[Rival] = []
+        if rivals or check:
+            check_request(source, [(name, found), *further], settings, compares=check)
+        if rivals:
+            measuring = SensitivitySettings(dtype=dtype, device=device, stream=stream)
+            published = published_rivals(found, source, folder, measuring, restart)
+        run = run_evaluation(
+            source, found, settings, folder, published, further, name, restart, progress or (lambda done, total: None)
+        )
+    remark(run.remarks)
+    if check and run.evaluation.unbeaten:
+        better = ", ".join(result.name for result in run.evaluation.unbeaten)
+        raise NotBetter(
+            f"{name} is no better than {better}, at no more stored bits.\n"
+            "  Allocate by another score, or with other formats; or take the better plan."
+        )
+    return run.evaluation
+
+
+def published_rivals(
+    plan: BitPlan, source: ModelSource, folder: Path, measuring: SensitivitySettings, restart: bool
+) -> list[Rival]:
+    """Return the published rules' plans at the plan's stored bits, from scores in the folder or measured now.
+
+    plan: known to be the model's. restart: measure gradients anew too, where a run of theirs was stopped.
+    """
+    from kvprof.allocate.rivals import rival_plans
+    from kvprof.evaluate.evaluation import Rival
+    from kvprof.models.identity import checkpoint_fingerprint
+    from kvprof.models.inventory import take_inventory
+    from kvprof.models.load import load_config
+    from kvprof.profile.norms import run_norms
+    from kvprof.profile.sensitivity import run_sensitivity
+
+    geometry = take_inventory(load_config(source), source.id).geometry
+    fingerprint = plan.model.fingerprint or checkpoint_fingerprint(source, geometry)
+    norms = _fitting(folder / "norms.json", ("spectral_norm", "frobenius_norm"), geometry, fingerprint)
+    if norms is None:
+        norms = run_norms(source, folder, restart).scores
+    gradients = _fitting(folder / "gradients.json", ("gradient_norm",), geometry, fingerprint)
+    if gradients is None:
+        gradients = run_sensitivity(source, measuring, folder, restart).scores
+    whole = plan if plan.geometry is not None else plan.model_copy(update={"geometry": geometry})
+    return [Rival(name, candidates) for name, candidates in rival_plans(whole, norms, gradients)]
+
+
+def _fitting(path: Path, metrics: Sequence[str], geometry: CacheGeometry, fingerprint: str) -> Scores | None:
+    """Return the scores in a file where they are of this model; else say that they are measured now."""
+    why = f"there is no {path.name}"
+    if path.exists():
+        try:
+            scores = Scores.load(path)
+            scores.check_fits(geometry, fingerprint)
+            if set(metrics) <= set(scores.metrics):
+                return scores
+            why = f"{path} has no {', '.join(metrics)}"
+        except (InvalidFile, Mismatch) as error:
+            why = first_line(error)
+    logger.info("%s: the rivals need %s, measured now", why, path.stem)
+    return None
+
+
+def _named(plan: Plan, against: Mapping[str, Plan] | Plan | Sequence[Plan]) -> list[tuple[str, BitPlan]]:
+    """Return all plans with their names: those given, of a file its own, else `plan` and numbers."""
+    others: Sequence[Plan]
+    if isinstance(against, Mapping):
+        others = list(against.values())
+    else:
+        others = [against] if isinstance(against, BitPlan | str | Path) else against
+    plans = [plan, *others]
+    files = [Path(f"plan {place}" if place > 1 else "plan") for place in range(1, len(plans) + 1)]
+    files = [file if isinstance(each, BitPlan) else Path(each) for file, each in zip(files, plans, strict=True)]
+    names = short_names(files)
+    if isinstance(against, Mapping):
+        names[1:] = against
+    return [(name, plan_given(each)) for name, each in zip(names, plans, strict=True)]
