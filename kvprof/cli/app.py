@@ -34,6 +34,7 @@ COMMANDS = {
     "targets": "exchange",
     "export": "exchange",
     "import": "exchange",
+    "run": "run",
 }
 """Each command, in the order of the help, and the module beside this one that has its function."""
 

@@ -5,8 +5,10 @@ Plain data. Does not know how an answer is printed, nor which command gives it (
 
 from __future__ import annotations
 
+from typing import Literal
+
 from kvprof.records.audit import PlanCheck
-from kvprof.records.document import Count, Positive, Record, Text
+from kvprof.records.document import Count, Number, Positive, Record, Text
 from kvprof.records.scores import KlCalibration
 
 
@@ -99,3 +101,40 @@ class Written(Record):
     """Files that were written: pictures, pages."""
 
     paths: tuple[Text, ...]
+
+
+class RecipeStep(Record):
+    """One command of a recipe."""
+
+    command: Text
+    """As a user types it."""
+    status: Literal["done", "skipped", "to do", "perhaps"]
+    """The last two in a dry run; perhaps: only if what it reads is written anew, and otherwise."""
+    reason: Text
+    seconds: Number | None = None
+    """That it took now."""
+    outputs: tuple[Text, ...]
+
+
+class RecipeRun(Record):
+    """What was made of a recipe."""
+
+    recipe: Text
+    """Its file."""
+    model: Text
+    folder: Text
+    steps: tuple[RecipeStep, ...]
+
+
+class ShippedRecipe(Record):
+    """A recipe that comes with kvprof."""
+
+    name: Text
+    description: Text
+    path: Text
+
+
+class ShippedRecipes(Record):
+    """All of them."""
+
+    recipes: tuple[ShippedRecipe, ...]

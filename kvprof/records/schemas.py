@@ -12,13 +12,23 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from kvprof.errors import UsageError, did_you_mean
-from kvprof.records.answers import Calibrated, Continuations, Exported, Runtimes, Validated
+from kvprof.records.answers import (
+    Calibrated,
+    Continuations,
+    Exported,
+    RecipeRun,
+    Runtimes,
+    ShippedRecipes,
+    Validated,
+    Written,
+)
 from kvprof.records.comparison import Comparison
 from kvprof.records.document import Record
 from kvprof.records.estimate import Estimate
 from kvprof.records.explanation import Explanation
 from kvprof.records.inventory import Inventory
 from kvprof.records.kinds import KINDS
+from kvprof.records.recipe import Recipe
 
 ANSWERS: dict[str, type[Record]] = {
     "inspect": Inventory,
@@ -34,14 +44,19 @@ ANSWERS: dict[str, type[Record]] = {
     "calibrate": Calibrated,
     "audit": KINDS["audit"],
     "benchmark": KINDS["benchmark"],
+    "plot": Written,
     "generate": Continuations,
     "validate": Validated,
     "merge": KINDS["scores"],
     "targets": Runtimes,
     "export": Exported,
     "import": KINDS["plan"],
+    "run": RecipeRun,
 }
 """What each command answers. `show` answers any file of KINDS, `schema` a schema, and `--dry-run` an ESTIMATE."""
+
+OTHERS: dict[str, type[Record]] = {"recipe": Recipe, "recipes": ShippedRecipes}
+"""A recipe, which is TOML, as JSON would have it; and what `run --list` answers."""
 
 ESTIMATE = "estimate"
 """The word for what `--dry-run` answers."""
@@ -49,7 +64,7 @@ ESTIMATE = "estimate"
 
 def schema_words() -> list[str]:
     """Return every word that has a schema: kinds of files, commands, and what a dry run answers."""
-    return [*KINDS, *(word for word in ANSWERS if word not in KINDS), "show", "schema", ESTIMATE]
+    return [*KINDS, *(word for word in ANSWERS if word not in KINDS), "show", "schema", *OTHERS, ESTIMATE]
 
 
 def schema_for(word: str) -> dict[str, Any]:
@@ -58,7 +73,9 @@ def schema_for(word: str) -> dict[str, Any]:
         return TypeAdapter(reduce(or_, KINDS.values())).json_schema(by_alias=True)
     if word == "schema":
         return {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object"}
-    known: dict[str, type[Record]] = {ESTIMATE: Estimate} | ANSWERS | KINDS
+    known: dict[str, type[Record]] = {ESTIMATE: Estimate} | OTHERS | ANSWERS | KINDS
     if word not in known:
         raise UsageError(f"{word!r} has no schema: {did_you_mean(word, schema_words())}")
-    return known[word].model_json_schema(by_alias=True)
+    # A file is read as well as written; an answer is written alone, with what is computed of it.
+    is_file = known[word] in (*KINDS.values(), Recipe)
+    return known[word].model_json_schema(by_alias=True, mode="validation" if is_file else "serialization")

@@ -1,0 +1,194 @@
+"""The command that carries out a recipe: run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvprof.errors import UsageError
+
+if TYPE_CHECKING:
+    from kvprof.recipes.done import Past
+    from kvprof.recipes.steps import Step
+    from kvprof.records.answers import RecipeStep, ShippedRecipes
+
+
+def run(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            help="A recipe that comes with kvprof, such as `quickstart`, or a .toml file.", show_default="list them"
+        ),
+    ] = None,
+    lists: Annotated[bool, typer.Option("--list", help="List the recipes that come with kvprof.")] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of the recipe's: a hub id, a folder, a .gguf file, or `demo`.", show_default="the recipe's"
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the results.", show_default="the recipe's; else outputs/<model>"),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the command lines, and which would be skipped; stop there.")
+    ] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Do every step again, from its beginning.")] = False,
+) -> None:
+    """Carry out a recipe: measure, plan, evaluate, report. What is done already is skipped; a stopped run goes on.
+
+    A step is done again when a file that it reads or wrote, its settings, the model or kvprof changed.
+    """
+    from kvprof.recipes.done import Past
+    from kvprof.recipes.shipped import find_recipe
+    from kvprof.recipes.steps import place_of, steps_of
+    from kvprof.records.answers import RecipeRun
+    from kvprof.records.recipe import read_recipe
+    from kvprof.report.console import print_note, print_result
+    from kvprof.report.runs import show_planned, show_recipes, show_run
+
+    if recipe is None or lists:
+        if lists and recipe is not None:
+            raise UsageError(f"--list lists all recipes; leave it out, or {recipe}.")
+        if model is not None or out is not None or dry_run or restart:
+            raise UsageError("name a recipe, such as quickstart.\n  `kvprof run --list` lists them.")
+        shipped = _shipped()
+        show_recipes(shipped)
+        print_result(shipped)
+        return
+    path = find_recipe(recipe)
+    found = read_recipe(path)
+    home = path.absolute().parent
+
+    from kvprof.models.load import resolve
+    from kvprof.models.names import DEMO
+    from kvprof.records.runs import OUTPUTS, output_folder, slug
+
+    named = _named_model(found.model, home) if model is None else _named_model(model, Path.cwd())
+    source = None if dry_run and named == DEMO else resolve(str(named))  # the demo model may have to be converted first
+    id_ = DEMO if source is None else source.id
+    folder = out or (place_of(found.out, home) if found.out else OUTPUTS / slug(id_))
+    steps = steps_of(found, named, folder, home)
+    past = Past(folder, restart)
+    if past.remark is not None:
+        print_note(past.remark)
+    if dry_run:
+        if not past.knows_nothing:
+            _read_model(past, str(named))
+        verdicts = past.verdicts(steps)
+        taken = [_answer(step, verdict.status, verdict.reason) for step, verdict in zip(steps, verdicts, strict=True)]
+        answer = RecipeRun(recipe=str(path), model=id_, folder=str(folder), steps=tuple(taken))
+        show_planned(answer)
+        print_result(answer)
+        return
+    output_folder(id_, folder)
+    with past:
+        _read_model(past, str(named))
+        taken = [_take(steps, number, past) for number in range(len(steps))]
+    answer = RecipeRun(recipe=str(path), model=id_, folder=str(folder), steps=tuple(taken))
+    show_run(answer)
+    print_result(answer)
+
+
+def _take(steps: Sequence[Step], number: int, past: Past) -> RecipeStep:
+    """Do a step, or skip it; leave with the exit code of its command where that fails."""
+    from kvprof.records.runs import Journal
+    from kvprof.report.console import print_note, print_plain
+    from kvprof.report.runs import show_step
+
+    step, later = steps[number], steps[number + 1 :]
+    show_step(number + 1, len(steps), step.line)
+    verdict = past.verdict(step, later)
+    if verdict.status == "skipped":
+        print_plain(f"skipped: {verdict.reason}\n")
+        return _answer(step, "skipped", verdict.reason)
+    if past.begin(step, later) and step.journal.exists():
+        with Journal(step.journal, {}, restart=True) as journal:  # of other settings: nothing to go on with
+            journal.remove()
+    start = time.monotonic()
+    code = _run_command(step.arguments)
+    if code != 0:
+        if code != 130:
+            print_note(
+                f"step {number + 1} of {len(steps)} failed: {step.line}\n"
+                "  What was done stays done. Put right what it says, and give the same command again to go on: "
+                f"{shlex.join(['kvprof', *sys.argv[1:]])}"
+            )
+        raise typer.Exit(code)
+    past.end(step)
+    print_plain("")
+    return _answer(step, "done", verdict.reason, time.monotonic() - start)
+
+
+def _run_command(arguments: list[str]) -> int:
+    """Run another command in this process, as if it had been typed; return its exit code."""
+    from kvprof.cli.app import make_app
+
+    with _typed(arguments):
+        try:
+            make_app(arguments[:1])(arguments, prog_name="kvprof")
+        except SystemExit as exited:
+            return exited.code if isinstance(exited.code, int) else int(exited.code is not None)
+    return 0
+
+
+@contextlib.contextmanager
+def _typed(arguments: list[str]) -> Iterator[None]:
+    """Let a command find itself on the command line: plans say how they were made."""
+    before = sys.argv
+    sys.argv = [before[0], *arguments]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def _named_model(model: str, home: Path) -> str | Path:
+    """Return what a model is called from here: a place where it is on the disk."""
+    from kvprof.recipes.steps import place_of
+
+    place = os.path.expanduser(model)
+    return place_of(model, home) if os.path.exists(home / place) or place.startswith((".", "/")) else model
+
+
+def _read_model(past: Past, model: str) -> None:
+    from kvprof.models.load import resolve
+
+    source = resolve(model)
+    past.read_model(source.path or f"{source.hub_id}@{source.fetch(weights=False).name}")
+
+
+def _answer(step: Step, status: str, reason: str, seconds: float | None = None) -> RecipeStep:
+    from kvprof.records.answers import RecipeStep
+
+    return RecipeStep.model_validate(
+        {
+            "command": step.line,
+            "status": status,
+            "reason": reason,
+            "seconds": seconds,
+            "outputs": tuple(str(path) for path in step.writes),
+        }
+    )
+
+
+def _shipped() -> ShippedRecipes:
+    from kvprof.recipes.shipped import shipped_recipes
+    from kvprof.records.answers import ShippedRecipe, ShippedRecipes
+    from kvprof.records.recipe import read_recipe
+
+    return ShippedRecipes(
+        recipes=tuple(
+            ShippedRecipe(name=name, description=read_recipe(path).description, path=str(path))
+            for name, path in shipped_recipes().items()
+        )
+    )

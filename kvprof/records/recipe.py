@@ -1,0 +1,296 @@
+"""Recipe: a model, its text, what to measure, budgets, rivals, runtimes and a report, in one TOML file. Typed.
+
+A table is a command, and a key in it an option of that command in the option's own words (`sequence_length` for
+`--sequence-length`; several values are a list). A table that is there, if only empty, asks for its command; an option
+that is left out is the command's own default. The text that is measured on is `[text]`, which each measurement's own
+keys go before; `[evaluate]` reads held-out text and names its own.
+
+A path in a recipe (a text file, a model's folder, `out`) is relative to the folder of the recipe, whichever folder the
+command runs in; `~` is the user's home. Reads TOML; does not know how a recipe is carried out, nor which rules and
+runtimes there are.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from typing_extensions import Self
+
+from kvprof.errors import InvalidFile, UsageError, did_you_mean
+from kvprof.records.document import Count, Number, Positive, Record, Text, explain_invalid
+from kvprof.records.formats import parse_formats
+from kvprof.records.scores import METRICS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+LARGEST_RECIPE_BYTES = 2**20
+"""A recipe for every runtime, each with ten budgets, has 10 kB."""
+LONGEST_LIST = 100
+
+T = TypeVar("T")
+
+
+def _one_or_several(value: object) -> object:
+    """Take a single value for a list of one."""
+    return [value] if isinstance(value, str | int | float | dict) else value
+
+
+def _known_metric(metric: str) -> str:
+    if metric not in METRICS:
+        raise ValueError(f"unknown metric {metric!r}: {did_you_mean(metric, METRICS)}")
+    return metric
+
+
+def _known_formats(formats: str) -> str:
+    try:
+        if formats != "none":
+            parse_formats(formats)
+    except UsageError as error:
+        raise ValueError(str(error)) from None
+    return formats
+
+
+Flag = Annotated[bool, Field(strict=True)]
+Several = Annotated[tuple[T, ...], BeforeValidator(_one_or_several), Field(min_length=1, max_length=LONGEST_LIST)]
+Word = Annotated[Text, Field(min_length=1)]
+Formats = Annotated[Word, AfterValidator(_known_formats)]
+Metric = Annotated[Word, AfterValidator(_known_metric)]
+Unit = Literal["stored", "nominal"]
+Share = Annotated[Number, Field(gt=0, le=1)]
+
+
+class Reading(Record):
+    """Which text is read, and how much of it."""
+
+    data: Several[Word] | None = None
+    """`builtin`, `self`, a .txt, .jsonl, .parquet or .csv file, a hub dataset; NAME:2 takes twice as much."""
+    split: Word | None = None
+    sequences: Positive | None = None
+    sequence_length: Positive | None = None
+    """Tokens at most."""
+    seed: Count | None = None
+    pack: Flag | None = None
+
+
+class Norms(Record):
+    """`kvprof norms`: it has no options of its own."""
+
+
+class Spectra(Reading):
+    """`kvprof spectra`."""
+
+
+class Decoding(Reading):
+    """What the measurements that stand in for decoding have in common."""
+
+    formats: Formats | None = None
+    suffix_fraction: Annotated[Number, Field(ge=0.01, le=1)] | None = None
+    sink_tokens: Count | None = None
+    recent_tokens: Count | None = None
+
+
+class Gradients(Decoding):
+    """`kvprof gradients`."""
+
+    until_stable: Flag | None = None
+    stable_at: Several[Number] | None = None
+    """Budgets in stored bits."""
+    batch_size: Positive | None = None
+
+
+class Divergence(Decoding):
+    """`kvprof divergence`."""
+
+    layers: Word | None = None
+    tensors: Word | None = None
+
+
+class Calibrate(Record):
+    """`kvprof calibrate`: the factor between measured and predicted KL, kept with the gradients' scores."""
+
+    sequences: Positive | None = None
+
+
+class Choice(Record):
+    """What a plan may choose from."""
+
+    bits: Word | None = None
+    formats: Formats | None = None
+    group_size: Positive | None = None
+    pin: Several[Word] | None = None
+    min_key_bits: Annotated[Positive, Field(le=16)] | None = None
+
+
+class Windowed(Choice):
+    """What a plan of kvprof's own cache may choose from, and its window."""
+
+    tie: Literal["key-value"] | None = None
+    sink_tokens: Count | None = None
+    recent_tokens: Count | None = None
+
+
+class Frontier(Windowed):
+    """`kvprof frontier`, of the gradients' scores."""
+
+    low: Number | None = Field(None, alias="from")
+    high: Number | None = Field(None, alias="to")
+    points: Annotated[Positive, Field(ge=2, le=1000)] | None = None
+    unit: Unit | None = None
+    context: Positive | None = None
+    batch: Positive | None = None
+
+
+class Budgets(Record):
+    """A limit: bits an element, each of several a plan of its own; or bytes of cache at a context and batch."""
+
+    budgets: Several[Number] | None = None
+    """Bits an element."""
+    unit: Unit | None = None
+    memory: Word | None = None
+    """Bytes of cache, such as 1.5GiB."""
+    context: Positive | None = None
+    """Tokens a sequence that `memory` must hold."""
+    batch: Positive | None = None
+    """Sequences, likewise."""
+
+
+class Plans(Windowed, Budgets):
+    """`kvprof allocate`: a plan for each budget, or the one plan of a rule or limit that takes none.
+
+    name: what the file is called instead of plan-...; of several budgets, what stands before them.
+    scores: which measurement it spends by; by default what the metric, or the rule, needs.
+    """
+
+    name: Annotated[Word, Field(pattern=r"^[\w.+-]+$", max_length=100)] | None = None
+    scores: Literal["norms", "gradients", "divergence"] | None = None
+    rule: Word | None = None
+    metric: Metric | None = None
+    max_kl: Number | None = None
+    top_fraction: Share | None = None
+    as_published: Flag | None = None
+    bits_key: Positive | None = None
+    bits_value: Positive | None = None
+
+
+class Evaluate(Reading):
+    """`kvprof evaluate` of the first plan, against all other plans and [[rivals]] of the recipe."""
+
+    measure_from: Count | None = None
+    rivals: Flag | None = None
+    """Whether published rules at the first plan's stored bits are measured too; they are, unless this is false."""
+    check: Flag | None = None
+    exact: Flag | None = None
+
+
+class Benchmark(Record):
+    """`kvprof benchmark` of the first plan."""
+
+    context: Several[Positive] | None = None
+    batch: Several[Positive] | None = None
+    memory: Word | None = None
+    kernels: Literal["auto", "triton", "torch"] | None = None
+    repeats: Positive | None = None
+    tokens: Positive | None = None
+    attention_only: Flag | None = None
+    seed: Count | None = None
+
+
+class Target(Choice, Budgets):
+    """Another runtime: its own formats scored, a plan within what it can be told, and the artefact for it."""
+
+    runtime: Word
+    """`kvprof targets` lists them."""
+
+
+class Audit(Record):
+    """`kvprof audit`: it has no options of its own. Needs [divergence]."""
+
+
+class Plot(Record):
+    """`kvprof plot`: what was measured as pictures, in the folder plots/ beside it."""
+
+    pictures: Several[Word] | None = None
+    """Some of them by name; all, unless some are named."""
+    kind: Literal["png", "svg"] | None = Field(None, alias="format")
+    width: Annotated[Number, Field(ge=3, le=40)] | None = None
+    """Inches."""
+    dpi: Annotated[Positive, Field(ge=50, le=1200)] | None = None
+    layers: Word | None = None
+
+
+class Report(Record):
+    """`kvprof report`: all that was measured on one page, the first plan on it."""
+
+
+class Recipe(Record):
+    """A recipe's tables, in the order in which they are carried out but that measurements may be left out."""
+
+    description: Annotated[Text, Field(max_length=200)] = ""
+    """One line, for `kvprof run --list`."""
+    model: Word = "demo"
+    """A hub id, a folder, a .gguf file, or `demo`."""
+    out: Word | None = None
+    """Folder for the results; by default outputs/<model> in the folder that the command runs in."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    device: Word | None = None
+    stream: Flag | None = None
+    text: Reading = Reading()
+    norms: Norms | None = None
+    spectra: Spectra | None = None
+    gradients: Gradients | None = None
+    divergence: Divergence | None = None
+    calibrate: Calibrate | None = None
+    frontier: Frontier | None = None
+    plans: Several[Plans] = ()
+    rivals: Several[Plans] = ()
+    evaluate: Evaluate | None = None
+    audit: Audit | None = None
+    benchmark: Benchmark | None = None
+    targets: Several[Target] = ()
+    plot: Plot | None = None
+    report: Report | None = None
+
+    @model_validator(mode="after")
+    def _each_table_has_what_it_reads(self) -> Self:
+        for name in ("evaluate", "benchmark"):
+            if getattr(self, name) is not None and not self.plans:
+                raise ValueError(f"[{name}] has no plan to look at: add a table [[plans]], say with budgets = [2.5]")
+        if self.rivals and self.evaluate is None:
+            raise ValueError("nobody measures [[rivals]]: add a table [evaluate], or leave them out")
+        if self.audit is not None and self.divergence is None:
+            raise ValueError("[audit] has nothing measured to look at: add a table [divergence]")
+        if not self.model_fields_set - {"description", "model", "out", "dtype", "device", "stream", "text"}:
+            raise ValueError("the recipe asks for nothing: add a table such as [norms], [gradients] or [[plans]]")
+        return self
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read and validate a recipe.
+
+    Raises InvalidFile, in one message, when the file cannot be read, is not TOML, is too large or nested too deeply, or
+    holds an unknown key or a wrong value.
+    """
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(LARGEST_RECIPE_BYTES + 1)
+        if len(raw) > LARGEST_RECIPE_BYTES:
+            raise InvalidFile(f"{path}: no recipe has more than {LARGEST_RECIPE_BYTES} bytes.")
+        value: dict[str, Any] = tomllib.loads(raw.decode("utf-8-sig").replace("\r\n", "\n"))
+    except FileNotFoundError:
+        raise InvalidFile(f"{path}: no such file.") from None
+    except OSError as error:
+        raise InvalidFile(f"{path}: cannot be read: {error.strerror}.") from None
+    except RecursionError:
+        raise InvalidFile(f"{path}: nested too deeply to be a recipe.") from None
+    except ValueError as error:  # not UTF-8, not TOML, or an integer of thousands of digits
+        raise InvalidFile(f"{path}: not valid TOML: {error}.") from None
+    try:
+        return Recipe.model_validate(value)
+    except ValidationError as error:
+        raise InvalidFile(explain_invalid(error, str(path), Recipe)) from None
