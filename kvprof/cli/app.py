@@ -26,6 +26,7 @@ COMMANDS = {
     "calibrate": "audit",
     "audit": "audit",
     "benchmark": "benchmark",
+    "plot": "plot",
     "generate": "generate",
     "show": "show",
     "validate": "show",

@@ -133,7 +133,7 @@ def _draw_results(axes: Axes, results: Sequence[PlanResult]) -> None:
             markerfacecolor=colour if star or rivals % 2 else "white",
             markeredgewidth=0.5 if star else 1.0,
             elinewidth=0.8,
-            label=cut_text(result.name, LONGEST_NAME),
+            label=f"{cut_text(result.name, LONGEST_NAME)}: {result.kl_nats:.2g}",
             zorder=6 if star else 5,
         )
 

@@ -6,9 +6,11 @@ Reads Spectra. Does not know how they were computed.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+from kvprof.errors import UsageError
 from kvprof.records.formats import TENSORS, TensorName
 from kvprof.records.spectra import LayerSpectra, Spectra
 from kvprof.report.plots.layers import light_grid
@@ -24,6 +26,7 @@ from kvprof.report.plots.style import (
     model_name,
     new_figure,
 )
+from kvprof.report.sentences import layers_text
 from kvprof.report.series import spread_over
 
 if TYPE_CHECKING:
@@ -71,6 +74,24 @@ def spectra_figure(spectra: Spectra, layers: Sequence[int] | None = None, page: 
     first.set_ylim(max(smallest, FLOOR * largest) / 1.5, 1.5 * largest)
     _legend(figure)
     return figure
+
+
+def layers_named(text: str, spectra: Spectra) -> list[int]:
+    """Return the layers that a text such as "0-3,7" names, ascending; raises UsageError for one without a spectrum."""
+    known = [entry.layer for entry in spectra.layers]
+    chosen: set[int] = set()
+    for word in (part.strip() for part in text.split(",")):
+        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", word, re.ASCII)
+        if match is None:
+            raise UsageError(f"--layers {text!r}: cannot read {word!r}.\n  Write layers as 0-3,7.")
+        low, high = int(match[1]), int(match[2] or match[1])
+        if low > high:
+            raise UsageError(f"--layers {text!r}: {word} runs backwards; write {high}-{low}.")
+        missing = next((layer for layer in range(low, high + 1) if layer not in known), None)
+        if missing is not None:
+            raise UsageError(f"--layers {text!r}: there is no spectrum of layer {missing}; of {layers_text(known)}.")
+        chosen |= set(range(low, high + 1))
+    return sorted(chosen)
 
 
 def _panel(axes: Axes, entry: LayerSpectra) -> None:

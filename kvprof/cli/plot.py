@@ -1,0 +1,60 @@
+"""The command that draws what was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Pictures = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="norms, spectra, gradients, losses, plan, frontier, positions, audit, benchmark; or files to draw, as "
+        "outputs/demo/plan-2.50.json.",
+        show_default="all whose files are there",
+    ),
+]
+
+
+def plot(
+    pictures: Pictures = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Whose files: a hub id, a folder, a .gguf file, or `demo`; or the folder that holds them.",
+            show_default="the newest in outputs/",
+        ),
+    ] = None,
+    kind: Annotated[str | None, typer.Option("--format", help="`png` or `svg`.", show_default="png")] = None,
+    width: Annotated[
+        float | None,
+        typer.Option(
+            min=3, max=40, help="Inches: 3.3 is one column of a paper, 7 both.", show_default="what suits the picture"
+        ),
+    ] = None,
+    dpi: Annotated[
+        int | None, typer.Option(min=50, max=1200, help="Pixels an inch, of a PNG.", show_default="200")
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Panels of `spectra`: 0-3,7.", show_default="a dozen, evenly spaced"),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the pictures, or a file that ends in .png or .svg.", show_default="outputs/<model>/plots"
+        ),
+    ] = None,
+) -> None:
+    """What does it look like? Norms, spectra, losses, plans and what was measured, as pictures for a paper."""
+    from kvprof.records.answers import Written
+    from kvprof.report.console import print_note, print_result, print_written
+    from kvprof.report.plots.drawing import Order, draw_pictures
+
+    written, remarks = draw_pictures(Order(pictures or (), model, kind, out, width, dpi, layers))
+    for remark in remarks:
+        print_note(remark)
+    for path in written:
+        print_written(path)
+    print_result(Written(paths=tuple(map(str, written))))
