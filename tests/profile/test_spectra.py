@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from kvprof.calibration.sequences import tokenize
 from kvprof.calibration.text import open_text
-from kvprof.errors import InvalidFile, KvprofError, Mismatch, OutputError, UnsupportedAttention, UsageError
+from kvprof.errors import InvalidFile, KvprofError, Mismatch, OutputError, UnsupportedAttention
 from kvprof.models.inventory import take_inventory
 from kvprof.models.load import ModelSource, load_tokenizer, resolve
 from kvprof.profile import singular_values as measuring
 from kvprof.profile import spectra as running
+from kvprof.profile.head import Head
 from kvprof.profile.singular_values import cached_singular_values, singular_values
 from kvprof.profile.spectra import SpectraSettings, run_spectra, summed_up
 from kvprof.records.formats import TENSORS
@@ -187,17 +188,25 @@ def test_a_short_text_has_no_more_values_than_tokens() -> None:
     assert {values.shape for values in found(model, random_ids(17)).values()} == {(2, 16)}
 
 
-def test_a_layer_is_let_go_before_the_next_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, seen = tiny_model("llama"), []
+def test_a_layer_s_keys_and_values_are_let_go_before_the_next_layer_s_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen, caches = tiny_model("llama"), [], []
 
     def watched(states: torch.Tensor) -> np.ndarray:
-        assert not any(kept() is not None for kept in seen[:-1])  # its own key may wait for its value
-        seen.append(weakref.ref(states._base if states._base is not None else states))
+        for before in seen[: len(seen) // 2 * 2]:  # a layer's own key may wait for its value
+            assert before() is None
+        assert states._base is not None
+        seen.append(weakref.ref(states._base))
         return singular_values(states)
 
+    def run(model: PreTrainedModel, **inputs: object) -> Head:
+        caches.append(inputs["past_key_values"])
+        return Head(model, **inputs)
+
     monkeypatch.setattr(measuring, "singular_values", watched)
+    monkeypatch.setattr(measuring, "Head", run)
     found(model, random_ids(20))
     assert len(seen) == 4
+    assert [layer.keys for layer in caches[0].layers] == [None, None]
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -364,7 +373,7 @@ def test_a_model_that_projects_no_keys_is_refused_before_it_is_loaded(in_tmp: Pa
     save_folder(in_tmp / "model")
     config = transformers.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=96, state_size=4)
     config.save_pretrained(in_tmp / "model")
-    with pytest.raises(UsageError, match=r"no layer of .*model projects keys and values of its own"):
+    with pytest.raises(KvprofError, match=r"no layer .*keys and values of its own"):
         run_spectra(resolve("model"), SETTINGS, Path("out"))
 
 
