@@ -110,10 +110,72 @@ APART: dict[str, Callable[[], PretrainedConfig]] = {
 """Models that cannot do what the others can: without keys and values to plan, with an attention that nobody can ask."""
 
 
+_LONG = _WIDE | {"max_position_embeddings": 256}
+_MAMBA = {"mamba_n_heads": 4, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8}
+_ALTERNATING = ["sliding_attention", "full_attention"] * 2
+
+UNUSUAL: dict[str, Callable[[], PretrainedConfig]] = {
+    "falcon-h1": _config(
+        "FalconH1", **_LONG | {"num_hidden_layers": 2}, head_dim=8, mamba_d_ssm=32, mamba_d_head=8, **_MAMBA
+    ),
+    "bamba": _config("Bamba", **_LONG | {"num_hidden_layers": 3}, attn_layer_indices=[1], mamba_d_head=16, **_MAMBA),
+    "jamba": _config(
+        "Jamba",
+        **_LONG | {"num_hidden_layers": 4},
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        num_experts=2,
+        mamba_d_state=8,
+        use_mamba_kernels=False,
+    ),
+    "qwen3-next": _config(
+        "Qwen3Next",
+        **_LONG | {"num_hidden_layers": 4},
+        head_dim=16,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+    ),
+    "lfm2": _config(
+        "Lfm2", **_LONG | {"num_hidden_layers": 3}, layer_types=["conv", "full_attention", "conv"], block_multiple_of=8
+    ),
+    "gemma3n": _config(
+        "Gemma3nText",
+        **_LONG | {"num_hidden_layers": 4},
+        head_dim=8,
+        sliding_window=16,
+        num_kv_shared_layers=1,
+        vocab_size_per_layer_input=96,
+        hidden_size_per_layer_input=8,
+        laurel_rank=4,
+        altup_num_inputs=2,
+        activation_sparsity_pattern=[0.0] * 4,
+        layer_types=_ALTERNATING,
+    ),
+    "gemma4": _config(
+        "Gemma4Text",
+        **_LONG | {"num_hidden_layers": 4},
+        head_dim=8,
+        global_head_dim=16,
+        sliding_window=16,
+        num_kv_shared_layers=2,
+        vocab_size_per_layer_input=96,
+        hidden_size_per_layer_input=8,
+        layer_types=_ALTERNATING,
+    ),
+}
+"""Layers with a recurrent state beside attention or in its place, and layers that read another layer's cache."""
+
+
 def tiny_model(name: str) -> PreTrainedModel:
     """Build a tiny model with weights large enough for every path to matter, biases and gains included."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config((TINY | APART)[name](), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config((TINY | UNUSUAL | APART)[name](), dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.1)

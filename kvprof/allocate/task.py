@@ -138,7 +138,8 @@ def _planned_tensors(scores: Scores) -> list[CachedTensor]:
     else:
         shapes = {shape.layer: shape for shape in scores.geometry.planned}
     if not shapes:
-        raise InvalidFile("every layer of this model is skipped, so there is nothing to give bits to.")
+        why = "" if scores.geometry is None else f"\n  {scores.geometry.reasons}"
+        raise InvalidFile(f"every layer of this model is skipped, so there is nothing to give bits to.{why}")
     return tensors_of(shapes)
 
 

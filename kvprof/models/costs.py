@@ -78,7 +78,9 @@ def costs_of(config: PretrainedConfig) -> Costs:
     share = _active_share(text)
     head = int(text.vocab_size) * int(text.hidden_size)
     heads = int(getattr(text, "num_attention_heads", None) or 0)  # a recurrent model has none
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // max(1, heads)
+    # Asked of the layers first: some configs have a head dimension for each, and none to give away.
+    head_dims = [getattr(skeleton.attention(layer), "head_dim", None) or 0 for layer in skeleton.projections]
+    head_dim = max(head_dims, default=0) or getattr(text, "head_dim", None) or text.hidden_size // max(1, heads)
     return Costs(
         layers=len(blocks),
         hidden=int(text.hidden_size),

@@ -162,15 +162,20 @@ def _kind(config: PretrainedConfig, cache_layer: Any, layer_type: str) -> tuple[
         return kind, window, f"{name} of {window} tokens"
     if recurrent:
         return "hybrid", None, None
-    if getattr(config, "kv_lora_rank", None) is not None:
+    is_latent = getattr(config, "kv_lora_rank", None) is not None
+    if is_latent and type(cache_layer) is DynamicLayer:
         return "latent", None, "layer of latent attention (MLA): K and V share one compressed vector"
     if type(cache_layer) is not DynamicLayer:
-        return "other", None, f"layer with a cache of a kind unknown to kvprof ({type(cache_layer).__name__})"
+        what = "layer of latent attention (MLA)" if is_latent else "layer"
+        return "other", None, f"{what} with a cache of a kind unknown to kvprof ({type(cache_layer).__name__})"
     return "full", None, None
 
 
 def _describe(skeleton: Skeleton, index: int, kind: LayerKind, window: int | None, reason: str | None) -> KVLayer:
     """Measure one layer's KV heads and head dimensions on its projections."""
+    if kind == "latent":
+        widths = {"key_head_dim": skeleton.config.kv_lora_rank, "value_head_dim": skeleton.config.qk_rope_head_dim}
+        return KVLayer(layer=index, kind=kind, kv_heads=1, **widths, skipped=reason)
     if kind not in PROJECTING:
         return KVLayer(layer=index, kind=kind, kv_heads=0, key_head_dim=0, value_head_dim=0, skipped=reason)
     if index not in skeleton.projections:

@@ -98,8 +98,8 @@ def find_projections(
     them (a vision tower, the linear attention of a hybrid) the decoder's is taken.
     Raises UnknownLayout when none does, with the attention-like names that were seen, or where none needs to.
     """
-    if geometry is not None and not geometry.scored:
-        raise UnknownLayout(f"no layer keeps keys and values of its own: {geometry.layers[0].skipped}, and so on.")
+    if geometry is not None:
+        check_projects(geometry)
     stacks: dict[tuple[str, str, Layout], dict[int, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
     seen: set[str] = set()
     for name in names:
@@ -128,6 +128,15 @@ def find_projections(
     # A tower may have as many layers as the decoder, or more.
     stack = max(covering, key=lambda stack: (_TOWER.search(stack[0]) is None, len(covering[stack])))
     return covering[stack]
+
+
+def check_projects(geometry: CacheGeometry) -> None:
+    """Raise UnknownLayout, saying why, where no layer of a model has keys and values to measure."""
+    if not geometry.scored:
+        raise UnknownLayout(
+            f"no layer keeps keys and values of its own: {geometry.reasons}.\n"
+            "  There is nothing to measure or to plan; kvprof inspect shows what the model caches instead."
+        )
 
 
 def block_stack(projections: dict[int, Projection]) -> str:

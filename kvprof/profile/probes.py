@@ -63,7 +63,9 @@ def _chosen_layers(geometry: CacheGeometry, text: str | None) -> list[int]:
     """Return the layers that a text such as "0-3,7" names, ascending; all that plans cover where there is none."""
     planned = [shape.layer for shape in geometry.planned]
     if not planned:
-        raise UsageError("every layer of this model is skipped, so there is nothing that a plan could quantize.")
+        raise UsageError(
+            f"every layer of this model is skipped, so there is nothing that a plan could quantize.\n  {geometry.reasons}"
+        )
     if text is None:
         return planned
     chosen = set()

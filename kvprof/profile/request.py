@@ -18,6 +18,7 @@ from kvprof.calibration.sequences import CALIBRATION_LENGTH, choose_length
 from kvprof.errors import UsageError
 from kvprof.models.costs import Passes, estimate_run
 from kvprof.models.inventory import take_inventory
+from kvprof.models.layouts import check_projects
 from kvprof.models.load import ModelSource, load_config, load_tokenizer, weight_bytes
 from kvprof.profile.decoder import Decoder, Formats, formats_of, readable
 from kvprof.records.estimate import Estimate
@@ -91,6 +92,7 @@ def prepare(
         raise UsageError("--until-stable needs all sequences in one run.\n  Leave it out, or --shard.")
     config = load_config(source)
     inventory = take_inventory(config, source.id)
+    check_projects(inventory.geometry)
     formats = formats_of(inventory.geometry, settings.decoder)
     wanted = settings.decoder.formats is None or any(settings.decoder.formats.values())
     if until_stable and not wanted:

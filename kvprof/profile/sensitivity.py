@@ -193,7 +193,7 @@ def _why_unsupported(model: PreTrainedModel, geometry: CacheGeometry) -> str | N
     """Return why this model's attention cannot be asked, or None; some models show it only while they run."""
     layers = {layer.layer for layer in geometry.planned}
     if not layers:
-        return f"no loss is predicted: no plan gives bits to any layer ({geometry.layers[0].skipped})"
+        return f"no loss is predicted: no plan gives bits to any layer ({geometry.reasons})"
     two_tokens = torch.zeros(1, 2, dtype=torch.long, device=input_device(model))
     try:
         with torch.no_grad(), attention_through(model, layers, AttentionCall.run):

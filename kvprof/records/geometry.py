@@ -15,8 +15,8 @@ from kvprof.records.document import Count, LayerIndex, ModelInfo, Positive, Reco
 
 LayerKind = Literal["full", "sliding", "chunked", "shared", "recurrent", "hybrid", "latent", "none", "other"]
 """full: keys and values of every token. sliding, chunked: of the last `window` tokens only. shared: reads another
-layer's. recurrent: a state of fixed size. hybrid: full attention and a recurrent state side by side. latent: compressed
-keys and values in one (MLA). none: no attention at all. other: a cache that kvprof does not know."""
+layer's. recurrent: a state of fixed size. hybrid: full attention and a recurrent state side by side. latent: of
+every token one compressed vector (MLA), here a head's key, and beside it what carries positions, here its value. none: no attention at all. other: a cache that kvprof does not know."""
 
 DType = Literal["float32", "float16", "bfloat16", "float64"]
 ELEMENT_BYTES: dict[str, int] = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
@@ -50,9 +50,14 @@ class KVLayer(Record):
         """Whether the layer projects keys and values of its own, so that it can be scored."""
         return self.kind in ("full", "sliding", "chunked", "hybrid")
 
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether the layer holds something of each token: keys and values, or what both are made from."""
+        return self.has_projections or self.kind == "latent"
+
     def tokens_kept(self, context: int) -> int:
-        """Tokens whose keys and values this layer holds once `context` tokens have been read."""
-        if not self.has_projections:
+        """Tokens of which this layer holds something once `context` tokens have been read."""
+        if not self.keeps_tokens:
             return 0
         return context if self.window is None else min(context, self.window)
 
@@ -98,9 +103,14 @@ class CacheGeometry(Record):
         return tuple(layer for layer in self.layers if layer.has_projections)
 
     @property
+    def reasons(self) -> str:
+        """Why layers are skipped, each reason once."""
+        return "; ".join(dict.fromkeys(layer.skipped for layer in self.layers if layer.skipped is not None))
+
+    @property
     def growing(self) -> tuple[KVLayer, ...]:
-        """The layers that keep the keys and values of every token."""
-        return tuple(layer for layer in self.scored if layer.window is None)
+        """The layers that keep keys and values, or latents, of every token."""
+        return tuple(layer for layer in self.layers if layer.keeps_tokens and layer.window is None)
 
     @property
     def element_bytes(self) -> int:
@@ -109,7 +119,7 @@ class CacheGeometry(Record):
 
     def bytes_per_token(self, layer: KVLayer) -> int:
         """Bytes that one more token adds to an unquantized layer, before any window is full."""
-        return (layer.key_width + layer.value_width) * self.element_bytes if layer.has_projections else 0
+        return (layer.key_width + layer.value_width) * self.element_bytes if layer.keeps_tokens else 0
 
     def bytes_at(self, context: int, batch: int = 1) -> int:
         """Bytes of the unquantized cache of `batch` sequences of `context` tokens; recurrent states not counted."""

@@ -43,9 +43,9 @@ def show_inventory(inventory: Inventory) -> None:
     for layer in geometry.layers:
         if layer.skipped is not None:
             reasons.setdefault(layer.skipped, []).append(layer.layer)
-    uncounted = [layer.layer for layer in geometry.layers if layer.kind in ("latent", "recurrent", "hybrid", "other")]
+    uncounted = [layer.layer for layer in geometry.layers if layer.kind in ("recurrent", "hybrid", "other")]
     if uncounted:
-        print_plain(f"not counted above: compressed latents and recurrent states, {layers_text(uncounted)}")
+        print_plain(f"not counted above: recurrent states and caches of other kinds, {layers_text(uncounted)}")
     for reason, layers in reasons.items():
         print_plain(f"left alone by a plan: {layers_text(layers)}: {reason}")
     show_red_flags(inventory)
@@ -142,7 +142,7 @@ def _show_single(scores: Scores, metric: str, title: str) -> None:
 
 def _shape_cells(layer: KVLayer) -> list[str]:
     kind = layer.kind + (f" {layer.window}" if layer.window else "")
-    if not layer.has_projections:
+    if not layer.keeps_tokens:
         return [str(layer.layer), kind, "-", "-", "-", "-", "-"]
     numbers = (layer.kv_heads, layer.key_head_dim, layer.value_head_dim, layer.key_width, layer.value_width)
     return [str(layer.layer), kind, *map(str, numbers)]

@@ -189,7 +189,7 @@ def _give(layer: Any, tensors: dict[str, Tensor], fact: LayerFacts, shape: KVLay
         for held, head_dim in ((keys, shape.key_head_dim), (values, shape.value_head_dim)):
             batch, heads, tokens, width = held.shape
             fits = tokens == needed or (fact.recording and needed < tokens <= fact.tokens)
-            if shape.has_projections:
+            if shape.keeps_tokens:
                 fits = fits and heads % shape.kv_heads == 0 and width == head_dim
             if not fits or batch != fact.batch or held.dtype != model.dtype:
                 raise ValueError(f"layer {shape.layer} holds {held.dtype} of {tuple(held.shape)}, which does not fit")

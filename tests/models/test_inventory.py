@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from tiny import TINY, tiny_model
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig
 from typer.testing import CliRunner
 
 from kvprof.cli.app import app
@@ -210,6 +210,28 @@ def test_a_model_without_attention_has_nothing_to_plan(name: str) -> None:
     inventory = take_inventory(config(name, state_size=4))
     assert kinds(inventory) == ["recurrent"] * 4
     assert inventory.geometry.bytes_at(1000) == 0
+
+
+@pytest.mark.parametrize("name", ["deepseek-v2", "deepseek-v3"])
+def test_latents_are_counted_as_transformers_holds_them(name: str) -> None:
+    model = tiny_model(name)
+    cache = DynamicCache(config=model.config)
+    model(torch.full((2, 7), 5), past_key_values=cache)
+    inventory = take_inventory(model.config)
+    for layer, held in zip(inventory.geometry.layers, cache.layers, strict=True):
+        assert (layer.kind, layer.kv_heads, layer.key_head_dim, layer.value_head_dim) == ("latent", 1, 16, 4)
+        assert tuple(held.keys.shape) == (2, 1, 7, 16)
+        assert tuple(held.values.shape) == (2, 1, 7, 4)
+    held_bytes = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
+    assert inventory.geometry.bytes_at(7, batch=2) == held_bytes == 14 * inventory.bytes_per_token
+
+
+def test_latents_with_an_index_beside_them_are_a_cache_that_is_not_known() -> None:
+    if not hasattr(transformers, "DeepseekV32Config"):
+        pytest.skip("this transformers has no DeepSeek-V3.2")
+    layer = take_inventory(transformers.DeepseekV32Config(num_hidden_layers=2)).geometry.layers[0]
+    assert (layer.kind, layer.key_width) == ("other", 0)
+    assert "(MLA) with a cache of a kind unknown" in str(layer.skipped)
 
 
 @pytest.mark.parametrize("name", ["DeepseekV2", "DeepseekV3"])

@@ -88,7 +88,7 @@ def test_every_architecture_s_losses_are_those_of_its_own_attention(
         assert float(found[key][0]) == pytest.approx(loss, rel=1e-3 if has_experts else 1e-5), key
 
 
-class RoundedCache(DynamicCache):  # type: ignore[misc]
+class RoundedCache(DynamicCache):
     """A cache in full precision whose last step reads one tensor of one layer rounded."""
 
     def __init__(self, model: PreTrainedModel, layer: int, place: int, form: TensorPlan, coded: int) -> None:

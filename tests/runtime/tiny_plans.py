@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-import transformers
 from handplans import tensor_plan
 from reference import tokens_in_codes
-from tiny import TINY
+from tiny import TINY, UNUSUAL
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from kvprof.models.identity import live_fingerprint
@@ -23,70 +22,6 @@ from kvprof.runtime.quantizer import fake_quantize
 MIXED = [("int2g4c", "rot2"), ("int3g8", "int4g8"), ("rot3", "int1g4"), ("int4g4", "full")]
 """Formats of keys and values, layer by layer and over again: both schemes, clipped and plain, and one in 16 bits."""
 FULL = [("full", "full")]
-
-_SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 96,
-    "pad_token_id": 0,
-    "max_position_embeddings": 256,
-}
-_MAMBA = {"mamba_n_heads": 4, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8}
-_ALTERNATING = ["sliding_attention", "full_attention"] * 2
-
-
-def _config(name: str, layers: int, **settings: object) -> Callable[[], PretrainedConfig]:
-    return lambda: getattr(transformers, name + "Config")(**_SIZES, num_hidden_layers=layers, **settings)
-
-
-UNUSUAL: dict[str, Callable[[], PretrainedConfig]] = {
-    "falcon-h1": _config("FalconH1", 2, head_dim=8, mamba_d_ssm=32, mamba_d_head=8, **_MAMBA),
-    "bamba": _config("Bamba", 3, attn_layer_indices=[1], mamba_d_head=16, **_MAMBA),
-    "jamba": _config(
-        "Jamba", 4, attn_layer_period=2, attn_layer_offset=1, num_experts=2, mamba_d_state=8, use_mamba_kernels=False
-    ),
-    "qwen3-next": _config(
-        "Qwen3Next",
-        4,
-        head_dim=16,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=16,
-        shared_expert_intermediate_size=16,
-    ),
-    "lfm2": _config("Lfm2", 3, layer_types=["conv", "full_attention", "conv"], block_multiple_of=8),
-    "gemma3n": _config(
-        "Gemma3nText",
-        4,
-        head_dim=8,
-        sliding_window=16,
-        num_kv_shared_layers=1,
-        vocab_size_per_layer_input=96,
-        hidden_size_per_layer_input=8,
-        laurel_rank=4,
-        altup_num_inputs=2,
-        activation_sparsity_pattern=[0.0] * 4,
-        layer_types=_ALTERNATING,
-    ),
-    "gemma4": _config(
-        "Gemma4Text",
-        4,
-        head_dim=8,
-        global_head_dim=16,
-        sliding_window=16,
-        num_kv_shared_layers=2,
-        vocab_size_per_layer_input=96,
-        hidden_size_per_layer_input=8,
-        layer_types=_ALTERNATING,
-    ),
-}
-"""Layers with a recurrent state beside attention or in its place, and layers that read another layer's cache."""
 
 
 def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **settings: object) -> PreTrainedModel:
