@@ -18,10 +18,11 @@ from kvprof.calibration.ingredients import USUAL_DATA
 from kvprof.calibration.mix import mix_texts
 from kvprof.calibration.self_text import fill, streamable
 from kvprof.calibration.sequences import CALIBRATION_LENGTH, CalibrationSet, choose_length
-from kvprof.errors import InvalidFile, UsageError
+from kvprof.errors import InvalidFile
 from kvprof.models.costs import Passes, estimate_run
 from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
 from kvprof.models.inventory import take_inventory
+from kvprof.models.layouts import check_projects
 from kvprof.models.load import ModelSource, load_config, load_model, load_tokenizer, weight_bytes
 from kvprof.profile.singular_values import SingularValues, cached_singular_values
 from kvprof.records.estimate import Estimate
@@ -83,8 +84,7 @@ def run_spectra(
     whole_config = load_config(source)
     inventory = take_inventory(whole_config, source.id)
     geometry = inventory.geometry
-    if not geometry.scored:
-        raise UsageError(f"no layer of {source.id} projects keys and values of its own: there is nothing to measure.")
+    check_projects(geometry)
     config = whole_config.get_text_config(decoder=True)
     positions = getattr(config, "max_position_embeddings", None)
     length = choose_length(settings.sequence_length, positions, CALIBRATION_LENGTH)
