@@ -129,7 +129,7 @@ def _show_ratios(ratios: Sequence[RatioSpread]) -> None:
 
 
 def _show_plans(audit: Audit) -> None:
-    headings = ("plan", "stored\nbits", "predicted\nnats/token", "measured\n± stderr", "predicted /\nmeasured", "text")
+    headings = ("plan", "stored\nbits", "predicted\nnats/token", "measured\n± stderr", "pred. /\nmeas.", "text")
     table = Table("whole plans: predicted KL and what evaluate measured", (*headings, "from"), left=[0, 5])
     for plan in audit.plans:
         ratio = plan.ratio

@@ -180,7 +180,7 @@ class Table:
 
     def _fitted(self, widths: list[int]) -> list[int]:
         """Take from the text columns, the widest first, what a row has too much."""
-        room = max(COLUMNS, out.width if out.is_terminal else 0) - 2 * len(widths) + 1
+        room = max(COLUMNS, out.width if out.is_terminal else 0) - 2 * len(widths)
         least = {index: max(LEAST_TEXT, *(len(line[index]) for line in self._head)) for index in self._left}
         while sum(widths) > room and (wide := [index for index in self._left if widths[index] > least[index]]):
             widths[max(wide, key=lambda index: widths[index])] -= 1
