@@ -17,7 +17,6 @@ HEAVY = ("torch", "transformers", "datasets", "accelerate", "safetensors")
     "arguments",
     [
         ["--help"],
-        ["--version"],
         ["gradients", "--help"],
         ["evaluate", "--help"],
         ["benchmark", "--help"],
