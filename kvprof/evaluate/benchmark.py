@@ -19,6 +19,7 @@ from kvprof.evaluate.planned_attention import kinds_of
 from kvprof.evaluate.subject import Subject
 from kvprof.evaluate.summary import costs
 from kvprof.evaluate.timing import copy_bandwidth
+from kvprof.models.inventory import position_limit
 from kvprof.models.load import DTYPES, check_dtype, usable_device
 from kvprof.models.memory import free_bytes
 from kvprof.records.benchmark import (
@@ -211,7 +212,7 @@ def _usual(numbers: dict[str, tuple[int, ...]], device: str) -> tuple[int, ...]:
 
 
 def _limit(subject: Subject) -> int | None:
-    return getattr(subject.text_config, "max_position_embeddings", None)
+    return position_limit(subject.text_config)
 
 
 def _key(context: int, batch: int) -> str:

@@ -26,7 +26,7 @@ from kvprof.errors import InvalidFile, KvprofError, Mismatch, UsageError
 from kvprof.evaluate.logits import Route, choose_route, planned_logits, reference_logits
 from kvprof.evaluate.metrics import LOGIT_ROUNDING_NATS, token_kl
 from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
-from kvprof.models.inventory import take_inventory
+from kvprof.models.inventory import position_limit, take_inventory
 from kvprof.models.load import ModelSource, load_config, load_model, load_tokenizer, wider_dtype_advice
 from kvprof.records.audit import ForetoldPlan, PlanCheck
 from kvprof.records.formats import TENSORS
@@ -157,7 +157,7 @@ def _read_text(
     """
     if settings.sequences < 1:
         raise UsageError(f"--sequences {settings.sequences}: at least 1 is needed.")
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = position_limit(config)
     tokenizer = load_tokenizer(source)
     readings: tuple[MixedText, ...]
     if scores.calibration is None:

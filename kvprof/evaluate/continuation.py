@@ -15,6 +15,7 @@ import torch
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria
 
 from kvprof.errors import KvprofError, UsageError
+from kvprof.models.inventory import position_limit
 from kvprof.models.load import ModelSource, load_config, load_model, load_tokenizer
 from kvprof.records.answers import Continuation, Continuations
 from kvprof.records.plan import BitPlan
@@ -63,7 +64,7 @@ def compare_continuations(
     tokenizer = load_tokenizer(source)
     inputs = _tokens_of(prompt, tokenizer, settings.chat)
     prompt_tokens = inputs["input_ids"].shape[1]
-    limit = getattr(load_config(source).get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = position_limit(load_config(source))
     if limit is not None and prompt_tokens + settings.max_new_tokens > limit:
         raise UsageError(
             f"the prompt's {prompt_tokens} tokens and {settings.max_new_tokens} new ones are more than the {limit} "
@@ -119,6 +120,7 @@ def _continue(
         max_new_tokens=settings.max_new_tokens,
         eos_token_id=end,
         pad_token_id=end[0] if isinstance(end, list) else end,
+        use_cache=True,  # some configs say not to, and every step would read the prompt again
         **sampling,
     )
     device = model.get_input_embeddings().weight.device

@@ -26,7 +26,7 @@ from kvprof.evaluate.pieces import Pieces
 from kvprof.evaluate.summary import perplexity, summarise
 from kvprof.models.costs import Passes, estimate_run
 from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
-from kvprof.models.inventory import take_inventory
+from kvprof.models.inventory import position_limit, take_inventory
 from kvprof.models.load import (
     ModelSource,
     load_config,
@@ -223,7 +223,7 @@ def _read_text(source: ModelSource, settings: EvaluationSettings, config: Pretra
 
     Raises UsageError for lengths that cannot be.
     """
-    length = choose_length(settings.sequence_length, getattr(config, "max_position_embeddings", None))
+    length = choose_length(settings.sequence_length, position_limit(config))
     if length >= 2 and not 0 <= settings.measure_from <= length - 2:
         raise UsageError(
             f"--measure-from {settings.measure_from}: a sequence of {length} tokens has its last target "

@@ -127,6 +127,13 @@ def take_inventory(config: PretrainedConfig, model_id: str | None = None) -> Inv
     )
 
 
+def position_limit(config: PretrainedConfig) -> int | None:
+    """Return how many positions a model was made for; None where its config sets no limit."""
+    text_config = config.get_text_config(decoder=True)
+    found = [getattr(text_config, name, None) for name in ("max_position_embeddings", "max_seq_len")]  # the latter: MPT
+    return next((int(limit) for limit in found if limit is not None), None)
+
+
 def _layer_kinds(config: PretrainedConfig) -> list[tuple[LayerKind, int | None, str | None]]:
     """Return (kind, window, reason to skip) of each layer, as transformers' own cache for this config has it."""
     try:

@@ -26,7 +26,7 @@ from kvprof.errors import KvprofError, UsageError
 from kvprof.evaluate.metrics import LOGIT_ROUNDING_NATS, token_kl
 from kvprof.models.costs import Passes, estimate_run
 from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
-from kvprof.models.inventory import take_inventory
+from kvprof.models.inventory import position_limit, take_inventory
 from kvprof.models.load import (
     ModelSource,
     input_device,
@@ -118,7 +118,7 @@ def run_divergence(
     geometry = inventory.geometry
     probes = choose_probes(geometry, settings.layers, settings.tensors, settings.formats)
     config = whole_config.get_text_config(decoder=True)
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = position_limit(config)
     length = choose_length(settings.sequence_length, positions, CALIBRATION_LENGTH)
     tokenizer = load_tokenizer(source)
     data = tuple(settings.data)

@@ -64,7 +64,8 @@ def _chosen_layers(geometry: CacheGeometry, text: str | None) -> list[int]:
     planned = [shape.layer for shape in geometry.planned]
     if not planned:
         raise UsageError(
-            f"every layer of this model is skipped, so there is nothing that a plan could quantize.\n  {geometry.reasons}"
+            "every layer of this model is skipped, so there is nothing that a plan could quantize.\n"
+            f"  {geometry.reasons}"
         )
     if text is None:
         return planned

@@ -17,7 +17,7 @@ from kvprof.calibration.self_text import streamable
 from kvprof.calibration.sequences import CALIBRATION_LENGTH, choose_length
 from kvprof.errors import UsageError
 from kvprof.models.costs import Passes, estimate_run
-from kvprof.models.inventory import take_inventory
+from kvprof.models.inventory import position_limit, take_inventory
 from kvprof.models.layouts import check_projects
 from kvprof.models.load import ModelSource, load_config, load_tokenizer, weight_bytes
 from kvprof.profile.decoder import Decoder, Formats, formats_of, readable
@@ -98,7 +98,7 @@ def prepare(
     if until_stable and not wanted:
         raise UsageError("--until-stable looks at plans, which need predicted losses.\n  Leave out --formats none.")
     text_config = config.get_text_config(decoder=True)
-    positions = getattr(text_config, "max_position_embeddings", None)
+    positions = position_limit(config)
     length = choose_length(settings.sequence_length, positions, CALIBRATION_LENGTH)
     tokenizer = load_tokenizer(source)
     data = settings.data

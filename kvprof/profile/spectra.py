@@ -21,7 +21,7 @@ from kvprof.calibration.sequences import CALIBRATION_LENGTH, CalibrationSet, cho
 from kvprof.errors import InvalidFile
 from kvprof.models.costs import Passes, estimate_run
 from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
-from kvprof.models.inventory import take_inventory
+from kvprof.models.inventory import position_limit, take_inventory
 from kvprof.models.layouts import check_projects
 from kvprof.models.load import ModelSource, load_config, load_model, load_tokenizer, weight_bytes
 from kvprof.profile.singular_values import SingularValues, cached_singular_values
@@ -86,7 +86,7 @@ def run_spectra(
     geometry = inventory.geometry
     check_projects(geometry)
     config = whole_config.get_text_config(decoder=True)
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = position_limit(config)
     length = choose_length(settings.sequence_length, positions, CALIBRATION_LENGTH)
     tokenizer = load_tokenizer(source)
     data = tuple(settings.data)

@@ -16,7 +16,8 @@ from kvprof.records.document import Count, LayerIndex, ModelInfo, Positive, Reco
 LayerKind = Literal["full", "sliding", "chunked", "shared", "recurrent", "hybrid", "latent", "none", "other"]
 """full: keys and values of every token. sliding, chunked: of the last `window` tokens only. shared: reads another
 layer's. recurrent: a state of fixed size. hybrid: full attention and a recurrent state side by side. latent: of
-every token one compressed vector (MLA), here a head's key, and beside it what carries positions, here its value. none: no attention at all. other: a cache that kvprof does not know."""
+every token one compressed vector (MLA), here a head's key, and beside it what carries positions, here its value. none:
+no attention at all. other: a cache that kvprof does not know."""
 
 DType = Literal["float32", "float16", "bfloat16", "float64"]
 ELEMENT_BYTES: dict[str, int] = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}

@@ -53,6 +53,15 @@ def test_both_texts_and_their_bytes_are_printed(model: Path, plan: Path) -> None
     assert result.output.count("bytes (") == 2
 
 
+def test_a_model_whose_config_wants_no_cache_is_given_one(in_tmp: Path, plan: Path) -> None:
+    save_folder(in_tmp / "mpt", "mpt")
+    assert json.loads((in_tmp / "mpt" / "config.json").read_text())["use_cache"] is False
+    result = generate("--plan", plan, "--model", "mpt", "--max-new-tokens", "40", PROMPT)
+    assert result.exit_code == 0, result.output
+    held = (10 + 40 - 1) * 2 * 2 * 32 * 4  # tokens, layers, K and V, channels, bytes; the last token is not read
+    assert f"{held} bytes (" in result.output
+
+
 def test_a_prompt_comes_from_standard_input(model: Path, plan: Path) -> None:
     arguments = ("--plan", plan, "--model", model, "--max-new-tokens", "8")
     assert generate(*arguments, "-", input=PROMPT).stdout == generate(*arguments, PROMPT).stdout

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from kvprof.cli.app import app
 from kvprof.errors import KvprofError, ModelError, UnknownLayout
-from kvprof.models.inventory import take_inventory
+from kvprof.models.inventory import position_limit, take_inventory
 from kvprof.records.inventory import Inventory
 
 SIZES = {
@@ -247,6 +247,11 @@ def test_latent_attention_is_skipped_with_its_name(name: str) -> None:
     inventory = take_inventory(config(name, **mla | experts, num_key_value_heads=4))
     assert kinds(inventory) == ["latent"] * 4
     assert "MLA" in str(inventory.geometry.layers[0].skipped)
+
+
+@pytest.mark.parametrize(("name", "limit"), [("llama", 64), ("mpt", 64), ("gpt2", 64), ("opt", 64), ("bloom", None)])
+def test_the_positions_that_a_model_was_made_for(name: str, limit: int | None) -> None:
+    assert position_limit(TINY[name]()) == limit
 
 
 def test_keys_and_values_may_be_of_two_widths() -> None:
