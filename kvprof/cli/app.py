@@ -35,6 +35,7 @@ COMMANDS = {
     "targets": "exchange",
     "export": "exchange",
     "import": "exchange",
+    "report": "report",
     "run": "run",
 }
 """Each command, in the order of the help, and the module beside this one that has its function."""

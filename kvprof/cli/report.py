@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,7 +35,11 @@ def report(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for the report, or a file that ends in .html.", show_default="outputs/<model>"),
+        typer.Option(
+            help="Folder for the report, or a file that ends in .html; what it is made of is read there, too, where "
+            "that holds files of kvprof's.",
+            show_default="outputs/<model>",
+        ),
     ] = None,
 ) -> None:
     """What does all of this say of one model? One page with every picture, as HTML that needs no network, and Markdown.
@@ -49,11 +54,11 @@ def report(
     from kvprof.report.markdown import to_markdown
     from kvprof.report.whole import absent, make_page
 
-    folder = folder_of(model)
     named = [path for path in (plan, *(scores or ()), evaluation) if path is not None]
+    folder = out if out is not None and holds_files(out) else folder_of(model, named)
     if model is None and not folder.is_dir() and not named:
         model = "demo"
-    if model is None or holds_files(Path(model)):
+    if model is None or (model != "demo" and holds_files(Path(os.path.expanduser(model)))):
         files = gather(folder, named)
         files = files.with_inventory(_inventory(files.model.id))
     else:

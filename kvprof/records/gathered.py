@@ -82,12 +82,18 @@ class ReportFiles:
         return replace(self, inventory=inventory, geometry=inventory.geometry)
 
 
-def folder_of(model: str | None, outputs: Path = OUTPUTS) -> Path:
+def folder_of(model: str | None, named: Sequence[Path] = (), outputs: Path = OUTPUTS) -> Path:
     """Return the folder that holds a model's files: that of its id in the outputs.
 
-    model: as a command takes it, or the folder itself. None: the folder with the newest file of ours; the demo model's
-    where there is none.
+    model: as a command takes it, or the folder itself. None: the model that a named file is of, whose folder is else
+    that file's; without one the folder with the newest file of ours, or the demo model's where there is none.
     """
+    if model == "demo":
+        return outputs / model
+    if model is None and named:
+        infos = (_info(_shown(path)) for path in named)
+        known = (outputs / slug(info.id) for info in infos if info is not None and info.id is not None)
+        return next(filter(Path.is_dir, known), named[0].parent)
     if model is None:
         files = [file for name in OURS for file in outputs.glob(f"*/{name}*.json") if file.is_file()]
         return max(files, key=lambda file: file.stat().st_mtime_ns).parent if files else outputs / "demo"
@@ -169,8 +175,8 @@ def _which_model(
     same = [info for info in infos if fingerprint is None or info.fingerprint == fingerprint]
     if shape is None:
         alike = (each.document for each in candidates if _info(each.document) in [None, *same])
-        shapes = (getattr(document, "geometry", None) for document in alike)
-        shape = next((each for each in shapes if each is not None), None)
+        shapes = Counter(found for document in alike if (found := getattr(document, "geometry", None)) is not None)
+        shape = max(shapes, key=lambda each: shapes[each], default=None)
     if inventory is not None:
         return inventory.model.model_copy(update={"fingerprint": fingerprint}), shape
     if same:

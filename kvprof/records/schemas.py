@@ -45,6 +45,7 @@ ANSWERS: dict[str, type[Record]] = {
     "audit": KINDS["audit"],
     "benchmark": KINDS["benchmark"],
     "plot": Written,
+    "report": Written,
     "generate": Continuations,
     "validate": Validated,
     "merge": KINDS["scores"],

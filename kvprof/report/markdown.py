@@ -70,7 +70,11 @@ def _code(text: str) -> str:
 
 def _table(table: Table) -> str:
     rules = ["---" if place in table.left else "---:" for place in range(len(table.headings))]
-    rows = [table.headings, rules, *([escape(cell) for cell in row] for row in table.rows)]
+    rows = [
+        [escape(heading) for heading in table.headings],
+        rules,
+        *([escape(cell) for cell in row] for row in table.rows),
+    ]
     if table.strong is not None:
         rows[2 + table.strong] = [f"**{cell}**" if cell else "" for cell in rows[2 + table.strong]]
     lines = ["| " + " | ".join(row) + " |" for row in rows]

@@ -97,6 +97,12 @@ class Page:
     """What the reader should know of the files."""
 
 
+def sentence(text: str) -> str:
+    """Return a remark as a sentence of its own: a capital, but for a name such as spectral_norm, and a full stop."""
+    capital = text if "_" in text.split(" ", 1)[0] else text[:1].upper() + text[1:]
+    return capital if capital.endswith((".", "!", "?")) else capital + "."
+
+
 def both_widths(draw_wide: str, draw_narrow: str) -> tuple[Drawing, Drawing]:
     """Return one picture in two widths, of which a page shows the one that it has room for."""
     return Drawing(draw_wide, "wide"), Drawing(draw_narrow, "narrow")

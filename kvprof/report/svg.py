@@ -183,13 +183,18 @@ def layer_ticks(count: int, pixels: float) -> list[tuple[float, str]]:
 
 def line(points: Sequence[tuple[float, float]], class_: str) -> str:
     """Return a line through places."""
-    return tag("polyline", points=" ".join(f"{number(x)},{number(y)}" for x, y in points), class_=class_)
+    return tag("polyline", points=_places(points), class_=class_)
 
 
 def band(upper: Sequence[tuple[float, float]], lower: Sequence[tuple[float, float]], class_: str) -> str:
     """Return the area between two lines from left to right."""
     corners = [*upper, *reversed(lower)]
-    return tag("polygon", points=" ".join(f"{number(x)},{number(y)}" for x, y in corners), class_=class_)
+    return tag("polygon", points=_places(corners), class_=class_)
+
+
+def _places(points: Sequence[tuple[float, float]]) -> str:
+    """Return places to a tenth of a pixel: lines of many points make most of a page."""
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
 def marker(x: float, y: float, shape: str, class_: str, size: float = 4) -> str:

@@ -25,10 +25,12 @@ MEASURED: dict[Role, str] = {
 
 @dataclass(frozen=True)
 class Measured:
-    """One measured plan, and the number by which the picture names it."""
+    """One measured plan, and the number by which pictures and tables name it."""
 
     number: int
     result: PlanResult
+    is_own: bool
+    """Whether it stands in the evaluation that is shown, rather than in one beside it."""
 
 
 @dataclass(frozen=True)

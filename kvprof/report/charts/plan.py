@@ -11,6 +11,8 @@ from kvprof.report.svg import Frame, Scale, layer_ticks, legend, linear_ticks, m
 
 ROW = 130
 """Pixels down from the keys' axis to the values'."""
+WIDEST = 60
+"""Pixels of a bar, however few layers there are."""
 
 
 def stored_bits(plan: BitPlan, layer: int, form: Format, tensor: str) -> float:
@@ -51,7 +53,8 @@ def draw_plan(plan: BitPlan, width: float) -> str:
             parts.append(write(frame.left - 6, y(tick) + 4, tick_text(tick), "tick", "end"))
         parts.append(write(2, frame.top - 10, f"{tensor}s: bits an element", "title"))
         for layer in range(plan.model.num_layers):
-            left, bar = x(layer) - wide / 2 + wide * 0.08, wide * 0.84
+            bar = min(wide * 0.84, WIDEST)
+            left = x(layer) - bar / 2
             if layer in skipped:
                 tip = f"layer {layer}: left in full precision, {skipped[layer]}"
                 rect = tag("rect", x=left, y=frame.top, width=bar, height=frame.bottom - frame.top, class_="none")

@@ -22,7 +22,7 @@ TITLES: dict[Quantity, str] = {
 def draw_positions(results: Sequence[PlanResult], quantity: Quantity, numbers_of: Mapping[str, int]) -> str:
     """Draw a step a stretch of positions: the evaluated plan thick, what it is compared with thin.
 
-    numbers_of: by which number other pictures call a plan, by its digest; it stands at the right where there is room.
+    numbers_of: by which number other pictures call a plan, by its name; it stands at the right where there is room.
     """
     numbers = [getattr(part, quantity) for result in results for part in result.by_position]
     above = [value for value in numbers if value > 0]
@@ -47,7 +47,7 @@ def draw_positions(results: Sequence[PlanResult], quantity: Quantity, numbers_of
         at = y(value)
         if (value > 0 or not is_log) and all(abs(at - other) >= 12 for other in taken):
             taken.append(at)
-            parts.append(write(frame.right + 5, at + 4, str(numbers_of[result.digest]), "small strong"))
+            parts.append(write(frame.right + 5, at + 4, str(numbers_of[result.name]), "small strong"))
     for result in sorted(results, key=lambda result: result.role == "plan"):
         class_ = "line value thick" if result.role == "plan" else "line grey"
         before: float | None = None

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from kvprof.records.formats import TENSORS
 from kvprof.records.spectra import LayerSpectra, Spectrum
-from kvprof.report.svg import Frame, Scale, band, line, marked, picture, tag, write
+from kvprof.report.svg import Frame, Scale, band, line, marked, number, picture, tag, write
 
 WIDTH, HEIGHT = 292, 216
+TOLD = 32
+"""Indices, at most, that say their numbers when they are pointed at."""
 FLOOR = 1e-6
 """Of the largest singular value: below, all is rounding."""
 
@@ -21,7 +23,7 @@ def draw_spectrum(entry: LayerSpectra, y_low: float, y_high: float) -> str:
     x = frame.x(1, max(2, count))
     y = Scale(y_low, y_high, frame.bottom, frame.top, is_log=True)
     parts = [
-        frame.axes(x, y, "index of the singular value", "singular value (logarithmic)", y_count=4),
+        frame.axes(x, y, "index of the singular value", "singular value, cached units (logarithmic)", y_count=4),
         write(2, 14, f"layer {entry.layer}", "small strong"),
         write(70, 14, "keys (solid)", "small key-text"),
         write(160, 14, "values (dashed)", "small value-text"),
@@ -31,18 +33,10 @@ def draw_spectrum(entry: LayerSpectra, y_low: float, y_high: float) -> str:
         if spectrum.heads > 1:
             parts.append(band(_places(spectrum.high, x, y), _places(spectrum.low, x, y), f"fill {tensor} faint"))
         parts.append(line(_places(spectrum.mean, x, y), f"line {tensor}" + (" dashed" * (tensor == "value"))))
-    for index in range(count):
-        tip = f"layer {entry.layer}, singular value {index + 1}: " + ", ".join(
-            f"{tensor}s {_span(entry.tensor(tensor), index)}"
-            for tensor in TENSORS
-            if index < len(entry.tensor(tensor).mean)
-        )
-        step = (frame.right - frame.left) / max(1, count - 1)
-        box = tag(
-            "rect", x=max(frame.left, x(index + 1) - step / 2), y=frame.top, width=step,
-            height=frame.bottom - frame.top, class_="target",
-        )  # fmt: skip
-        parts.append(marked(tip, box))
+    every = -(-count // TOLD)
+    wide = (frame.right - frame.left) / max(1, count - 1) * every
+    for index in range(0, count, every):
+        parts.append(marked(_tip(entry, index), _strip(frame, x(index + 1), wide)))
     label = f"Singular values of the cached keys and values of layer {entry.layer}"
     return picture(WIDTH, HEIGHT, label, *parts)
 
@@ -51,7 +45,23 @@ def _places(values: tuple[float, ...], x: Scale, y: Scale) -> list[tuple[float, 
     return [(x(place), y(max(value, y.low))) for place, value in enumerate(values, start=1)]
 
 
+def _tip(entry: LayerSpectra, index: int) -> str:
+    spans = [
+        f"{tensor}s {_span(entry.tensor(tensor), index)}"
+        for tensor in TENSORS
+        if index < len(entry.tensor(tensor).mean)
+    ]
+    return f"layer {entry.layer}, no. {index + 1}: {', '.join(spans)}"
+
+
+def _strip(frame: Frame, middle: float, wide: float) -> str:
+    """Return what is pointed at: from the top of the frame to its bottom, no further than its sides."""
+    left, right = max(frame.left, middle - wide / 2), min(frame.right, middle + wide / 2)
+    return tag("path", d=f"M{number(left)} {number(frame.top)}H{number(right)}V{number(frame.bottom)}H{number(left)}",
+               class_="target")  # fmt: skip
+
+
 def _span(spectrum: Spectrum, index: int) -> str:
     low, high = spectrum.low[index], spectrum.high[index]
-    heads = f" ({low:.3g} to {high:.3g} over {spectrum.heads} heads)" if spectrum.heads > 1 else ""
+    heads = f" ({low:.3g} to {high:.3g})" if spectrum.heads > 1 else ""
     return f"{spectrum.mean[index]:.3g}{heads}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from kvprof.records.audit import Audit
 from kvprof.records.gathered import ReportFiles
 from kvprof.report.charts.audit import draw_audit_panel
-from kvprof.report.page import Block, Drawing, Figure, Paragraph, Section, Table, missing
+from kvprof.report.page import Block, Drawing, Figure, Paragraph, Section, Table, missing, sentence
 
 HEADING = "Do the predictions hold?"
 
@@ -45,7 +45,7 @@ def audit_section(files: ReportFiles, divergence_command: str) -> Section:
         blocks.append(_ratios(audit))
     if audit.plans:
         blocks.append(_plans(audit))
-    blocks += [Paragraph(remark[0].upper() + remark[1:] + ".", "note") for remark in audit.remarks if remark]
+    blocks += [Paragraph(sentence(remark), "note") for remark in audit.remarks if remark]
     return Section("audit", HEADING, blocks)
 
 
@@ -59,8 +59,8 @@ def _means(audit: Audit) -> str:
     for spread in audit.ratios:
         if spread.group == _width(spread.bits):
             words.append(
-                f"at {spread.group} the prediction is {spread.median:.3g} times the measurement in the median, and "
-                f"between {spread.low:.3g} and {spread.high:.3g} times for 8 in 10 of {spread.tensors} tensors"
+                f"at {spread.group} the prediction is {spread.median:.3g} times the measurement in the median tensor, and "
+                f"between {spread.low:.3g} and {spread.high:.3g} times for 8 in 10 of the {spread.tensors}"
             )
     for plan in audit.plans:
         if plan.ratio is not None:

@@ -5,7 +5,7 @@ Reads a Frontier, the plan's prediction and the results of evaluations.
 
 from __future__ import annotations
 
-from kvprof.records.evaluation import Evaluation, PlanResult
+from kvprof.records.evaluation import PlanResult
 from kvprof.records.frontier import Frontier
 from kvprof.records.gathered import ReportFiles
 from kvprof.report.charts.budgets import Measured, Predicted, draw_budgets
@@ -50,8 +50,9 @@ def budgets_section(files: ReportFiles, frontier_command: str, evaluate_command:
             draw_budgets(frontier, plan, measured, *WIDE), draw_budgets(frontier, plan, measured, *NARROW)
         )
         caption = "KL divergence from full precision against stored bits."
-        if measured and frontier is not None:
-            caption += " Predictions are of the calibration text, measurements of held-out text."
+        if files.evaluation is not None:
+            text = files.evaluation.document.text
+            caption += f" Measured on {text.dataset}" + (f" ({text.split})." if text.split else ".")
         blocks.append(Figure(caption, drawings, tables))
     else:
         blocks += tables
@@ -64,16 +65,19 @@ def measured_plans(files: ReportFiles) -> list[Measured]:
     """Return what was measured, each plan once, numbered in the order of its KL divergence."""
     if files.evaluation is None:
         return []
-    results: dict[tuple[str, str], PlanResult] = {}
-    for found in (files.evaluation, *files.more_evaluations):
-        evaluation: Evaluation = found.document
-        for result in evaluation.plans:
-            # The other files' evaluated plan is a rival here.
-            role = result.role if found is files.evaluation or result.role != "plan" else "against"
-            results.setdefault((result.digest, result.name), result.model_copy(update={"role": role}))
-    unique = {digest: result for (digest, _), result in reversed(results.items())}
-    ranked = sorted(unique.values(), key=lambda result: result.kl_nats)
-    return [Measured(number, result) for number, result in enumerate(ranked, start=1)]
+    own = files.evaluation.document.plans
+    seen = {result.digest for result in own}
+    others: list[PlanResult] = []
+    for found in files.more_evaluations:
+        # The other files' evaluated plan is one to compare with here.
+        others += [
+            result.model_copy(update={"role": "against"}) if result.role == "plan" else result
+            for result in found.document.plans
+            if result.digest not in seen
+        ]
+        seen |= {result.digest for result in others}
+    ranked = sorted([*own, *others], key=lambda result: result.kl_nats)
+    return [Measured(number, result, result in own) for number, result in enumerate(ranked, start=1)]
 
 
 def _predicted(files: ReportFiles) -> Predicted | None:

@@ -72,7 +72,7 @@ def _means(geometry: CacheGeometry, grows: int) -> str:
     skipped = [layer.layer for layer in geometry.layers if layer.skipped is not None]
     if skipped:
         text += (
-            f" A plan gives bits to {len(geometry.planned)} layers and leaves {layers_text(skipped)} alone; the table "
+            f" A plan gives bits to {len(geometry.planned)} of them and leaves {layers_text(skipped)} alone; the table "
             "says why."
         )
     return text

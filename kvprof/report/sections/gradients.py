@@ -9,7 +9,7 @@ from kvprof.records.formats import TENSORS, TensorName
 from kvprof.records.gathered import ReportFiles
 from kvprof.records.scores import Scores
 from kvprof.report.charts.layers import LayerNumber, draw_layers
-from kvprof.report.page import Block, Figure, Paragraph, Section, Table, both_widths, missing
+from kvprof.report.page import Block, Figure, Paragraph, Section, Table, both_widths, missing, sentence
 from kvprof.report.sentences import score_remarks
 
 HEADING = "How strongly does the loss pull at W_k and W_v?"
@@ -36,7 +36,7 @@ def gradients_section(files: ReportFiles, command: str) -> Section:
         ),
     ]
     remarks = score_remarks(scores, ["gradient_norm"])
-    blocks += [Paragraph(remark[0].upper() + remark[1:] + ".", "flag") for remark in remarks]
+    blocks += [Paragraph(sentence(remark), "flag") for remark in remarks]
     return Section("gradients", HEADING, blocks)
 
 

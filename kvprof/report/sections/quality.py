@@ -11,7 +11,7 @@ from kvprof.records.evaluation import Evaluation, PlanResult
 from kvprof.records.gathered import ReportFiles
 from kvprof.report.charts.positions import draw_positions
 from kvprof.report.evaluations import KL_FLOOR, evaluation_lines, evaluation_verdict
-from kvprof.report.page import Block, Code, Drawing, Figure, Paragraph, Section, Table, missing
+from kvprof.report.page import Block, Code, Drawing, Figure, Paragraph, Section, Table, missing, sentence
 from kvprof.report.sections.budgets import measured_plans
 
 HEADING = "How good is it, measured?"
@@ -22,7 +22,7 @@ def quality_section(files: ReportFiles, command: str) -> Section:
     if files.evaluation is None:
         return Section("quality", HEADING, [missing(command, "the plan's cache against full precision and its rivals")])
     evaluation = files.evaluation.document
-    numbers = {each.result.digest: each.number for each in measured_plans(files)}
+    numbers = {each.result.name: each.number for each in measured_plans(files) if each.is_own}
     blocks: list[Block] = [
         Paragraph(
             "The model read text twice, once with its cache in full precision and once with the cache stored as the "
@@ -48,7 +48,7 @@ def quality_section(files: ReportFiles, command: str) -> Section:
             [_positions(evaluation)],
         ),
     ]
-    blocks += [Paragraph(line[0].upper() + line[1:] + ".", "note") for line in evaluation_lines(evaluation)]
+    blocks += [Paragraph(sentence(line), "note") for line in evaluation_lines(evaluation)]
     return Section("quality", HEADING, blocks)
 
 
@@ -73,7 +73,7 @@ def _results(evaluation: Evaluation, numbers: Mapping[str, int]) -> Table:
     plan = evaluation.plan
     ranked = sorted(evaluation.plans, key=lambda result: result.kl_nats)
     full = ("", "full precision", "", "16", "0", "-", "0", "1", f"{evaluation.reference_perplexity:.2f}", "-")
-    rows = [full, *((str(numbers[result.digest]), *_cells(result, plan)) for result in ranked)]
+    rows = [full, *((str(numbers[result.name]), *_cells(result, plan)) for result in ranked)]
     split = f", {evaluation.text.split}" if evaluation.text.split else ""
     many = "s" if evaluation.text.sequences != 1 else ""
     caption = (

@@ -12,7 +12,7 @@ from kvprof.records.gathered import ReportFiles
 from kvprof.records.spectra import LayerSpectra, Spectra
 from kvprof.report.charts.layers import LayerNumber, draw_layers
 from kvprof.report.charts.spectra import FLOOR, draw_spectrum
-from kvprof.report.page import Block, Drawing, Figure, Paragraph, Section, Table, missing
+from kvprof.report.page import Block, Drawing, Figure, Paragraph, Section, Table, missing, sentence
 from kvprof.report.spectra import SHARE, heads_text, larger_text
 
 HEADING = "How large are the cached keys and values themselves?"
@@ -67,8 +67,7 @@ def spectra_section(files: ReportFiles, command: str) -> Section:
 
 
 def _means(spectra: Spectra) -> str:
-    text = f"{larger_text(spectra)}. "
-    text = text[0].upper() + text[1:]
+    text = f"{sentence(larger_text(spectra))} "
     count = len(spectra.layers)
     for tensor in TENSORS:
         ranks = [entry.tensor(tensor).values_for(SHARE) for entry in spectra.layers]
@@ -77,8 +76,7 @@ def _means(spectra: Spectra) -> str:
             f"Of the {tensor}s' {dims} singular values {sum(ranks) / count:.1f} hold 90 % of the sum of squares on "
             f"average over layers (between {min(ranks)} and {max(ranks)}). "
         )
-    found = heads_text(spectra)
-    return text + found[0].upper() + found[1:] + "."
+    return text + sentence(heads_text(spectra))
 
 
 def _range(spectra: Spectra) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from kvprof.records.formats import TENSORS
 from kvprof.records.gathered import ReportFiles
 from kvprof.records.scores import Scores
 from kvprof.report.charts.layers import LayerNumber, draw_layers
-from kvprof.report.page import Block, Drawing, Figure, Paragraph, Section, Table, missing
+from kvprof.report.page import Block, Drawing, Figure, Paragraph, Section, Table, missing, sentence
 from kvprof.report.sentences import larger, layers_text, norm_verdict, score_remarks
 
 HEADING = "How large are the projections W_k and W_v?"
@@ -42,7 +42,7 @@ def weights_section(files: ReportFiles, command: str) -> Section:
     ]
     if any(entry.key.bias_norm is not None or entry.key.gain_rms is not None for entry in scores.layers):
         blocks.append(_beside(scores))
-    blocks += [Paragraph(remark[0].upper() + remark[1:] + ".", "flag") for remark in score_remarks(scores, norms)]
+    blocks += [Paragraph(sentence(remark), "flag") for remark in score_remarks(scores, norms)]
     return Section("weights", HEADING, blocks)
 
 
