@@ -1,6 +1,5 @@
 """lm_eval's tasks through a plan's cache, beside lm_eval's own `hf` model and beside decoding token by token."""
 
-# ruff: noqa: E402 - lm_eval comes with the extra `eval`
 from __future__ import annotations
 
 import json
