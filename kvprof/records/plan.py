@@ -174,6 +174,12 @@ class BitPlan(Document):
         """The digest of the scores that the plan says it was made from."""
         return None if self.provenance is None else self.provenance.scores
 
+    def _repr_html_(self) -> str:
+        """Return the plan as a notebook shows it."""
+        from kvprof.records.notebook import plan_html
+
+        return plan_html(self)
+
     def misfit(self, geometry: CacheGeometry) -> str | None:
         """Return why the plan cannot serve a model of this geometry, or None when it can."""
         if geometry.num_layers != self.model.num_layers:

@@ -312,6 +312,12 @@ class Scores(Document):
         plain = self if self.kl_calibration is None else self.model_copy(update={"kl_calibration": None})
         return super(Scores, plain).digest
 
+    def _repr_html_(self) -> str:
+        """Return the scores as a notebook shows them."""
+        from kvprof.records.notebook import scores_html
+
+        return scores_html(self)
+
     def calibrated_as(self, path: Path) -> Self:
         """Return these scores with the factor of a file of the same scores, measured anew since; else as they are."""
         try:
