@@ -50,7 +50,8 @@ def run(
     """
     from kvprof.recipes.done import Past
     from kvprof.recipes.shipped import find_recipe
-    from kvprof.recipes.steps import place_of, steps_of
+    from kvprof.recipes.steps import steps_of
+    from kvprof.recipes.words import place_of
     from kvprof.records.answers import RecipeRun
     from kvprof.records.recipe import read_recipe
     from kvprof.report.console import print_note, print_result
@@ -154,7 +155,7 @@ def _typed(arguments: list[str]) -> Iterator[None]:
 
 def _named_model(model: str, home: Path) -> str | Path:
     """Return what a model is called from here: a place where it is on the disk."""
-    from kvprof.recipes.steps import place_of
+    from kvprof.recipes.words import place_of
 
     place = os.path.expanduser(model)
     return place_of(model, home) if os.path.exists(home / place) or place.startswith((".", "/")) else model

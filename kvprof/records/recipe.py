@@ -263,6 +263,12 @@ class Recipe(Record):
                 raise ValueError(f"[{name}] has no plan to look at: add a table [[plans]], say with budgets = [2.5]")
         if self.rivals and self.evaluate is None:
             raise ValueError("nobody measures [[rivals]]: add a table [evaluate], or leave them out")
+        if self.evaluate is not None:
+            length, first = self.evaluate.sequence_length, self.evaluate.measure_from or 0
+            if length is not None and first > length - 2:
+                raise ValueError(f"evaluate.measure_from: {first} is behind the last target of {length} tokens")
+            if self.evaluate.check and self.evaluate.rivals is False and len(self.plans) + len(self.rivals) < 2:
+                raise ValueError("[evaluate] check has nothing to compare with: leave out rivals = false")
         if self.audit is not None and self.divergence is None:
             raise ValueError("[audit] has nothing measured to look at: add a table [divergence]")
         if not self.model_fields_set - {"description", "model", "out", "dtype", "device", "stream", "text"}:

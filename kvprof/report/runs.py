@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from kvprof.records.answers import RecipeRun, ShippedRecipes
 from kvprof.report.console import Table, print_plain
 
@@ -22,7 +24,9 @@ def show_planned(run: RecipeRun) -> None:
 
 def show_run(run: RecipeRun) -> None:
     """Print what was done, what was skipped, and how long it took."""
-    table = Table(f"recipe {run.recipe} on {run.model}", ("step", "command", "", "time", "output"), left=(1, 2, 4))
+    table = Table(
+        f"recipe {Path(run.recipe).stem} on {run.model}", ("step", "command", "", "time", "output"), left=(1, 2, 4)
+    )
     for number, step in enumerate(run.steps, start=1):
         command = step.command.split()[1]
         took = "" if step.seconds is None else _clock(step.seconds)

@@ -1,0 +1,83 @@
+"""What a recipe asks for that does not exist or does not go together: said before anything is measured.
+
+Reads a recipe's tables, and asks the disk only whether a text is there. The record itself has seen to types and bounds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from kvprof.allocate import RULES, check_request
+from kvprof.allocate.budget import parse_bits
+from kvprof.allocate.targets import TARGETS
+from kvprof.errors import InvalidFile, UsageError, did_you_mean
+from kvprof.records.recipe import Plans, Recipe, Target
+
+OWN_TEXTS = ("builtin", "self")
+
+
+def check_recipe(recipe: Recipe, texts: dict[str, dict[str, Path | None]]) -> None:
+    """Raise InvalidFile, naming the key, for what a command would refuse whatever is measured.
+
+    texts: of each table that reads text, its texts' names, and the file that each is, if it is one.
+    """
+    for table, names in texts.items():
+        for name, file in names.items():
+            _check_text(f"{table}.data", name, file)
+    for table, several in (("plans", recipe.plans), ("rivals", recipe.rivals)):
+        for number, plans in enumerate(several):
+            _check_plans(plans, f"{table}[{number}]")
+    for number, target in enumerate(recipe.targets):
+        place = f"targets[{number}]"
+        if target.runtime not in TARGETS:
+            raise InvalidFile(
+                f"{place}.runtime: unknown target {target.runtime!r}: {did_you_mean(target.runtime, TARGETS)}"
+            )
+        if any(other.runtime == target.runtime for other in recipe.targets[:number]):
+            raise InvalidFile(f"{place}.runtime: {target.runtime} stands twice; list its budgets in one table.")
+        _check_limits(target, place)
+
+
+def _check_text(place: str, name: str, file: Path | None) -> None:
+    if file is not None and not file.is_file():
+        raise InvalidFile(f"{place}: {file}: no such file. A path in a recipe is relative to the recipe's folder.")
+    word = name.partition(":")[0]
+    nearest = did_you_mean(word, OWN_TEXTS)
+    if file is None and "/" not in word and word not in OWN_TEXTS and nearest.startswith("did"):
+        raise InvalidFile(f"{place}: unknown text {word!r}: {nearest}")
+
+
+def _check_plans(plans: Plans, place: str) -> None:
+    if plans.rule is not None and plans.rule not in RULES:
+        raise InvalidFile(f"{place}.rule: unknown rule {plans.rule!r}: {did_you_mean(plans.rule, RULES)}")
+    if plans.as_published and plans.sink_tokens:
+        raise InvalidFile(
+            f"{place}: as_published has no sinks, sink_tokens asks for {plans.sink_tokens}; leave out one of them."
+        )
+    _check_limits(plans, place)
+
+
+def _check_limits(asked: Plans | Target, place: str) -> None:
+    """Raise for limits and options that `allocate` would refuse."""
+    with _at(f"{place}.bits"):
+        bits = None if asked.bits is None else parse_bits(asked.bits)
+    options = asked.model_dump(exclude_none=True, exclude={"name", "scores", "budgets", "runtime", "bits"})
+    if isinstance(asked, Target):
+        options["target"] = asked.runtime
+    for budget in asked.budgets or (None,):
+        if budget is not None and not 0 < budget < math.inf:
+            raise InvalidFile(f"{place}.budgets: a budget of {budget:g} bits stores nothing; try 2.5.")
+        with _at(place):
+            check_request(**options, bits=bits, budget=budget)
+
+
+@contextlib.contextmanager
+def _at(place: str) -> Iterator[None]:
+    """Say where in the recipe a value is that the library does not take."""
+    try:
+        yield
+    except UsageError as error:
+        raise InvalidFile(f"{place}: {error}") from None
