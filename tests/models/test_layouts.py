@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_model
+from tiny import UNUSUAL, tiny_model
 from transformers import DynamicCache, PreTrainedModel
 
 from kvprof.errors import UnknownLayout
@@ -44,14 +44,26 @@ def cached_and_input(model: PreTrainedModel) -> tuple[DynamicCache, dict[str, to
 
 
 def test_streamed_projections_are_what_the_model_caches(any_tiny: tuple[str, PreTrainedModel], tmp_path: Path) -> None:
-    _, model = any_tiny
+    assert streamed_as_cached(any_tiny[1], tmp_path) == 2
+
+
+@pytest.mark.parametrize("name", sorted(UNUSUAL))
+def test_of_unusual_layers_those_with_attention_are_streamed_as_the_model_caches_them(
+    name: str, tmp_path: Path
+) -> None:
+    expected = {"falcon-h1": 2, "bamba": 1, "jamba": 2, "qwen3-next": 1, "lfm2": 1, "gemma3n": 3, "gemma4": 2}
+    assert streamed_as_cached(tiny_model(name), tmp_path) == expected[name]
+
+
+def streamed_as_cached(model: PreTrainedModel, tmp_path: Path) -> int:
+    """Hold the projections that are streamed from a model's checkpoint against what it caches; return of how many."""
     model.save_pretrained(tmp_path)
     geometry = take_inventory(model.config).geometry
     skeleton = build_skeleton(model.config)
     cache, inputs = cached_and_input(model)
+    attentions = dict(model.named_modules())
     streamed = list(stream_projections(SafetensorsCheckpoint(tmp_path), geometry, skeleton.config))
     assert [weights.layer for weights in streamed] == list(geometry.scored)
-    assert len(streamed) == 2
     for weights in streamed:
         projection = skeleton.projections[weights.layer.layer]
         held = cache.layers[weights.layer.layer]
@@ -63,12 +75,15 @@ def test_streamed_projections_are_what_the_model_caches(any_tiny: tuple[str, Pre
             token = inputs[name].reshape(-1)
             projected = weight @ token + (0 if bias is None else bias)
             if states is keys and (norm := skeleton.key_norm(weights.layer.layer)) is not None:
-                live = dict(model.named_modules())[projection.attention].get_submodule(norm[0])
+                live = attentions[projection.attention].get_submodule(norm[0])
                 try:
                     projected = live(projected.reshape(1, 1, weights.layer.kv_heads, -1)).reshape(-1)
                 except RuntimeError:  # a norm over the whole width, as OLMo2's
                     projected = live(projected.reshape(1, 1, -1)).reshape(-1)
+            if states is values and (live := getattr(attentions[projection.attention], "v_norm", None)) is not None:
+                projected = live(projected.reshape(1, 1, weights.layer.kv_heads, -1)).reshape(-1)  # Gemma's
             torch.testing.assert_close(states.reshape(-1), projected, rtol=1e-4, atol=1e-5)
+    return len(streamed)
 
 
 def test_geometry_is_the_shape_of_the_cache(any_tiny: tuple[str, PreTrainedModel]) -> None:
