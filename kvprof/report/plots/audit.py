@@ -22,6 +22,7 @@ from kvprof.report.plots.style import (
     in_paper_style,
     model_name,
     new_figure,
+    set_title,
     settle,
 )
 
@@ -59,7 +60,7 @@ def audit_figure(audit: Audit, label: str, page: Page = PAPER) -> Figure:
     columns = min(len(widths), PANELS_A_ROW, max(1, int(width // PANEL_WIDTH)))
     rows = -(-len(widths) // columns)
     figure = new_figure(width, 0.5 + rows * (width / columns + 0.1), page)
-    figure.suptitle(f"{model_name(audit.model, 28 * columns)}\n{label} against measured divergence")
+    set_title(figure, f"{model_name(audit.model, 28 * columns)}\n{label} against measured divergence")
     panels = []
     for number, bits in enumerate(widths, start=1):
         axes = figure.add_subplot(rows, columns, number)

@@ -24,6 +24,7 @@ from kvprof.report.plots.style import (
     in_paper_style,
     model_name,
     new_figure,
+    set_title,
 )
 
 if TYPE_CHECKING:
@@ -53,9 +54,10 @@ def benchmark_figure(benchmark: Benchmark, page: Page = PAPER) -> Figure:
     names = dict.fromkeys((run.name, run.dtype) for case in benchmark.cases for run in case.full if run.timing)
     figure = new_figure(width, legend_height(len(names) + 3, 0.6 + 2.5 * rows, beside), page)
     plan = benchmark.plan
-    figure.suptitle(
+    set_title(
+        figure,
         f"{cut_text(plan.name, 40)} on {model_name(benchmark.model, 40)}, {plan.stored_bits:.2f} stored bits\n"
-        f"{cut_text(benchmark.device.name, 50)}: {benchmark.copy_bandwidth.bytes_per_second / 1e9:.3g} GB/s copied"
+        f"{cut_text(benchmark.device.name, 50)}: {benchmark.copy_bandwidth.bytes_per_second / 1e9:.3g} GB/s copied",
     )
     styles: dict[tuple[str, str], tuple[str, str]] = {
         name: (OTHERS[number % len(OTHERS)], OTHER_MARKS[number % len(OTHER_MARKS)])

@@ -25,6 +25,7 @@ from kvprof.report.plots.style import (
     in_paper_style,
     model_name,
     new_figure,
+    set_title,
     settle,
 )
 from kvprof.report.series import ranked_results
@@ -63,7 +64,7 @@ def frontier_figure(frontier: Frontier, evaluations: Sequence[Evaluation] = (), 
     basis = "not calibrated" if factor is None else f"calibrated, factor {factor.factor:.2f}"
     window = f"{frontier.window.sink_tokens} sinks, window of {frontier.window.recent_tokens} tokens"
     lines = [f"{model_name(frontier.model)}: best plan at every budget", f"predictions {basis}; {window}"]
-    figure.suptitle("\n".join(lines))
+    set_title(figure, "\n".join(lines))
     axes.set_xlabel("stored bits per element (codes and scales)")
     axes.set_ylabel(f"{'' if results else 'predicted '}KL divergence (nats per token)")
     light_grid(axes, "both")

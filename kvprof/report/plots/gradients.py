@@ -11,7 +11,16 @@ from kvprof.records.formats import TENSORS
 from kvprof.records.scores import Scores
 from kvprof.report.plots.layers import draw_numbers, fit_scale, layer_axis, light_grid, tensor_handles
 from kvprof.report.plots.legends import legend_below
-from kvprof.report.plots.style import FULL_WIDTH, PAPER, NothingToDraw, Page, in_paper_style, model_name, new_figure
+from kvprof.report.plots.style import (
+    FULL_WIDTH,
+    PAPER,
+    NothingToDraw,
+    Page,
+    in_paper_style,
+    model_name,
+    new_figure,
+    set_title,
+)
 from kvprof.report.series import by_layer, layer_count, skipped_layers
 
 if TYPE_CHECKING:
@@ -27,7 +36,7 @@ def gradients_figure(scores: Scores, page: Page = PAPER) -> Figure:
     figure = new_figure(page.width_or(FULL_WIDTH), 2.9, page)
     text = scores.calibration
     over = "" if text is None else f", {text.sequences} sequence{'s' * (text.sequences != 1)}"
-    figure.suptitle(f"{model_name(scores.model)}: gradients of the loss{over}")
+    set_title(figure, f"{model_name(scores.model)}: gradients of the loss{over}")
     axes = figure.add_subplot()
     skipped = skipped_layers(scores)
     layer_axis(axes, 0, layer_count(scores), skipped)

@@ -17,19 +17,25 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SKIPPED = "no plan gives bits"
+BLANK: dict[str, Any] = {"facecolor": "#F7F7F7", "edgecolor": "#C8C8C8", "hatch": "////", "linewidth": 0}
+"""What those layers are hatched with."""
 LOG_FROM = 30.0
 """An axis is logarithmic where its largest number is more than so many times its smallest."""
 
 
-def layer_axis(axes: Axes, first: int, count: int, skipped: Iterable[int]) -> None:
-    """Give a panel an axis of `count` layers from `first` on, and hatch those that no plan gives bits to."""
+def layer_axis(axes: Axes, first: int, count: int, skipped: Iterable[int], behind: bool = True) -> None:
+    """Give a panel an axis of `count` layers from `first` on, and hatch those that no plan gives bits to.
+
+    behind: whether what is drawn hides the hatching; else it lies on top.
+    """
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlim(first - 0.7, first + count - 0.3)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     axes.set_xlabel("layer")
     for low, high in runs(layer for layer in skipped if first <= layer < first + count):
-        axes.axvspan(low - 0.5, high + 0.5, facecolor="#F4F4F4", edgecolor="#B0B0B0", hatch="////", lw=0, zorder=0)
+        colour = BLANK["facecolor"] if behind else "none"
+        axes.axvspan(low - 0.5, high + 0.5, **(BLANK | {"facecolor": colour}), zorder=0 if behind else 6)
 
 
 def runs(layers: Iterable[int]) -> list[tuple[int, int]]:
@@ -81,7 +87,7 @@ def tensor_handles(skipped: bool = False) -> tuple[list[Any], list[str]]:
     ]
     labels = [f"{tensor}s" for tensor in COLOURS]
     if skipped:
-        handles.append(Patch(facecolor="#F4F4F4", edgecolor="#B0B0B0", hatch="////", linewidth=0))
+        handles.append(Patch(**BLANK))
         labels.append(SKIPPED)
     return handles, labels
 

@@ -17,6 +17,10 @@ LONGEST_NAME = 34
 """Letters of a plan's name that a legend has room for."""
 ENTRY_HEIGHT = 0.16
 """Inches."""
+HANDLE_WIDTH = 0.5
+"""Inches of an entry's mark, and of what parts it from the next."""
+LETTER_WIDTH = 0.062
+"""Inches."""
 
 
 def legend_height(entries: int, height: float, beside: bool) -> float:
@@ -28,9 +32,17 @@ def legend_height(entries: int, height: float, beside: bool) -> float:
     return max(height, needed + 1.0) if beside else height + needed
 
 
-def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    """Put one legend for all panels below them, where it hides nothing."""
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, columnspacing=1.4)
+def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str], **options: Any) -> None:
+    """Put one legend for all panels below them, in as many columns as fit."""
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=_fitting_columns(labels, figure.get_figwidth()),
+        frameon=False,
+        columnspacing=1.4,
+        **options,
+    )
 
 
 def legend_at_side(figure: Figure, handles: Sequence[Any], labels: Sequence[str], beside: bool) -> None:
@@ -46,3 +58,13 @@ def legend_at_side(figure: Figure, handles: Sequence[Any], labels: Sequence[str]
         loc="outside right center" if beside else "outside lower left",
         frameon=False,
     )
+
+
+def _fitting_columns(labels: Sequence[str], width_inches: float) -> int:
+    """Return the most columns, filled one after the other, that a legend of this width has."""
+    for columns in range(len(labels), 1, -1):
+        rows = -(-len(labels) // columns)
+        longest = [max(map(len, labels[start : start + rows])) for start in range(0, len(labels), rows)]
+        if sum(HANDLE_WIDTH + LETTER_WIDTH * length for length in longest) <= width_inches:
+            return columns
+    return 1

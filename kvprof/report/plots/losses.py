@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from kvprof.records.formats import TENSORS, TensorName
 from kvprof.records.scores import Scores
-from kvprof.report.plots.layers import SKIPPED, layer_axis
+from kvprof.report.plots.layers import BLANK, SKIPPED, layer_axis
 from kvprof.report.plots.legends import legend_below
 from kvprof.report.plots.style import (
     FULL_WIDTH,
@@ -22,6 +22,7 @@ from kvprof.report.plots.style import (
     in_paper_style,
     model_name,
     new_figure,
+    set_title,
 )
 from kvprof.report.series import LossTable, loss_table, skipped_layers
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 ROW = 0.15
 """Inches a format."""
 LONGEST_NAME = 20
+BAR = 0.13
+"""Inches that the scale of colours is wide."""
 
 
 @in_paper_style
@@ -54,23 +57,26 @@ def losses_figure(scores: Scores, page: Page = PAPER) -> Figure:
     rows = [max(4, len(tables[tensor].formats)) for tensor in shown]
     figure = new_figure(page.width_or(FULL_WIDTH), 1.1 + 0.35 * len(rows) + ROW * sum(rows), page)
     measured = scores.source == "divergence"
-    figure.suptitle(
-        f"{model_name(scores.model)}: {'measured divergence' if measured else 'predicted loss'} of each tensor alone"
+    set_title(
+        figure,
+        f"{model_name(scores.model)}: {'measured divergence' if measured else 'predicted loss'} of each tensor alone",
     )
     skipped = skipped_layers(scores)
-    panels = figure.subplots(len(rows), 1, squeeze=False, sharex=True, height_ratios=rows)[:, 0]
+    width = figure.get_figwidth()
+    grid = figure.add_gridspec(len(rows), 2, width_ratios=(width - BAR, BAR), height_ratios=rows)
+    panels = [figure.add_subplot(grid[row, 0]) for row in range(len(rows))]
     for axes, tensor in zip(panels, shown, strict=True):
         mesh = _panel(axes, tables[tensor], scale)
-        layer_axis(axes, 0, len(tables[tensor].layers), skipped)
+        layer_axis(axes, 0, len(tables[tensor].layers), skipped, behind=False)
         axes.set_xlim(-0.5, len(tables[tensor].layers) - 0.5)
         axes.set_title(f"{tensor}s")
-        axes.label_outer()
-    bar = figure.colorbar(
-        mesh, ax=list(panels), pad=0.01, fraction=0.04, aspect=35, extend="min" if _has_zero(tables) else "neither"
-    )
+        if axes is not panels[-1]:
+            axes.set_xlabel("")
+            axes.tick_params(labelbottom=False)
+    bar = figure.colorbar(mesh, cax=figure.add_subplot(grid[:, 1]), extend="min" if _has_zero(tables) else "neither")
     what = "measured KL divergence" if measured else "predicted loss increase"
     bar.set_label(f"{what} (nats per token)")
-    figure.align_ylabels(list(panels))
+    figure.align_ylabels(panels)
     if skipped:
         _explain_hatching(figure)
     return figure
@@ -100,5 +106,4 @@ def _has_zero(tables: dict[TensorName, LossTable]) -> bool:
 def _explain_hatching(figure: Figure) -> None:
     from matplotlib.patches import Patch
 
-    patch = Patch(facecolor="#F4F4F4", edgecolor="#B0B0B0", hatch="////", linewidth=0)
-    legend_below(figure, [patch], [SKIPPED])
+    legend_below(figure, [Patch(**BLANK)], [SKIPPED])

@@ -11,7 +11,16 @@ from kvprof.records.formats import TENSORS
 from kvprof.records.scores import Scores
 from kvprof.report.plots.layers import draw_numbers, fit_scale, layer_axis, light_grid, tensor_handles
 from kvprof.report.plots.legends import legend_below
-from kvprof.report.plots.style import FULL_WIDTH, PAPER, NothingToDraw, Page, in_paper_style, model_name, new_figure
+from kvprof.report.plots.style import (
+    FULL_WIDTH,
+    PAPER,
+    NothingToDraw,
+    Page,
+    in_paper_style,
+    model_name,
+    new_figure,
+    set_title,
+)
 from kvprof.report.series import by_layer, layer_count, skipped_layers
 
 if TYPE_CHECKING:
@@ -36,7 +45,7 @@ def norms_figure(scores: Scores, page: Page = PAPER) -> Figure:
     columns = len(shown) if width >= SIDE_BY_SIDE else 1
     rows = -(-len(shown) // columns)
     figure = new_figure(width, 0.75 + 2.1 * rows, page)
-    figure.suptitle(f"{model_name(scores.model)}: norms of the key and value projections")
+    set_title(figure, f"{model_name(scores.model)}: norms of the key and value projections")
     skipped = skipped_layers(scores)
     for number, norm in enumerate(shown, start=1):
         axes = figure.add_subplot(rows, columns, number)

@@ -9,8 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from kvprof.records.formats import TENSORS, TensorName
 from kvprof.records.plan import BitPlan
-from kvprof.report.plots.layers import layer_axis, light_grid
-from kvprof.report.plots.style import COLOURS, FULL_WIDTH, PAPER, Page, cut_text, in_paper_style, model_name, new_figure
+from kvprof.report.plots.layers import BLANK, SKIPPED, layer_axis, light_grid
+from kvprof.report.plots.legends import legend_below
+from kvprof.report.plots.style import (
+    COLOURS,
+    FULL_WIDTH,
+    PAPER,
+    Page,
+    cut_text,
+    in_paper_style,
+    model_name,
+    new_figure,
+    set_title,
+)
 from kvprof.report.series import StoredTensor, layer_count, skipped_layers, stored_tensors
 
 if TYPE_CHECKING:
@@ -34,13 +45,15 @@ def plan_figure(plan: BitPlan, name: str = "plan", page: Page = PAPER) -> Figure
     name: of the plan, for the title. Layers that do not fit beside each other go on in further rows of panels.
     Raises MissingMatplotlib.
     """
+    from matplotlib.ticker import MaxNLocator
+
     width = page.width_or(FULL_WIDTH)
     layers = layer_count(plan)
     fitting = max(1, int((width - MARGIN) // LAYER_WIDTH))
     blocks = -(-layers // fitting)
     a_block = -(-layers // blocks)
     figure = new_figure(width, 0.85 + blocks * (2 * PANEL_HEIGHT + 0.3), page)
-    figure.suptitle(_title(plan, name))
+    set_title(figure, _title(plan, name))
     stored = {tensor: stored_tensors(plan, tensor) for tensor in TENSORS}
     skipped = skipped_layers(plan)
     top = max(one.stored_bits / _share_of_bar(one.format) for own in stored.values() for one in own)
@@ -50,6 +63,7 @@ def plan_figure(plan: BitPlan, name: str = "plan", page: Page = PAPER) -> Figure
             axes = figure.add_subplot(2 * blocks, 1, 2 * block + row + 1)
             layer_axis(axes, first, a_block, skipped)
             axes.set_ylim(0, top)
+            axes.yaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 4, 5, 10]))
             chosen = [one for one in stored[tensor] if first <= one.layer < first + a_block]
             _bars(axes, tensor, chosen, top)
             axes.set_ylabel(f"{tensor}s, stored bits\nper element")
@@ -101,13 +115,6 @@ def _legend(figure: Figure, skipped: bool) -> None:
     ]
     labels = ["codes", "scales and zero points"]
     if skipped:
-        handles.append(Patch(facecolor="#F4F4F4", edgecolor="#B0B0B0", hatch="////", linewidth=0))
-        labels.append("skipped")
-    figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=len(labels),
-        frameon=False,
-        handler_map={tuple: HandlerTuple(ndivide=None, pad=0)},
-    )
+        handles.append(Patch(**BLANK))
+        labels.append(SKIPPED)
+    legend_below(figure, handles, labels, handler_map={tuple: HandlerTuple(ndivide=None, pad=0)})

@@ -5,6 +5,7 @@ Reads an Evaluation. Does not know how it was measured.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kvprof.records.evaluation import Evaluation, PlanResult
@@ -22,14 +23,18 @@ from kvprof.report.plots.style import (
     in_paper_style,
     model_name,
     new_figure,
+    set_title,
 )
-from kvprof.report.series import ranked_results, spread_over
+from kvprof.report.series import ranked_results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-TICKS = 9
+LEGEND_WIDTH = 2.6
+"""Inches of the longest legend at the side, and of the labels at the other."""
+LABEL_WIDTH = 0.45
+"""Inches of a position of six digits."""
 
 
 @in_paper_style
@@ -45,34 +50,31 @@ def positions_figure(evaluation: Evaluation, page: Page = PAPER) -> Figure:
     beside = width >= LEGEND_BESIDE and len(results) > 1
     figure = new_figure(width, legend_height(len(results), 3.1, beside), page)
     text = evaluation.text
-    figure.suptitle(
-        f"{model_name(evaluation.model)}: KL by position, {text.sequences} sequence{'s' * (text.sequences != 1)} "
-        f"of {cut_text(text.dataset, 30)}"
-    )
+    counted = f"{text.sequences} sequence{'s' * (text.sequences != 1)} of {cut_text(text.dataset, 30)}"
+    set_title(figure, f"{model_name(evaluation.model)}: KL by position, {counted}")
     axes = figure.add_subplot()
-    axes.set_xscale("log", base=2)
+    edges = _edges(evaluation)
     axes.set_yscale("log")
     rivals = 0
     for result in results:
         star = result.role == "plan"
         mark, colour = ("*", ACCENT) if star else (OTHER_MARKS[rivals % len(OTHER_MARKS)], OTHERS[rivals % len(OTHERS)])
         rivals += not star
-        _draw_result(axes, result, mark, colour)
-    _number_positions(axes, evaluation)
-    axes.set_xlabel("position in the text (tokens); a mark is the mean between two lines")
+        _draw_result(axes, result, edges, mark, colour)
+    _number_positions(axes, edges, width - (LEGEND_WIDTH if beside else 0.8))
+    axes.set_xlabel("position in the text (tokens)")
     axes.set_ylabel("measured KL divergence (nats per token)")
     light_grid(axes, "both")
     legend_at_side(figure, *axes.get_legend_handles_labels(), beside)
     return figure
 
 
-def _draw_result(axes: Axes, result: PlanResult, mark: str, colour: str) -> None:
+def _draw_result(axes: Axes, result: PlanResult, edges: Sequence[int], mark: str, colour: str) -> None:
     """Draw a mark in the middle of each stretch."""
     parts = [part for part in result.by_position if part.kl_nats > 0]
-    middles = [(max(1, part.first) * (part.last + 1)) ** 0.5 for part in parts]  # of a logarithmic axis
     star = result.role == "plan"
     axes.plot(
-        middles,
+        [(edges.index(part.first) + edges.index(part.last + 1)) / 2 for part in parts],
         [part.kl_nats for part in parts],
         color=colour,
         marker=mark,
@@ -85,15 +87,16 @@ def _draw_result(axes: Axes, result: PlanResult, mark: str, colour: str) -> None
     )
 
 
-def _number_positions(axes: Axes, evaluation: Evaluation) -> None:
+def _edges(evaluation: Evaluation) -> list[int]:
+    """Return where stretches begin and end; each has the same room, since each is as long as all before it."""
+    parts = [part for result in evaluation.plans for part in result.by_position]
+    return sorted({end for part in parts for end in (part.first, part.last + 1)})
+
+
+def _number_positions(axes: Axes, edges: Sequence[int], width_inches: float) -> None:
     """Write the ends of stretches along the axis, as many as fit beside each other."""
-    edges = {max(1, part.first) for part in evaluation.plan.by_position}
-    edges.add(evaluation.plan.by_position[-1].last + 1)
-    low, high = min(edges), max(edges)
-    spread: list[int] = []
-    for edge in spread_over(sorted(edges), TICKS):
-        if not spread or edge >= spread[-1] * (high / low) ** (1 / TICKS):
-            spread.append(edge)
-    axes.set_xticks(spread, [f"{edge:,}" for edge in spread])
-    axes.minorticks_off()
-    axes.set_xlim(low / 1.05, high * 1.05)
+    fitting = max(2, int(width_inches / LABEL_WIDTH))
+    every = -(-len(edges) // fitting)
+    places = range(0, len(edges), every)
+    axes.set_xticks(places, [f"{edges[place]:,}" for place in places])
+    axes.set_xlim(-0.2, len(edges) - 0.8)

@@ -25,6 +25,7 @@ from kvprof.report.plots.style import (
     in_paper_style,
     model_name,
     new_figure,
+    set_title,
 )
 from kvprof.report.sentences import layers_text
 from kvprof.report.series import spread_over
@@ -35,8 +36,9 @@ if TYPE_CHECKING:
 
 PANELS = 12
 """Layers that are drawn where nobody chooses."""
-PANEL_WIDTH = 1.6
+PANEL_WIDTH = 1.3
 """Inches, at least."""
+PANELS_A_ROW = 4
 STYLES: dict[TensorName, Literal["-", "--"]] = {"key": "-", "value": "--"}
 FLOOR = 1e-6
 """Of the largest singular value: what lies below is rounding, and off the picture."""
@@ -53,11 +55,11 @@ def spectra_figure(spectra: Spectra, layers: Sequence[int] | None = None, page: 
     if largest <= 0:
         raise NothingToDraw("every singular value is zero: there is no spectrum to draw.")
     width = page.width_or(FULL_WIDTH)
-    columns = min(len(shown), max(1, int((width - 0.5) // PANEL_WIDTH)))
+    columns = min(len(shown), PANELS_A_ROW, max(1, int((width - 0.5) // PANEL_WIDTH)))
     rows = -(-len(shown) // columns)
     figure = new_figure(width, 0.9 + (1.45 if columns > 1 else 2.4) * rows, page)
     which = "" if len(shown) == len(spectra.layers) else f", {len(shown)} of {len(spectra.layers)} layers"
-    figure.suptitle(f"{model_name(spectra.model)}: spectra of cached keys and values{which}")
+    set_title(figure, f"{model_name(spectra.model)}: spectra of cached keys and values{which}")
     first: Axes | None = None
     for number, entry in enumerate(shown, start=1):
         axes = figure.add_subplot(rows, columns, number, sharex=first, sharey=first)

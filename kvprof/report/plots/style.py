@@ -7,6 +7,7 @@ not know what is drawn.
 from __future__ import annotations
 
 import functools
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ PALE = "#D8D8D8"
 FULL_WIDTH = 7.0
 """Inches: both columns of a paper."""
 FORMATS = ("png", "svg")
+TITLE_LETTER = 0.075
+"""Inches that a letter of a title takes at most, in the mean of a line."""
 
 _SETTINGS: Any = {
     "font.family": ["sans-serif"],
@@ -114,6 +117,13 @@ def new_figure(width: float, height: float, page: Page) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=page.dpi, layout="constrained")
+
+
+def set_title(figure: Figure, text: str) -> None:
+    """Put a title above all panels, its lines broken where the picture's width makes it necessary."""
+    letters = max(10, int(figure.get_figwidth() / TITLE_LETTER))
+    lines = [part for line in text.split("\n") for part in textwrap.wrap(line, letters)]
+    figure.suptitle("\n".join(lines))
 
 
 def settle(figure: Figure) -> None:
