@@ -154,11 +154,15 @@ def _typed(arguments: list[str]) -> Iterator[None]:
 
 
 def _named_model(model: str, home: Path) -> str | Path:
-    """Return what a model is called from here: a place where it is on the disk."""
+    """Return what a model is called from here: a place where it is on the disk, or is said to be."""
+    from kvprof.models.names import DEMO
     from kvprof.recipes.words import place_of
 
-    place = os.path.expanduser(model)
-    return place_of(model, home) if os.path.exists(home / place) or place.startswith((".", "/")) else model
+    name = os.path.expanduser(model)
+    if os.path.exists(home / name) and model != DEMO:
+        place = place_of(model, home)
+        return place if str(place) != DEMO else place.absolute()  # a folder of that name, and not the demo model
+    return Path(os.path.abspath(home / name)) if name.startswith((".", "/")) else model
 
 
 def _read_model(past: Past, model: str) -> None:

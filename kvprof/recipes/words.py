@@ -6,6 +6,7 @@ Asks the disk where a relative path leads, and nothing else. Does not know which
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,8 @@ def plan_name(asked: Plans | Target, budget: float | None) -> str:
         words += ["as-published"] if asked.as_published else []
         words += [f"kl-{amount(asked.max_kl)}"] if asked.max_kl is not None else []
         words += [f"k{asked.bits_key}v{asked.bits_value}"] if asked.bits_key is not None else []
+        if asked.rule == "uniform" and asked.formats is not None:
+            words.append(re.sub(r"\W+", "-", asked.formats))
     if named is None and asked.memory is not None:
         words.append(asked.memory.replace(" ", ""))
     if budget is not None and (named is None or len(asked.budgets or ()) > 1):
