@@ -104,3 +104,7 @@ def remark(lines: Sequence[str]) -> None:
     """Log what a command would say beside its result."""
     for line in lines:
         logger.info(line)
+
+
+def silent(done: int, total: int) -> None:
+    """Show no progress."""

@@ -19,6 +19,7 @@ from kvprof.api.given import (
     remark,
     results_in,
     several,
+    silent,
 )
 from kvprof.errors import UsageError
 from kvprof.records.scores import Scores
@@ -49,7 +50,7 @@ def norms(
     from kvprof.profile.norms import run_norms
 
     with borrowed(model, tokenizer) as source, results_in(out, source.id) as folder:
-        run = run_norms(source, folder, restart, progress or _silent)
+        run = run_norms(source, folder, restart, progress or silent)
     remark(run.remarks)
     return run.scores
 
@@ -141,7 +142,7 @@ def gradients(
             settings,
             folder,
             restart,
-            progress or _silent,
+            progress or silent,
             is_enough=question,
             check=question.check if question else None,
         )
@@ -189,10 +190,6 @@ def spectra(
         stream=stream,
     )
     with borrowed(model, tokenizer) as source, results_in(out, source.id) as folder:
-        run = run_spectra(source, settings, folder, restart, progress or _silent)
+        run = run_spectra(source, settings, folder, restart, progress or silent)
     remark(run.remarks)
     return run.spectra
-
-
-def _silent(done: int, total: int) -> None:
-    """Show nothing."""

@@ -5,7 +5,8 @@ Reads a plan, a model and text; returns an Evaluation. Writes files only where a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from kvprof.api.given import (
     remark,
     results_in,
     several,
+    silent,
 )
 from kvprof.errors import InvalidFile, Mismatch, NotBetter, UsageError, first_line
 from kvprof.records.evaluation import Evaluation
@@ -106,25 +108,35 @@ def evaluate(
         if rivals:
             measuring = SensitivitySettings(dtype=dtype, device=device, stream=stream)
             published = published_rivals(found, source, folder, measuring, restart)
-        run = run_evaluation(
-            source, found, settings, folder, published, further, name, restart, progress or (lambda done, total: None)
-        )
+        run = run_evaluation(source, found, settings, folder, published, further, name, restart, progress or silent)
     remark(run.remarks)
-    if check and run.evaluation.unbeaten:
-        better = ", ".join(result.name for result in run.evaluation.unbeaten)
-        raise NotBetter(
-            f"{name} is no better than {better}, at no more stored bits.\n"
-            "  Allocate by another score, or with other formats; or take the better plan."
-        )
+    if check:
+        require_better(run.evaluation)
     return run.evaluation
 
 
+def require_better(evaluation: Evaluation) -> None:
+    """Raise NotBetter where the plan does not beat all that store no more bits, by mean KL."""
+    if evaluation.unbeaten:
+        better = ", ".join(result.name for result in evaluation.unbeaten)
+        raise NotBetter(
+            f"{evaluation.plan.name} is no better than {better}, at no more stored bits.\n"
+            "  Allocate by another score, or with other formats; or take the better plan."
+        )
+
+
 def published_rivals(
-    plan: BitPlan, source: ModelSource, folder: Path, measuring: SensitivitySettings, restart: bool
+    plan: BitPlan,
+    source: ModelSource,
+    folder: Path,
+    measuring: SensitivitySettings,
+    restart: bool,
+    bar: Callable[[str, str], AbstractContextManager[Progress]] = lambda title, unit: nullcontext(silent),
 ) -> list[Rival]:
     """Return the published rules' plans at the plan's stored bits, from scores in the folder or measured now.
 
-    plan: known to be the model's. restart: measure gradients anew too, where a run of theirs was stopped.
+    plan: known to be the model's. restart: measure gradients anew too, where a run of theirs was stopped. bar: makes
+    what is told of each measurement's progress, of its title and its unit.
     """
     from kvprof.allocate.rivals import rival_plans
     from kvprof.evaluate.evaluation import Rival
@@ -138,17 +150,19 @@ def published_rivals(
     fingerprint = plan.model.fingerprint or checkpoint_fingerprint(source, geometry)
     norms = _fitting(folder / "norms.json", ("spectral_norm", "frobenius_norm"), geometry, fingerprint)
     if norms is None:
-        norms = run_norms(source, folder, restart).scores
+        with bar("norms", "bytes") as advance:
+            norms = run_norms(source, folder, restart, advance).scores
     gradients = _fitting(folder / "gradients.json", ("gradient_norm",), geometry, fingerprint)
     if gradients is None:
-        gradients = run_sensitivity(source, measuring, folder, restart).scores
+        with bar("gradients", "sequences") as advance:
+            gradients = run_sensitivity(source, measuring, folder, restart, advance).scores
     whole = plan if plan.geometry is not None else plan.model_copy(update={"geometry": geometry})
     return [Rival(name, candidates) for name, candidates in rival_plans(whole, norms, gradients)]
 
 
 def _fitting(path: Path, metrics: Sequence[str], geometry: CacheGeometry, fingerprint: str) -> Scores | None:
     """Return the scores in a file where they are of this model; else say that they are measured now."""
-    why = f"there is no {path.name}"
+    why = f"there is no {path}"
     if path.exists():
         try:
             scores = Scores.load(path)

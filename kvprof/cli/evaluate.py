@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -24,14 +23,6 @@ from kvprof.cli.options import (
     Stream,
 )
 from kvprof.cli.watching import Watch
-
-if TYPE_CHECKING:
-    from kvprof.evaluate.evaluation import Rival
-    from kvprof.models.load import ModelSource
-    from kvprof.profile.request import SensitivitySettings
-    from kvprof.records.geometry import CacheGeometry
-    from kvprof.records.plan import BitPlan
-    from kvprof.records.scores import Scores
 
 
 class TakesSeveralFiles(TyperCommand):
@@ -84,8 +75,9 @@ def evaluate(
     restart: Restart = False,
 ) -> None:
     """What does the plan cost in quality? KL, top-1 and perplexity on held-out text, beside rivals of equal size."""
+    from kvprof.api.quality import published_rivals, require_better
     from kvprof.calibration.text import BUILTIN
-    from kvprof.errors import NotBetter, UsageError
+    from kvprof.errors import UsageError
     from kvprof.evaluate.evaluation import EvaluationSettings, check_request, run_evaluation
     from kvprof.models.load import resolve
     from kvprof.profile.request import SensitivitySettings
@@ -118,7 +110,9 @@ def evaluate(
     if rivals or check:  # run_evaluation asks the same, but after what the rivals need
         check_request(source, [(name, found), *further], settings, compares=check)
     measuring = SensitivitySettings(dtype=dtype, device=device, stream=stream)
-    published = _rivals(found, source, folder, measuring, restart) if rivals and not dry_run else []
+    published = []
+    if rivals and not dry_run:
+        published = published_rivals(found, source, folder, measuring, restart, progress)
     if rivals and dry_run:
         print_note("rivals are not counted: they take about nine forwards a sequence more")
     watch = Watch(dry_run)
@@ -132,59 +126,5 @@ def evaluate(
         print_note(remark)
     print_written(run.path)
     print_result(run.evaluation)
-    if check and run.evaluation.unbeaten:
-        better = ", ".join(result.name for result in run.evaluation.unbeaten)
-        raise NotBetter(
-            f"{name} is no better than {better}, at no more stored bits.\n"
-            "  Allocate by another score, or with other formats; or take the better plan."
-        )
-
-
-def _rivals(
-    plan: BitPlan, source: ModelSource, folder: Path, measuring: SensitivitySettings, restart: bool
-) -> list[Rival]:
-    """Return the published rules' plans at the plan's stored bits, from scores in the folder or measured now.
-
-    plan: known to be the model's. restart: measure gradients anew too, where a run of theirs was stopped.
-    """
-    from kvprof.allocate.rivals import rival_plans
-    from kvprof.evaluate.evaluation import Rival
-    from kvprof.models.identity import checkpoint_fingerprint
-    from kvprof.models.inventory import take_inventory
-    from kvprof.models.load import load_config
-    from kvprof.profile.norms import run_norms
-    from kvprof.profile.sensitivity import run_sensitivity
-    from kvprof.report.console import progress
-
-    geometry = take_inventory(load_config(source), source.id).geometry
-    fingerprint = plan.model.fingerprint or checkpoint_fingerprint(source, geometry)
-    norms = _fitting(folder / "norms.json", ("spectral_norm", "frobenius_norm"), geometry, fingerprint)
-    if norms is None:
-        with progress("norms", "bytes") as advance:
-            norms = run_norms(source, folder, restart, advance).scores
-    gradients = _fitting(folder / "gradients.json", ("gradient_norm",), geometry, fingerprint)
-    if gradients is None:
-        with progress("gradients", "sequences") as advance:
-            gradients = run_sensitivity(source, measuring, folder, restart, advance).scores
-    whole = plan if plan.geometry is not None else plan.model_copy(update={"geometry": geometry})
-    return [Rival(name, candidates) for name, candidates in rival_plans(whole, norms, gradients)]
-
-
-def _fitting(path: Path, metrics: Sequence[str], geometry: CacheGeometry, fingerprint: str) -> Scores | None:
-    """Return the scores in a file where they are of this model; else say that they are measured now."""
-    from kvprof.errors import InvalidFile, Mismatch, first_line
-    from kvprof.records.scores import Scores
-    from kvprof.report.console import print_note
-
-    why = f"there is no {path}"
-    if path.exists():
-        try:
-            scores = Scores.load(path)
-            scores.check_fits(geometry, fingerprint)
-            if set(metrics) <= set(scores.metrics):
-                return scores
-            why = f"{path} has no {', '.join(metrics)}"
-        except (InvalidFile, Mismatch) as error:
-            why = first_line(error)
-    print_note(f"{why}: the rivals need {path.stem}, measured now")
-    return None
+    if check:
+        require_better(run.evaluation)
