@@ -85,7 +85,7 @@ def report(
         print_note(f"not in it, since it was not measured: {', '.join(commands)}")
     for path in written:
         print_written(path)
-    print_result(Written(paths=tuple(map(str, written))))
+    print_result(Written(paths=tuple(str(path).encode(errors="replace").decode() for path in written)))
 
 
 def _inventory(model: str | None) -> Inventory | None:

@@ -27,7 +27,7 @@ from kvprof.records.spectra import Spectra
 
 T = TypeVar("T", bound=Document)
 
-OURS = ("norms", "gradients", "divergence", "spectra", "plan", "frontier", "evaluation", "audit")
+OURS = ("norms", "gradients", "divergence", "spectra", "plan", "frontier", "evaluation", "audit", "benchmark")
 """What the names of our files begin with: one of these that cannot be read is worth a remark."""
 NORMS = ("spectral_norm", "frobenius_norm")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def test_the_rows_of_a_table_are_as_long_as_its_headings(text: str) -> None:
     lines = text.splitlines()
     lengths = [len(CELL.findall(line)) if line.startswith("|") else 0 for line in lines]
     tables = 0
-    for before, here in zip(lengths, lengths[1:], strict=False):
+    for before, here in pairwise(lengths):
         if before and here:
             assert before == here
         tables += bool(here and not before)

@@ -5,6 +5,7 @@ Reads a Frontier and results of an Evaluation, either of which may be absent; do
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -117,14 +118,17 @@ def _signs(
 
 def _beside(at: tuple[float, float], taken: list[tuple[float, float]], frame: Frame) -> tuple[float, float]:
     """Return a free place for a number beside a mark, and take it."""
-    steps = ((12, 4), (-12, 4), (0, -9), (0, 18), (13, -8), (-13, -8), (13, 16), (-13, 16), (25, 4), (-25, 4))
-    places = [(at[0] + x, at[1] + y) for x, y in steps]
+    places = [
+        (at[0] + ring * math.cos(angle * math.pi / 6), at[1] + 4 - ring * math.sin(angle * math.pi / 6))
+        for ring in range(13, 80, 8)
+        for angle in (0, 6, 3, 9, 1, 5, 11, 7, 2, 4, 10, 8)
+    ]
     inside = [
         (x, y)
         for x, y in places
         if frame.left < x - 7 and x + 7 < frame.right and frame.top < y - 10 and y < frame.bottom
     ] or places
-    free = [place for place in inside if all(abs(place[0] - x) > 14 or abs(place[1] - y) > 12 for x, y in taken)]
+    free = [place for place in inside if all(abs(place[0] - x) > 15 or abs(place[1] - y) > 13 for x, y in taken)]
     place = (free or inside)[0]
     taken += [place, (at[0], at[1] + 4)]
     return place

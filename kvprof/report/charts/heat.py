@@ -87,7 +87,7 @@ def draw_heat(
                     parts.append(tag("rect", x=at[0], y=at[1], width=wide - 2, height=high - 2, class_=class_))
     parts.append(_legend(shades, bottom + 20))
     label = f"Heat map of the predicted loss of {what}, {len(rows)} layers by {len(columns)} formats"
-    return picture(max(right + RIGHT, 300), bottom + LEGEND + 12, label, *parts)
+    return picture(max(right + RIGHT, 340), bottom + LEGEND + 12, label, *parts)
 
 
 def _legend(shades: Shades, top: float) -> str:

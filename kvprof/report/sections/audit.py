@@ -59,7 +59,7 @@ def _means(audit: Audit) -> str:
     for spread in audit.ratios:
         if spread.group == _width(spread.bits):
             words.append(
-                f"at {spread.group} the prediction is {spread.median:.3g} times the measurement in the median tensor, and "
+                f"at {spread.group} the prediction is {spread.median:.3g} times the measurement in the median, and "
                 f"between {spread.low:.3g} and {spread.high:.3g} times for 8 in 10 of the {spread.tensors}"
             )
     for plan in audit.plans:

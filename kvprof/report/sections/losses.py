@@ -5,6 +5,7 @@ Reads Scores with `loss_increase`, and the plan, whose choices the picture frame
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from kvprof.errors import UsageError
@@ -16,6 +17,8 @@ from kvprof.report.charts.heat import Column, draw_heat, shades_of
 from kvprof.report.page import Block, Drawing, Figure, Paragraph, Section, Table, missing
 
 HEADING = "What does each way to store them cost?"
+WIDE_SPREAD = 4.0
+"""Where one tensor loses so many times what another does, it is worth another bit: one divides a loss by about four."""
 
 
 def losses_section(files: ReportFiles, command: str) -> Section:
@@ -122,12 +125,10 @@ def _means(
             f", {best[dearest] / best[cheapest]:.3g} times what the cheapest costs (the {cheapest[1]}s of layer "
             f"{cheapest[0]}, {best[cheapest]:.3g})"
         )
+    spread = best[dearest] / best[cheapest] if best[cheapest] > 0 else math.inf
     totals = {tensor: sum(loss for (_, of), loss in best.items() if of == tensor) for tensor in TENSORS}
-    text += (
-        f". All keys together would cost {totals['key']:.3g} at {bits} bits, all values {totals['value']:.3g}. That "
-        "spread is why one width for all wastes bits."
-    )
-    return text
+    text += f". All keys together would cost {totals['key']:.3g} at {bits} bits, all values {totals['value']:.3g}."
+    return text + (" With such a spread, one width for all wastes bits." if spread >= WIDE_SPREAD else "")
 
 
 def _table(

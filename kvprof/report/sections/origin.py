@@ -101,6 +101,9 @@ def _text_options(text: CalibrationInfo | None) -> str:
         return ""
     sources = [(source.dataset, source.weight) for source in text.sources or ()] or [(text.dataset, 1.0)]
     data = [f"--data {shlex.quote(name + ('' if weight == 1 else f':{weight:g}'))}" for name, weight in sources]
+    splits = {source.split for source in text.sources or ()} or {text.split}
+    if len(splits) == 1 and text.split is not None:  # where texts were mixed, each has its usual one
+        data.append(f"--split {shlex.quote(text.split)}")
     return f" {' '.join(data)} --sequences {text.sequences} --sequence-length {text.sequence_length} --seed {text.seed}"
 
 
