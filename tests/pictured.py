@@ -10,6 +10,7 @@ from typing import Any
 from handscored import FORMATS, geometry_json, model_json, plan_json, random_samples, scores_of
 
 from kvprof import BitPlan, Scores
+from kvprof.records.audit import Audit, AuditPoint
 from kvprof.records.document import Document
 from kvprof.records.evaluation import Evaluation
 from kvprof.records.formats import TENSORS
@@ -120,6 +121,31 @@ def evaluation(layers: int = 30, names: Sequence[str] = NAMES, longest: int = 10
         "measured_from": first, "reference_perplexity": 18.0, "plans": results,
     }  # fmt: skip
     return Evaluation.from_json(document, "evaluation")
+
+
+def audit(formats: tuple[tuple[str, str, int], ...], layers: int = 30, spread: float = 0.6, **more: Any) -> Audit:
+    """Points about the diagonal, each tensor of every layer in each format (tensor, name, bits).
+
+    spread: of the logarithm of predicted over measured.
+    """
+    draw = random.Random(3)
+    points = []
+    for tensor, name, bits in formats:
+        for layer in range(layers):
+            nats = 10 ** draw.gauss(-bits, 0.6)
+            points.append(
+                AuditPoint(
+                    layer=layer,
+                    tensor=tensor,
+                    format=name,
+                    bits=bits,
+                    measured_nats=nats,
+                    measured_stderr_nats=2 * nats,  # reaches below zero, which a logarithm does not have
+                    scores={"loss_increase": nats * math.exp(draw.gauss(-0.3, spread))},
+                )
+            )
+    fields = {"points": points, "agreements": (), "ratios": (), "plans": ()} | more
+    return Audit(model={"id": "a-model", "num_layers": layers}, **fields)
 
 
 def folder_of(layers: int, skipped: Sequence[int] = ()) -> dict[str, Document]:

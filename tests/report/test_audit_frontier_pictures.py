@@ -3,43 +3,21 @@
 from __future__ import annotations
 
 import math
-import random
 import struct
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pictured import audit
 
 from kvprof.errors import OutputError
-from kvprof.records.audit import Audit, AuditPoint
 from kvprof.records.frontier import Frontier, FrontierPoint
 from kvprof.report.audits import show_pictures
 from kvprof.report.placement import Box, box_between, free_spot
 from kvprof.report.plots.audit import audit_figure
 from kvprof.report.plots.frontier import frontier_figure
 from kvprof.report.plots.style import MissingMatplotlib, NothingToDraw, save_figure
-
-
-def audit(formats: tuple[tuple[str, str, int], ...], layers: int = 30, spread: float = 0.6, **more: Any) -> Audit:
-    draw = random.Random(3)
-    points = []
-    for tensor, name, bits in formats:
-        for layer in range(layers):
-            nats = 10 ** draw.gauss(-bits, 0.6)
-            points.append(
-                AuditPoint(
-                    layer=layer,
-                    tensor=tensor,
-                    format=name,
-                    bits=bits,
-                    measured_nats=nats,
-                    measured_stderr_nats=2 * nats,  # reaches below zero, which a logarithm does not have
-                    scores={"loss_increase": nats * math.exp(draw.gauss(-0.3, spread))},
-                )
-            )
-    fields = {"points": points, "agreements": (), "ratios": (), "plans": ()} | more
-    return Audit(model={"id": "a-model", "num_layers": layers}, **fields)
 
 
 def frontier(numbers: int = 40, stderr: float | None = 0.3, knees: tuple[int, ...] = (5, 12, 14)) -> Frontier:

@@ -18,6 +18,7 @@ from matplotlib.text import Text
 
 from kvprof import Scores
 from kvprof.errors import UsageError
+from kvprof.report.plots.audit import audit_figure
 from kvprof.report.plots.benchmark import benchmark_figure
 from kvprof.report.plots.frontier import frontier_figure
 from kvprof.report.plots.gradients import gradients_figure
@@ -31,6 +32,15 @@ from kvprof.report.plots.style import NothingToDraw, Page, save_figure
 HYBRID = [layer for layer in range(26) if layer % 6 != 5]
 OKABE_ITO = {"#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7"}
 
+AUDITED = (("key", "int2g64", 2), ("value", "rot2", 2), ("key", "int3g64", 3), ("value", "int4g64", 4))
+AGREED: dict[str, Any] = {
+    "agreements": [{"label": "loss_increase", "group": "2 bits", "bits": 2, "tensors": 60, "spearman": 0.973}],
+    "ratios": [
+        {"label": "loss_increase", "group": "2 bits", "bits": 2, "tensors": 60, "median": 0.81, "low": 0.5,
+         "high": 1.3, "worst": 3.0, "worst_layer": 2, "worst_tensor": "key"}
+    ],
+}  # fmt: skip
+
 PICTURES: dict[str, Callable[[int, Any, Page], Figure]] = {
     "norms": lambda layers, skipped, page: norms_figure(pictured.norms(layers, skipped), page),
     "spectra": lambda layers, skipped, page: spectra_figure(pictured.spectra(layers, skipped), None, page),
@@ -39,6 +49,7 @@ PICTURES: dict[str, Callable[[int, Any, Page], Figure]] = {
     "plan": lambda layers, skipped, page: plan_figure(pictured.plan(layers, skipped), "plan-2.50", page),
     "frontier": lambda layers, _, page: frontier_figure(pictured.frontier(layers), [pictured.evaluation()], page),
     "positions": lambda layers, _, page: positions_figure(pictured.evaluation(layers), page),
+    "audit": lambda layers, _, page: audit_figure(pictured.audit(AUDITED, layers, **AGREED), "loss_increase", page),
     "benchmark": lambda layers, _, page: benchmark_figure(benchmark(contexts=(4096, 131072), batches=(1, 8)), page),
 }
 MODELS = {"demo": (30, ()), "hybrid": (26, HYBRID), "deep": (80, ()), "two": (2, (0,))}
@@ -48,7 +59,7 @@ CASES = [
     (name, model)
     for name in PICTURES
     for model in MODELS
-    if model == "demo" or name not in ("frontier", "positions", "benchmark")  # which know no layers
+    if model == "demo" or name not in ("frontier", "positions", "audit", "benchmark")  # which know no layers
 ]
 
 
@@ -88,6 +99,7 @@ UNITS = {
     "plan": ("layer", "stored bits per element"),
     "frontier": ("stored bits per element", "nats per token"),
     "positions": ("tokens", "nats per token"),
+    "audit": ("nats per token", "nats per token"),
     "benchmark": ("tokens", "ms per step"),
 }
 
@@ -96,7 +108,7 @@ UNITS = {
 def test_every_axis_names_what_it_counts_and_the_unit(name: str) -> None:
     figure = PICTURES[name](30, (), Page())
     across, upwards = UNITS[name]
-    x_labels = " ".join(axes.get_xlabel() for axes in figure.axes)
+    x_labels = " ".join(word for axes in figure.axes for word in axes.get_xlabel().split())
     y_labels = [" ".join(axes.get_ylabel().split()) for axes in figure.axes]
     assert across in x_labels
     assert any(upwards in label for label in y_labels)
@@ -280,7 +292,7 @@ def test_an_svg_is_xml_whose_text_is_text(name: str, tmp_path: Path) -> None:
     path = save_figure(figure, tmp_path / "picture.svg")
     root = ElementTree.parse(path).getroot()
     written = " ".join("".join(node.itertext()) for node in root.iter("{http://www.w3.org/2000/svg}text"))
-    for label in filter(None, (axes.get_xlabel() for axes in figure.axes)):
+    for label in (line for axes in figure.axes for line in axes.get_xlabel().split("\n")):
         assert label in written
     assert b"date" not in path.read_bytes()
     width, height = figure.get_size_inches()

@@ -34,8 +34,8 @@ MARKERS: dict[TensorName, str] = {"key": "osDph", "value": "^v<>*"}
 """One for each format; shape as well as colour says which tensor it is."""
 LABELLED = 8
 """Points of a panel that get their layer's number: those furthest from the diagonal."""
-PANELS_A_ROW = 3
-PANEL_WIDTH = 2.3
+PANELS_A_ROW = 2
+PANEL_WIDTH = 2.9
 """Inches, at least."""
 STEPS = ((5, 0), (-5, 0), (0, 8), (0, -8), (4, 8), (-4, 8), (4, -8), (-4, -8))
 
@@ -56,10 +56,10 @@ def audit_figure(audit: Audit, label: str, page: Page = PAPER) -> Figure:
     widths = sorted({point.bits for point in shown})
     if not widths:
         raise NothingToDraw(f"no tensor has both a measured divergence and {label} above zero: nothing to draw.")
-    width = page.width_or(0.2 + 3.4 * min(len(widths), 2))
+    width = page.width_or(0.2 + 3.4 * min(len(widths), PANELS_A_ROW))
     columns = min(len(widths), PANELS_A_ROW, max(1, int(width // PANEL_WIDTH)))
     rows = -(-len(widths) // columns)
-    figure = new_figure(width, 0.5 + rows * (width / columns + 0.1), page)
+    figure = new_figure(width, 0.5 + rows * (width / columns + 0.25), page)
     set_title(figure, f"{model_name(audit.model, 28 * columns)}\n{label} against measured divergence")
     panels = []
     for number, bits in enumerate(widths, start=1):
@@ -104,8 +104,8 @@ def _scatter(axes: Axes, points: Sequence[AuditPoint], label: str) -> None:
     axes.set_xlim(low, high)
     axes.set_ylim(low, high)
     axes.set_box_aspect(1)
-    axes.set_xlabel("predicted loss increase (nats per token)")
-    axes.set_ylabel("measured KL divergence (nats per token)")
+    axes.set_xlabel("predicted loss increase\n(nats per token)")
+    axes.set_ylabel("measured KL divergence\n(nats per token)")
     light_grid(axes, "both")
     above = sum(point.measured_nats > point.scores[label] for point in points)
     axes.legend(loc="lower right" if above > len(points) / 2 else "upper left")
