@@ -86,7 +86,9 @@ def run(
         if not past.knows_nothing:
             _read_model(past, str(named))
         verdicts = past.verdicts(steps)
-        taken = [_answer(step, verdict.status, verdict.reason) for step, verdict in zip(steps, verdicts, strict=True)]
+        taken = [
+            _answer(step, past, verdict.status, verdict.reason) for step, verdict in zip(steps, verdicts, strict=True)
+        ]
         answer = RecipeRun(recipe=str(path), model=id_, folder=str(folder), steps=tuple(taken))
         show_planned(answer)
         print_result(answer)
@@ -111,7 +113,7 @@ def _take(steps: Sequence[Step], number: int, past: Past) -> RecipeStep:
     verdict = past.verdict(step, later)
     if verdict.status == "skipped":
         print_plain(f"skipped: {verdict.reason}\n")
-        return _answer(step, "skipped", verdict.reason)
+        return _answer(step, past, "skipped", verdict.reason)
     if past.begin(step, later) and step.journal.exists():
         with Journal(step.journal, {}, restart=True) as journal:  # of other settings: nothing to go on with
             journal.remove()
@@ -127,7 +129,7 @@ def _take(steps: Sequence[Step], number: int, past: Past) -> RecipeStep:
         raise typer.Exit(code)
     past.end(step)
     print_plain("")
-    return _answer(step, "done", verdict.reason, time.monotonic() - start)
+    return _answer(step, past, "done", verdict.reason, time.monotonic() - start)
 
 
 def _run_command(arguments: list[str]) -> int:
@@ -172,7 +174,7 @@ def _read_model(past: Past, model: str) -> None:
     past.read_model(source.path or f"{source.hub_id}@{source.fetch(weights=False).name}")
 
 
-def _answer(step: Step, status: str, reason: str, seconds: float | None = None) -> RecipeStep:
+def _answer(step: Step, past: Past, status: str, reason: str, seconds: float | None = None) -> RecipeStep:
     from kvprof.records.answers import RecipeStep
 
     return RecipeStep.model_validate(
@@ -181,7 +183,7 @@ def _answer(step: Step, status: str, reason: str, seconds: float | None = None) 
             "status": status,
             "reason": reason,
             "seconds": seconds,
-            "outputs": tuple(str(path) for path in step.writes),
+            "outputs": tuple(str(path) for path in past.written(step)),
         }
     )
 

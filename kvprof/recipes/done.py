@@ -132,13 +132,17 @@ class Past:
         self._note(step, begun)
         return self._restart or (taken is not None and taken.writes is None and self._change(taken, begun) is not None)
 
-    def end(self, step: Step) -> tuple[Path, ...]:
-        """Note that a step, of which `begin` was the last to be called, came to its end; return what it wrote."""
+    def end(self, step: Step) -> None:
+        """Note that a step that began came to its end, and what it wrote."""
         begun = self._history.steps[self._key(step)]
         files = [file for path in step.writes for file in sorted(path.parent.glob(path.name))]
         writes = {self._name(file): self._digest(file) or "" for file in files}
         self._note(step, begun.model_copy(update={"writes": writes}))
-        return tuple(files)
+
+    def written(self, step: Step) -> tuple[Path, ...]:
+        """Return the files that a step wrote; that it will write, as far as that is known, where it is not done."""
+        taken = self._history.steps.get(self._key(step))
+        return step.writes if taken is None or taken.writes is None else tuple(map(self.folder.joinpath, taken.writes))
 
     def _note(self, step: Step, taken: StepTaken) -> None:
         self._history = self._history.model_copy(update={"steps": self._history.steps | {self._key(step): taken}})

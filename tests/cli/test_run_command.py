@@ -283,6 +283,12 @@ def test_another_model_and_folder_can_be_named(recipe: Path) -> None:
     assert not Path("results").exists()
 
 
+def test_a_folder_called_demo_is_not_the_demo_model(recipe: Path) -> None:
+    Path("model").rename("demo")
+    assert commands_done("mine.toml", "--model", "./demo") == ALL
+    assert BitPlan.load("results/plan-6.00.json").model.id == str(Path("demo").resolve())
+
+
 def test_without_a_folder_results_go_where_the_model_s_others_are(recipe: Path) -> None:
     recipe.write_text('model = "model"\n[norms]\n')
     assert run("run", "mine.toml").exit_code == 0
@@ -301,8 +307,13 @@ def test_two_runs_into_one_folder_are_one_too_many(recipe: Path) -> None:
 
 
 def test_json_is_one_record_and_quiet_is_nothing(recipe: Path) -> None:
-    result = run("run", "mine.toml", "--json")
-    assert json.loads(result.stdout)["folder"] == "results"
+    text = RECIPE.replace("[[rivals]]", '[[targets]]\nruntime = "transformers"\nbudgets = 6\n[[rivals]]')
+    recipe.write_text(text.replace("sequences = 3", "sequences = 2"))
+    answer = json.loads(run("run", "mine.toml", "--json").stdout)
+    assert answer["folder"] == "results"
+    made = [path for step in answer["steps"] for path in step["outputs"]]
+    assert "results/transformers/plan-transformers-6.00.json" in made
+    assert all(Path(path).is_file() for path in made)
     assert run("run", "mine.toml", "--quiet").output == ""
 
 

@@ -27,6 +27,7 @@ HEAVY = ("torch", "transformers", "datasets", "accelerate", "safetensors")
         ["show", "mine.json"],
         ["validate", "mine.json"],
         ["schema", "plan"],
+        ["run", "--list"],
         ["import", "kvtuner.yaml", "--from", "kvtuner"],
     ],
     ids=" ".join,
