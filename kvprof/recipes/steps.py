@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvprof.allocate.targets import TARGETS
 from kvprof.errors import InvalidFile
 from kvprof.recipes.checks import check_recipe
 from kvprof.recipes.words import Words, amount, as_words, place_of, plan_name, text_file
@@ -97,6 +98,7 @@ class _Compiler:
         behind += [self._evaluate()] if recipe.evaluate is not None else []
         behind += [self._audit()] if recipe.audit is not None else []
         behind += [self._benchmark()] if recipe.benchmark is not None else []
+        behind += [step for target in recipe.targets for step in self._target(target)]
         needed = {path for step in behind for path in step.reads}
         if recipe.calibrate is not None or recipe.frontier is not None:
             needed.add(self._scores["gradients"])
@@ -104,7 +106,7 @@ class _Compiler:
         steps = [self._measurement(name) for name in wanted]
         steps += [self._calibrate()] if recipe.calibrate is not None else []
         steps += [self._frontier()] if recipe.frontier is not None else []
-        steps += [*behind, *(step for target in recipe.targets for step in self._target(target))]
+        steps += behind
         steps += [self._plot(steps)] if recipe.plot is not None else []
         return [*steps, self._report(steps)] if recipe.report is not None else steps
 
@@ -181,13 +183,15 @@ class _Compiler:
         return Step(words, (self._folder / "benchmark.json",), (plan,), of_model=True)
 
     def _target(self, asked: Target) -> Iterable[Step]:
-        """Yield what makes plans for a runtime: scores of its formats in a folder of its own, plans, artefacts."""
+        """Yield what makes plans for a runtime, in a folder of its own: scores of its formats, plans, artefacts."""
         name = asked.runtime
         folder = self._folder / name
-        scores = folder / "gradients.json"
-        words, texts = self._options(self._recipe.gradients, self._recipe.text, leave_out=_DECODING)
-        words = ("gradients", self._model, "--target", name, *words, *self._loading("gradients"), "--out", folder)
-        yield Step(words, (scores,), texts, of_model=True)
+        scores = self._scores["gradients"]
+        if TARGETS[name].to_score is not None:
+            scores = folder / "gradients.json"
+            words, texts = self._options(self._recipe.gradients, self._recipe.text, leave_out=_DECODING)
+            words = ("gradients", self._model, "--target", name, *words, *self._loading("gradients"), "--out", folder)
+            yield Step(words, (scores,), texts, of_model=True)
         words, _ = self._options(asked, leave_out=("runtime", "budgets"))
         for budget in asked.budgets or (None,):
             plan = folder / f"{plan_name(asked, budget)}.json"

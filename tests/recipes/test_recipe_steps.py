@@ -93,6 +93,13 @@ def test_a_runtime_gets_scores_plan_and_artefact_in_a_folder_of_its_own(tmp_path
     ]
 
 
+def test_a_runtime_that_obeys_any_plan_needs_no_scores_of_its_own(tmp_path: Path) -> None:
+    made = steps(tmp_path, '[gradients]\nrecent_tokens = 9\n[[targets]]\nruntime = "transformers"\nbudgets = 6\n')
+    assert [step.command for step in made] == ["gradients", "allocate", "export"]
+    assert made[1].reads == made[0].writes
+    assert "--recent-tokens" in made[0].arguments
+
+
 def test_a_text_file_is_relative_to_the_recipe_whatever_its_weight(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +178,34 @@ def test_every_key_of_a_table_is_an_option_of_its_command(command: str) -> None:
         for name, field in table.model_fields.items():
             key = field.alias or OPTIONS_BY_ANOTHER_NAME.get(name, name)
             assert key in NO_OPTIONS or f"--{key.replace('_', '-')}" in known
+
+
+def test_a_step_reads_nothing_that_a_later_one_writes(tmp_path: Path) -> None:
+    text = """
+    [divergence]
+    [calibrate]
+    [frontier]
+    [audit]
+    [plot]
+    [report]
+    [benchmark]
+    [evaluate]
+    [[plans]]
+    budgets = [2.5, 3]
+    [[rivals]]
+    rule = "norm-greedy"
+    budgets = 3
+    [[targets]]
+    runtime = "vllm"
+    budgets = [5, 8]
+    """
+    made = steps(tmp_path, text)
+    written: set[Path] = set()
+    for step in made:
+        assert step.writes[0] in step.reads or step.writes[0] not in written  # calibrate adds to what it reads
+        assert set(step.reads) <= written
+        written |= set(step.writes)
+    assert [step.command for step in made][-2:] == ["plot", "report"]
 
 
 def test_every_table_of_a_recipe_is_looked_at_here() -> None:
