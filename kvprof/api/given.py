@@ -48,7 +48,7 @@ def borrowed(model: str | Path | PreTrainedModel | None, tokenizer: Any) -> Iter
         return
     if model is not None and not isinstance(model, str | Path):
         raise UsageError(
-            f"a {type(model).__module__}.{type(model).__name__} is no model that kvprof can read.\n"
+            f"{_kind(model)} is no model that kvprof can read.\n"
             "  Give a hub id, a folder, a .gguf file, 'demo', or a loaded transformers model."
         )
     if tokenizer is not None:
@@ -66,10 +66,8 @@ def results_in(out: str | Path | None, model_id: str) -> Iterator[Path]:
         yield Path(folder)
 
 
-def several(given: str | Path | Iterable[str | Path] | None) -> tuple[str, ...] | None:
+def several(given: str | Path | Iterable[str | Path]) -> tuple[str, ...]:
     """Return words that are given one or many at a time."""
-    if given is None:
-        return None
     return (str(given),) if isinstance(given, str | Path) else tuple(str(word) for word in given)
 
 
@@ -79,13 +77,21 @@ def joined(given: str | Iterable[str | int] | None) -> str | None:
 
 
 def scores_given(scores: Scores | str | Path) -> Scores:
-    """Return Scores, read where a file is named. Raises InvalidFile as `Scores.load` does."""
-    return scores if isinstance(scores, Scores) else Scores.load(scores)
+    """Return Scores, read where a file is named. Raises InvalidFile as `Scores.load` does, UsageError for neither."""
+    if isinstance(scores, Scores):
+        return scores
+    if not isinstance(scores, str | Path):
+        raise UsageError(f"{_kind(scores)} is no Scores.\n  Give what kvprof.norms or gradients returns, or its file.")
+    return Scores.load(scores)
 
 
 def plan_given(plan: BitPlan | str | Path) -> BitPlan:
-    """Return a plan, read where a file is named. Raises InvalidFile as `BitPlan.load` does."""
-    return plan if isinstance(plan, BitPlan) else BitPlan.load(plan)
+    """Return a plan, read where a file is named. Raises InvalidFile as `BitPlan.load` does, UsageError for neither."""
+    if isinstance(plan, BitPlan):
+        return plan
+    if not isinstance(plan, str | Path):
+        raise UsageError(f"{_kind(plan)} is no plan.\n  Give what kvprof.allocate returns, or its file.")
+    return BitPlan.load(plan)
 
 
 def check_range(name: str, number: float | None, low: float, high: float) -> None:
@@ -108,3 +114,8 @@ def remark(lines: Sequence[str]) -> None:
 
 def silent(done: int, total: int) -> None:
     """Show no progress."""
+
+
+def _kind(given: object) -> str:
+    module, name = type(given).__module__, type(given).__qualname__
+    return f"a {name}" if module == "builtins" else f"a {module}.{name}"

@@ -121,7 +121,7 @@ def gradients(
     if sequences is None:
         sequences = SEQUENCES_UNTIL_STABLE if until_stable else USUAL_SEQUENCES
     settings = SensitivitySettings(
-        data=several(data) or USUAL_DATA,
+        data=USUAL_DATA if data is None else several(data),
         split=split,
         sequences=sequences,
         sequence_length=sequence_length,
@@ -179,7 +179,7 @@ def spectra(
 
     check_range("seed", seed, 0, LARGEST_SEED)
     settings = SpectraSettings(
-        data=several(data) or USUAL_DATA,
+        data=USUAL_DATA if data is None else several(data),
         split=split,
         sequences=sequences,
         sequence_length=sequence_length,

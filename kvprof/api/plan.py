@@ -68,9 +68,9 @@ def allocate(
     check_range("min_key_bits", min_key_bits, 1, 16)
     named = joined(formats)
     runtime = None if target is None else target_named(target)
-    path = Path("scores.json") if scores is None or isinstance(scores, Scores) else Path(scores)
     if scores is not None:
         found = scores_given(scores)
+        path = Path("scores.json") if isinstance(scores, Scores) else Path(scores)
     elif target is not None:
         path, found = scores_for(target)
     else:
@@ -96,7 +96,7 @@ def allocate(
         "bits_value": bits_value,
     }
     window = usual_window(found, sink_tokens, recent_tokens, None if runtime is None else runtime.window)
-    pins = several(pin) or ()
+    pins = () if pin is None else several(pin)
     command = _spelled({**given, "pin": pins or None, "sink_tokens": sink_tokens, "recent_tokens": recent_tokens})
     plan = make_plan(found, **given, pins=pins, window=window, command=command)  # type: ignore[arg-type]
     if out is not None:

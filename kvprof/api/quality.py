@@ -86,7 +86,7 @@ def evaluate(
     from kvprof.profile.request import SensitivitySettings
 
     settings = EvaluationSettings(
-        several(data) or (BUILTIN,),
+        (BUILTIN,) if data is None else several(data),
         split,
         sequences,
         sequence_length,
@@ -183,10 +183,13 @@ def _named(plan: Plan, against: Mapping[str, Plan] | Plan | Sequence[Plan]) -> l
         others = list(against.values())
     else:
         others = [against] if isinstance(against, BitPlan | str | Path) else against
-    plans = [plan, *others]
-    files = [Path(f"plan {place}" if place > 1 else "plan") for place in range(1, len(plans) + 1)]
-    files = [file if isinstance(each, BitPlan) else Path(each) for file, each in zip(files, plans, strict=True)]
+    given = [plan, *others]
+    plans = [plan_given(each) for each in given]
+    files = [
+        Path(each) if isinstance(each, str | Path) else Path("plan" if place == 1 else f"plan {place}")
+        for place, each in enumerate(given, 1)
+    ]
     names = short_names(files)
     if isinstance(against, Mapping):
         names[1:] = against
-    return [(name, plan_given(each)) for name, each in zip(names, plans, strict=True)]
+    return list(zip(names, plans, strict=True))

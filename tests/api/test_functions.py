@@ -213,12 +213,26 @@ def test_what_is_no_model_is_refused(in_tmp: Path) -> None:
         kvprof.norms("./model")
 
 
+def test_what_is_no_record_and_no_file_is_refused(folder: Path) -> None:
+    with pytest.raises(UsageError, match="a dict is no Scores"):
+        kvprof.allocate({}, 3)
+    with pytest.raises(UsageError, match="a int is no plan"):
+        kvprof.evaluate(3)
+    with pytest.raises(UsageError, match=r"a kvprof\.records\.scores\.Scores is no plan"):
+        kvprof.evaluate(kvprof.norms("./model"), "./model")
+
+
 def test_wrong_options_are_refused_before_a_model_is_looked_for(in_tmp: Path) -> None:
     for options in ({"sink_tokens": -1}, {"recent_tokens": 2**40}, {"suffix_fraction": 0}, {"seed": -1}):
         with pytest.raises(UsageError, match=f"{next(iter(options))}="):
             kvprof.gradients("./nowhere", **options)
     with pytest.raises(UsageError, match="until_stable"):
         kvprof.gradients("./nowhere", stable_at=3)
+
+
+def test_no_text_is_not_the_usual_text(folder: Path) -> None:
+    with pytest.raises(UsageError, match="names no text"):
+        kvprof.gradients("./model", data=[])
 
 
 def test_an_infeasible_budget_is_an_error_of_its_own(folder: Path) -> None:
