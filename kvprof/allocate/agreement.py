@@ -20,6 +20,7 @@ from kvprof.records.formats import FULL_BITS, TENSORS, TensorName, format_named
 from kvprof.records.geometry import check_same_model
 from kvprof.records.plan import BitPlan, head_dim_of
 from kvprof.records.scores import LOSS_INCREASE, SCALAR_METRICS, DecodingSetup, Scores, TensorScores
+from kvprof.records.words import counted
 
 
 def hold_against(
@@ -165,7 +166,7 @@ def _groups(points: Sequence[AuditPoint]) -> Iterator[tuple[int, str, list[Audit
     """Yield (bits, name, points): for each width of code all tensors, then the keys and the values of each format."""
     for bits in sorted({point.bits for point in points}):
         wide = [point for point in points if point.bits == bits]
-        yield bits, f"{bits} bit{'s' if bits > 1 else ''}", wide
+        yield bits, counted(bits, "bit"), wide
         for tensor in TENSORS:
             for form in dict.fromkeys(point.format for point in wide if point.tensor == tensor):
                 yield (
@@ -242,7 +243,7 @@ def _remarks(
 
 def _decoder(decoding: DecodingSetup) -> str:
     window = decoding.window
-    sinks = f"{window.sink_tokens} sink{'s' if window.sink_tokens != 1 else ''}"
+    sinks = counted(window.sink_tokens, "sink")
     return f"{sinks}, a window of {window.recent_tokens} and the last {decoding.suffix_fraction:.0%} of each sequence"
 
 

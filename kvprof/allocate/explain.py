@@ -10,7 +10,6 @@ more by one bit less; but for the few that whole formats left at the margin.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -31,6 +30,7 @@ from kvprof.records.explanation import Explanation, Move, Offer, TensorExplanati
 from kvprof.records.formats import TENSORS, TensorName
 from kvprof.records.plan import BitPlan
 from kvprof.records.scores import LOSS_INCREASE, METRICS, Scores
+from kvprof.records.words import layers_text, read_layers
 
 EQUAL = 1e-9
 """Relative; what two ways of adding up the same losses may differ by."""
@@ -98,27 +98,15 @@ def parse_layers(texts: Sequence[str], plan: BitPlan) -> list[int]:
     planned = {entry.layer for entry in plan.layers}
     reasons = {entry.layer: entry.reason for entry in plan.skipped or ()}
     found: set[int] = set()
-    for word in (word.strip() for text in texts for word in text.split(",")):
-        match = re.fullmatch(r"(\d{1,9})(?:\s*-\s*(\d{1,9}))?", word, re.ASCII)
-        if match is None:
-            raise UsageError(f"cannot read {word!r} as a layer.\n  Write --layer 7, or --layer 3-5.")
-        low, high = int(match[1]), int(match[2] or match[1])
-        if low > high:
-            raise UsageError(f"the layers {word} run backwards; write {high}-{low}.")
-        for layer in range(low, min(high, max(low, plan.model.num_layers)) + 1):
-            if layer not in planned:
-                why = f"is skipped ({reasons[layer]})" if layer in reasons else "does not exist"
-                raise UsageError(f"layer {layer} {why}; the plan gives bits to {_layers_text(sorted(planned))}.")
-            found.add(layer)
+    for run in (run for text in texts for run in read_layers(text, "--layer")):
+        missing = next((layer for layer in run if layer not in planned), None)
+        if missing is not None:
+            why = f"is skipped ({reasons[missing]})" if missing in reasons else "does not exist"
+            raise UsageError(f"layer {missing} {why}; the plan gives bits to {layers_text(sorted(planned))}.")
+        found |= set(run)
     if not found:
         raise UsageError("no layer to explain.\n  Write --layer 7, or --layer 3-5.")
     return sorted(found)
-
-
-def _layers_text(layers: Sequence[int]) -> str:
-    if list(layers) == list(range(layers[0], layers[-1] + 1)) and len(layers) > 1:
-        return f"layers {layers[0]}-{layers[-1]}"
-    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
 
 
 def _tensors_named(name: str | None) -> list[TensorName]:

@@ -34,6 +34,7 @@ from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import quantized_tokens
 from kvprof.records.runs import Journal
 from kvprof.records.scores import KlCalibration, Scores, suffix_start
+from kvprof.records.words import counted
 
 USUAL_FRACTION = 0.5
 """The share of each sequence, at its end, that counts where the scores do not say."""
@@ -278,7 +279,7 @@ def _remarks(
         yield f"{len(plans) - len(asked)} of the {len(plans)} plans store what another one does, and count once"
     window = None if scores.decoding is None else scores.decoding.window
     if window is not None and any(one.plan.window != window for one in plans):
-        sinks = f"{window.sink_tokens} sink{'s' if window.sink_tokens != 1 else ''}"
+        sinks = counted(window.sink_tokens, "sink")
         yield f"measured with {sinks} and a window of {window.recent_tokens}, as the scores were, whatever a plan has"
     if sequences < settings.sequences:
         yield f"the scores were measured on {sequences} sequences: on all of them, not {settings.sequences}"

@@ -5,7 +5,6 @@ Reads what a user wrote and the model's shapes; returns probes. Does not measure
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from kvprof.profile.decoder import MORE_TOKENS, reads_codes
 from kvprof.records.formats import TENSORS, Format, TensorName, format_named, parse_formats
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import Window, head_dim_of
+from kvprof.records.words import read_layers
 
 USUAL_FORMATS = "int2g64"
 
@@ -70,16 +70,10 @@ def _chosen_layers(geometry: CacheGeometry, text: str | None) -> list[int]:
     if text is None:
         return planned
     chosen = set()
-    for word in (part.strip() for part in text.split(",")):
-        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", word, re.ASCII)
-        if match is None:
-            raise UsageError(f"--layers {text!r}: cannot read {word!r}.\n  Write layers as 0-3,7.")
-        low, high = int(match[1]), int(match[2] or match[1])
-        if low > high:
-            raise UsageError(f"--layers {text!r}: {word} runs backwards; write {high}-{low}.")
-        if high >= geometry.num_layers:
-            raise UsageError(f"--layers {text!r}: there is no layer {high}; the last is {geometry.num_layers - 1}.")
-        for layer in range(low, high + 1):
+    for run in read_layers(text, "--layers"):
+        if run[-1] >= geometry.num_layers:
+            raise UsageError(f"--layers {text!r}: there is no layer {run[-1]}; the last is {geometry.num_layers - 1}.")
+        for layer in run:
             if layer not in planned:
                 raise UsageError(
                     f"--layers {text!r}: no plan gives bits to layer {layer}: {geometry.layers[layer].skipped}.\n"

@@ -11,6 +11,7 @@ from pathlib import Path
 from kvprof.records.audit import Agreement, Audit, PlanCheck, RatioSpread
 from kvprof.records.formats import TENSORS, TensorName
 from kvprof.records.scores import KlCalibration, Scores
+from kvprof.records.words import counted
 from kvprof.report.console import Table, print_note, print_plain, print_written
 from kvprof.report.plots.audit import audit_figure, audit_labels
 from kvprof.report.plots.style import MissingMatplotlib, save_figure
@@ -25,7 +26,7 @@ def show_divergence(scores: Scores) -> None:
     text, decoding = scores.calibration, scores.decoding
     if text is not None and decoding is not None:
         table_title += (
-            f"\n{text.sequences} sequence{'s' if text.sequences != 1 else ''}, the last {decoding.suffix_fraction:.0%} "
+            f"\n{counted(text.sequences, 'sequence')}, the last {decoding.suffix_fraction:.0%} "
             f"of each ({decoding.tokens} tokens) of {text.dataset}; sinks {decoding.window.sink_tokens}, "
             f"window {decoding.window.recent_tokens}"
         )
@@ -51,7 +52,7 @@ def show_divergence(scores: Scores) -> None:
 
 def show_calibration(plans: Sequence[PlanCheck], found: KlCalibration) -> None:
     """Print each plan's predicted and measured KL, their ratio, and what is left of it after the factor."""
-    where = f"{found.sequences} sequence{'s' if found.sequences != 1 else ''} of {plans[0].text}"
+    where = f"{counted(found.sequences, 'sequence')} of {plans[0].text}"
     table = Table(
         f"measured KL of whole plans, nats a token, on {where}",
         ("plan", "stored\nbits", "predicted", "measured\n± stderr", "measured /\npredicted", "after the\nfactor"),
@@ -69,7 +70,7 @@ def show_calibration(plans: Sequence[PlanCheck], found: KlCalibration) -> None:
         )
     table.print()
     print_plain(
-        f"factor {found.factor:.3f}, fitted to {found.plans} plan{'s' if found.plans != 1 else ''}; after it, measured "
+        f"factor {found.factor:.3f}, fitted to {counted(found.plans, 'plan')}; after it, measured "
         f"and predicted KL differ by {found.spread:.2f} times at most",
         style="bold",
     )
@@ -106,7 +107,7 @@ def _show_ranks(audit: Audit, agreements: Sequence[Agreement], bits: int) -> Non
     groups = list(dict.fromkeys(agreement.group for agreement in agreements))
     sizes = {group: max(one.tensors for one in agreements if one.group == group) for group in groups}
     heads = [f"{'all' if place == 0 else group}\n({sizes[group]})" for place, group in enumerate(groups)]
-    width = f"{bits} bit{'s' if bits > 1 else ''}"
+    width = counted(bits, "bit")
     title = f"rank correlation (Spearman) with measured divergence at {width}: {_model(audit)}"
     table = Table(title, ("metric", *heads), left=[0])
     found = {(agreement.label, agreement.group): agreement.spearman for agreement in agreements}

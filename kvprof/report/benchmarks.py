@@ -19,6 +19,7 @@ from kvprof.records.benchmark import (
     Timing,
 )
 from kvprof.records.geometry import bytes_text
+from kvprof.records.words import counted
 from kvprof.report.console import Table, print_note, print_plain, print_written
 from kvprof.report.plots.benchmark import benchmark_figure
 from kvprof.report.plots.style import MissingMatplotlib, NothingToDraw, save_figure
@@ -54,7 +55,7 @@ def benchmark_lines(benchmark: Benchmark) -> list[str]:
     device, plan, copied = benchmark.device, benchmark.plan, benchmark.copy_bandwidth
     facts = [f"{bytes_text(device.memory_bytes)} of memory"] if device.memory_bytes else []
     facts += [f"cache {bytes_text(device.cache_bytes)}"]
-    facts += [f"{device.threads} thread{'s' if device.threads > 1 else ''}"] if device.threads else []
+    facts += [counted(device.threads, "thread")] if device.threads else []
     facts += [f"compute capability {device.compute_capability}"] if device.compute_capability else []
     random = ", random weights" if benchmark.random_weights else ""
     layers = f"{benchmark.planned_layers} planned layers"
@@ -86,7 +87,7 @@ def case_verdict(case: BenchmarkCase) -> str | None:
 
 
 def _show_attention(case: BenchmarkCase) -> None:
-    sequences = f"{case.batch} sequence{'s' if case.batch > 1 else ''}"
+    sequences = counted(case.batch, "sequence")
     table = Table(
         f"decode attention at {case.context} tokens, {sequences}",
         ("cache", "dtype", "ms a\nstep", "10-90 %", "MiB", "GB/s", "% of\ncopy", "times\nplan's"),

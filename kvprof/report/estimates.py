@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvprof.records.estimate import Estimate
 from kvprof.records.geometry import bytes_text
+from kvprof.records.words import counted
 from kvprof.report.console import print_note, print_plain
 
 
@@ -31,11 +32,6 @@ def show_taken(peak_bytes: int | None, seconds: float, estimate: Estimate) -> No
     memory = "" if peak_bytes is None else f" and {bytes_text(peak_bytes)} of memory"
     expected = "" if estimate.seconds is None else f"{duration(estimate.seconds)} and "
     print_note(f"took {duration(seconds)}{memory}; estimated were {expected}{bytes_text(estimate.memory_bytes)}")
-
-
-def counted(number: int, what: str) -> str:
-    """Return a number of things: 1 sequence, 8,192 tokens."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:

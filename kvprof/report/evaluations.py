@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from kvprof.records.evaluation import Evaluation, PlanResult
 from kvprof.records.geometry import bytes_text
+from kvprof.records.words import counted
 from kvprof.report.console import Table, print_plain
 
 KL_FLOOR = 1e-7
@@ -76,7 +77,7 @@ def _show_results(evaluation: Evaluation) -> None:
     text, plan = evaluation.text, evaluation.plan
     tokens = sum(part.tokens for part in plan.by_position)
     where = f" from position {evaluation.measured_from}" if evaluation.measured_from else ""
-    sequences = f"{text.sequences} sequence{'s' if text.sequences != 1 else ''}"
+    sequences = counted(text.sequences, "sequence")
     split = f" ({text.split})" if text.split else ""
     title = (
         f"evaluation of {plan.name} on {evaluation.model.id or 'a model'} ({evaluation.dtype})\n"

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from kvprof.records.frontier import Frontier, FrontierPoint
 from kvprof.records.geometry import bytes_text
+from kvprof.records.words import counted
 from kvprof.report.console import Table, print_plain
 from kvprof.report.plans import kl_text
 
@@ -25,7 +26,7 @@ def show_frontier(frontier: Frontier) -> None:
     """Print the frontier at round budgets, its ends and its knees, and how to make the plans at the knees."""
     model = frontier.model.id if frontier.model and frontier.model.id else "a model"
     plans = len({point.plan_digest for point in frontier.points})
-    title = f"frontier of {model}: {_counted(len(frontier.points), 'budget')}, {_counted(plans, 'plan')}"
+    title = f"frontier of {model}: {counted(len(frontier.points), 'budget')}, {counted(plans, 'plan')}"
     headings = [f"budget\n{frontier.unit}", "nominal\nbits", "stored\nbits", "times\nsmaller", "bytes/\ntoken"]
     if frontier.context is not None:
         headings.append(f"at {frontier.context}\nx {frontier.batch}")
@@ -90,10 +91,6 @@ def _round_places(points: Sequence[FrontierPoint]) -> list[int]:
         if len(places) <= ROWS:
             return places if len(places) >= min(len(points), ROWS // 3) else []
     return []
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _cells(point: FrontierPoint) -> list[str]:

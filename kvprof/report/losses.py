@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from kvprof.errors import UsageError
 from kvprof.records.formats import TENSORS, TensorName, format_named
 from kvprof.records.scores import LayerScores, Scores
+from kvprof.records.words import counted
 from kvprof.report.console import Table, print_plain
 
 MILLINATS = 1e3
@@ -29,7 +30,7 @@ def show_best_losses(scores: Scores) -> None:
                 columns.append((tensor, bits, of_width))
     if not columns:
         return
-    headings = [f"{'K' if tensor == 'key' else 'V'}\n{bits} bit{'s' * (bits > 1)}" for tensor, bits, _ in columns]
+    headings = [f"{'K' if tensor == 'key' else 'V'}\n{counted(bits, 'bit')}" for tensor, bits, _ in columns]
     table = Table(f"predicted loss of {_title(scores)}: 10^-3 nats a token", ("layer", *headings))
     for entry in scores.layers:
         found = [_least(entry, tensor, names) for tensor, _, names in columns]

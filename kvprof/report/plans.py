@@ -15,6 +15,7 @@ from kvprof.records.inventory import CONTEXTS
 from kvprof.records.plan import BitPlan, TensorPlan, Window
 from kvprof.records.scores import LOSS_INCREASE, Scores
 from kvprof.records.stability import Stability
+from kvprof.records.words import counted
 from kvprof.report.console import Table, print_plain
 from kvprof.report.sentences import score_remarks
 
@@ -56,7 +57,7 @@ def plan_lines(plan: BitPlan) -> list[str]:
         lines.append("costs: " + ", ".join(parts))
     for tensor in TENSORS:
         bits = [entry.tensor(tensor).bits for entry in plan.layers]
-        over = f"{len(bits)} layer{'s' if len(bits) > 1 else ''}"
+        over = counted(len(bits), "layer")
         lines.append(f"mean {tensor} bits over {over}: {sum(bits) / len(bits):.4f}")
     window = plan.window
     first = f"the first {window.sink_tokens} tokens" if window.sink_tokens else ""

@@ -1,4 +1,4 @@
-"""What can be said of scores in a sentence: verdicts, remarks, and layers by their numbers.
+"""What can be said of scores in a sentence: verdicts and remarks.
 
 Reads records, returns text; does not know where it is printed.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import groupby
 
 from kvprof.records.formats import TENSORS
 from kvprof.records.scores import SCALAR_METRICS, Scores
@@ -50,12 +49,3 @@ def score_remarks(scores: Scores, metrics: Sequence[str] | None = None) -> list[
     ):
         remarks.append("keys are normalised after k_proj: their weight norm says nothing about the cache's scale")
     return remarks
-
-
-def layers_text(layers: Sequence[int]) -> str:
-    """Return layer numbers with their runs shortened: layers 0-4, 6."""
-    runs = []
-    for _, group in groupby(enumerate(layers), key=lambda pair: pair[1] - pair[0]):
-        run = [layer for _, layer in group]
-        runs.append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
-    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(runs)}"

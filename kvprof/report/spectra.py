@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 from kvprof.records.formats import TENSORS
 from kvprof.records.spectra import Spectra, Spectrum
+from kvprof.records.words import layers_text
 from kvprof.report.console import Table, print_plain
-from kvprof.report.sentences import larger, layers_text
+from kvprof.report.sentences import larger
 
 SHARE = 0.9
 """Of the energy, the sum of squares, that the effective rank counts the largest singular values of."""

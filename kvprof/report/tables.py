@@ -11,10 +11,11 @@ from kvprof.records.formats import TENSORS
 from kvprof.records.geometry import KVLayer, bytes_text
 from kvprof.records.inventory import Inventory
 from kvprof.records.scores import SCALAR_METRICS, Scores
+from kvprof.records.words import layers_text
 from kvprof.report.audits import show_divergence
 from kvprof.report.console import Table, bar, print_flag, print_note, print_plain
 from kvprof.report.losses import show_best_losses, show_losses
-from kvprof.report.sentences import larger, layers_text, norm_verdict, score_remarks
+from kvprof.report.sentences import larger, norm_verdict, score_remarks
 
 BAR_CELLS = 6
 """Of the bar beside a gradient norm."""

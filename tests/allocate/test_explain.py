@@ -356,7 +356,7 @@ def test_layers_are_named_singly_or_as_ranges() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("9", "layer 9 does not exist; the plan gives bits to layers 0, 1, 3, 4, 5, 6, 7, 8"),
+        ("9", "layer 9 does not exist; the plan gives bits to layers 0-1, 3-8"),
         ("5-99", "layer 9 does not exist"),
         ("999999999", "does not exist"),
         ("2", "layer 2 is skipped (sliding window of 512 tokens)"),

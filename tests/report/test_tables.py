@@ -102,8 +102,3 @@ def test_a_plan_prints_its_bits_and_costs_in_every_unit(capsys: pytest.CaptureFi
     assert "sliding window of 16 tokens" in " ".join(printed.split())
     assert "3 nominal bits an element, 4 stored bits (4.00 times fewer than 16)" in printed
     assert "the first 1 tokens and the last 2" in printed
-
-
-@pytest.mark.parametrize(("layers", "text"), [([3], "layer 3"), ([0, 1, 2, 5, 7, 8], "layers 0-2, 5, 7-8")])
-def test_runs_of_layers_are_shortened(layers: list[int], text: str) -> None:
-    assert sentences.layers_text(layers) == text

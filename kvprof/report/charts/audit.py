@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from kvprof.records.audit import AuditPoint
 from kvprof.records.formats import TENSORS
+from kvprof.records.words import counted
 from kvprof.report.charts.layers import SHAPES
 from kvprof.report.svg import Frame, Scale, band, legend, line, marked, marker, picture, tag
 
@@ -25,7 +26,7 @@ def draw_audit_panel(points: Sequence[AuditPoint], label: str, bits: int) -> str
     frame = Frame(58, 58, SIDE - 8, SIDE - 8)
     x = frame.x(low, high, is_log=True)
     y = Scale(low, high, frame.bottom, frame.top, is_log=True)
-    width = f"{bits} bit{'s' if bits > 1 else ''}"
+    width = counted(bits, "bit")
     parts = [
         frame.axes(x, y, "predicted, nats a token (logarithmic)", f"{width}: measured, nats a token (logarithmic)"),
         band([(x(low), y(2 * low)), (x(high / 2), y(high)), (x(high), y(high))],

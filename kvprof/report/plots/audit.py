@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from kvprof.records.audit import Audit, AuditPoint
 from kvprof.records.formats import TensorName
+from kvprof.records.words import counted
 from kvprof.report.plots.layers import light_grid
 from kvprof.report.plots.notes import legend_boxes, marker_boxes, write_beside
 from kvprof.report.plots.style import (
@@ -126,7 +127,7 @@ def _label_outliers(axes: Axes, points: Sequence[AuditPoint], label: str) -> Non
 
 def _panel_title(audit: Audit, bits: int, label: str) -> str:
     """Return `2 bits: rank correlation 0.97, median ratio 0.78`."""
-    group = f"{bits} bit{'s' if bits > 1 else ''}"
+    group = counted(bits, "bit")
     parts = []
     for found in audit.agreements:
         if found.label == label and found.group == group and found.spearman is not None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvprof.records.benchmark import AttentionRun, Benchmark, BenchmarkCase
+from kvprof.records.words import counted
 from kvprof.report.plots.layers import light_grid
 from kvprof.report.plots.legends import legend_at_side, legend_height
 from kvprof.report.plots.style import (
@@ -68,7 +69,7 @@ def benchmark_figure(benchmark: Benchmark, page: Page = PAPER) -> Figure:
         axes = figure.add_subplot(rows, columns, number)
         cases = sorted((case for case in benchmark.cases if case.batch == batch), key=lambda case: case.context)
         _panel(axes, cases, styles, benchmark.copy_bandwidth.bytes_per_second)
-        axes.set_title(f"{batch} sequence{'s' if batch > 1 else ''}")
+        axes.set_title(counted(batch, "sequence"))
         axes.set_ylabel(f"decode attention, {benchmark.planned_layers} layers\n(ms per step)")
         shown |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     shown = {label: shown[label] for label in sorted(shown, key=lambda label: label.startswith("limit"))}

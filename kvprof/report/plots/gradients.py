@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from kvprof.records.formats import TENSORS
 from kvprof.records.scores import Scores
+from kvprof.records.words import counted
 from kvprof.report.plots.layers import draw_numbers, fit_scale, layer_axis, light_grid, tensor_handles
 from kvprof.report.plots.legends import legend_below
 from kvprof.report.plots.style import (
@@ -35,7 +36,7 @@ def gradients_figure(scores: Scores, page: Page = PAPER) -> Figure:
         raise NothingToDraw("these scores have no gradient_norm: there are no gradients to draw.")
     figure = new_figure(page.width_or(FULL_WIDTH), 2.9, page)
     text = scores.calibration
-    over = "" if text is None else f", {text.sequences} sequence{'s' * (text.sequences != 1)}"
+    over = "" if text is None else f", {counted(text.sequences, 'sequence')}"
     set_title(figure, f"{model_name(scores.model)}: gradients of the loss{over}")
     axes = figure.add_subplot()
     skipped = skipped_layers(scores)

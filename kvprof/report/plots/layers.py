@@ -6,10 +6,10 @@ Knows layers by number only.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvprof.records.formats import TensorName
+from kvprof.records.words import runs_of
 from kvprof.report.plots.style import COLOURS, GREY, MARKS
 from kvprof.report.series import LayerNumber
 
@@ -33,18 +33,9 @@ def layer_axis(axes: Axes, first: int, count: int, skipped: Iterable[int], behin
     axes.set_xlim(first - 0.7, first + count - 0.3)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     axes.set_xlabel("layer")
-    for low, high in runs(layer for layer in skipped if first <= layer < first + count):
+    for low, high in runs_of(layer for layer in skipped if first <= layer < first + count):
         colour = BLANK["facecolor"] if behind else "none"
         axes.axvspan(low - 0.5, high + 0.5, **(BLANK | {"facecolor": colour}), zorder=0 if behind else 6)
-
-
-def runs(layers: Iterable[int]) -> list[tuple[int, int]]:
-    """Return the first and last of each run of layers without a gap."""
-    found = []
-    for _, group in groupby(enumerate(sorted(set(layers))), key=lambda pair: pair[1] - pair[0]):
-        run = [layer for _, layer in group]
-        found.append((run[0], run[-1]))
-    return found
 
 
 def draw_numbers(axes: Axes, tensor: TensorName, numbers: Sequence[LayerNumber]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kvprof.records.evaluation import Evaluation, PlanResult
+from kvprof.records.words import counted
 from kvprof.report.plots.layers import light_grid
 from kvprof.report.plots.legends import LEGEND_BESIDE, LONGEST_NAME, legend_at_side, legend_height
 from kvprof.report.plots.style import (
@@ -50,8 +51,8 @@ def positions_figure(evaluation: Evaluation, page: Page = PAPER) -> Figure:
     beside = width >= LEGEND_BESIDE and len(results) > 1
     figure = new_figure(width, legend_height(len(results), 3.1, beside), page)
     text = evaluation.text
-    counted = f"{text.sequences} sequence{'s' * (text.sequences != 1)} of {cut_text(text.dataset, 30)}"
-    set_title(figure, f"{model_name(evaluation.model)}: KL by position, {counted}")
+    read = f"{counted(text.sequences, 'sequence')} of {cut_text(text.dataset, 30)}"
+    set_title(figure, f"{model_name(evaluation.model)}: KL by position, {read}")
     axes = figure.add_subplot()
     edges = _edges(evaluation)
     axes.set_yscale("log")

@@ -6,13 +6,13 @@ Reads Spectra. Does not know how they were computed.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from kvprof.errors import UsageError
 from kvprof.records.formats import TENSORS, TensorName
 from kvprof.records.spectra import LayerSpectra, Spectra
+from kvprof.records.words import layers_text, read_layers
 from kvprof.report.plots.layers import light_grid
 from kvprof.report.plots.legends import legend_below
 from kvprof.report.plots.style import (
@@ -27,7 +27,6 @@ from kvprof.report.plots.style import (
     new_figure,
     set_title,
 )
-from kvprof.report.sentences import layers_text
 from kvprof.report.series import spread_over
 
 if TYPE_CHECKING:
@@ -82,17 +81,11 @@ def layers_named(text: str, spectra: Spectra) -> list[int]:
     """Return the layers that a text such as "0-3,7" names, ascending; raises UsageError for one without a spectrum."""
     known = [entry.layer for entry in spectra.layers]
     chosen: set[int] = set()
-    for word in (part.strip() for part in text.split(",")):
-        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", word, re.ASCII)
-        if match is None:
-            raise UsageError(f"--layers {text!r}: cannot read {word!r}.\n  Write layers as 0-3,7.")
-        low, high = int(match[1]), int(match[2] or match[1])
-        if low > high:
-            raise UsageError(f"--layers {text!r}: {word} runs backwards; write {high}-{low}.")
-        missing = next((layer for layer in range(low, high + 1) if layer not in known), None)
+    for run in read_layers(text, "--layers"):
+        missing = next((layer for layer in run if layer not in known), None)
         if missing is not None:
             raise UsageError(f"--layers {text!r}: there is no spectrum of layer {missing}; of {layers_text(known)}.")
-        chosen |= set(range(low, high + 1))
+        chosen |= set(run)
     return sorted(chosen)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from kvprof.records.audit import Audit
 from kvprof.records.gathered import ReportFiles
+from kvprof.records.words import counted
 from kvprof.report.charts.audit import draw_audit_panel
 from kvprof.report.page import Block, Drawing, Figure, Paragraph, Section, Table, missing, sentence
 
@@ -52,12 +53,16 @@ def audit_section(files: ReportFiles, divergence_command: str) -> Section:
 def _means(audit: Audit) -> str:
     words = []
     for found in audit.agreements:
-        if found.label.startswith("loss_increase") and found.spearman is not None and found.group == _width(found.bits):
+        if (
+            found.label.startswith("loss_increase")
+            and found.spearman is not None
+            and found.group == counted(found.bits, "bit")
+        ):
             words.append(
                 f"the score {found.label} ranks {found.tensors} tensors at {found.group} with {found.spearman:.3f}"
             )
     for spread in audit.ratios:
-        if spread.group == _width(spread.bits):
+        if spread.group == counted(spread.bits, "bit"):
             words.append(
                 f"at {spread.group} the prediction is {spread.median:.3g} times the measurement in the median, and "
                 f"between {spread.low:.3g} and {spread.high:.3g} times for 8 in 10 of the {spread.tensors}"
@@ -70,10 +75,6 @@ def _means(audit: Audit) -> str:
             )
     text = "; ".join(words)
     return text[:1].upper() + text[1:] + "." if text else f"{len(audit.points)} tensors were measured."
-
-
-def _width(bits: int) -> str:
-    return f"{bits} bit{'s' if bits > 1 else ''}"
 
 
 def _points(audit: Audit, label: str) -> Table:

@@ -10,8 +10,8 @@ from itertools import groupby
 from kvprof.records.gathered import ReportFiles
 from kvprof.records.geometry import CacheGeometry, KVLayer, bytes_text
 from kvprof.records.inventory import CONTEXTS, Inventory
+from kvprof.records.words import layers_text
 from kvprof.report.page import Block, Paragraph, Section, Table, missing
-from kvprof.report.sentences import layers_text
 
 UNCOUNTED = ("recurrent", "hybrid", "other")
 """Kinds of layer that keep something which is neither a key nor a value of a token."""

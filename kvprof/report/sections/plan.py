@@ -8,10 +8,10 @@ from __future__ import annotations
 from kvprof.records.formats import TENSORS
 from kvprof.records.gathered import ReportFiles
 from kvprof.records.plan import BitPlan
+from kvprof.records.words import layers_text
 from kvprof.report.charts.plan import draw_plan, stored_bits
 from kvprof.report.page import Block, Figure, Paragraph, Section, Table, both_widths, missing
 from kvprof.report.plans import plan_lines
-from kvprof.report.sentences import layers_text
 
 HEADING = "Where do the bits go?"
 WIDE, NARROW = 920, 358

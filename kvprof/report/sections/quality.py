@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from kvprof.records.evaluation import Evaluation, PlanResult
 from kvprof.records.gathered import ReportFiles
+from kvprof.records.words import counted
 from kvprof.report.charts.positions import draw_positions
 from kvprof.report.evaluations import KL_FLOOR, evaluation_lines, evaluation_verdict
 from kvprof.report.page import Block, Code, Drawing, Figure, Paragraph, Section, Table, missing, sentence
@@ -75,9 +76,8 @@ def _results(evaluation: Evaluation, numbers: Mapping[str, int]) -> Table:
     full = ("", "full precision", "", "16", "0", "-", "0", "1", f"{evaluation.reference_perplexity:.2f}", "-")
     rows = [full, *((str(numbers[result.name]), *_cells(result, plan)) for result in ranked)]
     split = f", {evaluation.text.split}" if evaluation.text.split else ""
-    many = "s" if evaluation.text.sequences != 1 else ""
     caption = (
-        f"{evaluation.text.sequences} sequence{many} of {evaluation.text.dataset}{split}, from position "
+        f"{counted(evaluation.text.sequences, 'sequence')} of {evaluation.text.dataset}{split}, from position "
         f"{evaluation.measured_from}, in {evaluation.dtype}"
     )
     headings = (

@@ -10,9 +10,10 @@ from typing import Literal
 from kvprof.records.formats import TENSORS
 from kvprof.records.gathered import ReportFiles
 from kvprof.records.scores import Scores
+from kvprof.records.words import layers_text
 from kvprof.report.charts.layers import LayerNumber, draw_layers
 from kvprof.report.page import Block, Drawing, Figure, Paragraph, Section, Table, missing, sentence
-from kvprof.report.sentences import larger, layers_text, norm_verdict, score_remarks
+from kvprof.report.sentences import larger, norm_verdict, score_remarks
 
 HEADING = "How large are the projections W_k and W_v?"
 Norm = Literal["spectral_norm", "frobenius_norm"]

@@ -1,0 +1,49 @@
+"""How layers and numbers of things are written for people, and how people write layers.
+
+Knows no record: takes and returns numbers and text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+from kvprof.errors import UsageError
+
+
+def counted(number: int, what: str) -> str:
+    """Return a number of things: 1 sequence, 8,192 tokens."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def runs_of(layers: Iterable[int]) -> list[tuple[int, int]]:
+    """Return the first and last of each run of layers without a gap, ascending."""
+    found = []
+    for _, group in groupby(enumerate(sorted(set(layers))), key=lambda pair: pair[1] - pair[0]):
+        run = [layer for _, layer in group]
+        found.append((run[0], run[-1]))
+    return found
+
+
+def layers_text(layers: Sequence[int]) -> str:
+    """Return layer numbers with their runs shortened: layers 0-4, 6."""
+    runs = [str(first) if first == last else f"{first}-{last}" for first, last in runs_of(layers)]
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(runs)}"
+
+
+def read_layers(text: str, option: str) -> list[range]:
+    """Return the runs of layers that a text such as "0-3,7" names, as they are written; whether there are such is open.
+
+    option: that takes the text, for the message. Raises UsageError for what names no layer, or runs backwards.
+    """
+    runs = []
+    for word in (part.strip() for part in text.split(",")):
+        match = re.fullmatch(r"(\d{1,9})(?:\s*-\s*(\d{1,9}))?", word, re.ASCII)
+        if match is None:
+            raise UsageError(f"{option} {text!r}: cannot read {word!r} as a layer.\n  Write layers as 0-3,7.")
+        low, high = int(match[1]), int(match[2] or match[1])
+        if low > high:
+            raise UsageError(f"{option} {text!r}: {word} runs backwards; write {high}-{low}.")
+        runs.append(range(low, high + 1))
+    return runs
