@@ -9,6 +9,7 @@ from kvprof.records.evaluation import Evaluation, PlanResult
 from kvprof.records.geometry import bytes_text
 from kvprof.records.words import counted
 from kvprof.report.console import Table, print_plain
+from kvprof.report.series import ranked_results
 
 KL_FLOOR = 1e-7
 """Nats; of two equal distributions, float32 logits that were added up in another order make about a tenth of it."""
@@ -96,7 +97,7 @@ def _show_results(evaluation: Evaluation) -> None:
     table = Table(title, headings, left=[0, 1])
     full = f"{evaluation.reference_perplexity:.2f}"
     table.add("", "full precision", "16", "0", "0", "1", full, "-", style="dim")
-    for result in sorted(evaluation.plans, key=lambda result: result.kl_nats):
+    for result in ranked_results(evaluation):
         table.add(*_result_cells(result, plan), style="bold" if result is plan else "")
     table.print()
 
@@ -104,7 +105,7 @@ def _show_results(evaluation: Evaluation) -> None:
 def _show_positions(plan: PlanResult) -> None:
     table = Table(f"{plan.name} by position", ("positions", "tokens", "KL\nnats/token", "top-1\nagrees"))
     for part in plan.by_position:
-        numbers = (str(part.tokens), _nats(part.kl_nats), f"{part.top1_agreement:.3f}")
+        numbers = (str(part.tokens), nats_text(part.kl_nats), f"{part.top1_agreement:.3f}")
         table.add(f"{part.first}-{part.last}", *numbers)
     table.print()
 
@@ -115,14 +116,14 @@ def _result_cells(result: PlanResult, plan: PlanResult) -> list[str]:
         {"plan": "▶", "rival": "", "against": "+"}[result.role],
         result.name,
         f"{result.stored_bits:.3f}",
-        f"{_nats(result.kl_nats)}{stderr}",
-        _nats(result.kl_p99_nats),
+        f"{nats_text(result.kl_nats)}{stderr}",
+        nats_text(result.kl_p99_nats),
         f"{result.top1_agreement:.3f}",
         f"{result.perplexity:.2f}",
         f"{result.kl_nats / plan.kl_nats:.2f}" if plan.kl_nats > 0 else "-",
     ]
 
 
-def _nats(kl: float) -> str:
-    """Write a divergence; what is below the rounding of float32 logits is none."""
+def nats_text(kl: float) -> str:
+    """Return a divergence in nats; what is below the rounding of float32 logits is none."""
     return f"{kl:#.3g}" if kl >= KL_FLOOR else "0"

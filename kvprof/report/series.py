@@ -18,6 +18,9 @@ from kvprof.records.spectra import Spectra
 
 T = TypeVar("T")
 
+SPECTRUM_FLOOR = 1e-6
+"""Of the largest singular value: what lies below is rounding, and off every picture."""
+
 
 class LayerNumber(NamedTuple):
     """One metric of one layer's keys or values."""
@@ -58,27 +61,40 @@ def loss_table(scores: Scores, tensor: TensorName) -> LossTable:
     """
     layers = range(layer_count(scores))
     losses = {entry.layer: entry.tensor(tensor).loss_increase or {} for entry in scores.layers}
-    names = dict.fromkeys(name for own in losses.values() for name in own)
-    head_dims = _head_dims(scores.geometry, tensor)
-    bits = {
-        name: stored_bits_of(name, tensor, next((head_dims.get(n) for n, own in losses.items() if name in own), None))
-        for name in names
-    }
-    ranked = sorted(names, key=lambda name: (bits[name] is None, bits[name] or 0.0))
+    formats = scored_formats(scores, tensor)
     return LossTable(
         layers=tuple(layers),
-        formats=tuple(ranked),
-        stored_bits=tuple(bits[name] for name in ranked),
-        nats=tuple(tuple(losses.get(layer, {}).get(name) for layer in layers) for name in ranked),
+        formats=tuple(form.name for form in formats),
+        stored_bits=tuple(form.stored_bits for form in formats),
+        nats=tuple(tuple(losses.get(layer, {}).get(form.name) for layer in layers) for form in formats),
     )
 
 
-def stored_bits_of(name: str, tensor: TensorName, head_dim: int | None) -> float | None:
-    """Return the stored bits an element of a format by name; None of a name that is no format of such heads."""
-    try:
-        return float(format_named(name, tensor, head_dim).stored_bits(head_dim))
-    except UsageError:
-        return None
+class ScoredFormat(NamedTuple):
+    """A format that keys, or values, were scored in. Of a name that no cache of such heads can store, bits are None."""
+
+    name: str
+    nominal_bits: int | None
+    stored_bits: float | None
+    """Codes and scales, an element."""
+
+
+def scored_formats(scores: Scores, tensor: TensorName) -> list[ScoredFormat]:
+    """Return the formats that any layer's keys, or values, were scored in: by ascending stored bits, unknown ones last.
+
+    A format's stored bits are those of the first layer that was scored in it.
+    """
+    head_dims = _head_dims(scores.geometry, tensor)
+    found = []
+    for name in scores.scored_formats(tensor):
+        first = next(entry.layer for entry in scores.layers if name in (entry.tensor(tensor).loss_increase or {}))
+        head_dim = head_dims.get(first)
+        try:
+            form = format_named(name, tensor, head_dim)
+            found.append(ScoredFormat(name, form.bits, float(form.stored_bits(head_dim))))
+        except UsageError:
+            found.append(ScoredFormat(name, None, None))
+    return sorted(found, key=lambda form: (form.stored_bits is None, form.stored_bits or 0.0, form.name))
 
 
 class StoredTensor(NamedTuple):

@@ -22,8 +22,8 @@ LOG_FROM = 8.0
 
 
 @dataclass(frozen=True)
-class LayerNumber:
-    """One layer's number. low, high: the ends of what it may be, or of what it spans."""
+class LayerMark:
+    """One layer's number, and what its mark says. low, high: the ends of what it may be, or of what it spans."""
 
     layer: int
     value: float
@@ -33,7 +33,7 @@ class LayerNumber:
 
 
 def draw_layers(
-    series: Mapping[TensorName, Sequence[LayerNumber]],
+    series: Mapping[TensorName, Sequence[LayerMark]],
     num_layers: int,
     y_title: str,
     label: str,
@@ -70,7 +70,7 @@ def draw_layers(
     return picture(width, HEIGHT, label, *parts)
 
 
-def _runs(numbers: Sequence[LayerNumber]) -> list[list[LayerNumber]]:
+def _runs(numbers: Sequence[LayerMark]) -> list[list[LayerMark]]:
     """Return the stretches of layers that follow each other: no line leads across one that has no number."""
     if not numbers:
         return []
@@ -83,7 +83,7 @@ def _runs(numbers: Sequence[LayerNumber]) -> list[list[LayerNumber]]:
     return runs
 
 
-def _spans(run: Sequence[LayerNumber], x: Scale, y: Scale, tensor: TensorName, as_band: bool) -> str:
+def _spans(run: Sequence[LayerMark], x: Scale, y: Scale, tensor: TensorName, as_band: bool) -> str:
     known = [(each, each.low, each.high) for each in run if each.low is not None and each.high is not None]
     if as_band and len(known) > 1:
         upper = [(x(each.layer), y(high)) for each, _, high in known]

@@ -5,8 +5,9 @@ Reads a BitPlan; does not know what it costs nor what it loses.
 
 from __future__ import annotations
 
-from kvprof.records.formats import TENSORS, Format
-from kvprof.records.plan import BitPlan, head_dim_of
+from kvprof.records.formats import TENSORS
+from kvprof.records.plan import BitPlan
+from kvprof.report.series import skipped_layers, stored_tensors
 from kvprof.report.svg import Frame, Scale, layer_ticks, legend, linear_ticks, marked, picture, tag, tick_text, write
 
 ROW = 130
@@ -15,25 +16,13 @@ WIDEST = 60
 """Pixels of a bar, however few layers there are."""
 
 
-def stored_bits(plan: BitPlan, layer: int, form: Format, tensor: str) -> float:
-    """Return what an element of a tensor stores, its share of the scales included."""
-    shape = None if plan.geometry is None else plan.geometry.layers[layer]
-    if shape is None:
-        return float(form.stored_bits())
-    return float(form.stored_bits(head_dim_of(shape, "key" if tensor == "key" else "value")))
-
-
 def draw_plan(plan: BitPlan, width: float) -> str:
     """Draw keys above values, a bar a layer: codes full, scales lighter on top of them."""
     entries = {entry.layer: entry for entry in plan.layers}
-    skipped = {entry.layer: entry.reason for entry in plan.skipped or ()}
-    stored = {
-        (layer, tensor): stored_bits(plan, layer, entry.tensor(tensor), tensor)
-        for layer, entry in entries.items()
-        for tensor in TENSORS
-    }
-    top_bits = linear_ticks(0, max(4.0, *stored.values()), 4)
+    skipped = skipped_layers(plan)
+    stored = {(one.layer, tensor): one.stored_bits for tensor in TENSORS for one in stored_tensors(plan, tensor)}
     highest = max(4.0, *stored.values())
+    top_bits = linear_ticks(0, highest, 4)
     parts = []
     signs = [
         (tag("rect", x=-7, y=-5, width=12, height=10, class_="fill key"), "keys, codes"),
@@ -46,7 +35,7 @@ def draw_plan(plan: BitPlan, width: float) -> str:
     parts.append(signs_drawn)
     for row, tensor in enumerate(TENSORS):
         frame = Frame(50, down + 34 + row * (ROW + 34), width - 6, down + 34 + row * (ROW + 34) + ROW - 26)
-        x, y = frame.x(-0.5, plan.model.num_layers - 0.5), _upwards(frame, highest)
+        x, y = frame.x(-0.5, plan.model.num_layers - 0.5), Scale(0.0, highest, frame.bottom, frame.top)
         wide = (frame.right - frame.left) / plan.model.num_layers
         for tick in top_bits:
             parts.append(tag("line", x1=frame.left, x2=frame.right, y1=y(tick), y2=y(tick), class_="grid"))
@@ -87,7 +76,3 @@ def draw_plan(plan: BitPlan, width: float) -> str:
     parts.append(write((50 + width - 6) / 2, bottom + 8, "layer", "title", "middle"))
     label = f"Bits of each of {plan.model.num_layers} layers, keys above values"
     return picture(width, bottom + 16, label, *parts)
-
-
-def _upwards(frame: Frame, highest: float) -> Scale:
-    return Scale(0.0, highest, frame.bottom, frame.top)

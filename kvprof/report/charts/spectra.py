@@ -12,8 +12,6 @@ from kvprof.report.svg import Frame, Scale, band, line, marked, number, picture,
 WIDTH, HEIGHT = 292, 216
 TOLD = 32
 """Indices, at most, that say their numbers when they are pointed at."""
-FLOOR = 1e-6
-"""Of the largest singular value: below, all is rounding."""
 
 
 def draw_spectrum(entry: LayerSpectra, y_low: float, y_high: float) -> str:

@@ -27,7 +27,7 @@ from kvprof.report.plots.style import (
     new_figure,
     set_title,
 )
-from kvprof.report.series import spread_over
+from kvprof.report.series import SPECTRUM_FLOOR, spread_over
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,8 +39,6 @@ PANEL_WIDTH = 1.3
 """Inches, at least."""
 PANELS_A_ROW = 4
 STYLES: dict[TensorName, Literal["-", "--"]] = {"key": "-", "value": "--"}
-FLOOR = 1e-6
-"""Of the largest singular value: what lies below is rounding, and off the picture."""
 
 
 @in_paper_style
@@ -72,7 +70,7 @@ def spectra_figure(spectra: Spectra, layers: Sequence[int] | None = None, page: 
     assert first is not None
     smallest = min(value for entry in shown for tensor in TENSORS for value in entry.tensor(tensor).low if value > 0)
     first.set_yscale("log")
-    first.set_ylim(max(smallest, FLOOR * largest) / 1.5, 1.5 * largest)
+    first.set_ylim(max(smallest, SPECTRUM_FLOOR * largest) / 1.5, 1.5 * largest)
     _legend(figure)
     return figure
 

@@ -9,7 +9,7 @@ from kvprof.records.evaluation import PlanResult
 from kvprof.records.frontier import Frontier
 from kvprof.records.gathered import ReportFiles
 from kvprof.report.charts.budgets import Measured, Predicted, draw_budgets
-from kvprof.report.evaluations import KL_FLOOR
+from kvprof.report.evaluations import KL_FLOOR, nats_text
 from kvprof.report.frontiers import knee_lines
 from kvprof.report.page import Block, Commands, Figure, Paragraph, Section, Table, both_widths, missing
 
@@ -153,8 +153,7 @@ def _measured_table(measured: list[Measured]) -> Table:
     for each in measured:
         result = each.result
         error = f" ± {result.kl_stderr_nats:#.2g}" if result.kl_stderr_nats and result.kl_nats >= KL_FLOOR else ""
-        kl = f"{result.kl_nats:#.3g}" if result.kl_nats >= KL_FLOOR else "0"
-        rows.append((str(each.number), result.name, f"{result.stored_bits:.4g}", kl + error))
+        rows.append((str(each.number), result.name, f"{result.stored_bits:.4g}", nats_text(result.kl_nats) + error))
     strong = next((place for place, each in enumerate(measured) if each.result.role == "plan"), None)
     headings = ("no.", "plan", "stored bits", "measured KL, nats/token")
     return Table("The numbered marks", headings, rows, left=(1,), strong=strong)

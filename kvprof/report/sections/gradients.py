@@ -8,9 +8,10 @@ from __future__ import annotations
 from kvprof.records.formats import TENSORS, TensorName
 from kvprof.records.gathered import ReportFiles
 from kvprof.records.scores import Scores
-from kvprof.report.charts.layers import LayerNumber, draw_layers
+from kvprof.report.charts.layers import LayerMark, draw_layers
 from kvprof.report.page import Block, Figure, Paragraph, Section, Table, both_widths, missing, sentence
 from kvprof.report.sentences import score_remarks
+from kvprof.report.series import by_layer
 
 HEADING = "How strongly does the loss pull at W_k and W_v?"
 
@@ -55,18 +56,16 @@ def _means(scores: Scores) -> str:
 
 
 def _draw(scores: Scores, num_layers: int, width: float) -> str:
-    series: dict[TensorName, list[LayerNumber]] = {}
+    series: dict[TensorName, list[LayerMark]] = {}
     for tensor in TENSORS:
         numbers = []
-        for entry in scores.layers:
-            found = entry.tensor(tensor)
-            norm, error = found.gradient_norm or 0.0, found.gradient_norm_stderr
-            tip = f"layer {entry.layer}, {tensor}s: gradient norm {norm:.4g}"
+        for layer, norm, error in by_layer(scores, "gradient_norm", tensor):
+            tip = f"layer {layer}, {tensor}s: gradient norm {norm:.4g}"
             ends: tuple[float | None, float | None] = (None, None)
             if error is not None:
                 tip += f" ± {error:.2g}"
                 ends = max(norm - error, 0.1 * norm), norm + error
-            numbers.append(LayerNumber(entry.layer, norm, *ends, tip=tip))
+            numbers.append(LayerMark(layer, norm, *ends, tip=tip))
         series[tensor] = numbers
     title = "gradient norm, nats per unit of weight"
     return draw_layers(series, num_layers, title, "Gradient norm of W_k and W_v by layer", width=width)

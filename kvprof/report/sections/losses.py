@@ -6,15 +6,15 @@ Reads Scores with `loss_increase`, and the plan, whose choices the picture frame
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from kvprof.errors import UsageError
-from kvprof.records.formats import TENSORS, Format, TensorName, format_named
+from kvprof.records.formats import TENSORS, TensorName
 from kvprof.records.gathered import ReportFiles
-from kvprof.records.plan import BitPlan, head_dim_of
+from kvprof.records.plan import BitPlan
 from kvprof.records.scores import Scores
 from kvprof.report.charts.heat import Column, draw_heat, shades_of
 from kvprof.report.page import Block, Drawing, Figure, Paragraph, Section, Table, missing
+from kvprof.report.series import ScoredFormat, scored_formats
 
 HEADING = "What does each way to store them cost?"
 WIDE_SPREAD = 4.0
@@ -28,13 +28,13 @@ def losses_section(files: ReportFiles, command: str) -> Section:
     scores = files.losses.document
     plan = None if files.plan is None else files.plan.document
     losses = {tensor: _losses(scores, tensor) for tensor in TENSORS}
-    formats = {tensor: _columns(scores, tensor) for tensor in TENSORS}
+    formats = {tensor: scored_formats(scores, tensor) for tensor in TENSORS}
     every = [loss for tensor in TENSORS for row in losses[tensor].values() for loss in row.values()]
     shades = shades_of(every)
     drawings = [
         Drawing(
             draw_heat(
-                list(losses[tensor].items()), [column for column, _ in formats[tensor]], shades, f"{tensor}s",
+                list(losses[tensor].items()), list(map(_column, formats[tensor])), shades, f"{tensor}s",
                 _chosen(plan, tensor),
             )
         )
@@ -75,19 +75,9 @@ def _losses(scores: Scores, tensor: TensorName) -> dict[int, Mapping[str, float]
     return {layer: row for layer, row in rows.items() if row}
 
 
-def _columns(scores: Scores, tensor: TensorName) -> list[tuple[Column, Format | None]]:
-    """Return the formats that any layer was scored in, by what they store; those that no plan can have come last."""
-    found: list[tuple[float, Column, Format | None]] = []
-    shapes = [] if scores.geometry is None else scores.geometry.planned
-    head_dim = head_dim_of(shapes[0], tensor) if shapes else None
-    for name in scores.scored_formats(tensor):
-        try:
-            form = format_named(name, tensor, head_dim)
-            bits = float(form.stored_bits(head_dim))
-            found.append((bits, Column(name, f"{bits:.4g} stored bits"), form))
-        except UsageError:
-            found.append((float("inf"), Column(name, "no format of this cache"), None))
-    return [(column, form) for _, column, form in sorted(found, key=lambda each: (each[0], each[1].name))]
+def _column(form: ScoredFormat) -> Column:
+    known = "no format of this cache" if form.stored_bits is None else f"{form.stored_bits:.4g} stored bits"
+    return Column(form.name, known)
 
 
 def _chosen(plan: BitPlan | None, tensor: TensorName) -> dict[int, str]:
@@ -97,11 +87,12 @@ def _chosen(plan: BitPlan | None, tensor: TensorName) -> dict[int, str]:
 def _means(
     scores: Scores,
     losses: Mapping[TensorName, Mapping[int, Mapping[str, float]]],
-    formats: Mapping[TensorName, list[tuple[Column, Format | None]]],
+    formats: Mapping[TensorName, Sequence[ScoredFormat]],
 ) -> str:
     """Say which tensors are the dearest at 2 bits, or at the narrowest width that keys and values share."""
     names = {
-        tensor: {column.name: form.bits for column, form in formats[tensor] if form is not None} for tensor in TENSORS
+        tensor: {form.name: form.nominal_bits for form in formats[tensor] if form.nominal_bits is not None}
+        for tensor in TENSORS
     }
     shared = sorted(set(names["key"].values()) & set(names["value"].values()))
     if not shared:
@@ -131,12 +122,10 @@ def _means(
     return text + (" With such a spread, one width for all wastes bits." if spread >= WIDE_SPREAD else "")
 
 
-def _table(
-    rows: Mapping[int, Mapping[str, float]], formats: list[tuple[Column, Format | None]], tensor: TensorName
-) -> Table:
-    headings = ["layer", *(column.name for column, _ in formats)]
+def _table(rows: Mapping[int, Mapping[str, float]], formats: Sequence[ScoredFormat], tensor: TensorName) -> Table:
+    headings = ["layer", *(form.name for form in formats)]
     cells = [
-        [str(layer), *(f"{row[column.name]:#.3g}" if column.name in row else "-" for column, _ in formats)]
+        [str(layer), *(f"{row[form.name]:#.3g}" if form.name in row else "-" for form in formats)]
         for layer, row in rows.items()
     ]
     return Table(f"Predicted loss of {tensor}s, nats a token", headings, cells, is_long=True)

@@ -9,9 +9,10 @@ from kvprof.records.formats import TENSORS
 from kvprof.records.gathered import ReportFiles
 from kvprof.records.plan import BitPlan
 from kvprof.records.words import layers_text
-from kvprof.report.charts.plan import draw_plan, stored_bits
+from kvprof.report.charts.plan import draw_plan
 from kvprof.report.page import Block, Figure, Paragraph, Section, Table, both_widths, missing
 from kvprof.report.plans import plan_lines
+from kvprof.report.series import skipped_layers, stored_tensors
 
 HEADING = "Where do the bits go?"
 WIDE, NARROW = 920, 358
@@ -74,7 +75,8 @@ def _facts(plan: BitPlan) -> list[tuple[str, str]]:
 
 def _table(plan: BitPlan) -> Table:
     entries = {entry.layer: entry for entry in plan.layers}
-    reasons = {entry.layer: entry.reason for entry in plan.skipped or ()}
+    stored = {tensor: {one.layer: one for one in stored_tensors(plan, tensor)} for tensor in TENSORS}
+    reasons = skipped_layers(plan)
     rows = []
     for layer in range(plan.model.num_layers):
         if layer in reasons:
@@ -82,8 +84,8 @@ def _table(plan: BitPlan) -> Table:
             continue
         cells = [str(layer)]
         for tensor in TENSORS:
-            form = entries[layer].tensor(tensor)
-            cells += [form.name, str(form.bits), f"{stored_bits(plan, layer, form, tensor):.4g}"]
+            one = stored[tensor][layer]
+            cells += [one.format, str(one.nominal_bits), f"{one.stored_bits:.4g}"]
         shares = [entries[layer].tensor(tensor).recent_fraction for tensor in TENSORS]
         rows.append([*cells, f"{max(shares):.0%} of the past in full precision" if any(shares) else ""])
     headings = ["layer", *(f"{tensor} {what}" for tensor in TENSORS for what in ("format", "bits", "stored bits")), ""]

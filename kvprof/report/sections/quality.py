@@ -11,9 +11,10 @@ from kvprof.records.evaluation import Evaluation, PlanResult
 from kvprof.records.gathered import ReportFiles
 from kvprof.records.words import counted
 from kvprof.report.charts.positions import draw_positions
-from kvprof.report.evaluations import KL_FLOOR, evaluation_lines, evaluation_verdict
+from kvprof.report.evaluations import KL_FLOOR, evaluation_lines, evaluation_verdict, nats_text
 from kvprof.report.page import Block, Code, Drawing, Figure, Paragraph, Section, Table, missing, sentence
 from kvprof.report.sections.budgets import measured_plans
+from kvprof.report.series import ranked_results
 
 HEADING = "How good is it, measured?"
 
@@ -58,13 +59,13 @@ def _means(evaluation: Evaluation) -> str:
     tokens = sum(part.tokens for part in plan.by_position)
     first, last = plan.by_position[0], plan.by_position[-1]
     words = (
-        f"{plan.name} loses {_nats(plan.kl_nats)} nats a token over {tokens} tokens of {text.dataset}, and agrees on "
-        f"{plan.top1_agreement:.1%} of the likeliest next tokens. "
+        f"{plan.name} loses {nats_text(plan.kl_nats)} nats a token over {tokens} tokens of {text.dataset}, and agrees "
+        f"on {plan.top1_agreement:.1%} of the likeliest next tokens. "
     )
     if first is not last:
         words += (
-            f"At positions {first.first} to {first.last} it loses {_nats(first.kl_nats)}, at positions {last.first} to "
-            f"{last.last} {_nats(last.kl_nats)}. "
+            f"At positions {first.first} to {first.last} it loses {nats_text(first.kl_nats)}, at positions "
+            f"{last.first} to {last.last} {nats_text(last.kl_nats)}. "
         )
     verdict = evaluation_verdict(evaluation) if len(evaluation.plans) > 1 else ""
     return (words + (verdict + "." if verdict else "")).strip()
@@ -72,7 +73,7 @@ def _means(evaluation: Evaluation) -> str:
 
 def _results(evaluation: Evaluation, numbers: Mapping[str, int]) -> Table:
     plan = evaluation.plan
-    ranked = sorted(evaluation.plans, key=lambda result: result.kl_nats)
+    ranked = ranked_results(evaluation)
     full = ("", "full precision", "", "16", "0", "-", "0", "1", f"{evaluation.reference_perplexity:.2f}", "-")
     rows = [full, *((str(numbers[result.name]), *_cells(result, plan)) for result in ranked)]
     split = f", {evaluation.text.split}" if evaluation.text.split else ""
@@ -92,9 +93,9 @@ def _cells(result: PlanResult, plan: PlanResult) -> tuple[str, ...]:
         result.name,
         {"plan": "the plan", "rival": "rival", "against": "compared with"}[result.role],
         f"{result.stored_bits:.4g}",
-        _nats(result.kl_nats),
+        nats_text(result.kl_nats),
         f"{result.kl_stderr_nats:#.2g}" if result.kl_stderr_nats and result.kl_nats >= KL_FLOOR else "-",
-        _nats(result.kl_p99_nats),
+        nats_text(result.kl_p99_nats),
         f"{result.top1_agreement:.4f}",
         f"{result.perplexity:.2f}",
         f"{result.kl_nats / plan.kl_nats:.2f}" if plan.kl_nats > 0 else "-",
@@ -103,14 +104,15 @@ def _cells(result: PlanResult, plan: PlanResult) -> tuple[str, ...]:
 
 def _positions(evaluation: Evaluation) -> Table:
     rows = [
-        (result.name, f"{part.first}-{part.last}", str(part.tokens), _nats(part.kl_nats), f"{part.top1_agreement:.4f}")
+        (
+            result.name,
+            f"{part.first}-{part.last}",
+            str(part.tokens),
+            nats_text(part.kl_nats),
+            f"{part.top1_agreement:.4f}",
+        )
         for result in evaluation.plans
         for part in result.by_position
     ]
     headings = ("plan", "positions", "tokens", "KL, nats/token", "top-1 agreement")
     return Table("By position", headings, rows, left=(0, 1), is_long=True)
-
-
-def _nats(kl: float) -> str:
-    """Write a divergence; what is below the rounding of float32 logits is none."""
-    return f"{kl:#.3g}" if kl >= KL_FLOOR else "0"

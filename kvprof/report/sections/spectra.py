@@ -10,14 +10,15 @@ import math
 from kvprof.records.formats import TENSORS, TensorName
 from kvprof.records.gathered import ReportFiles
 from kvprof.records.spectra import LayerSpectra, Spectra
-from kvprof.report.charts.layers import LayerNumber, draw_layers
-from kvprof.report.charts.spectra import FLOOR, draw_spectrum
+from kvprof.report.charts.layers import LayerMark, draw_layers
+from kvprof.report.charts.spectra import draw_spectrum
 from kvprof.report.page import Block, Drawing, Figure, Paragraph, Section, Table, missing, sentence
+from kvprof.report.series import SPECTRUM_FLOOR, spread_over
 from kvprof.report.spectra import SHARE, heads_text, larger_text
 
 HEADING = "How large are the cached keys and values themselves?"
 SHOWN = 6
-"""Layers whose spectra are open at once, evenly spaced; the others are a click away."""
+"""Layers whose spectra are open at once, evenly spaced; the others, where they are more than two, a click away."""
 
 
 def spectra_section(files: ReportFiles, command: str) -> Section:
@@ -27,7 +28,7 @@ def spectra_section(files: ReportFiles, command: str) -> Section:
     spectra = files.spectra.document
     entries = spectra.layers
     low, high = _range(spectra)
-    picked = _evenly(entries)
+    picked = list(entries) if len(entries) <= SHOWN + 2 else spread_over(entries, SHOWN)
     rest = [entry for entry in entries if entry not in picked]
     blocks: list[Block] = [
         Paragraph(
@@ -83,20 +84,13 @@ def _range(spectra: Spectra) -> tuple[float, float]:
     """Return the ends of the axis that all layers share."""
     every = [entry.tensor(tensor) for entry in spectra.layers for tensor in TENSORS]
     high = max(max(spectrum.high) for spectrum in every) or 1.0
-    above = [value for spectrum in every for value in spectrum.low if value > high * FLOOR]
+    above = [value for spectrum in every for value in spectrum.low if value > high * SPECTRUM_FLOOR]
     low = min(above, default=high / 10)
     return low / 1.2, max(high * 1.2, low * 2)
 
 
-def _evenly(entries: tuple[LayerSpectra, ...]) -> list[LayerSpectra]:
-    """Return a few entries from the first to the last; all of them where they are hardly more."""
-    if len(entries) <= SHOWN + 2:
-        return list(entries)
-    return [entries[round(place * (len(entries) - 1) / (SHOWN - 1))] for place in range(SHOWN)]
-
-
 def _draw_norm(spectra: Spectra, num_layers: int) -> str:
-    series: dict[TensorName, list[LayerNumber]] = {}
+    series: dict[TensorName, list[LayerMark]] = {}
     for tensor in TENSORS:
         numbers = []
         for entry in spectra.layers:
@@ -105,7 +99,7 @@ def _draw_norm(spectra: Spectra, num_layers: int) -> str:
             tip = f"layer {entry.layer}, {tensor}s: largest singular value {found.spectral_norm:.4g}"
             if found.heads > 1:
                 tip += f", {found.low[0]:.4g} to {found.high[0]:.4g} over {found.heads} heads"
-            numbers.append(LayerNumber(entry.layer, found.spectral_norm, ends[0], ends[1], tip))
+            numbers.append(LayerMark(entry.layer, found.spectral_norm, ends[0], ends[1], tip))
         series[tensor] = numbers
     title = "largest singular value, cached units"
     return draw_layers(
@@ -114,11 +108,11 @@ def _draw_norm(spectra: Spectra, num_layers: int) -> str:
 
 
 def _draw_rank(spectra: Spectra, num_layers: int) -> str:
-    series: dict[TensorName, list[LayerNumber]] = {}
+    series: dict[TensorName, list[LayerMark]] = {}
     for tensor in TENSORS:
         ranks = {entry.layer: entry.tensor(tensor).values_for(SHARE) for entry in spectra.layers}
         series[tensor] = [
-            LayerNumber(layer, rank, tip=f"layer {layer}, {tensor}s: {rank} singular values hold 90 %")
+            LayerMark(layer, rank, tip=f"layer {layer}, {tensor}s: {rank} singular values hold 90 %")
             for layer, rank in ranks.items()
         ]
     return draw_layers(

@@ -11,9 +11,10 @@ from kvprof.records.formats import TENSORS
 from kvprof.records.gathered import ReportFiles
 from kvprof.records.scores import Scores
 from kvprof.records.words import layers_text
-from kvprof.report.charts.layers import LayerNumber, draw_layers
+from kvprof.report.charts.layers import LayerMark, draw_layers
 from kvprof.report.page import Block, Drawing, Figure, Paragraph, Section, Table, missing, sentence
 from kvprof.report.sentences import larger, norm_verdict, score_remarks
+from kvprof.report.series import by_layer
 
 HEADING = "How large are the projections W_k and W_v?"
 Norm = Literal["spectral_norm", "frobenius_norm"]
@@ -69,8 +70,8 @@ def _means(scores: Scores) -> str:
 def _draw(scores: Scores, norm: Norm, num_layers: int) -> str:
     series = {
         tensor: [
-            LayerNumber(layer, value, tip=f"layer {layer}, {tensor}s: {NORMS[norm]} {value:.4g}")
-            for layer, value in zip([entry.layer for entry in scores.layers], scores.column(norm, tensor), strict=True)
+            LayerMark(layer, value, tip=f"layer {layer}, {tensor}s: {NORMS[norm]} {value:.4g}")
+            for layer, value, _ in by_layer(scores, norm, tensor)
         ]
         for tensor in TENSORS
     }
