@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 VENV = ROOT / ".venv"
+RESULTS = ROOT / "outputs" / "demo"
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,11 @@ class Quickstart:
         return [line.removeprefix("$ ") for line in self.output.splitlines() if line.startswith("$ ")]
 
 
-def run_quickstart(elsewhere: Path) -> Quickstart:
-    """Run recipes/quickstart.sh from another folder."""
-    folder = ROOT / "outputs" / "demo"
-    (folder / "plan-2.50.json").unlink(missing_ok=True)
+def run_quickstart(elsewhere: Path) -> str:
+    """Run recipes/quickstart.sh from another folder; return what it prints."""
+    (RESULTS / "plan-2.50.json").unlink(missing_ok=True)
     done = subprocess.run(
         ["bash", str(ROOT / "recipes" / "quickstart.sh")], cwd=elsewhere, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return Quickstart(done.stdout, folder)
+    return done.stdout

@@ -15,6 +15,7 @@ import pytest
 from folders import save_folder, save_text
 from quickstart import Quickstart
 
+from kvprof import BitPlan
 from kvprof.allocate.targets import TARGETS
 from kvprof.cli.app import COMMANDS
 
@@ -23,7 +24,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 ELSEWHERE = {
-    "bash recipes/quickstart.sh": "tests/test_recipes.py runs it",
+    "bash recipes/quickstart.sh": "the test above runs it",
     "bash tests/run.sh": "it is what runs these tests",
 }
 
@@ -42,6 +43,12 @@ def commands() -> list[str]:
 def test_the_readme_has_the_three_commands() -> None:
     for command in ("kvprof norms", "kvprof gradients", "kvprof allocate --budget 2.5", *ELSEWHERE):
         assert command in commands()
+
+
+@pytest.mark.demo
+def test_quickstart_runs_from_any_folder_and_ends_with_a_plan(quickstart: Quickstart) -> None:
+    assert quickstart.output.splitlines()[-1] == "written to outputs/demo/plan-2.50.json"
+    assert len(BitPlan.load(quickstart.folder / "plan-2.50.json").layers) == 30
 
 
 @pytest.mark.demo

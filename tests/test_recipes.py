@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import typer
 from folders import save_folder
-from quickstart import Quickstart
 from typer.testing import CliRunner
 
 from kvprof import BitPlan
@@ -30,12 +29,6 @@ else:
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = (ROOT / "recipes/cluster.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.demo
-def test_quickstart_runs_from_any_folder_and_ends_with_a_plan(quickstart: Quickstart) -> None:
-    assert quickstart.output.splitlines()[-1] == "written to outputs/demo/plan-2.50.json"
-    assert len(BitPlan.load(quickstart.folder / "plan-2.50.json").layers) == 30
 
 
 def test_a_python_that_is_too_old_or_absent_is_named(tmp_path: Path) -> None:
