@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,12 @@ CASES = [
 ]
 
 
+@functools.cache
+def drawn(name: str, model: str = "demo", width: float | None = None) -> Figure:
+    """Return a picture, drawn once for all tests that only look at it."""
+    return PICTURES[name](*MODELS[model], Page(width))
+
+
 def boxes_of(figure: Figure) -> dict[Text, Any]:
     """Every text that is seen, and where: titles, labels, numbers along the axes, legends, notes."""
     unseen = set()
@@ -77,10 +84,9 @@ def boxes_of(figure: Figure) -> dict[Text, Any]:
 
 @pytest.mark.parametrize("width", [None, 3.3])
 @pytest.mark.parametrize(("name", "model"), CASES)
-def test_no_text_is_cut_off_or_lies_on_another(name: str, model: str, width: float | None, tmp_path: Path) -> None:
-    figure = PICTURES[name](*MODELS[model], Page(width))
+def test_no_text_is_cut_off_or_lies_on_another(name: str, model: str, width: float | None) -> None:
+    figure = drawn(name, model, width)
     assert width is None or figure.get_figwidth() == width
-    save_figure(figure, tmp_path / "picture.png")
     boxes = boxes_of(figure)
     assert len(boxes) > 5
     for text, box in boxes.items():
@@ -106,7 +112,7 @@ UNITS = {
 
 @pytest.mark.parametrize("name", UNITS)
 def test_every_axis_names_what_it_counts_and_the_unit(name: str) -> None:
-    figure = PICTURES[name](30, (), Page())
+    figure = drawn(name)
     across, upwards = UNITS[name]
     x_labels = " ".join(word for axes in figure.axes for word in axes.get_xlabel().split())
     y_labels = [" ".join(axes.get_ylabel().split()) for axes in figure.axes]
@@ -125,9 +131,9 @@ def test_norms_are_those_of_the_record() -> None:
     scores = pictured.norms(7)
     figure = norms_figure(scores)
     for panel, norm in enumerate(("spectral_norm", "frobenius_norm")):
-        drawn = lines(figure, panel)
+        shown = lines(figure, panel)
         for tensor in ("key", "value"):
-            assert (list(range(7)), scores.column(norm, tensor)) in drawn
+            assert (list(range(7)), scores.column(norm, tensor)) in shown
 
 
 def test_gradients_have_their_standard_errors() -> None:
@@ -237,13 +243,13 @@ def test_layers_that_are_not_there_are_named(text: str, problem: str) -> None:
 def test_a_frontier_has_its_curve_its_knees_and_every_rival_at_its_bits() -> None:
     frontier, evaluation = pictured.frontier(), pictured.evaluation()
     figure = frontier_figure(frontier, [evaluation])
-    drawn = lines(figure)
+    shown = lines(figure)
     curve = ([point.stored_bits for point in frontier.points], [point.predicted_kl_nats for point in frontier.points])
     knees = ([point.stored_bits for point in frontier.knees], [point.predicted_kl_nats for point in frontier.knees])
-    assert curve in drawn
-    assert knees in drawn
+    assert curve in shown
+    assert knees in shown
     for result in evaluation.plans:
-        assert ([result.stored_bits], [result.kl_nats]) in drawn
+        assert ([result.stored_bits], [result.kl_nats]) in shown
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     measured = labels[labels.index("measured:") + 1 :]
     assert [label.rpartition(": ")[0] for label in measured] == [
@@ -265,10 +271,10 @@ def test_positions_have_a_mark_for_each_stretch_of_each_plan() -> None:
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_colours_are_told_apart_by_all_eyes(name: str) -> None:
-    figure = PICTURES[name](4, (), Page())
-    drawn = {to_hex(line.get_color()) for axes in figure.axes for line in axes.lines}
-    drawn |= {to_hex(bar.get_facecolor()) for axes in figure.axes for bar in axes.patches}
-    coloured = {colour for colour in drawn if len({colour[1:3], colour[3:5], colour[5:7]}) > 1}
+    figure = drawn(name)
+    seen = {to_hex(line.get_color()) for axes in figure.axes for line in axes.lines}
+    seen |= {to_hex(bar.get_facecolor()) for axes in figure.axes for bar in axes.patches}
+    coloured = {colour for colour in seen if len({colour[1:3], colour[3:5], colour[5:7]}) > 1}
     assert coloured <= OKABE_ITO
     if name == "losses":
         assert {mesh.get_cmap().name for axes in figure.axes[:2] for mesh in axes.collections} == {"cividis"}
@@ -278,17 +284,19 @@ def test_colours_are_told_apart_by_all_eyes(name: str) -> None:
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_the_same_record_gives_the_same_bytes_whatever_the_settings_of_matplotlib(name: str, tmp_path: Path) -> None:
-    for kind in ("png", "svg"):
-        first = save_figure(PICTURES[name](12, (2, 3), Page(dpi=80)), tmp_path / f"first.{kind}").read_bytes()
-        with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "red", "svg.hashsalt": "another"}):
-            again = save_figure(PICTURES[name](12, (2, 3), Page(dpi=80)), tmp_path / f"again.{kind}").read_bytes()
-        assert first == again
+    def saved() -> list[bytes]:
+        figure = PICTURES[name](12, (2, 3), Page(dpi=80))
+        return [save_figure(figure, tmp_path / f"picture.{kind}").read_bytes() for kind in ("png", "svg")]
+
+    first = saved()
+    with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "red", "svg.hashsalt": "another"}):
+        assert saved() == first
     assert matplotlib.rcParams["svg.hashsalt"] != "kvprof"
 
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_an_svg_is_xml_whose_text_is_text(name: str, tmp_path: Path) -> None:
-    figure = PICTURES[name](12, (), Page())
+    figure = drawn(name)
     path = save_figure(figure, tmp_path / "picture.svg")
     root = ElementTree.parse(path).getroot()
     written = " ".join("".join(node.itertext()) for node in root.iter("{http://www.w3.org/2000/svg}text"))
