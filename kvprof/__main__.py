@@ -7,11 +7,23 @@ import io
 import os
 import sys
 
-from kvprof.cli.app import QUICK, app_for
+from kvprof.cli.stops import Stopped, heed_signals, leave, leave_in_peace
 
 
 def main() -> None:
     """Run the command line."""
+    heed_signals()
+    try:
+        _run()
+    except Stopped as stopped:
+        leave(stopped)
+    finally:
+        leave_in_peace()
+
+
+def _run() -> None:
+    from kvprof.cli.app import QUICK, app_for  # here, where a Ctrl-C is heeded
+
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # kvprof has none, and looking for them takes time
     if not QUICK.isdisjoint(sys.argv[1:2]):
         gc.disable()  # they end before garbage could matter, and looking for it is a tenth of their time

@@ -12,6 +12,7 @@ from typing import ParamSpec
 
 import typer
 
+from kvprof.cli.stops import INTERRUPTED, SAID, Stopped
 from kvprof.errors import KvprofError, UsageError
 from kvprof.records.processes import launched_rank, launched_size
 
@@ -22,9 +23,6 @@ SHARED = frozenset({"gradients"})
 
 PATIENCE_SECONDS = 3.0
 """The first of several processes to end takes all others with it: let the one that speaks be that."""
-
-INTERRUPTED = 130
-"""The exit code of a command that Ctrl-C stopped, by the shells' convention (128 + SIGINT)."""
 
 
 class _Notes(logging.Handler):
@@ -37,7 +35,7 @@ class _Notes(logging.Handler):
 
 
 def explains_errors(command: Callable[P, None]) -> Callable[P, None]:
-    """Wrap a command: a KvprofError becomes its message and exit code, Ctrl-C a line on how to go on."""
+    """Wrap a command: a KvprofError becomes its message and exit code, Ctrl-C or SIGTERM a line on how to go on."""
 
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -69,10 +67,10 @@ def explains_errors(command: Callable[P, None]) -> Callable[P, None]:
             where = f"{error.filename}: " if error.filename else ""
             print_error(KvprofError(f"{where}{error.strerror or error}."))
             raise typer.Exit(1) from None
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Stopped) as stopped:
             from kvprof.report.console import print_note
 
-            print_note("\nstopped. The same command goes on from the last finished piece, or begins again.")
-            raise typer.Exit(INTERRUPTED) from None
+            print_note(f"\n{SAID}")
+            raise typer.Exit(getattr(stopped, "exit_code", INTERRUPTED)) from None
 
     return wrapped

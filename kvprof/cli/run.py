@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvprof.cli.options import TrustRemoteCode
+from kvprof.cli.stops import STOPPED
 from kvprof.errors import UsageError
 
 if TYPE_CHECKING:
@@ -120,7 +122,7 @@ def _take(steps: Sequence[Step], number: int, past: Past) -> RecipeStep:
     start = time.monotonic()
     code = _run_command(step.arguments)
     if code != 0:
-        if code != 130:
+        if code not in STOPPED:
             print_note(
                 f"step {number + 1} of {len(steps)} failed: {step.line}\n"
                 "  What was done stays done. Put right what it says, and give the same command again to go on: "

@@ -5,7 +5,6 @@ Reads files to hash them, and writes history.json. Runs nothing; does not know w
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 from collections.abc import Sequence
@@ -14,9 +13,11 @@ from pathlib import Path
 from typing import Literal
 
 from kvprof import __version__
-from kvprof.errors import InvalidFile, OutputError
+from kvprof.errors import InvalidFile
 from kvprof.recipes.steps import Step
 from kvprof.records.history import History, Stamp, StepTaken
+from kvprof.records.locks import Lock
+from kvprof.records.runs import cannot_write
 
 FILE = "history.json"
 
@@ -48,22 +49,15 @@ class Past:
         self._history = self._load()
 
     def __enter__(self) -> Past:
-        from filelock import FileLock, Timeout  # here, for a dry run that needs no lock
-
-        self._lock = FileLock(self._path.with_suffix(".lock"))
+        self._lock = Lock(self._path.with_suffix(".lock"), f"runs a recipe in {self.folder}")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise OutputError(
-                f"another kvprof runs a recipe in {self.folder}; wait for it, or use another --out."
-            ) from None
+            self._lock.acquire()
+        except OSError as error:
+            raise cannot_write(self._path, error) from None
         self._history = self._load()
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):  # while it is still held, lest another's lock be unlinked
-            Path(self._lock.lock_file).unlink()
         self._lock.release()
 
     def _load(self) -> History:

@@ -1,11 +1,12 @@
-"""Which of several processes on one measurement this is: by the environment that accelerate, torchrun or mpirun set.
+"""Which process this is: of several on one measurement, and on which machine; and whether another is still there.
 
-Reads environment variables alone, so that it costs nothing to ask.
+The first by the environment that accelerate, torchrun or mpirun set. It costs nothing to ask.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 
 _RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _SIZE = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -22,6 +23,24 @@ def launched_size() -> int:
 def launched_rank() -> int:
     """Return the number of this process, from 0; the first alone writes and speaks."""
     return _number(_RANK, 0) if launched_size() > 1 else 0
+
+
+def host_name() -> str:
+    """Return what this machine, or this container, calls itself."""
+    return socket.gethostname()
+
+
+def is_gone(host: str, pid: int) -> bool:
+    """Whether a process has surely ended. Of another machine's, or on Windows, that cannot be known."""
+    if host != host_name() or os.name != "posix" or not 0 < pid < 2**31:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # another user's
+        return False
+    return False
 
 
 def _number(names: tuple[str, ...], otherwise: int) -> int:

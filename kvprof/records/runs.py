@@ -6,6 +6,7 @@ Reads and writes files under `outputs/`; does not know what is in them.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -15,7 +16,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kvprof.errors import Mismatch, OutputError
+from kvprof.errors import Mismatch, OutputError, first_line
+from kvprof.records.locks import Lock
+from kvprof.records.processes import host_name, is_gone
 
 OUTPUTS = Path("outputs")
 """Results go here, relative to where the command runs, unless `--out` says otherwise."""
@@ -95,11 +98,13 @@ def write_atomically(path: str | Path, text: str) -> Path:
 def replaced_when_whole(path: Path) -> Iterator[Path]:
     """Yield a file beside `path` to write; it takes that place when the `with` ends well, and is gone otherwise.
 
+    A process that is killed meanwhile leaves a hidden file, which the next one to write that place removes.
     Raises OutputError where the place cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        _remove_abandoned(path)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{_prefix(path)}{os.getpid()}.", suffix=".tmp")
         os.close(handle)
         temporary = Path(name)
         try:
@@ -114,7 +119,34 @@ def replaced_when_whole(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}.\n  Name another folder with --out DIR.") from None
+        raise cannot_write(path, error) from None
+
+
+def cannot_write(path: Path, error: OSError) -> OutputError:
+    """Return what to say where a file cannot be written: what is wrong, and what to do about it."""
+    advice = "Name another folder with --out DIR."
+    if error.errno in _FULL:
+        advice = "Free some space and give the same command again: what is measured is kept."
+    return OutputError(f"cannot write {path}: {error.strerror or first_line(error)}.\n  {advice}")
+
+
+_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
+def _prefix(path: Path) -> str:
+    """Return how the names of the files begin that this machine's processes write on the way to a path."""
+    host = hashlib.sha256(host_name().encode(errors="surrogateescape")).hexdigest()[:6]
+    return f".{path.name}.{host}-"
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what processes that were killed had begun to write in a path's place."""
+    prefix = _prefix(path)
+    with contextlib.suppress(OSError):
+        for name in os.listdir(path.parent):
+            pid = name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) and name.endswith(".tmp") else ""
+            if pid.isdecimal() and is_gone(host_name(), int(pid)):
+                os.unlink(path.parent / name)
 
 
 class Journal:
@@ -133,30 +165,23 @@ class Journal:
         self.settings: dict[str, Any] = json.loads(json.dumps(dict(settings)))
         self.restart = restart
         self.done: dict[str, Any] = {}
-        from filelock import FileLock  # here, for commands that need no journal and must answer at once
-
-        self._lock = FileLock(path.with_suffix(path.suffix + ".lock"))
+        self._lock = Lock(path.with_suffix(path.suffix + ".lock"), f"is writing {path}")
 
     def __enter__(self) -> Journal:
-        from filelock import Timeout
-
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise OutputError(f"another kvprof is writing {self.path}; wait for it, or use another --out.") from None
+            self._lock.acquire()
         except OSError as error:
-            raise OutputError(f"cannot write {self.path}: {error.strerror}.") from None
+            raise cannot_write(self.path, error) from None
         try:
             if self.restart or not self._read():
                 self.done = {}
                 write_atomically(self.path, _line("settings", self.settings))
             self._file = open(self.path, "a", encoding="utf-8", newline="\n")
         except OSError as error:
-            self._release()
-            raise OutputError(f"cannot write {self.path}: {error.strerror}.") from None
+            self._lock.release()
+            raise cannot_write(self.path, error) from None
         except BaseException:
-            self._release()
+            self._lock.release()
             raise
         return self
 
@@ -167,7 +192,7 @@ class Journal:
             # Failed before its first piece: nothing to go on with that would forbid to try other settings.
             with contextlib.suppress(OSError):
                 self.remove()
-        self._release()
+        self._lock.release()
 
     def add(self, key: str, result: object) -> None:
         """Record one finished piece, on the disk when this returns."""
@@ -177,19 +202,12 @@ class Journal:
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise OutputError(
-                f"cannot write {self.path}: {error.strerror}.\n  Free some space; nothing is lost."
-            ) from None
+            raise cannot_write(self.path, error) from None
         self.done[key] = json.loads(line.split(" ", 1)[1])[1]
 
     def remove(self) -> None:
         """Delete the file: the run's result is written, nothing is left to resume."""
         self.path.unlink(missing_ok=True)
-
-    def _release(self) -> None:
-        with contextlib.suppress(OSError):  # while it is still held, lest another's lock be unlinked
-            Path(self._lock.lock_file).unlink()
-        self._lock.release()
 
     def _read(self) -> bool:
         """Fill `done` from the file; return whether there was a usable one. Leaves the file ending on a whole line."""
