@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvprof.cli.options import TrustRemoteCode
 from kvprof.cli.stops import STOPPED
 from kvprof.errors import UsageError
 
