@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING
 
 from kvprof.records.evaluation import Evaluation, PlanResult
 from kvprof.records.frontier import Frontier, FrontierPoint
+from kvprof.report.plots.contest import looks
 from kvprof.report.plots.layers import light_grid
 from kvprof.report.plots.legends import LEGEND_BESIDE, LONGEST_NAME, legend_at_side, legend_height
 from kvprof.report.plots.notes import legend_boxes, marker_boxes, write_beside
 from kvprof.report.plots.style import (
-    ACCENT,
     FULL_WIDTH,
-    OTHER_MARKS,
-    OTHERS,
     PAPER,
     NothingToDraw,
     Page,
@@ -117,25 +115,21 @@ def _draw_knees(axes: Axes, knees: Sequence[FrontierPoint]) -> None:
 
 def _draw_results(axes: Axes, results: Sequence[PlanResult]) -> None:
     """Draw measured plans with their standard errors: an evaluated one a star, each rival a mark of its own."""
-    rivals = 0
-    for result in results:
-        star = result.role == "plan"
-        mark, colour = ("*", ACCENT) if star else (OTHER_MARKS[rivals % len(OTHER_MARKS)], OTHERS[rivals % len(OTHERS)])
-        rivals += not star
+    for result, look in looks(results):
         error = min(result.kl_stderr_nats or 0.0, 0.9 * result.kl_nats)
         axes.errorbar(
             [result.stored_bits],
             [result.kl_nats],
             yerr=[[error], [result.kl_stderr_nats or 0.0]] if error else None,
-            fmt=mark,
-            color=colour,
-            markersize=9 if star else 5,
-            markeredgecolor="black" if star else colour,
-            markerfacecolor=colour if star or rivals % 2 else "white",
-            markeredgewidth=0.5 if star else 1.0,
+            fmt=look.mark,
+            color=look.colour,
+            markersize=look.size,
+            markeredgecolor=look.edge,
+            markerfacecolor=look.colour if look.is_filled else "white",
+            markeredgewidth=0.5 if look.is_star else 1.0,
             elinewidth=0.8,
             label=f"{cut_text(result.name, LONGEST_NAME)}: {result.kl_nats:.2g}",
-            zorder=6 if star else 5,
+            zorder=6 if look.is_star else 5,
         )
 
 

@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING
 
 from kvprof.records.evaluation import Evaluation, PlanResult
 from kvprof.records.words import counted
+from kvprof.report.plots.contest import Look, looks
 from kvprof.report.plots.layers import light_grid
 from kvprof.report.plots.legends import LEGEND_BESIDE, LONGEST_NAME, legend_at_side, legend_height
 from kvprof.report.plots.style import (
-    ACCENT,
     FULL_WIDTH,
-    OTHER_MARKS,
-    OTHERS,
     PAPER,
     NothingToDraw,
     Page,
@@ -56,12 +54,8 @@ def positions_figure(evaluation: Evaluation, page: Page = PAPER) -> Figure:
     axes = figure.add_subplot()
     edges = _edges(evaluation)
     axes.set_yscale("log")
-    rivals = 0
-    for result in results:
-        star = result.role == "plan"
-        mark, colour = ("*", ACCENT) if star else (OTHER_MARKS[rivals % len(OTHER_MARKS)], OTHERS[rivals % len(OTHERS)])
-        rivals += not star
-        _draw_result(axes, result, edges, mark, colour)
+    for result, look in looks(results):
+        _draw_result(axes, result, edges, look)
     _number_positions(axes, edges, width - (LEGEND_WIDTH if beside else 0.8))
     axes.set_xlabel("position in the text (tokens)")
     axes.set_ylabel("measured KL divergence (nats per token)")
@@ -70,21 +64,20 @@ def positions_figure(evaluation: Evaluation, page: Page = PAPER) -> Figure:
     return figure
 
 
-def _draw_result(axes: Axes, result: PlanResult, edges: Sequence[int], mark: str, colour: str) -> None:
+def _draw_result(axes: Axes, result: PlanResult, edges: Sequence[int], look: Look) -> None:
     """Draw a mark in the middle of each stretch."""
     parts = [part for part in result.by_position if part.kl_nats > 0]
-    star = result.role == "plan"
     axes.plot(
         [(edges.index(part.first) + edges.index(part.last + 1)) / 2 for part in parts],
         [part.kl_nats for part in parts],
-        color=colour,
-        marker=mark,
-        markersize=9 if star else 5,
-        markeredgecolor="black" if star else colour,
+        color=look.colour,
+        marker=look.mark,
+        markersize=look.size,
+        markeredgecolor=look.edge,
         markeredgewidth=0.5,
-        linewidth=1.8 if star else 0.9,
+        linewidth=1.8 if look.is_star else 0.9,
         label=f"{cut_text(result.name, LONGEST_NAME)}, {result.stored_bits:.2f} bits",
-        zorder=5 if star else 3,
+        zorder=5 if look.is_star else 3,
     )
 
 

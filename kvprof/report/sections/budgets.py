@@ -12,6 +12,7 @@ from kvprof.report.charts.budgets import Measured, Predicted, draw_budgets
 from kvprof.report.evaluations import KL_FLOOR, nats_text
 from kvprof.report.frontiers import knee_lines
 from kvprof.report.page import Block, Commands, Figure, Paragraph, Section, Table, both_widths, missing
+from kvprof.report.sections.losses import other_scores
 
 HEADING = "What would another budget buy?"
 WIDE, NARROW = (920, 470), (358, 460)
@@ -115,16 +116,7 @@ def _notes(files: ReportFiles, frontier: Frontier) -> list[Block]:
     if frontier.knees:
         lines = [line.strip().partition(" nats: ")[2] for line in knee_lines(frontier)[1:]]
         blocks += [Paragraph("The plans at the knees are made by:", "note"), Commands(lines)]
-    digest = None if files.losses is None else files.losses.document.digest
-    if digest is not None and frontier.scores not in (None, digest):
-        blocks.append(
-            Paragraph(
-                f"The frontier was made from other scores than those shown above ({str(frontier.scores)[:19]}..., not "
-                f"{digest[:19]}...).",
-                "note",
-            )
-        )
-    return blocks
+    return blocks + other_scores("The frontier", frontier.scores, files)
 
 
 def _frontier_table(frontier: Frontier) -> Table:

@@ -69,6 +69,15 @@ def losses_section(files: ReportFiles, command: str) -> Section:
     return Section("losses", HEADING, blocks)
 
 
+def other_scores(what: str, digest: str | None, files: ReportFiles) -> list[Block]:
+    """Return a note where `what` was made from other scores than this section shows. digest: of those; None unknown."""
+    shown = None if files.losses is None else files.losses.document.digest
+    if digest is None or shown in (None, digest):
+        return []
+    text = f"{what} was made from other scores than those shown above ({digest[:19]}..., not {str(shown)[:19]}...)."
+    return [Paragraph(text, "note")]
+
+
 def _losses(scores: Scores, tensor: TensorName) -> dict[int, Mapping[str, float]]:
     """Return the losses of each layer that has any; of those that a plan covers where that is known."""
     rows = {entry.layer: entry.tensor(tensor).loss_increase or {} for entry in scores.planned or scores.layers}

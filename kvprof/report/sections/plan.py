@@ -12,6 +12,7 @@ from kvprof.records.words import layers_text
 from kvprof.report.charts.plan import draw_plan
 from kvprof.report.page import Block, Figure, Paragraph, Section, Table, both_widths, missing
 from kvprof.report.plans import plan_lines
+from kvprof.report.sections.losses import other_scores
 from kvprof.report.series import skipped_layers, stored_tensors
 
 HEADING = "Where do the bits go?"
@@ -41,13 +42,7 @@ def plan_section(files: ReportFiles, command: str) -> Section:
         ),
         Table("What it costs, and what it is predicted to lose", ("", ""), _facts(plan), left=(0, 1)),
     ]
-    losses = files.losses
-    if losses is not None and plan.scores_digest not in (None, losses.document.digest):
-        text = (
-            f"The plan was made from other scores than those shown above ({str(plan.scores_digest)[:19]}..., not "
-            f"{losses.document.digest[:19]}...)."
-        )
-        blocks.append(Paragraph(text, "note"))
+    blocks += other_scores("The plan", plan.scores_digest, files)
     return Section("plan", HEADING, blocks)
 
 
