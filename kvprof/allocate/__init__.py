@@ -32,7 +32,9 @@ together. It decides nothing about bits. The files of this room, in the order th
       stability   would other sequences have made another plan?
       sources     do the calibration texts agree about the plan?
       doubts      both, of a plan just made
-    plans explained, compared, beaten
+    plans verified, explained, compared, beaten
+      recorded    what a plan was asked for, by the command in it
+      verification  what a plan's file says, computed again
       cases       every tensor of a plan with all that it could have
       explain     why a tensor has the format that it has
       diff        two plans side by side

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from kvprof.allocate.candidates import NARROWING
 from kvprof.allocate.cases import Case, cases_of
 from kvprof.allocate.hull import corners, shadow_price
 from kvprof.allocate.measured import (
@@ -25,7 +24,8 @@ from kvprof.allocate.measured import (
     unscored_remark,
     window_remark,
 )
-from kvprof.errors import UsageError, did_you_mean
+from kvprof.allocate.recorded import read_request
+from kvprof.errors import InvalidFile, UsageError, did_you_mean
 from kvprof.records.explanation import Explanation, Move, Offer, TensorExplanation, Verdict
 from kvprof.records.formats import TENSORS, TensorName
 from kvprof.records.plan import BitPlan
@@ -231,9 +231,10 @@ def _verdict(case: Case, price: float | None) -> tuple[Verdict, Measured | None,
 
 def _narrowed_remarks(plan: BitPlan) -> list[str]:
     """Return whether the plan says that it was made from less than all that was scored."""
-    command = plan.provenance.command if plan.provenance else None
-    words = {word.split("=")[0] for word in (command or "").split()}
-    options = [option for option in (*NARROWING, "--tie") if option in words]
+    try:
+        options = read_request(plan.provenance.command if plan.provenance else None).narrowing
+    except InvalidFile:
+        return []
     if not options:
         return []
     return [f"the plan was made with {', '.join(options)}; prices here are of a free choice (--formats narrows it)"]

@@ -209,6 +209,11 @@ def describe(
     )
 
 
+def fingerprint_of(ids: Sequence[int]) -> str:
+    """Return what `sequence_fingerprints` says of one sequence."""
+    return _sha256(",".join(map(str, ids)))[:16]
+
+
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 

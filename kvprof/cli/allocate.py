@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -88,6 +87,7 @@ def allocate(
     ] = None,
 ) -> None:
     """Spend a budget of bits where they buy the most; write the plan. Reads scores, never a model."""
+    options = dict(locals())
     # For arrays as small as these, starting numpy's pool of threads would cost more than all of the arithmetic.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
@@ -99,6 +99,7 @@ def allocate(
     from kvprof.allocate.targets import target_named
     from kvprof.allocate.task import usual_window
     from kvprof.allocate.within import unrestricted
+    from kvprof.cli.typed import typed_command
     from kvprof.errors import UsageError
     from kvprof.records.files import newest_scores, plan_path, scores_for
     from kvprof.records.geometry import bytes_text
@@ -106,6 +107,7 @@ def allocate(
     from kvprof.report.console import print_note, print_plain, print_result, print_written
     from kvprof.report.plans import plan_remarks, restriction_lines, show_plan, stability_lines
 
+    typed = typed_command("allocate", options)
     if as_published and sink_tokens:
         raise UsageError(f"--as-published has no sinks, --sink-tokens asks for {sink_tokens}; leave out one of them.")
     wanted = metric_needed(rule, metric, max_kl, formats, target)
@@ -138,7 +140,7 @@ def allocate(
         bits_key=bits_key,
         bits_value=bits_value,
         window=usual_window(found, sink_tokens, recent_tokens, None if runtime is None else runtime.window),
-        command=" ".join(["kvprof", *sys.argv[1:]]),
+        command=typed,
         **allowed,
     )
     free = None if target is None else unrestricted(found, plan, pin or (), min_key_bits)

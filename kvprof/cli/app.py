@@ -30,6 +30,7 @@ COMMANDS = {
     "generate": "generate",
     "show": "show",
     "validate": "show",
+    "verify": "verify",
     "schema": "show",
     "merge": "merge",
     "targets": "exchange",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -68,7 +69,7 @@ def frontier(
         batch=batch,
         tie=tie,
         window=usual_window(found, sink_tokens, recent_tokens),
-        command=" ".join(["kvprof", *sys.argv[1:]]),
+        command=shlex.join(["kvprof", *sys.argv[1:]]),
         bits=None if bits is None else parse_bits(bits),
         formats=formats,
         group_size=group_size,

@@ -25,7 +25,7 @@ from kvprof.evaluate.metrics import LOGIT_ROUNDING_NATS
 from kvprof.evaluate.pieces import Pieces
 from kvprof.evaluate.summary import perplexity, summarise
 from kvprof.models.costs import Passes, estimate_run
-from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
+from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint, made_with
 from kvprof.models.inventory import position_limit, take_inventory
 from kvprof.models.load import (
     ModelSource,
@@ -183,6 +183,7 @@ def run_evaluation(
             text=text.info,
             path=route,
             measured_from=settings.measure_from,
+            made_with=made_with(model),
             reference_perplexity=perplexity(*pieces.reference(chosen)),
             plans=tuple(
                 summarise(label, entrant.role, candidate, geometry, result, results[0], settings.measure_from)

@@ -6,6 +6,7 @@ Reads projections as `models.weights` streams them, out of a checkpoint or a liv
 from __future__ import annotations
 
 import hashlib
+from importlib import metadata
 
 import numpy as np
 import torch
@@ -13,12 +14,13 @@ from transformers import PreTrainedModel
 
 from kvprof.models.checkpoints import LiveCheckpoint
 from kvprof.models.inventory import take_inventory
-from kvprof.models.load import ModelSource, load_config
+from kvprof.models.load import ModelSource, input_device, load_config
 from kvprof.models.pinning import pin
 from kvprof.models.streaming import is_streamed
 from kvprof.models.weights import LayerWeights, stream_projections
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.kinds import AnyFile
+from kvprof.records.scores import MadeWith
 
 
 class Fingerprint:
@@ -72,6 +74,16 @@ def checkpoint_fingerprint(source: ModelSource, geometry: CacheGeometry) -> str:
     for weights in stream_projections(pinned.open(config), geometry, config):
         fingerprint.add(weights)
     return fingerprint.text
+
+
+def made_with(model: PreTrainedModel | None = None) -> MadeWith:
+    """Return what numbers follow from where a model computes; without a model, where the CPU reads its weights."""
+    device = torch.device("cpu") if model is None else input_device(model)
+    return MadeWith(
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        dtype=None if model is None else str(model.dtype).removeprefix("torch."),
+        versions={name: metadata.version(name) for name in ("torch", "transformers")},
+    )
 
 
 def check_fits(document: AnyFile, source: ModelSource) -> None:

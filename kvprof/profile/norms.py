@@ -19,7 +19,7 @@ from torch import Tensor
 from kvprof import __version__
 from kvprof.errors import NonFiniteWeight
 from kvprof.models.checkpoints import Checkpoint
-from kvprof.models.identity import Fingerprint, layer_digest
+from kvprof.models.identity import Fingerprint, layer_digest, made_with
 from kvprof.models.inventory import take_inventory
 from kvprof.models.load import ModelSource, load_config
 from kvprof.models.memory import free_bytes
@@ -167,6 +167,7 @@ def _measure(
         kvprof_version=__version__,
         model=subject.inventory.model.model_copy(update={"fingerprint": fingerprint.text}),
         geometry=subject.inventory.geometry,
+        made_with=made_with(),
         layers=tuple(LayerScores.model_validate(results[layer]["scores"]) for layer in bytes_of),
     )
 

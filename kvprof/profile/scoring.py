@@ -7,15 +7,17 @@ losses.py), where its text came from, nor files.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedModel
 
 from kvprof.calibration.sequences import Batch, CalibrationSet, batches
-from kvprof.errors import KvprofError
+from kvprof.errors import OutOfMemory
+from kvprof.models.identity import made_with
 from kvprof.models.load import input_device
+from kvprof.models.memory import memory_explained, settled_bytes
 from kvprof.models.widening import computing_in_float32
 from kvprof.profile.decoder import Decoder, Formats, decoding_of
 from kvprof.profile.gradients import gradient_norms, padded_on_the_right
@@ -26,6 +28,8 @@ from kvprof.records.geometry import CacheGeometry
 from kvprof.records.inventory import Inventory
 from kvprof.records.sampled import TensorSamples, gradient_scores
 from kvprof.records.scores import Scores
+
+logger = logging.getLogger(__name__)
 
 FIRST_STAGE = 4
 """Sequences of the first stage of a run that may stop early; each further stage has as many as all before it."""
@@ -61,7 +65,8 @@ def measure_sensitivity(
     model: in eval mode, no parameter asking for a gradient; left as it was found. formats: None or none at all leaves
     the losses out. done: results of sequences measured before, by index. finished: called with each batch's results.
     is_enough: asked of the scores so far, as `run_sensitivity` has it; sequences beyond are then not in the result.
-    A model in half precision computes in float32 meanwhile (`models.widening`).
+    A model in half precision computes in float32 meanwhile (`models.widening`). A batch that does not fit the memory is
+    measured in batches of half the size, and so is all that follows: what is measured then is what that size gives.
     indices: the sequences to measure, all by default. team: the processes that measure a batch each at a time.
     Returns Scores: means over sequences, with standard errors (of a single one, 0 for norms, none for losses).
     Raises NonFiniteGradient, with advice, where half precision overflows.
@@ -69,21 +74,29 @@ def measure_sensitivity(
     formats, decoder, team = formats or {}, decoder or Decoder(), team or Team()
     measured = dict(done or {})
     chosen = list(range(len(calibration.sequences)) if indices is None else indices)
-    first = 0
+    first, size = 0, batch_size
     for stage in _stages(len(chosen)) if is_enough is not None else [len(chosen)]:
-        todo = _left(calibration.sequences, batch_size, chosen[first:stage], measured)
-        measure = functools.partial(_measure, model, inventory.geometry, formats, decoder, calibration.info.seed)
+        seed = calibration.info.seed
+        measure = functools.partial(_measure_if_it_fits, model, inventory.geometry, formats, decoder, seed)
         with computing_in_float32(model):
-            for batch in team.turns(todo):
-                for results in team.together(functools.partial(measure, batch)):
-                    if results:
-                        finished(results)
-                        measured.update(results)
+            while todo := _left(calibration.sequences, size, chosen[first:stage], measured):
+                for batch in team.turns(todo):
+                    answers = team.together(functools.partial(measure, batch))
+                    for results in answers:
+                        if isinstance(results, dict) and results:
+                            finished(results)
+                            measured.update(results)
+                    too_large = [answer for answer in answers if isinstance(answer, _TooLarge)]
+                    if too_large:
+                        size = _halved(size, too_large)
+                        settled_bytes(input_device(model))
+                        break
         first = stage
         text = calibration.taken(chosen[:stage])
         samples = samples_of([measured[index] for index in chosen[:stage]], inventory.geometry, formats)
         decoding = decoding_of(text, decoder.window, decoder.suffix_fraction) if formats else None
         scores = gradient_scores(samples, text.info, inventory.model, inventory.geometry, decoding)
+        scores = scores.model_copy(update={"made_with": made_with(model)})
         if is_enough is not None and is_enough(scores):
             break
     return scores
@@ -122,26 +135,55 @@ def samples_of(
     }
 
 
-def _measure(
+@dataclass(frozen=True)
+class _TooLarge:
+    """A batch that did not fit the memory. reason: in words."""
+
+    rows: int
+    reason: str
+
+
+def _halved(size: int, too_large: Sequence[_TooLarge]) -> int:
+    """Return the half of a batch size; a quarter and so on, until fewer sequences share a batch than did not fit."""
+    least = min(batch.rows for batch in too_large)
+    while size >= least:
+        size //= 2
+    logger.warning("%s: going on with --batch-size %d", too_large[0].reason, size)
+    return size
+
+
+def _measure_if_it_fits(
     model: PreTrainedModel, geometry: CacheGeometry, formats: Formats, decoder: Decoder, seed: int, batch: Batch | None
-) -> dict[int, SequenceResult]:
-    """Return the results of each sequence of a batch, by index; of no batch, none."""
+) -> dict[int, SequenceResult] | _TooLarge:
+    """Return the results of each sequence of a batch, by index; of no batch, none.
+
+    Raises OutOfMemory where even a single sequence is too large.
+    """
     if batch is None:
         return {}
-    batch = padded_on_the_right(batch)
+    rows, tokens = batch.input_ids.shape
+    what = f"a batch of {rows} sequences" if rows > 1 else "a single sequence"
+    reason = f"out of memory on {input_device(model)} with {what} of {tokens} tokens"
     try:
-        norms = gradient_norms(model, geometry, batch)
-        losses = (
-            loss_increases(model, batch, formats, decoder.window, decoder.quantizer, decoder.suffix_fraction, seed)
-            if formats
-            else {}
-        )
-    except torch.OutOfMemoryError:
-        rows, tokens = batch.input_ids.shape
-        raise KvprofError(
-            f"out of memory on {input_device(model)} with a batch of {rows} sequences of {tokens} tokens.\n"
-            "  Lower --batch-size or --sequence-length; what is measured so far is kept."
-        ) from None
+        with memory_explained(reason):
+            return _measure(model, geometry, formats, decoder, seed, batch)
+    except OutOfMemory as error:
+        if rows > 1:
+            return _TooLarge(rows, reason)
+        advice = "Lower --sequence-length, try --stream or --device cpu"
+        raise OutOfMemory(f"{error}.\n  {advice}; what is measured so far is kept.") from None
+
+
+def _measure(
+    model: PreTrainedModel, geometry: CacheGeometry, formats: Formats, decoder: Decoder, seed: int, batch: Batch
+) -> dict[int, SequenceResult]:
+    batch = padded_on_the_right(batch)
+    norms = gradient_norms(model, geometry, batch)
+    losses = (
+        loss_increases(model, batch, formats, decoder.window, decoder.quantizer, decoder.suffix_fraction, seed)
+        if formats
+        else {}
+    )
     keys = [(layer, tensor, form.name) for (layer, tensor), forms in formats.items() for form in forms]
     return {
         index: SequenceResult(tuple(norms[index]), tuple(float(losses[key][row]) for key in keys))

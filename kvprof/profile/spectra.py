@@ -20,7 +20,7 @@ from kvprof.calibration.self_text import fill, streamable
 from kvprof.calibration.sequences import CALIBRATION_LENGTH, CalibrationSet, choose_length
 from kvprof.errors import InvalidFile
 from kvprof.models.costs import Passes, estimate_run
-from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
+from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint, made_with
 from kvprof.models.inventory import position_limit, take_inventory
 from kvprof.models.layouts import check_projects
 from kvprof.models.load import ModelSource, load_config, load_model, load_tokenizer, weight_bytes
@@ -129,6 +129,7 @@ def run_spectra(
             model=inventory.model,
             calibration=text.info,
             geometry=geometry,
+            made_with=made_with(model),
             layers=summed_up([measured[index] for index in range(len(text.sequences))]),
         )
         path = spectra.save(folder / "spectra.json")

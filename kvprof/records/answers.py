@@ -138,3 +138,32 @@ class ShippedRecipes(Record):
     """All of them."""
 
     recipes: tuple[ShippedRecipe, ...]
+
+
+class Check(Record):
+    """One thing that a file says, held against what it was made from."""
+
+    name: Text
+    status: Literal["holds", "differs", "unknown"]
+    """unknown: it cannot be checked; `note` says why."""
+    said: Text | None = None
+    """By the file."""
+    found: Text | None = None
+    """Recomputed, or read again."""
+    note: Text | None = None
+
+
+class Verified(Record):
+    """A plan held against all that it was made from, as far as that is at hand."""
+
+    file: Text
+    scores: Text | None = None
+    """The file that it was held against."""
+    model: Text | None = None
+    """Likewise."""
+    checks: tuple[Check, ...]
+
+    @property
+    def differing(self) -> tuple[Check, ...]:
+        """What is not as the file says."""
+        return tuple(check for check in self.checks if check.status == "differs")

@@ -13,9 +13,9 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from kvprof.records.document import Count, Document, ModelInfo, Number, Positive, Record, Text
+from kvprof.records.document import Count, Document, ModelInfo, Number, Positive, Record, Text, is_absent
 from kvprof.records.geometry import CacheGeometry, DType, check_same_model
-from kvprof.records.scores import CalibrationInfo
+from kvprof.records.scores import CalibrationInfo, MadeWith
 
 Role = Literal["plan", "rival", "against"]
 """plan: what was asked about. rival: a published rule at the same stored bits. against: a file to compare with."""
@@ -127,6 +127,7 @@ class Evaluation(Document):
     measured_from: Count
     """The first position that counts."""
     reference_perplexity: Perplexity
+    made_with: MadeWith | None = Field(None, exclude_if=is_absent)
     plans: tuple[PlanResult, ...]
 
     @model_validator(mode="after")

@@ -167,7 +167,9 @@ def _whole(files: Mapping[Path, Scores], shards: Mapping[Path, Shard]) -> Scores
     if decoding is not None:
         tokens = sum(scores.decoding.tokens for scores in files.values() if scores.decoding is not None)
         decoding = decoding.model_copy(update={"tokens": tokens})
-    return gradient_scores(samples, text, example.model, example.geometry, decoding)
+    whole = gradient_scores(samples, text, example.model, example.geometry, decoding)
+    alike = all(scores.made_with == example.made_with for scores in files.values())
+    return whole.model_copy(update={"made_with": example.made_with if alike else None})
 
 
 def _entry(scores: Scores, layer: int) -> LayerScores:

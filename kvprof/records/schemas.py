@@ -20,6 +20,7 @@ from kvprof.records.answers import (
     Runtimes,
     ShippedRecipes,
     Validated,
+    Verified,
     Written,
 )
 from kvprof.records.comparison import Comparison
@@ -48,6 +49,7 @@ ANSWERS: dict[str, type[Record]] = {
     "report": Written,
     "generate": Continuations,
     "validate": Validated,
+    "verify": Verified,
     "merge": KINDS["scores"],
     "targets": Runtimes,
     "export": Exported,

@@ -109,6 +109,17 @@ class CalibrationInfo(SparseRecord):
         return self
 
 
+class MadeWith(Record):
+    """What the numbers of a measurement follow from besides the model, the text and the code of kvprof."""
+
+    device: Text
+    """`cpu`, or the name of the GPU."""
+    dtype: Text | None = None
+    """That the model was held in; null where no model was loaded."""
+    versions: dict[Text, Text]
+    """Of the libraries that computed."""
+
+
 class DecodingSetup(Record):
     """The decoder that `loss_increase` speaks of: what it keeps in full precision, and which queries were asked."""
 
@@ -234,6 +245,7 @@ class Scores(Document):
     """What `kvprof calibrate` found; null until then."""
     shard: Shard | None = Field(None, exclude_if=is_absent)
     """Of partial scores, which `kvprof merge` adds up; null of whole ones."""
+    made_with: MadeWith | None = Field(None, exclude_if=is_absent)
     layers: tuple[LayerScores, ...]
 
     @model_validator(mode="after")

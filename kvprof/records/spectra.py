@@ -13,11 +13,11 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from kvprof.records.document import Document, LayerIndex, ModelInfo, Number, Positive, Record, Text
+from kvprof.records.document import Document, LayerIndex, ModelInfo, Number, Positive, Record, Text, is_absent
 from kvprof.records.formats import TENSORS, TensorName
 from kvprof.records.geometry import CacheGeometry, check_same_model
 from kvprof.records.plan import head_dim_of
-from kvprof.records.scores import CalibrationInfo
+from kvprof.records.scores import CalibrationInfo, MadeWith
 
 Amount = Annotated[Number, Field(ge=0)]
 
@@ -105,6 +105,7 @@ class Spectra(Document):
     calibration: CalibrationInfo | None = None
     """The text that was read."""
     geometry: CacheGeometry | None = None
+    made_with: MadeWith | None = Field(None, exclude_if=is_absent)
     layers: tuple[LayerSpectra, ...]
 
     @model_validator(mode="after")

@@ -39,6 +39,7 @@ LINES: dict[str, tuple[str, ...]] = {
     "generate": ("--plan", PLAN, "a b c", "--max-new-tokens", "4"),
     "show": (PLAN,),
     "validate": (PLAN, "./model"),
+    "verify": (PLAN, "--model", "./model"),
     "schema": ("plan",),
     "merge": ("shards/gradients-1-of-2.json", "shards/gradients-2-of-2.json", "--out", "merged"),
     "targets": (),

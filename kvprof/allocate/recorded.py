@@ -1,0 +1,124 @@
+"""What a plan was asked for, read back from the command in its provenance: a line as typed, or the call in Python.
+
+Reads text that a stranger may have written: it is parsed against the options that `allocate` has, never run. Does not
+know files, nor what a plan makes of a request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from kvprof.allocate.budget import known_bits, parse_bits
+from kvprof.allocate.candidates import NARROWING
+from kvprof.errors import InvalidFile, UsageError, first_line
+
+CALL = "kvprof.allocate"
+WORDS = ("kvprof", "allocate")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `allocate` was asked for. options: as it takes them, but for the window; those not given are absent."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    sink_tokens: int | None = None
+    recent_tokens: int | None = None
+    scores: str | None = None
+    """The file that was named."""
+
+    @property
+    def target(self) -> str | None:
+        """The runtime that was named."""
+        return self.options.get("target")
+
+    @property
+    def narrowing(self) -> tuple[str, ...]:
+        """The options given, as a command line has them, that leave less to choose from than was scored."""
+        known = {**NARROWING, "--tie": "tie"}
+        return tuple(option for option, name in known.items() if self.options.get(name))
+
+
+def read_request(command: str | None) -> Request:
+    """Return what a command asked for.
+
+    Raises InvalidFile, saying why in half a sentence, for one that is no `allocate`, or that this kvprof does not have.
+    """
+    if command is None:
+        raise InvalidFile("the plan does not say how it was made")
+    try:
+        given = _of_call(command) if command.startswith(CALL + "(") else _of_line(command)
+        return _request(given)
+    except (UsageError, SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
+        raise InvalidFile(f"the plan's command cannot be read: {first_line(error)}") from None
+
+
+def _request(given: dict[str, Any]) -> Request:
+    besides = {name: given.pop(name, None) for name in ("sink_tokens", "recent_tokens", "scores")}
+    return Request({name: value for name, value in given.items() if value is not None}, **besides)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+_LINE: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys(("budget", "unit", "memory", "max_kl", "rule", "metric", "formats", "tie", "target"), str),
+    **dict.fromkeys(("context", "batch", "group_size", "min_key_bits", "recent_tokens", "sink_tokens"), int),
+    **dict.fromkeys(("bits_key", "bits_value"), int),
+    "top_fraction": str,
+    "bits": parse_bits,
+}
+"""How the value of each option of the command is read."""
+
+
+def _of_line(command: str) -> dict[str, Any]:
+    words = shlex.split(command)
+    if tuple(words[:2]) != WORDS:
+        raise InvalidFile("the plan was not made by kvprof allocate")
+    parser = _Parser(prog="kvprof allocate", add_help=False, allow_abbrev=False)
+    for name, read in _LINE.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, type=read)
+    parser.add_argument("--pin", dest="pins", action="append")
+    parser.add_argument("--as-published", action="store_true", default=None)
+    for name in ("--scores", "--out"):
+        parser.add_argument(name)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--quiet", "-q", action="store_true")
+    found = vars(parser.parse_args(words[2:]))
+    return {name: value for name, value in found.items() if name not in ("out", "json", "quiet")}
+
+
+def _of_call(command: str) -> dict[str, Any]:
+    call = ast.parse(command, mode="eval").body
+    if not isinstance(call, ast.Call) or ast.unparse(call.func) != CALL:
+        raise UsageError("it is no call of kvprof.allocate")
+    if [ast.unparse(word) for word in call.args] != ["scores"]:
+        raise UsageError("it is called with other than scores and named options")
+    found: dict[str, Any] = {}
+    for word in call.keywords:
+        if word.arg is None:
+            raise UsageError("its options are not named")
+        found["pins" if word.arg == "pin" else word.arg] = _literal(word.arg, ast.literal_eval(word.value))
+    return found
+
+
+def _literal(name: str, value: Any) -> Any:
+    """Return the value of an option of the call, of the type that `allocate` takes; raises UsageError."""
+    if name == "bits":
+        return known_bits(value)
+    if name == "pin" and isinstance(value, tuple) and all(isinstance(pin, str) for pin in value):
+        return value
+    if name == "as_published" and isinstance(value, bool):
+        return value
+    reader = _LINE.get(name)
+    if reader is int and type(value) is int:
+        return value
+    if reader is str and type(value) in (str, int, float):
+        return str(value)
+    raise UsageError(f"allocate has no option {name}={value!r:.40}")

@@ -1,0 +1,21 @@
+"""A command as it was typed: what a file says that it was made by."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+
+def typed_command(name: str, options: Mapping[str, Any]) -> str:
+    """Return the line that would give the same command again, quoted as a shell needs it.
+
+    options: all that the command takes, by name, which serve where it was called by other code than a command line.
+    """
+    if sys.argv[1:2] == [name]:
+        return shlex.join(["kvprof", *sys.argv[1:]])
+    from kvprof.recipes.words import as_words
+
+    given = {option: value for option, value in options.items() if (option, value) != ("rule", "exact")}
+    return shlex.join(["kvprof", name, *map(str, as_words(given))])

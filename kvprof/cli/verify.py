@@ -1,0 +1,50 @@
+"""The command that holds a plan against all that it was made from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def verify(
+    plan: Annotated[Path, typer.Argument(help="A BitPlan file.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Its model: a hub id, a folder, a .gguf file, or `demo`. Its weights and the calibration text are "
+            "then read again.",
+            show_default="not read",
+        ),
+    ] = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option(
+            help="The Scores file that the plan was made from.",
+            show_default="found by its digest beside the plan, or in outputs/",
+        ),
+    ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Measure the scores again too, and plan from them. Needs --model."),
+    ] = False,
+) -> None:
+    """Are a plan's numbers what its scores, its text and its model give? Exit with 4 where one of them differs."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of so little arithmetic, starting threads is the most
+
+    from kvprof.api.verify import verify as verify_plan
+    from kvprof.errors import Mismatch
+    from kvprof.report.console import print_result, progress
+    from kvprof.report.verified import show_verified
+
+    with progress("measuring", "sequences") as advance:
+        verified = verify_plan(plan, model, scores, measure, advance)
+    show_verified(verified)
+    print_result(verified)
+    if verified.differing:
+        raise Mismatch(
+            f"{plan} is not what it was made from: {len(verified.differing)} of {len(verified.checks)} checks differ.\n"
+            "  Plan anew with kvprof allocate, or name the files that belong to it with --scores and --model."
+        )
