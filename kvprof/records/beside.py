@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kvprof.errors import InvalidFile, KvprofError, first_line
 from kvprof.records.evaluation import Evaluation
-from kvprof.records.files import short_names
+from kvprof.records.files import newest_first, short_names
 from kvprof.records.kinds import load_any
 from kvprof.records.plan import BitPlan
 from kvprof.records.runs import OUTPUTS
@@ -95,10 +95,10 @@ def find_audit_files(
 def _divergence(path: Path | None, outputs: Path) -> Path:
     if path is not None:
         return path / "divergence.json" if path.is_dir() else path
-    files = [file for file in outputs.glob("*/divergence.json") if file.is_file()]
+    files = newest_first(outputs.glob("*/divergence.json"))
     if not files:
         raise InvalidFile(
             f"no measured divergence in {outputs}/.\n"
             "  Run `kvprof divergence` first (slow: --layers and --formats choose a sample), or name its file."
         )
-    return max(files, key=lambda file: file.stat().st_mtime_ns)
+    return files[0]

@@ -1,4 +1,4 @@
-"""Which file is which: the newest scores, a plan's place and name, short names of several files."""
+"""Which file is which: the newest ones, the newest scores, a plan's place and name, short names of several files."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ from kvprof.records.runs import OUTPUTS, output_folder
 from kvprof.records.scores import LOSS_INCREASE, METRICS, Scores, default_unit
 
 
+def newest_first(paths: Iterable[Path]) -> list[Path]:
+    """Return the files among paths, the last changed first; those of equal times in the order in which they come."""
+    return sorted(filter(Path.is_file, paths), key=lambda path: -path.stat().st_mtime_ns)
+
+
 def newest_scores(metric: str | None = None, outputs: Path = OUTPUTS) -> tuple[Path, Scores]:
     """Find the newest Scores file in the output folders, of those that have the metric where one is named; read it.
 
@@ -25,11 +30,10 @@ def newest_scores(metric: str | None = None, outputs: Path = OUTPUTS) -> tuple[P
     """
     if metric is not None and metric not in METRICS:
         raise UsageError(f"unknown metric {metric!r}: {did_you_mean(metric, METRICS)}")
-    files = [path for name in ("norms", "gradients", "divergence") for path in outputs.glob(f"*/{name}.json")]
-    files = sorted(filter(Path.is_file, files), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    names = ("norms", "gradients", "divergence")
     broken: InvalidFile | None = None
     best: tuple[Path, Scores] | None = None
-    for path in files:
+    for path in newest_first(path for name in names for path in outputs.glob(f"*/{name}.json")):
         if best is not None and path.parent != best[0].parent:
             continue
         try:
@@ -58,9 +62,8 @@ def scores_for(target: str, outputs: Path = OUTPUTS) -> tuple[Path, Scores]:
 
     What is measured for a runtime lies in a folder of its name, within the model's.
     """
-    files = filter(Path.is_file, outputs.glob(f"*/{target}/gradients.json"))
     broken: InvalidFile | None = None
-    for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+    for path in newest_first(outputs.glob(f"*/{target}/gradients.json")):
         try:
             scores = Scores.load(path)
         except InvalidFile as error:

@@ -16,6 +16,8 @@ from kvprof.errors import InvalidFile, KvprofError, Mismatch, first_line
 from kvprof.records.audit import Audit
 from kvprof.records.document import Document, ModelInfo
 from kvprof.records.evaluation import Evaluation
+from kvprof.records.files import newest_first
+from kvprof.records.formats import TENSORS
 from kvprof.records.frontier import Frontier
 from kvprof.records.geometry import CacheGeometry, check_same_model
 from kvprof.records.inventory import Inventory
@@ -95,8 +97,8 @@ def folder_of(model: str | None, named: Sequence[Path] = (), outputs: Path = OUT
         known = (outputs / slug(info.id) for info in infos if info is not None and info.id is not None)
         return next(filter(Path.is_dir, known), named[0].parent)
     if model is None:
-        files = [file for name in OURS for file in outputs.glob(f"*/{name}*.json") if file.is_file()]
-        return max(files, key=lambda file: file.stat().st_mtime_ns).parent if files else outputs / "demo"
+        files = newest_first(file for name in OURS for file in outputs.glob(f"*/{name}*.json"))
+        return files[0].parent if files else outputs / "demo"
     path = Path(os.path.expanduser(model))
     if holds_files(path):
         return path
@@ -146,8 +148,7 @@ def _shown(path: Path) -> Document:
 def _read_all(folder: Path, without: set[Path], remarks: list[str]) -> list[Found[Any]]:
     """Return every file of ours in a folder, the newest first; leave a remark where one cannot be read."""
     found = []
-    files = [path for path in folder.glob("*.json") if path.is_file() and path.resolve() not in without]
-    for path in sorted(files, key=lambda path: (-path.stat().st_mtime_ns, path.name)):
+    for path in newest_first(path for path in sorted(folder.glob("*.json")) if path.resolve() not in without):
         try:
             document = load_any(path)
         except KvprofError as error:
@@ -271,7 +272,7 @@ def _first(files: Iterable[Found[Scores]], fits: Callable[[Scores], bool]) -> Fo
 
 
 def _has_losses(scores: Scores) -> bool:
-    return any(entry.tensor(tensor).has(LOSS_INCREASE) for entry in scores.layers for tensor in ("key", "value"))
+    return any(entry.tensor(tensor).has(LOSS_INCREASE) for entry in scores.layers for tensor in TENSORS)
 
 
 def _alike(one: Found[Evaluation], other: Found[Evaluation]) -> bool:
