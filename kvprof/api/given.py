@@ -32,9 +32,12 @@ LARGEST_SEED = 2**32 - 1
 
 
 @contextlib.contextmanager
-def borrowed(model: str | Path | PreTrainedModel | None, tokenizer: Any) -> Iterator[ModelSource]:
+def borrowed(
+    model: str | Path | PreTrainedModel | None, tokenizer: Any, trust_remote_code: bool = False
+) -> Iterator[ModelSource]:
     """Yield the source that a model names or is; a loaded one is in eval mode meanwhile, and then as it was.
 
+    trust_remote_code: as `resolve` takes it.
     Raises ModelError for a path that holds no model, UsageError for anything that cannot be one.
     """
     from transformers import PreTrainedModel
@@ -53,7 +56,7 @@ def borrowed(model: str | Path | PreTrainedModel | None, tokenizer: Any) -> Iter
         )
     if tokenizer is not None:
         raise UsageError("tokenizer= goes with a loaded model; one that is named has its own. Leave it out.")
-    yield resolve(None if model is None else str(model))
+    yield resolve(None if model is None else str(model), trust_remote_code)
 
 
 @contextlib.contextmanager

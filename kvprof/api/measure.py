@@ -33,6 +33,7 @@ def norms(
     model: str | Path | PreTrainedModel | None = None,
     *,
     tokenizer: Any = None,
+    trust_remote_code: bool = False,
     out: str | Path | None = None,
     restart: bool = False,
     progress: Progress | None = None,
@@ -40,8 +41,9 @@ def norms(
     """Measure how large W_k and W_v are, layer by layer, as `kvprof norms` does; never loads a model that is named.
 
     model: a hub id, a folder, a .gguf file, or `demo` (the default); or a loaded transformers model, whose weights are
-    read where they are. tokenizer: not needed, and taken so that all functions can be called alike. out: a folder for
-    norms.json and, meanwhile, the journal that a stopped run goes on from; without it nothing is written. restart:
+    read where they are. tokenizer: not needed, and taken so that all functions can be called alike.
+    trust_remote_code: let Python code run that comes with the model, where transformers has none for it. out: a folder
+    for norms.json and, meanwhile, the journal that a stopped run goes on from; without it nothing is written. restart:
     begin anew there. progress: called with (bytes done, bytes in all).
     Returns Scores: of each layer's whole (out_features, in_features) projection `spectral_norm`, `frobenius_norm` and
     `stable_rank`, and of each KV head, in the weights' own units; of a bias or a norm after k_proj, its size too.
@@ -49,7 +51,7 @@ def norms(
     """
     from kvprof.profile.norms import run_norms
 
-    with borrowed(model, tokenizer) as source, results_in(out, source.id) as folder:
+    with borrowed(model, tokenizer, trust_remote_code) as source, results_in(out, source.id) as folder:
         run = run_norms(source, folder, restart, progress or silent)
     remark(run.remarks)
     return run.scores
@@ -76,6 +78,7 @@ def gradients(
     dtype: str = "auto",
     device: str = "auto",
     stream: bool = False,
+    trust_remote_code: bool = False,
     shard: str | None = None,
     out: str | Path | None = None,
     restart: bool = False,
@@ -136,7 +139,7 @@ def gradients(
     )
     budgets = () if stable_at is None else [stable_at] if isinstance(stable_at, str | float | int) else stable_at
     question = StableAt(budgets) if until_stable else None
-    with borrowed(model, tokenizer) as source, results_in(out, source.id) as folder:
+    with borrowed(model, tokenizer, trust_remote_code) as source, results_in(out, source.id) as folder:
         run = run_sensitivity(
             source,
             settings,
@@ -163,6 +166,7 @@ def spectra(
     dtype: str = "auto",
     device: str = "auto",
     stream: bool = False,
+    trust_remote_code: bool = False,
     out: str | Path | None = None,
     restart: bool = False,
     progress: Progress | None = None,
@@ -189,7 +193,7 @@ def spectra(
         device=device,
         stream=stream,
     )
-    with borrowed(model, tokenizer) as source, results_in(out, source.id) as folder:
+    with borrowed(model, tokenizer, trust_remote_code) as source, results_in(out, source.id) as folder:
         run = run_spectra(source, settings, folder, restart, progress or silent)
     remark(run.remarks)
     return run.spectra

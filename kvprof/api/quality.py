@@ -58,6 +58,7 @@ def evaluate(
     dtype: str = "auto",
     device: str = "auto",
     stream: bool = False,
+    trust_remote_code: bool = False,
     out: str | Path | None = None,
     restart: bool = False,
     progress: Progress | None = None,
@@ -99,7 +100,7 @@ def evaluate(
         stream,
     )
     with (
-        borrowed(found.model.id if model is None else model, tokenizer) as source,
+        borrowed(found.model.id if model is None else model, tokenizer, trust_remote_code) as source,
         results_in(out, source.id) as folder,
     ):
         published: list[Rival] = []

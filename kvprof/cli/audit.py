@@ -24,6 +24,7 @@ from kvprof.cli.options import (
     Stream,
     SuffixFraction,
     Texts,
+    TrustRemoteCode,
 )
 from kvprof.cli.watching import Watch
 
@@ -49,6 +50,7 @@ def divergence(
     dtype: Dtype = "auto",
     device: Device = "auto",
     stream: Stream = False,
+    trust_remote_code: TrustRemoteCode = False,
     out: Out = None,
     dry_run: DryRun = False,
     restart: Restart = False,
@@ -62,7 +64,7 @@ def divergence(
     from kvprof.report.audits import show_divergence
     from kvprof.report.console import print_note, print_result, print_written, progress
 
-    source = resolve(model)
+    source = resolve(model, trust_remote_code)
     folder = output_folder(source.id, out)
     settings = DivergenceSettings(
         layers=layers,
@@ -109,6 +111,7 @@ def calibrate(
     sequences: Annotated[int, typer.Option(help="Sequences to measure on, of those that the scores read.")] = 4,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     restart: Restart = False,
 ) -> None:
     """By what factor do whole plans cost more than the sum of their tensors? Measured, and kept with the scores."""
@@ -130,7 +133,7 @@ def calibrate(
     from kvprof.report.audits import show_calibration
     from kvprof.report.console import print_note, print_result, print_written, progress
 
-    source = resolve(model or foretold[0].plan.model.id)
+    source = resolve(model or foretold[0].plan.model.id, trust_remote_code)
     folder = output_folder(source.id, path.parent)
     settings = CalibrateSettings(sequences, dtype, device)
     with progress("calibrate", "forwards") as advance:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvprof.cli.options import Out, Restart
+from kvprof.cli.options import Out, Restart, TrustRemoteCode
 from kvprof.errors import UsageError
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ def benchmark(
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto (the GPU, else the CPU), cpu, cuda:1.")] = "auto",
     out: Out = None,
+    trust_remote_code: TrustRemoteCode = False,
     restart: Restart = False,
 ) -> None:
     """How fast does the plan's cache decode on this device? Beside 16 bits, and what the memory's bandwidth allows."""
@@ -113,7 +114,8 @@ def benchmark(
     if shape is not None:
         subject = random_subject(shape, layers, seed)
     else:
-        subject = real_subject(resolve(model or (given.model.id if isinstance(given, BitPlan) else None)))
+        named = model or (given.model.id if isinstance(given, BitPlan) else None)
+        subject = real_subject(resolve(named, trust_remote_code))
     if isinstance(given, BitPlan):
         obeyed, name = given, Path(plan).stem
     else:

@@ -21,6 +21,7 @@ from kvprof.cli.options import (
     Seed,
     SequenceLength,
     Stream,
+    TrustRemoteCode,
 )
 from kvprof.cli.watching import Watch
 
@@ -70,6 +71,7 @@ def evaluate(
     dtype: Dtype = "auto",
     device: Device = "auto",
     stream: Stream = False,
+    trust_remote_code: TrustRemoteCode = False,
     out: Out = None,
     dry_run: DryRun = False,
     restart: Restart = False,
@@ -92,7 +94,7 @@ def evaluate(
     found = BitPlan.load(plan)
     name, *others = short_names([plan, *(against or ())])
     further = [(other, BitPlan.load(path)) for other, path in zip(others, against or (), strict=True)]
-    source = resolve(model or found.model.id)
+    source = resolve(model or found.model.id, trust_remote_code)
     folder = output_folder(source.id, out)
     settings = EvaluationSettings(
         tuple(data or (BUILTIN,)),

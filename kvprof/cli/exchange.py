@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from kvprof.cli.options import GroupSize, RecentTokens, SinkTokens
+from kvprof.cli.options import GroupSize, RecentTokens, SinkTokens, TrustRemoteCode
 from kvprof.errors import UsageError, did_you_mean
 
 TOOLS = ("kvtuner",)
@@ -80,6 +80,7 @@ def import_(
     group_size: GroupSize = 32,
     recent_tokens: RecentTokens = 32,
     sink_tokens: SinkTokens = 0,
+    trust_remote_code: TrustRemoteCode = False,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -112,7 +113,7 @@ def import_(
         from kvprof.models.inventory import take_inventory
         from kvprof.models.load import load_config, resolve
 
-        source = resolve(model)
+        source = resolve(model, trust_remote_code)
         found = take_inventory(load_config(source), source.id)
         plan = kvtuner_plan(
             layers, model=found.model, geometry=found.geometry, group_size=group_size, window=window, command=command

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kvprof.cli.options import Dtype, PlannedModel
+from kvprof.cli.options import Dtype, PlannedModel, TrustRemoteCode
 
 
 def generate(
@@ -22,6 +22,7 @@ def generate(
     ] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     device: Annotated[str, typer.Option(help="auto (the GPU, else the CPU), cpu, cuda:1.")] = "auto",
 ) -> None:
     """What does the plan do to the model's words? The same prompt continued in full precision and as planned."""
@@ -37,7 +38,9 @@ def generate(
     text = sys.stdin.buffer.read().decode(errors="surrogateescape") if prompt == "-" else prompt
     settings = GenerationSettings(max_new_tokens, temperature, seed, chat, dtype, device)
     with progress("generate", "tokens") as advance:
-        found = compare_continuations(resolve(model or obeyed.model.id), obeyed, text, settings, advance)
+        found = compare_continuations(
+            resolve(model or obeyed.model.id, trust_remote_code), obeyed, text, settings, advance
+        )
     show_continuations(found, plan.stem)
     if found.is_vacuous:
         print_note("nothing was quantized: all was within the window. Give a longer prompt, or more --max-new-tokens")

@@ -19,6 +19,7 @@ from kvprof.cli.options import (
     Stream,
     SuffixFraction,
     Texts,
+    TrustRemoteCode,
 )
 from kvprof.cli.watching import Watch
 
@@ -28,20 +29,26 @@ Model = Annotated[
 ]
 
 
-def inspect(model: Model = None) -> None:
+def inspect(model: Model = None, trust_remote_code: TrustRemoteCode = False) -> None:
     """What does this model cache? Heads, widths and bytes layer by layer, from the config."""
     from kvprof.models.inventory import take_inventory
     from kvprof.models.load import load_config, resolve
     from kvprof.report.console import print_result
     from kvprof.report.tables import show_inventory
 
-    source = resolve(model)
+    source = resolve(model, trust_remote_code)
     inventory = take_inventory(load_config(source), source.id)
     show_inventory(inventory)
     print_result(inventory)
 
 
-def norms(model: Model = None, out: Out = None, dry_run: DryRun = False, restart: Restart = False) -> None:
+def norms(
+    model: Model = None,
+    out: Out = None,
+    trust_remote_code: TrustRemoteCode = False,
+    dry_run: DryRun = False,
+    restart: Restart = False,
+) -> None:
     """How large are W_k and W_v, layer by layer? Spectral and Frobenius norm, stable rank. Never loads the model."""
     from kvprof.models.load import resolve
     from kvprof.profile.norms import run_norms
@@ -49,7 +56,7 @@ def norms(model: Model = None, out: Out = None, dry_run: DryRun = False, restart
     from kvprof.report.console import print_fetched, print_note, print_result, print_written, progress
     from kvprof.report.tables import show_red_flags, show_scores
 
-    source = resolve(model)
+    source = resolve(model, trust_remote_code)
     folder = output_folder(source.id, out)
     watch = Watch(dry_run)
     with watch.over("cpu"), progress("norms", "bytes") as advance:
@@ -113,6 +120,7 @@ def gradients(
     dtype: Dtype = "auto",
     device: Device = "auto",
     stream: Stream = False,
+    trust_remote_code: TrustRemoteCode = False,
     shard: Annotated[
         str | None,
         typer.Option(help="Measure one part of the sequences alone, say 2/8; `kvprof merge` adds them up."),
@@ -137,7 +145,7 @@ def gradients(
 
     if stable_at and not until_stable:
         raise UsageError("--stable-at says what --until-stable looks at, which is not there.\n  Add --until-stable.")
-    source = resolve(model)
+    source = resolve(model, trust_remote_code)
     runtime = None if target is None else target_named(target)
     window = USUAL_WINDOW if runtime is None else runtime.window
     decoder = Decoder(

@@ -45,6 +45,13 @@ Stream = Annotated[
     bool,
     typer.Option("--stream", help="Load one block at a time from the checkpoint: for models larger than the memory."),
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Let Python code run that comes with the model, where transformers has none for it. Its files are named.",
+    ),
+]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what it would take in tokens, memory, time and disk, and stop there.")
 ]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvprof.cli.options import TrustRemoteCode
 from kvprof.cli.stops import STOPPED
 from kvprof.errors import UsageError
 
@@ -43,6 +44,7 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the command lines, and which would be skipped; stop there.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     restart: Annotated[bool, typer.Option("--restart", help="Do every step again, from its beginning.")] = False,
 ) -> None:
     """Carry out a recipe: measure, plan, evaluate, report. What is done already is skipped; a stopped run goes on.
@@ -76,10 +78,13 @@ def run(
     from kvprof.records.runs import OUTPUTS, output_folder, slug
 
     named = _named_model(found.model, home) if model is None else _named_model(model, Path.cwd())
-    source = None if dry_run and named == DEMO else resolve(str(named))  # the demo model may have to be converted first
+    # The demo model may have to be converted first.
+    source = None if dry_run and named == DEMO else resolve(str(named), trust_remote_code)
     id_ = DEMO if source is None else source.id
     folder = out or (place_of(found.out, home) if found.out else OUTPUTS / slug(id_))
     steps = steps_of(found, named, folder, home)
+    if trust_remote_code:  # said here alone: a recipe may be a stranger's
+        steps = [step.trusting() for step in steps]
     past = Past(folder, restart)
     if past.remark is not None:
         print_note(past.remark)

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from kvprof.cli.options import TrustRemoteCode
+
 File = Annotated[
     Path, typer.Argument(help="A Scores, BitPlan, Evaluation, Frontier, Audit, Benchmark or Spectra file.")
 ]
@@ -54,6 +56,7 @@ def validate(
     model: Annotated[
         str | None, typer.Argument(help="Check too that the file is for this model.", show_default=False)
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Exit with 0, or say what is wrong with a file (1), or that it is for another model than the one named (4)."""
     from kvprof.records.answers import Validated
@@ -65,7 +68,7 @@ def validate(
         from kvprof.models.identity import check_fits
         from kvprof.models.load import resolve
 
-        check_fits(document, resolve(model))
+        check_fits(document, resolve(model, trust_remote_code))
     print_result(Validated(file=str(file), kind=document.kind, model=model))
     print_plain(f"{file}: a valid {document.kind} file" + (f", and it fits {model}" if model else ""))
 

@@ -19,6 +19,7 @@ from kvprof.cli.options import (
     Split,
     Stream,
     Texts,
+    TrustRemoteCode,
 )
 from kvprof.cli.watching import Watch
 
@@ -35,6 +36,7 @@ def spectra(
     dtype: Dtype = "auto",
     device: Device = "auto",
     stream: Stream = False,
+    trust_remote_code: TrustRemoteCode = False,
     dry_run: DryRun = False,
     restart: Restart = False,
 ) -> None:
@@ -46,7 +48,7 @@ def spectra(
     from kvprof.report.console import print_note, print_result, print_written, progress
     from kvprof.report.spectra import show_spectra
 
-    source = resolve(model)
+    source = resolve(model, trust_remote_code)
     folder = output_folder(source.id, out)
     settings = SpectraSettings(
         data=data or USUAL_DATA,

@@ -25,7 +25,7 @@ from kvprof.errors import UsageError, did_you_mean
 from kvprof.evaluate.logits import choose_route, planned_logits
 from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
 from kvprof.models.inventory import take_inventory
-from kvprof.models.load import check_dtype, lend, load_config, load_model, resolve, usable_device
+from kvprof.models.load import check_dtype, lend, load_config, load_model, loading_arguments, resolve, usable_device
 from kvprof.records.plan import BitPlan
 from kvprof.runtime.cache import PlanCache
 
@@ -63,8 +63,9 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         pretrained: a hub id, a folder, a .gguf file or `demo`, by default the plan's own model; or a loaded one.
         plan: a BitPlan, or its file. exact: log likelihoods token by token through the packed cache: the same numbers,
         far slower. device: a GPU that is not there is the CPU, since lm_eval asks for one by itself. batch_size: with
-        a plan sequences are computed one at a time, whatever is asked for. trust_remote_code: a permission that is
-        never made use of. The rest is what lm_eval's `hf` makes of it.
+        a plan sequences are computed one at a time, whatever is asked for.
+        trust_remote_code: let Python code run that comes with the model, where transformers has none for it. The rest
+        is what lm_eval's `hf` makes of it.
         Raises UsageError for an argument that nothing knows, Mismatch for another model's plan.
         """
         if unknown:
@@ -78,7 +79,9 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         if isinstance(pretrained, PreTrainedModel):
             self._source = lend(pretrained, tokenizer)
         else:
-            self._source = resolve(pretrained or (self.plan.model.id if self.plan is not None else None))
+            self._source = resolve(
+                pretrained or (self.plan.model.id if self.plan is not None else None), bool(trust_remote_code)
+            )
         self._dtype = str(dtype).removeprefix("torch.")
         check_dtype(self._dtype)
         super().__init__(
@@ -136,6 +139,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
             place = self._source.fetch(weights=False)
             pretrained = str(place if place.is_dir() else place.parent)
             options["gguf_file"] = None if place.is_dir() else place.name
+            options["trust_remote_code"] = loading_arguments(self._source, place, tokenizer=True)["trust_remote_code"]
         super()._create_tokenizer(pretrained, tokenizer, **options)
 
     def _create_model(self, pretrained: str, **_: Any) -> None:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from kvprof.errors import ModelError
-from kvprof.models.hub import refuse_pickles
+from kvprof.models.gguf_header import check_gguf
 from kvprof.models.load import need_gguf
-from kvprof.models.shards import DTYPES, SAFETENSORS_INDEX, find_shards
+from kvprof.models.opening import check_weights
+from kvprof.models.shards import DTYPES
 
 Runs = Sequence[tuple[int, int]]
 """Rows of a tensor, as (start, stop): each run is read at one go, in this order."""
@@ -53,12 +54,10 @@ class SafetensorsCheckpoint:
     """
 
     def __init__(self, folder: Path) -> None:
-        names = [file.name for file in folder.iterdir() if file.is_file()]
-        refuse_pickles(names, str(folder))
         self._shard_of: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
-        shards = find_shards(names, lambda: (folder / SAFETENSORS_INDEX).read_text(encoding="utf-8"), str(folder))
+        shards = check_weights(folder)
         for shard in (folder / name for name in shards.files):
             with _opened(shard) as file:
                 for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
@@ -105,6 +104,7 @@ class GGUFCheckpoint:
 
     def __init__(self, path: Path, config: PretrainedConfig) -> None:
         need_gguf()
+        check_gguf(path)
         from gguf import GGUFReader
 
         try:

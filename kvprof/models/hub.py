@@ -17,7 +17,8 @@ from kvprof.models.names import nearest_model
 
 _CONFIG_FILES = ["*.json", "*.jinja", "*.model", "tokenizer*", "vocab*", "merges*"]
 _WEIGHT_FILES = ["model*.safetensors"]  # some models keep the same weights beside them under a second name
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_CODE_FILES = ["*.py"]  # where the user trusts them
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _HUB_SECONDS = 10.0
 """How long the hub may take to say that it knows a model."""
 
@@ -41,29 +42,33 @@ class HubModel:
         return self.folder.name
 
 
-def fetch_from_hub(hub_id: str, weights: bool) -> Path:
+def fetch_from_hub(hub_id: str, weights: bool, code: bool = False) -> Path:
     """Bring a hub id's config and tokenizer, and its safetensors where asked, into the hub's cache; return the folder.
 
-    Where the hub does not answer, the cache serves alone.
+    code: its Python files, too. Where the hub does not answer, the cache serves alone.
     """
-    return _find(hub_id, needs_weights=weights, fetches_weights=weights).folder
+    return _find(hub_id, needs_weights=weights, fetches_weights=weights, code=code).folder
 
 
-def find_on_hub(hub_id: str) -> HubModel:
+def find_on_hub(hub_id: str, code: bool = False) -> HubModel:
     """Bring a hub id's config into the hub's cache, and say what weights there are to be read.
 
-    Where the hub does not answer, the cache serves alone, if it has the weights.
+    code: its Python files, too. Where the hub does not answer, the cache serves alone, if it has the weights.
     """
-    return _find(hub_id, needs_weights=True, fetches_weights=False)
+    return _find(hub_id, needs_weights=True, fetches_weights=False, code=code)
 
 
-def _find(hub_id: str, needs_weights: bool, fetches_weights: bool) -> HubModel:
+def _find(hub_id: str, needs_weights: bool, fetches_weights: bool, code: bool) -> HubModel:
     """Ask for a repository. needs_weights: one without any is refused. fetches_weights: they are downloaded too."""
     from huggingface_hub import HfApi, snapshot_download
 
     def wanted(weights: bool) -> dict[str, Any]:
-        files = _CONFIG_FILES + (_WEIGHT_FILES if weights else [])
-        return {"repo_id": hub_id, "allow_patterns": files, "ignore_patterns": ["*/*"]}
+        files = _CONFIG_FILES + (_WEIGHT_FILES if weights else []) + (_CODE_FILES if code else [])
+        return {
+            "repo_id": hub_id,
+            "allow_patterns": files,
+            "ignore_patterns": ["*/*", *(f"*{end}" for end in _PICKLES)],
+        }
 
     try:
         # Asked first, because snapshot_download waits for an answer for ever.

@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from kvprof.errors import ModelError, UnknownLayout, first_line
 from kvprof.models.layouts import Projection, cut_rows, find_projections
+from kvprof.models.own_code import is_own_class
 from kvprof.records.document import ModelInfo
 from kvprof.records.geometry import ELEMENT_BYTES, CacheGeometry, DType, KVLayer, LayerKind
 from kvprof.records.inventory import Inventory, RedFlag
@@ -78,14 +79,15 @@ def build_skeleton(config: PretrainedConfig) -> Skeleton:
         raise ModelError(f"{name} describes an encoder-decoder; kvprof measures decoder-only language models.")
     text_config = config.get_text_config(decoder=True)
     # The text decoder of most multimodal models is no causal language model of its own.
-    alone = type(text_config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    alone = is_causal(text_config)
     if not alone and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ModelError(f"{name} describes no decoder language model that transformers knows.")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the skeleton is thrown away: its warnings concern nobody
     try:
         with torch.device("meta"):
-            model = (AutoModelForCausalLM if alone else AutoModel).from_config(text_config)
+            auto = AutoModelForCausalLM if alone else AutoModel
+            model = auto.from_config(text_config, trust_remote_code=is_own_class(text_config))
     except Exception as error:  # a config from anywhere, read by the model's own code
         raise ModelError(
             f"{name} describes no decoder language model that transformers can build: {first_line(error)}"
@@ -103,6 +105,12 @@ def build_skeleton(config: PretrainedConfig) -> Skeleton:
             raise ModelError(f"{name} describes an encoder: its attention sees the tokens to come.") from None
         raise
     return Skeleton(text_config, modules, projections)
+
+
+def is_causal(config: PretrainedConfig) -> bool:
+    """Whether a config describes a causal language model, rather than one with such a model in it."""
+    own = getattr(config, "auto_map", None) if is_own_class(config) else None
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (own or {})
 
 
 def take_inventory(config: PretrainedConfig, model_id: str | None = None) -> Inventory:

@@ -23,7 +23,6 @@ import torch
 import transformers
 from filelock import FileLock
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -33,11 +32,13 @@ from transformers import (
 )
 
 from kvprof.errors import KvprofError, ModelError, UsageError, did_you_mean, first_line
-from kvprof.models.hub import fetch_from_hub, refuse_pickles
-from kvprof.models.inventory import build_skeleton
+from kvprof.models.hub import fetch_from_hub
+from kvprof.models.inventory import build_skeleton, is_causal
 from kvprof.models.lent import check_lent, live_config
 from kvprof.models.memory import free_bytes
 from kvprof.models.names import DEMO, nearest_path
+from kvprof.models.opening import check_config, check_weights
+from kvprof.models.own_code import check_code, find_code, refused_code
 from kvprof.models.shelf import Shelf
 from kvprof.models.streaming import stream_weights
 from kvprof.records.runs import cache_folder
@@ -60,6 +61,7 @@ class ModelSource:
 
     path: a folder with config.json, or a .gguf file; None for a hub id, whose files `fetch` brings. live: of the kind
     `loaded`, the model itself and its tokenizer; such a model is lent, and not moved, cast or changed.
+    trusts_code: whether the user lets Python code that comes with it run.
     """
 
     id: str
@@ -68,6 +70,7 @@ class ModelSource:
     hub_id: str | None = None
     live: PreTrainedModel | None = field(default=None, repr=False, compare=False)
     tokenizer: Any = field(default=None, repr=False, compare=False)
+    trusts_code: bool = False
 
     def fetch(self, weights: bool) -> Path:
         """Return a local folder (or GGUF file) with the config and tokenizer, and the weights where asked.
@@ -77,12 +80,13 @@ class ModelSource:
         if self.path is not None:
             return self.path
         assert self.hub_id is not None
-        return fetch_from_hub(self.hub_id, weights)
+        return fetch_from_hub(self.hub_id, weights, self.trusts_code)
 
 
-def resolve(model: str | None) -> ModelSource:
+def resolve(model: str | None, trust_remote_code: bool = False) -> ModelSource:
     """Find out what a MODEL argument names: nothing or `demo`, a folder, a .gguf file, else a hub id.
 
+    trust_remote_code: whether Python code that a folder or a hub id brings may run, where transformers has none.
     Raises ModelError for a path that holds no model, UsageError for a word that can be none of these.
     """
     if model is None or model == DEMO:
@@ -97,7 +101,7 @@ def resolve(model: str | None) -> ModelSource:
                 else "A model folder holds config.json and *.safetensors."
             )
             raise ModelError(f"the folder {path} has no config.json.\n  {advice}")
-        return ModelSource(str(path.resolve()), "folder", path.resolve())
+        return ModelSource(str(path.resolve()), "folder", path.resolve(), trusts_code=trust_remote_code)
     if os.path.isfile(path):
         if path.suffix != ".gguf":
             raise ModelError(f"{path} is a file, but not a .gguf one.\n  Name the folder that holds its config.json.")
@@ -106,7 +110,7 @@ def resolve(model: str | None) -> ModelSource:
         raise ModelError(f"there is no model at {model}: no such folder or file.\n  {nearest_path(path)}".rstrip())
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model, re.ASCII):
         raise UsageError(f"{model!r} is neither a folder, a .gguf file nor a hub id such as org/name.")
-    return ModelSource(model, "hub", hub_id=model)
+    return ModelSource(model, "hub", hub_id=model, trusts_code=trust_remote_code)
 
 
 def load_config(source: ModelSource) -> PretrainedConfig:
@@ -114,8 +118,9 @@ def load_config(source: ModelSource) -> PretrainedConfig:
     if source.live is not None:
         return live_config(source.live)
     place = source.fetch(weights=False)
+    arguments = loading_arguments(source, place)
     with _explained(source, "config"), _quiet():
-        return AutoConfig.from_pretrained(**_arguments(place))
+        return AutoConfig.from_pretrained(**arguments)
 
 
 def load_tokenizer(source: ModelSource) -> Any:
@@ -128,8 +133,9 @@ def load_tokenizer(source: ModelSource) -> Any:
             )
         return source.tokenizer
     place = source.fetch(weights=False)
+    arguments = loading_arguments(source, place, tokenizer=True)
     with _explained(source, "tokenizer"), _quiet():
-        return AutoTokenizer.from_pretrained(**_arguments(place))
+        return AutoTokenizer.from_pretrained(**arguments)
 
 
 def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto", stream: bool = False) -> PreTrainedModel:
@@ -151,17 +157,18 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto", s
     target = usable_device(device) if stream else _placement(device, config, dtype)
     place = source.fetch(weights=True)
     if place.is_dir():
-        refuse_pickles((file.name for file in place.iterdir()), str(place))
+        check_weights(place)
     elif stream:
         raise UsageError("--stream reads safetensors, not a .gguf file.\n  Name the folder or hub id it was made from.")
     spread: dict[str, Any] = {"device_map": "auto"} if target is None else {}
     if stream:
         shelf = Shelf()
         spread = {"device_map": {"": "disk"}, "offload_folder": shelf.folder}
+    arguments = loading_arguments(source, place) | ({"use_safetensors": True} if place.is_dir() else {})
     with _explained(source), _quiet():
         # The text decoder of most multimodal models is no causal language model of its own.
-        auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
-        model = auto.from_pretrained(**_arguments(place), dtype=DTYPES.get(dtype, "auto"), **spread)
+        auto = AutoModelForCausalLM if is_causal(config) else AutoModelForImageTextToText
+        model = auto.from_pretrained(**arguments, dtype=DTYPES.get(dtype, "auto"), **spread)
         model = model.eval().requires_grad_(False)
         if stream:
             assert target is not None
@@ -216,8 +223,18 @@ def usable_device(device: str) -> torch.device:
         target = torch.device(device)
         torch.empty(1, device=target)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"--device {device} cannot be used here: {first_line(error)}") from None
+        raise _unusable(device, first_line(error).split(". ")[0]) from None
+    if target.type == "meta":
+        raise _unusable(device, "it holds no numbers")
     return target
+
+
+def _unusable(device: str, reason: str) -> UsageError:
+    here = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        here.append("mps")
+    advice = f"Leave out --device, or take what is here: {', '.join(here)}."
+    return UsageError(f"--device {device} cannot be used here: {reason.rstrip('.')}.\n  {advice}")
 
 
 def wider_dtype_advice(model: PreTrainedModel, otherwise: str) -> str:
@@ -237,12 +254,21 @@ def weight_bytes(config: PretrainedConfig, dtype: str = "auto") -> int:
     return elements * DTYPES.get(dtype, config.dtype or torch.float32).itemsize
 
 
-def _arguments(place: Path) -> dict[str, Any]:
-    """Return the from_pretrained arguments for a folder or a GGUF file. Nothing from a checkpoint is ever run."""
+def loading_arguments(source: ModelSource, place: Path, tokenizer: bool = False) -> dict[str, Any]:
+    """Return the from_pretrained arguments for a folder or a GGUF file, looked through before it is opened.
+
+    Nothing from a checkpoint is run, but for code that it cannot do without and that the user trusts.
+    """
     if place.is_file():
         need_gguf()
-        return {"pretrained_model_name_or_path": str(place.parent), "gguf_file": place.name}
-    return {"pretrained_model_name_or_path": str(place), "trust_remote_code": False}
+        check_config(place)
+        given = {"pretrained_model_name_or_path": str(place.parent), "gguf_file": place.name}
+        return given | {"trust_remote_code": False}  # else transformers asks, about files beside it
+    check_config(place)
+    trusted = check_code(place, source.id, source.trusts_code)
+    if tokenizer:
+        trusted = check_code(place, source.id, source.trusts_code, tokenizer=True) or trusted
+    return {"pretrained_model_name_or_path": str(place), "trust_remote_code": trusted}
 
 
 def _demo_source() -> ModelSource:
@@ -265,6 +291,8 @@ def _converted(gguf: Path) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{folder.name}.lock"):
             if not (folder / "config.json").is_file():
+                for abandoned in cache.glob(f".{folder.name}.*"):  # by a process that was killed: the lock is ours
+                    shutil.rmtree(abandoned, ignore_errors=True)
                 logger.info("converting the demo model, once: half a minute, into %s", folder)
                 partial = Path(tempfile.mkdtemp(dir=cache, prefix=f".{folder.name}."))
                 try:
@@ -272,33 +300,6 @@ def _converted(gguf: Path) -> Path:
                     partial.rename(folder)
                 finally:
                     shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise ModelError(
-            f"cannot convert the demo model into {cache}: {first_line(error)}\n  Name another folder in KVPROF_CACHE."
-        ) from None
-    return folder
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    from safetensors.torch import save_file
-
-    source = ModelSource(DEMO, "gguf", gguf)
-    model = load_model(source, dtype="float32", device="cpu")
-    load_tokenizer(source).save_pretrained(folder)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or []) if model.config.tie_word_embeddings else set()
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    config = model.config.to_dict()
-    config.pop("quantization_config", None)  # the weights below are plain floats
-    config["architectures"] = [type(model).__name__]
-    type(model.config).from_dict(config).save_pretrained(folder)
-
-
-@contextlib.contextmanager
-def _explained(source: ModelSource, what: str = "model") -> Iterator[None]:
-    """Turn the many ways in which transformers fails to load into one message."""
-    try:
-        yield
     except (KvprofError, MemoryError):
         raise
     except torch.OutOfMemoryError:
@@ -309,10 +310,9 @@ def _explained(source: ModelSource, what: str = "model") -> Iterator[None]:
         if type(error).__name__ == "SafetensorError":
             raise ModelError(f"the checkpoint of {source.id} is truncated or corrupt: {first_line(error)}") from None
         if "custom code" in str(error):
-            raise ModelError(
-                f"{source.id} brings Python code of its own, which kvprof never runs.\n"
-                "  Only architectures that transformers has built in can be measured."
-            ) from None
+            place = source.path
+            code = find_code(place, tokenizer=what == "tokenizer") if place is not None and place.is_dir() else None
+            raise refused_code(source.id, code) from None
         raise ModelError(f"cannot load the {what} of {source.id}: {first_line(error)}") from None
 
 

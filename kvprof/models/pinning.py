@@ -18,7 +18,7 @@ from kvprof.models.hub import HubModel, find_on_hub, refuse_pickles
 from kvprof.models.lent import check_in_memory
 from kvprof.models.load import ModelSource
 from kvprof.models.remote import RemoteCheckpoint
-from kvprof.models.shards import SAFETENSORS_INDEX, find_shards
+from kvprof.models.shards import SAFETENSORS_INDEX, find_shards, read_index
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def pin(source: ModelSource) -> PinnedModel:
     if source.path is not None:
         return PinnedModel(source, source.path, _identity(source.path))
     assert source.hub_id is not None
-    hub = find_on_hub(source.hub_id)
+    hub = find_on_hub(source.hub_id, source.trusts_code)
     return PinnedModel(dataclasses.replace(source, path=hub.folder), hub.folder, f"commit {hub.commit}", hub)
 
 
@@ -79,7 +79,7 @@ def _open_hub(hub: HubModel) -> Checkpoint:
     where = f"{hub.id} on the hub"
     index = hub.folder / SAFETENSORS_INDEX
     names = [*hub.weight_bytes, *([index.name] if index.is_file() else [])]
-    shards = find_shards(names, lambda: index.read_text(encoding="utf-8"), where)
+    shards = find_shards(names, lambda: read_index(index), where)
     refuse_pickles(shards.files, where)  # there may be safetensors of a second name alone
     if all((hub.folder / name).is_file() for name in shards.files):
         return SafetensorsCheckpoint(hub.folder)

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TypeGuard
 
 from kvprof.errors import ModelError
@@ -20,6 +20,7 @@ SAFETENSORS_INDEX = "model.safetensors.index.json"
 LENGTH_BYTES = 8
 """A file begins with the length of its header, little-endian."""
 _LONGEST_HEADER_BYTES = 100_000_000  # of the safetensors library too
+_LARGEST_INDEX_BYTES = 2**26  # of the largest models, ten million
 _MOST_DIMENSIONS = 16
 
 DTYPES = {
@@ -81,7 +82,7 @@ def find_shards(names: Collection[str], read_index: Callable[[], str], where: st
     """Choose among the files of a folder or a repository: the whole file, else the index's shards, else any shards.
 
     names: of the files there. read_index: called where the index is among them and counts. Raises ModelError for an
-    index that is none, or that names a shard which is missing or outside its folder.
+    index that is none, or that names a shard which is missing, outside its folder or no safetensors file.
     """
     if SAFETENSORS in names:
         return Shards((SAFETENSORS,), {}, where)
@@ -96,13 +97,28 @@ def find_shards(names: Collection[str], read_index: Callable[[], str], where: st
             f"{SAFETENSORS_INDEX} in {where} is not an index of safetensors shards.\n  Download it again."
         ) from None
     for shard in shards:
-        if not isinstance(shard, str) or PurePosixPath(shard).name != shard or "\\" in shard:
+        if not isinstance(shard, str) or PurePosixPath(shard).name != shard or shard in ("", "..") or "\\" in shard:
             raise ModelError(f"{SAFETENSORS_INDEX} in {where} names the shard {shard!r}, which is outside its folder.")
+        if not shard.endswith(".safetensors"):
+            raise ModelError(
+                f"{SAFETENSORS_INDEX} in {where} names the shard {shard!r}, which is no safetensors file: it is not "
+                "opened.\n  Convert it once, where you trust it: "
+                "AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)"
+            )
         if shard not in names:
             raise ModelError(
                 f"{SAFETENSORS_INDEX} in {where} names the shard {shard}, but it is not there.\n  Finish the download."
             )
     return Shards(tuple(shards) or alone, dict(promised), where)
+
+
+def read_index(path: Path) -> str:
+    """Return the text of an index on the disk; raises ValueError where it is too long to be one, or no text."""
+    with open(path, "rb") as file:
+        raw = file.read(_LARGEST_INDEX_BYTES + 1)
+    if len(raw) > _LARGEST_INDEX_BYTES:
+        raise ValueError("too long")
+    return raw.decode()
 
 
 def header_bytes(prefix: bytes, file_bytes: int) -> int:

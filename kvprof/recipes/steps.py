@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,10 @@ class Step:
     writes: tuple[Path, ...]
     reads: tuple[Path, ...] = ()
     of_model: bool = False
+
+    def trusting(self) -> Step:
+        """Return the step with the user's word that code of the model's may run, where it reads the model."""
+        return replace(self, words=(*self.words, "--trust-remote-code")) if self.of_model else self
 
     @property
     def command(self) -> str:

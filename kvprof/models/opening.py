@@ -1,0 +1,75 @@
+"""What must hold of a model's files before any library opens them: only safetensors and GGUF, only within the folder.
+
+Reads config.json, an index of shards and the header of a GGUF file; never a weight. transformers would take a pickle
+where it finds one, follow an index out of the folder, and build as many layers as a config asks for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from kvprof.errors import ModelError
+from kvprof.models.gguf_header import MOST_LAYERS, check_gguf
+from kvprof.models.hub import refuse_pickles
+from kvprof.models.own_code import read_object
+from kvprof.models.shards import SAFETENSORS_INDEX, Shards, find_shards, read_index
+
+LARGEST_CONFIG_BYTES = 2**24
+
+_COUNTS = re.compile(r"(^n_|^num_|_)(layers?|experts|blocks)$|^depth$")
+
+
+def check_config(place: Path) -> None:
+    """Raise ModelError for a config that asks for more than there can be, or for code of somebody else's.
+
+    place: a folder with config.json, or a .gguf file.
+    """
+    if place.is_file():
+        check_gguf(place)
+        return
+    file = place / "config.json"
+    if file.is_file() and file.stat().st_size > LARGEST_CONFIG_BYTES:
+        raise ModelError(f"{file}: no config has more than {LARGEST_CONFIG_BYTES} bytes.")
+    config = read_object(file)
+    for table in _tables(config):
+        for name, value in table.items():
+            if _COUNTS.search(name) and type(value) is int and value > MOST_LAYERS:
+                raise ModelError(f"{file}: {name} is {value}; no model has more than {MOST_LAYERS}.")
+            if "attn_implementation" in name and "/" in str(value):
+                raise ModelError(
+                    f"{file}: {name} is {str(value)[:60]!r}, code that would be fetched from the hub.\n"
+                    f"  Remove {name} from it: kvprof chooses how attention is computed."
+                )
+    if config.get("transformers_weights") is not None:
+        raise ModelError(
+            f"{file}: transformers_weights names a file of its own for the weights, "
+            f"{str(config['transformers_weights'])[:60]!r}.\n"
+            "  Remove it: weights are in model.safetensors, or in the shards of its index."
+        )
+
+
+def check_weights(folder: Path) -> Shards:
+    """Return the safetensors files that a folder's weights are in.
+
+    Raises ModelError for pickles, for an index that names anything but safetensors files of the folder, and for what is
+    an adapter.
+    """
+    names = [file.name for file in folder.iterdir() if file.is_file()]
+    refuse_pickles(names, str(folder))
+    if "adapter_config.json" in names:
+        raise ModelError(
+            f"{folder} holds an adapter (adapter_config.json), which would be laid over the weights or left out, as "
+            "other packages are installed.\n  Merge it first (merge_and_unload), or remove that file."
+        )
+    return find_shards(names, lambda: read_index(folder / SAFETENSORS_INDEX), str(folder))
+
+
+def _tables(value: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
+    """Yield a config and the configs in it."""
+    waiting = [value]
+    while waiting:
+        table = waiting.pop()
+        yield table
+        waiting += [part for part in table.values() if isinstance(part, dict)]
