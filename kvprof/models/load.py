@@ -291,8 +291,6 @@ def _converted(gguf: Path) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{folder.name}.lock"):
             if not (folder / "config.json").is_file():
-                for abandoned in cache.glob(f".{folder.name}.*"):  # by a process that was killed: the lock is ours
-                    shutil.rmtree(abandoned, ignore_errors=True)
                 logger.info("converting the demo model, once: half a minute, into %s", folder)
                 partial = Path(tempfile.mkdtemp(dir=cache, prefix=f".{folder.name}."))
                 try:
@@ -300,6 +298,33 @@ def _converted(gguf: Path) -> Path:
                     partial.rename(folder)
                 finally:
                     shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise ModelError(
+            f"cannot convert the demo model into {cache}: {first_line(error)}\n  Name another folder in KVPROF_CACHE."
+        ) from None
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    source = ModelSource(DEMO, "gguf", gguf)
+    model = load_model(source, dtype="float32", device="cpu")
+    load_tokenizer(source).save_pretrained(folder)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or []) if model.config.tie_word_embeddings else set()
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = model.config.to_dict()
+    config.pop("quantization_config", None)  # the weights below are plain floats
+    config["architectures"] = [type(model).__name__]
+    type(model.config).from_dict(config).save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _explained(source: ModelSource, what: str = "model") -> Iterator[None]:
+    """Turn the many ways in which transformers fails to load into one message."""
+    try:
+        yield
     except (KvprofError, MemoryError):
         raise
     except torch.OutOfMemoryError:
