@@ -237,13 +237,16 @@ def test_a_section_without_its_file_names_the_command_that_makes_it(tmp_path: Pa
     Parsed(text)
 
 
-def test_each_file_alone_makes_a_page(tmp_path: Path) -> None:
-    whole = reported.save_all(tmp_path / "all")
-    for path in whole.glob("*.json"):
+def test_each_file_alone_makes_a_page_that_names_it_and_no_other(tmp_path: Path) -> None:
+    files = sorted(reported.save_all(tmp_path / "all").glob("*.json"))
+    assert len(files) == 7
+    for path in files:
         folder = tmp_path / path.stem
         folder.mkdir()
         (folder / path.name).write_bytes(path.read_bytes())
-        Parsed(to_html(make_page(gather(folder))))
+        text = to_html(make_page(gather(folder)))
+        Parsed(text)
+        assert [other.name for other in files if f"{path.stem}/{other.name}</td>" in text] == [path.name]
 
 
 def test_text_from_files_stays_text(tmp_path: Path) -> None:
