@@ -17,6 +17,10 @@ def main() -> None:
         _run()
     except Stopped as stopped:
         leave(stopped)
+    except OSError as error:  # of what no command prints: --version, --help
+        from kvprof.cli.errors import explained
+
+        sys.exit(f"error: {explained(error)}")
     finally:
         leave_in_peace()
 

@@ -79,6 +79,14 @@ class CacheError(KvprofError):
     """A cache is asked for what it cannot do as its plan promises; it is left as it was."""
 
 
+class BeyondFormat(KvprofError):
+    """Numbers are too large for a format of another runtime, which would store infinity."""
+
+
+class OutOfMemory(KvprofError):
+    """A device has no memory left for what it is asked to do."""
+
+
 class NonFiniteGradient(KvprofError):
     """A gradient overflowed to NaN or infinity."""
 
@@ -92,6 +100,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     names = list(known)
     nearest = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     return f"did you mean {nearest[0]!r}?" if nearest else f"choose from {', '.join(names)}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is one of the ways in which Python, torch and the devices say that no memory is left."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without importing it
+        return True
+    words = ("can't allocate memory", "not enough memory", "out of memory")  # of a CPU on Linux and Windows; of others
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in words)
 
 
 def first_line(error: BaseException) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvprof.errors import CalibrationError, KvprofError
+from kvprof.errors import CalibrationError, OutOfMemory, is_out_of_memory
 
 _HALF = (torch.float16, torch.bfloat16)
 _DAMAGED = "  No wider dtype would help: its weights are damaged."
@@ -57,9 +57,11 @@ def sample_tokens(
                 sound = sound.to(finite.device) & finite
                 tokens.append(chosen_B.to(device))
                 step()
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         rows, steps = draws_BT.shape
-        raise KvprofError(
+        raise OutOfMemory(
             f"out of memory on {device} while the model wrote {rows} sequences of {steps + 1} tokens.\n"
             "  Lower --sequence-length, or leave `self` out of --data; what is written so far is kept."
         ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import os
@@ -13,7 +14,7 @@ from typing import ParamSpec
 import typer
 
 from kvprof.cli.stops import INTERRUPTED, SAID, Stopped
-from kvprof.errors import KvprofError, UsageError
+from kvprof.errors import KvprofError, OutOfMemory, UsageError, first_line, is_out_of_memory
 from kvprof.records.processes import launched_rank, launched_size
 
 P = ParamSpec("P")
@@ -25,6 +26,12 @@ PATIENCE_SECONDS = 3.0
 """The first of several processes to end takes all others with it: let the one that speaks be that."""
 
 
+MORE_MEMORY = (
+    "Close what else holds memory, ask for less (shorter or fewer sequences at a time), or take a larger machine; "
+    "what is measured so far is kept."
+)
+
+
 class _Notes(logging.Handler):
     """Shows what the library logs as notes."""
 
@@ -32,6 +39,15 @@ class _Notes(logging.Handler):
         from kvprof.report.console import print_note
 
         print_note(record.getMessage())
+
+
+def explained(error: OSError) -> str:
+    """Return what the system refused, where, and what to do about a full disk."""
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno != errno.ENOSPC:
+        return f"{where}{error.strerror or error}."
+    # Files are written whole or not at all, and say their name: without one, it is what stdout is written to.
+    return f"{where or 'cannot print: '}{error.strerror}.\n  Free some space and give the same command again."
 
 
 def explains_errors(command: Callable[P, None]) -> Callable[P, None]:
@@ -64,8 +80,14 @@ def explains_errors(command: Callable[P, None]) -> Callable[P, None]:
         except OSError as error:
             from kvprof.report.console import print_error
 
-            where = f"{error.filename}: " if error.filename else ""
-            print_error(KvprofError(f"{where}{error.strerror or error}."))
+            print_error(KvprofError(explained(error)))
+            raise typer.Exit(1) from None
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            from kvprof.report.console import print_error
+
+            print_error(OutOfMemory(f"out of memory: {first_line(error)}\n  {MORE_MEMORY}"))
             raise typer.Exit(1) from None
         except (KeyboardInterrupt, Stopped) as stopped:
             from kvprof.report.console import print_note

@@ -13,16 +13,16 @@ from functools import cached_property
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from kvprof.errors import KvprofError
+from kvprof.errors import KvprofError, OutOfMemory
 from kvprof.evaluate.bench import Bench
-from kvprof.evaluate.decode_step import DecodeSettings, OutOfMemory, lacks_positions, time_decode, why_not
+from kvprof.evaluate.decode_step import DecodeSettings, lacks_positions, time_decode, why_not
 from kvprof.evaluate.full_attention import full_bytes, time_full
 from kvprof.evaluate.largest_batch import Memory, fit, working_bytes
 from kvprof.evaluate.machine import room
 from kvprof.evaluate.planned_attention import AppendCost, attention_bytes, planned_bytes, time_planned, untimed
 from kvprof.evaluate.subject import Subject
 from kvprof.models.load import weight_bytes
-from kvprof.models.memory import free_bytes
+from kvprof.models.memory import free_bytes, memory_explained
 from kvprof.records.benchmark import (
     CACHES,
     AppendRun,
@@ -120,9 +120,10 @@ class Cases:
             reason = room(needed, free)
         else:
             try:
-                planned, cost = time_planned(self.plan, context, batch, self.bench)
-            except torch.OutOfMemoryError:
-                reason = "out of memory on the device"
+                with memory_explained("out of memory on the device"):
+                    planned, cost = time_planned(self.plan, context, batch, self.bench)
+            except OutOfMemory as error:
+                reason = str(error)
         if reason is not None:
             planned = untimed(self.plan, context, batch, self.bench, reason)
         self.tick()

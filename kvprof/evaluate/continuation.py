@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria
 
-from kvprof.errors import KvprofError, UsageError
+from kvprof.errors import UsageError
 from kvprof.models.inventory import position_limit
 from kvprof.models.load import ModelSource, load_config, load_model, load_tokenizer
+from kvprof.models.memory import memory_explained
 from kvprof.records.answers import Continuation, Continuations
 from kvprof.records.plan import BitPlan
 from kvprof.runtime.cache import PlanCache, cache_bytes
@@ -125,18 +126,16 @@ def _continue(
     )
     device = model.get_input_embeddings().weight.device
     torch.manual_seed(settings.seed)
-    try:
-        with torch.inference_mode():
-            tokens = model.generate(
-                **{name: tensor.to(device) for name, tensor in inputs.items()},
-                generation_config=config,
-                past_key_values=cache,
-                stopping_criteria=[_Tick(lambda length: tick(length - start))],
-            )
-    except torch.OutOfMemoryError:
-        raise KvprofError(
-            f"out of memory on {device} with a prompt of {start} tokens.\n  Shorten it, or take --dtype bfloat16."
-        ) from None
+    explained = memory_explained(
+        f"out of memory on {device} with a prompt of {start} tokens.\n  Shorten it, or take --dtype bfloat16."
+    )
+    with explained, torch.inference_mode():
+        tokens = model.generate(
+            **{name: tensor.to(device) for name, tensor in inputs.items()},
+            generation_config=config,
+            past_key_values=cache,
+            stopping_criteria=[_Tick(lambda length: tick(length - start))],
+        )
     return [int(token) for token in tokens[0, start:]]
 
 

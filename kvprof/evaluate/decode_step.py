@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from kvprof.errors import KvprofError, first_line
+from kvprof.errors import first_line
 from kvprof.evaluate.bench import fill_tokens
 from kvprof.evaluate.planned_attention import put
 from kvprof.evaluate.timing import WARM_UP, time_calls
 from kvprof.models.load import input_device
-from kvprof.models.memory import peak_memory, settled_bytes
+from kvprof.models.memory import memory_explained, peak_memory, settled_bytes
 from kvprof.records.benchmark import CacheName, DecodeRun
 from kvprof.runtime.layers import planned_layer
 
@@ -26,10 +26,6 @@ WATCHED_STEPS = 2
 
 SPARE_POSITIONS = 16
 """Rows that a table of positions may have beside those that the model was made for (OPT's has two)."""
-
-
-class OutOfMemory(KvprofError):
-    """A device has no room for a cache and a step of the model."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +54,9 @@ def time_decode(
     """
     device = input_device(model)
     cache: Cache | None = make()
+    explained = memory_explained(f"{settings.batch} sequences of {settings.context} tokens do not fit {device}.")
     try:
-        with torch.inference_mode():
+        with explained, torch.inference_mode():
             ids = _token_ids(model, settings, device)
             model(input_ids=ids, use_cache=False)  # weights on a disk are in memory from here on
             before = settled_bytes(device)
@@ -72,8 +69,6 @@ def time_decode(
             with peak_memory(device, before) as peak:
                 for _ in range(WATCHED_STEPS):
                     step()
-    except (torch.OutOfMemoryError, MemoryError):
-        raise OutOfMemory(f"{settings.batch} sequences of {settings.context} tokens do not fit {device}.") from None
     finally:
         cache = None  # or the frames of an error would hold it
     return DecodeRun(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvprof.evaluate.decode_step import OutOfMemory
+from kvprof.errors import OutOfMemory
 from kvprof.evaluate.machine import room
 from kvprof.records.benchmark import CacheName, DecodeRun, FittedCache
 

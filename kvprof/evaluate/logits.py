@@ -7,18 +7,19 @@ are compared with.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvprof.errors import KvprofError, UnsupportedAttention, first_line
+from kvprof.errors import UnsupportedAttention, first_line
 from kvprof.models.load import input_device
+from kvprof.models.memory import memory_explained
 from kvprof.records.plan import BitPlan
 from kvprof.runtime.attention import decoding_reads
 from kvprof.runtime.cache import PlanCache
@@ -83,12 +84,8 @@ def _tensor(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
     return torch.tensor([list(ids)], device=input_device(model))
 
 
-@contextlib.contextmanager
-def _memory_explained(model: PreTrainedModel, tokens: int) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise KvprofError(
-            f"out of memory on {input_device(model)} with a sequence of {tokens} tokens.\n"
-            "  Lower --sequence-length, or try --dtype bfloat16; what is measured so far is kept."
-        ) from None
+def _memory_explained(model: PreTrainedModel, tokens: int) -> AbstractContextManager[None]:
+    return memory_explained(
+        f"out of memory on {input_device(model)} with a sequence of {tokens} tokens.\n"
+        "  Lower --sequence-length, or try --dtype bfloat16; what is measured so far is kept."
+    )

@@ -31,7 +31,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from kvprof.errors import KvprofError, ModelError, UsageError, did_you_mean, first_line
+from kvprof.errors import KvprofError, ModelError, UsageError, did_you_mean, first_line, is_out_of_memory
 from kvprof.models.hub import fetch_from_hub
 from kvprof.models.inventory import build_skeleton, is_causal
 from kvprof.models.lent import check_lent, live_config
@@ -291,6 +291,8 @@ def _converted(gguf: Path) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{folder.name}.lock"):
             if not (folder / "config.json").is_file():
+                for abandoned in cache.glob(f".{folder.name}.*"):  # by a process that was killed: the lock is ours
+                    shutil.rmtree(abandoned, ignore_errors=True)
                 logger.info("converting the demo model, once: half a minute, into %s", folder)
                 partial = Path(tempfile.mkdtemp(dir=cache, prefix=f".{folder.name}."))
                 try:
@@ -298,9 +300,12 @@ def _converted(gguf: Path) -> Path:
                     partial.rename(folder)
                 finally:
                     shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
+    except KvprofError:
+        raise
+    except Exception as error:  # the libraries that write it each have their own words for a full disk
         raise ModelError(
-            f"cannot convert the demo model into {cache}: {first_line(error)}\n  Name another folder in KVPROF_CACHE."
+            f"cannot convert the demo model into {cache}: {first_line(error)}\n"
+            "  Free some space there, or name another folder in KVPROF_CACHE."
         ) from None
     return folder
 
@@ -325,13 +330,14 @@ def _explained(source: ModelSource, what: str = "model") -> Iterator[None]:
     """Turn the many ways in which transformers fails to load into one message."""
     try:
         yield
-    except (KvprofError, MemoryError):
+    except KvprofError:
         raise
-    except torch.OutOfMemoryError:
-        raise ModelError(
-            f"out of memory while loading the {what} of {source.id}.\n  Try --dtype bfloat16, or --device cpu."
-        ) from None
     except Exception as error:  # files from anywhere, parsed by a dozen libraries
+        if is_out_of_memory(error):
+            raise ModelError(
+                f"out of memory while loading the {what} of {source.id}.\n"
+                "  Try --dtype bfloat16, --device cpu, or --stream, which holds one block at a time."
+            ) from None
         if type(error).__name__ == "SafetensorError":
             raise ModelError(f"the checkpoint of {source.id} is truncated or corrupt: {first_line(error)}") from None
         if "custom code" in str(error):

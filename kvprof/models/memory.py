@@ -17,6 +17,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from kvprof.errors import OutOfMemory, is_out_of_memory
+
 SAMPLE_SECONDS = 0.002
 """Between two looks at how much memory the process has."""
 
@@ -31,6 +33,17 @@ def free_bytes(device: torch.device) -> int:
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own idle blocks
         return int(free)
     return max(0, min(int(psutil.virtual_memory().available), limit_bytes() - _used_bytes()))
+
+
+@contextlib.contextmanager
+def memory_explained(message: str) -> Iterator[None]:
+    """Turn whatever a device says when its memory does not suffice into OutOfMemory with this message."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(message) from None
 
 
 @dataclass

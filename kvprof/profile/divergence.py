@@ -36,6 +36,7 @@ from kvprof.models.load import (
     weight_bytes,
     wider_dtype_advice,
 )
+from kvprof.models.memory import memory_explained
 from kvprof.profile.decoder import decoding_of, within_the_window
 from kvprof.profile.probes import USUAL_FORMATS, Probe, check_something_is_read, choose_probes
 from kvprof.records.estimate import Estimate
@@ -224,14 +225,12 @@ def _suffix_logits(model: PreTrainedModel, plan: BitPlan, ids: Sequence[int], fi
     options: dict[str, Any] = {"use_cache": False}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = kept
-    try:
-        with torch.no_grad(), decoding_reads(model, plan):
-            logits: Tensor = model(input_ids=torch.tensor([list(ids)], device=device), **options).logits
-    except torch.OutOfMemoryError:
-        raise KvprofError(
-            f"out of memory on {device} with a sequence of {len(ids)} tokens.\n"
-            "  Lower --sequence-length, or try --dtype float16; what is measured so far is kept."
-        ) from None
+    explained = memory_explained(
+        f"out of memory on {device} with a sequence of {len(ids)} tokens.\n"
+        "  Lower --sequence-length, or try --dtype float16; what is measured so far is kept."
+    )
+    with explained, torch.no_grad(), decoding_reads(model, plan):
+        logits: Tensor = model(input_ids=torch.tensor([list(ids)], device=device), **options).logits
     return logits[0, -kept:]
 
 

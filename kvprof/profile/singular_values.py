@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvprof.errors import KvprofError, UnsupportedAttention
 from kvprof.models.load import input_device, wider_dtype_advice
+from kvprof.models.memory import memory_explained
 from kvprof.profile.head import Head
 from kvprof.records.formats import TENSORS, TensorName
 from kvprof.records.geometry import CacheGeometry, KVLayer
@@ -38,14 +39,13 @@ def cached_singular_values(model: PreTrainedModel, geometry: CacheGeometry, ids:
     """
     device = input_device(model)
     cache = _Reducing(model, geometry)
+    explained = memory_explained(
+        f"out of memory on {device} with a sequence of {len(ids)} tokens.\n"
+        "  Lower --sequence-length, or try --dtype float16; what is measured so far is kept."
+    )
     try:
-        with torch.no_grad():
+        with explained, torch.no_grad():
             Head(model, input_ids=torch.tensor([list(ids)], device=device), past_key_values=cache, use_cache=True)
-    except torch.OutOfMemoryError:
-        raise KvprofError(
-            f"out of memory on {device} with a sequence of {len(ids)} tokens.\n"
-            "  Lower --sequence-length, or try --dtype float16; what is measured so far is kept."
-        ) from None
     except ValueError as error:
         if "past_key_values" not in str(error):
             raise

@@ -8,8 +8,9 @@ from tiny import TINY, tiny_model
 from transformers import AutoModelForCausalLM, DynamicCache, Gemma3nTextConfig, PreTrainedModel
 
 from kvprof.allocate.unscored import uniform_plan
+from kvprof.errors import OutOfMemory
 from kvprof.evaluate import decode_step
-from kvprof.evaluate.decode_step import DecodeSettings, OutOfMemory, fill, lacks_positions, time_decode
+from kvprof.evaluate.decode_step import DecodeSettings, fill, lacks_positions, time_decode
 from kvprof.models.inventory import take_inventory
 from kvprof.records.plan import Window
 from kvprof.runtime import PlanCache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvprof.evaluate.decode_step import OutOfMemory
+from kvprof.errors import OutOfMemory
 from kvprof.evaluate.largest_batch import Memory, fit, working_bytes
 from kvprof.records.benchmark import DecodeRun, Timing
 
