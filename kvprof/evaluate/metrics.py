@@ -31,10 +31,10 @@ def token_kl(reference_TV: Tensor, planned_TV: Tensor) -> Tensor:
         log_p, log_q = reference.log_softmax(-1), planned.log_softmax(-1)
         p, apart = log_p.exp(), log_p - log_q
         # sum of p log(p / q) + q - p: the sums of p and q, 1 each, cancel; with them, so does the rounding of the two
-        # normalisers, which would be larger than the KL of an 8-bit cache. A token that p rules out leaves its q.
+        # normalisers, which would be larger than the KL of an 8-bit cache. A token that p rules out leaves q - p.
         terms = torch.expm1(-apart).add_(apart).mul_(p)
         ruled_out = p < torch.finfo(p.dtype).tiny
-        parts.append(torch.where(ruled_out, log_q.exp_(), terms).sum(-1, dtype=widest))
+        parts.append(torch.where(ruled_out, log_q.exp_().sub_(p), terms).sum(-1, dtype=widest))
     return torch.cat(parts).cpu().double().clamp_min_(0.0)
 
 

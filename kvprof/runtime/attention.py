@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvprof.errors import KvprofError, Mismatch
+from kvprof.errors import BeyondFormat, KvprofError, Mismatch
 from kvprof.records.formats import TensorName
 from kvprof.records.plan import BitPlan, LayerPlan, Quantizer, TensorPlan, Window, head_dim_of, quantized_tokens
 from kvprof.runtime.interception import AttentionCall, attention_through, check_layers
@@ -159,7 +159,10 @@ def _copies(
     counts = _counts(form, window, exact_BHTD.shape[2])
     sinks = window.sink_tokens
     exact = exact_BHTD[:, :, sinks : sinks + counts[-1]]
-    restored = fake_quantize(exact.detach(), form, quantizer) if counts[-1] else exact
+    try:
+        restored = fake_quantize(exact.detach(), form, quantizer) if counts[-1] else exact
+    except BeyondFormat as error:
+        raise BeyondFormat(f"the {name}s of layer {layer}: {error}") from None
     if counts[-1] and exact.requires_grad:
         restored = restored + (exact - exact.detach())  # adds zero, and a gradient of one: straight through
     return _Copies(exact_BHTD, restored, counts, sinks)

@@ -1,7 +1,8 @@
 """What the caches of other runtimes give back: a faithful fake quantizer of each of their formats.
 
 Knows how each runtime rounds, from its public specification; stores no codes. Every format lies along a token's
-channels: blocks within a head, so that what a token becomes depends on itself alone.
+channels: blocks within a head, so that what a token becomes depends on itself alone. Where a runtime would store a
+scale of infinity, as most do where it is beyond float16, that is refused: no plan can be the better for it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kvprof.errors import BeyondFormat
 from kvprof.records.foreign import FOREIGN, Family, ForeignFormat
 from kvprof.records.formats import Format
 from kvprof.runtime.rotation import level_edges, lloyd_max_levels, rotation
@@ -27,12 +29,26 @@ def fake_quantize_foreign(x_BHTD: Tensor, form: Format) -> Tensor:
     """Return what another runtime's cache gives back of keys or values: (B, H, T, D), in the dtype of `x_BHTD`.
 
     Computed in float32, as the runtimes do. form: its scheme names the format.
+    Raises BeyondFormat for numbers that the runtime would give back as infinity, or as no number.
     """
     foreign = FOREIGN[form.scheme]
     x = x_BHTD.float()
     blocks = x.reshape(*x.shape[:-1], -1, form.group_size)  # (B, H, T, blocks, channels of one)
-    restored: Tensor = _ROUNDERS[foreign.family](blocks, foreign).reshape(x.shape).to(x_BHTD.dtype)
-    return restored
+    restored: Tensor = _ROUNDERS[foreign.family](blocks, foreign).reshape(x.shape)
+    if not bool(restored.isfinite().all()):
+        _refuse(x_BHTD, form.scheme)
+    return restored.double() if x_BHTD.dtype == torch.float64 else _rounded_to(restored, x_BHTD.dtype)
+
+
+def _refuse(x: Tensor, name: str) -> None:
+    """Raise BeyondFormat for numbers of which not all came back finite."""
+    if not bool(x.isfinite().all()):
+        raise BeyondFormat(f"what is to be stored in {name} holds NaN or infinity: the model itself is out of range.")
+    raise BeyondFormat(
+        f"numbers as large as {float(x.abs().amax()):.4g} are beyond {name}: its scale cannot be as large (float16 "
+        "ends at 65504), and its runtime would give back infinity.\n"
+        "  Choose another format, or keep this layer's in 16 bits."
+    )
 
 
 def _ggml(blocks: Tensor, form: ForeignFormat) -> Tensor:
@@ -200,5 +216,10 @@ def _half_away(x: Tensor) -> Tensor:
 
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return _rounded_to(x, dtype).float()
+
+
+def _rounded_to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to a dtype; beyond its range, to its largest number."""
     largest = torch.finfo(dtype).max
-    return x.clamp(-largest, largest).to(dtype).float()
+    return x.clamp(-largest, largest).to(dtype)

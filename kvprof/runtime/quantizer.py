@@ -2,7 +2,8 @@
 
 Knows the two schemes, `asymmetric` and `rotated`; other runtimes' are in foreign.py. Does not know layers, windows, nor
 how codes are packed. What a token becomes depends on its own group alone: the same bits come out whatever is encoded or
-decoded with it.
+decoded with it. What is too large to be stored comes back as the largest number that can be; what is no finite number
+makes its whole group NaN, so that it shows.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from kvprof.records.formats import Format
 from kvprof.records.plan import Quantizer
 from kvprof.runtime.foreign import fake_quantize_foreign
-from kvprof.runtime.rotation import exact_levels, level_edges, rotation
+from kvprof.runtime.rotation import exact_levels, level_edges, lloyd_max_levels, rotation
 
 CLIP_FRACTIONS = tuple(1.0 - 0.05 * step for step in range(9))
 """What `clip: mse` tries to shrink a group's range to: 1.0, 0.95 ... 0.6."""
@@ -96,7 +97,8 @@ def decode(encoded: Encoded, form: Format, quantizer: Quantizer, out_BHTD: Tenso
                 part.mul_(scale[..., first:last, None]).add_(zero[..., first:last, None])
                 first = last
     if place is not out_BHTD:
-        out_BHTD.copy_(place)
+        largest = torch.finfo(out_BHTD.dtype).max  # the uppermost level may lie above it, by the rounding of a scale
+        out_BHTD.copy_(place.clamp_(-largest, largest))
     return out_BHTD
 
 
@@ -124,6 +126,8 @@ def _encode_groups(groups: Tensor, dim: int, form: Format, quantizer: Quantizer)
     """Return codes, scale and zero of groups that lie along `dim`."""
     # Zero is added so that of -0.0 and 0.0, which are equal, it is 0.0 that is stored, whichever was found first.
     low, high = groups.amin(dim, keepdim=True) + 0.0, groups.amax(dim, keepdim=True)
+    nothing = low * 0 + high * 0  # NaN where either is not finite: a clamp would hide an infinity
+    low, high = low + nothing, high + nothing
     codes, scale, zero = _encode_range(groups, low, high, form, quantizer)
     if form.clip == "none":
         return codes, scale, zero
@@ -146,7 +150,9 @@ def _encode_range(
     """Return codes, scale and zero where the codes span low to high; the codes are of scale and zero as stored."""
     top = 2**form.bits - 1
     # By a tensor: a GPU multiplies by the reciprocal of a number, which is not the same in the last place.
-    scale = _stored((high - low) / torch.full_like(low, top), quantizer.scale_dtype)
+    scale = _stored(
+        (high - low) / torch.full_like(low, top), quantizer.scale_dtype, largest_scale(form, quantizer.scale_dtype)
+    )
     zero = _stored(low, quantizer.zero_dtype)
     step = scale.to(groups.dtype)
     codes = ((groups - zero.to(groups.dtype)) / _nonzero(step)).round_().clamp_(0, top)
@@ -155,7 +161,8 @@ def _encode_range(
 
 def _squared_error(groups: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, dim: int) -> Tensor:
     restored = (codes * scale.to(groups.dtype)).add_(zero.to(groups.dtype))
-    return restored.sub_(groups).square_().sum(dim, keepdim=True, dtype=_widest(groups.device))
+    # Squared when widened: of numbers below 1e-19 float32 holds no squares, of those above 1e19 none either.
+    return restored.sub_(groups).to(_widest(groups.device)).square_().sum(dim, keepdim=True)
 
 
 def _encode_rotated(x_BHTD: Tensor, form: Format, quantizer: Quantizer) -> Encoded:
@@ -163,7 +170,9 @@ def _encode_rotated(x_BHTD: Tensor, form: Format, quantizer: Quantizer) -> Encod
     head_dim, work = x_BHTD.shape[-1], _widest(x_BHTD.device)
     y = x_BHTD.to(work) @ rotation(head_dim, quantizer.rotation_seed, work, x_BHTD.device).T
     y = y / torch.full_like(y[..., :1], math.sqrt(head_dim))
-    scale = _stored(y.square().mean(-1, keepdim=True).sqrt_(), quantizer.scale_dtype)  # (B, H, T, 1)
+    size = y.square().mean(-1, keepdim=True).sqrt_()  # (B, H, T, 1)
+    size = size.masked_fill(size.isinf(), torch.nan)  # of a number that is not finite, which a clamp would hide
+    scale = _stored(size, quantizer.scale_dtype, largest_scale(form, quantizer.scale_dtype))
     edges = level_edges(form.bits).to(device=y.device, dtype=work)
     codes = torch.bucketize(y / _nonzero(scale.to(work)), edges, out_int32=True)
     return Encoded(codes.to(torch.uint8).unsqueeze(3), scale, None)
@@ -180,12 +189,26 @@ def _decode_rotated(encoded: Encoded, form: Format, quantizer: Quantizer, units:
     torch.mul(x.view(units.shape), scale.unsqueeze(3), out=units)
 
 
+def largest_scale(form: Format, dtype: str) -> float:
+    """Return the largest scale that is stored in a dtype: with it, float32 holds whatever a code stands for.
+
+    Of float16 that is its largest number. bfloat16 goes as far as float32 does, and codes multiply it.
+    """
+    if dtype == "float16":
+        return torch.finfo(torch.float16).max
+    times = 2**form.bits - 1.0
+    if form.scheme == "rotated":  # all channels of a head may add up in one
+        times = math.sqrt(form.group_size) * float(lloyd_max_levels(form.bits)[-1])
+    return 2.0 ** math.floor(math.log2(torch.finfo(torch.float32).max / times))
+
+
 def _nonzero(step: Tensor) -> Tensor:
     return step.masked_fill(step == 0, 1)
 
 
-def _stored(number: Tensor, dtype: str) -> Tensor:
-    """Round a scale or zero to the dtype that it is stored in; beyond its range, to its largest number."""
+def _stored(number: Tensor, dtype: str, largest: float | None = None) -> Tensor:
+    """Round a scale or zero to the dtype that it is stored in; beyond `largest`, its largest number, to that."""
     target: torch.dtype = getattr(torch, dtype)
-    largest = torch.finfo(target).max
+    if largest is None:
+        largest = torch.finfo(target).max
     return number.clamp(-largest, largest).to(target)

@@ -66,6 +66,23 @@ def test_logits_that_are_not_finite_show(wrong: float) -> None:
     assert kl.isfinite().tolist() == [True, False, True]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_logits_of_every_size_have_no_kl_to_themselves_and_never_less(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for size in (0.0, 1e-40, 1e-6, 1.0, 30.0, 90.0, 1e4, 6e4, 1e20, 1e37):
+        if size > torch.finfo(dtype).max:
+            continue
+        one, noise = torch.randn(2, 40, 97, generator=generator, dtype=torch.float64).clamp_(-1, 1)
+        reference, planned = (one * size).to(dtype), ((one + 1e-3 * noise).clamp(-1, 1) * size).to(dtype)
+        for same in (reference, reference.masked_fill(noise > 0.5, -torch.inf)):
+            assert token_kl(same, same.clone()).tolist() == [0.0] * 40
+        found = token_kl(reference, planned)
+        assert bool((found >= 0).all())
+        log_p, log_q = (log_softmax(x.double().numpy(), axis=-1) for x in (reference, planned))
+        true = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+        assert found.numpy() == pytest.approx(true, rel=1e-3, abs=1e-7)
+
+
 def test_agreement_is_of_the_likeliest_token() -> None:
     reference = torch.tensor([[1.0, 2.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 3.0]])
     planned = torch.tensor([[0.0, 9.0, 8.0], [0.0, 0.1, 0.0], [0.0, 0.0, 1.0]])

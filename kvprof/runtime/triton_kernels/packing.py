@@ -15,7 +15,7 @@ from kvprof.records.plan import Quantizer
 from kvprof.runtime import torch_kernels
 from kvprof.runtime.history import CodeBlock, StoredTensor
 from kvprof.runtime.packing import packed_bytes
-from kvprof.runtime.quantizer import CLIP_FRACTIONS
+from kvprof.runtime.quantizer import CLIP_FRACTIONS, largest_scale
 from kvprof.runtime.triton_kernels import packing_kernels
 from kvprof.runtime.triton_kernels.forms import (
     Pages,
@@ -56,7 +56,7 @@ def pack_tokens(x_BHTD: Tensor, form: Format, quantizer: Quantizer) -> CodeBlock
                 ROOT_D=math.sqrt(D),
                 LOG_D=D.bit_length() - 1,
                 BITS=form.bits,
-                SCALE_MAX=torch.finfo(scale_dtype).max,
+                SCALE_MAX=largest_scale(form, quantizer.scale_dtype),
                 ROWS=rows,
                 enable_fp_fusion=False,
             )
@@ -82,7 +82,7 @@ def pack_tokens(x_BHTD: Tensor, form: Format, quantizer: Quantizer) -> CodeBlock
             BY_CHANNEL=by_channel,
             BITS=form.bits,
             FRACTIONS=CLIP_FRACTIONS[1:] if form.clip == "mse" else (),
-            SCALE_MAX=torch.finfo(scale_dtype).max,
+            SCALE_MAX=largest_scale(form, quantizer.scale_dtype),
             ZERO_MAX=torch.finfo(zero_dtype).max,
             ROWS=rows,
             COLUMNS=columns,
@@ -122,5 +122,6 @@ def unpack_tokens(stored: StoredTensor, out_BHTD: Tensor) -> None:
             N=rows,
             WIDE=wide,
             PADDED=next_power(wide),
+            OUT_MAX=torch.finfo(out_BHTD.dtype).max,
             enable_fp_fusion=False,
         )

@@ -71,6 +71,7 @@ def pack_groups(
         low = tl.min(tl.where(inside, numbers, float("inf")), ALONG, keep_dims=True) + 0.0  # as `quantizer` does
         high = tl.max(tl.where(inside, numbers, float("-inf")), ALONG, keep_dims=True)
         broken = tl.max((numbers != numbers).to(tl.int32), ALONG, keep_dims=True) > 0
+        broken = broken | (low == float("-inf")) | (high == float("inf"))
         low, high = tl.where(broken, float("nan"), low), tl.where(broken, float("nan"), high)
         best_scale, best_zero = scale_and_zero(low, high, TOP, SCALE, SCALE_MAX, ZERO, ZERO_MAX)
         if len(FRACTIONS) > 0:
@@ -141,7 +142,8 @@ def _pack_plane(
 @triton.jit
 def _squared_error(numbers, inside, scale, zero, TOP: tl.constexpr, ALONG: tl.constexpr):
     away = codes_of(numbers, scale, zero, TOP) * scale.to(tl.float32) + zero.to(tl.float32) - numbers
-    return tl.sum(tl.where(inside, away * away, 0.0).to(tl.float64), ALONG, keep_dims=True)
+    away = tl.where(inside, away, 0.0).to(tl.float64)
+    return tl.sum(away * away, ALONG, keep_dims=True)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -174,6 +176,7 @@ def pack_rotated(
     root = tl.full((1, 1), ROOT_D, tl.float64)
     y = hadamard(numbers, LOG_D) / root
     size = tl.sqrt(tl.sum(y * y, 1, keep_dims=True) / D)
+    size = tl.where(size == float("inf"), float("nan"), size)
     stored = rounded_to(limited(size, -SCALE_MAX, SCALE_MAX).to(tl.float32), scale.dtype.element_ty)
     step = stored.to(tl.float64)
     y = y / tl.where(step == 0, 1.0, step)
@@ -226,6 +229,7 @@ def unpack_rows(
     N: tl.constexpr,
     WIDE: tl.constexpr,
     PADDED: tl.constexpr,
+    OUT_MAX: tl.constexpr,
 ):
     """Write what codes stand for into (B, H, T, D). A program has N tokens of a page and WIDE channels, PADDED."""
     bh = tl.program_id(0).to(tl.int64)
@@ -253,4 +257,6 @@ def unpack_rows(
         place = out + (bh // heads) * stride_b + (bh % heads) * stride_h
         place += token[:, None] * stride_t + channel[None, :]
         there = (row < tokens)[:, None] & inside[None, :]
+        if tl.float32 != out.dtype.element_ty:
+            numbers = limited(numbers, -OUT_MAX, OUT_MAX)
         tl.store(place, rounded_to(numbers, out.dtype.element_ty), mask=there)
