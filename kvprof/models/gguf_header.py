@@ -169,7 +169,7 @@ class _Reader:
         elements = 1
         for size in shape:
             elements *= size
-        if elements == 0 or shape[0] % block:
+        if elements == 0 or (shape or (1,))[0] % block:
             raise ValueError(f"{name[:60]!r} has a shape of {'x'.join(map(str, shape))}, in blocks of {block}")
         return name, shape, kind, offset, elements // block * block_bytes
 

@@ -63,6 +63,7 @@ def folder(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(pickle, "load", opened)
     monkeypatch.setattr(pickle, "loads", opened)
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(in_tmp / "modules"))
+    monkeypatch.syspath_prepend(str(in_tmp / "modules"))
     monkeypatch.setattr("kvprof.models.own_code._named", set())
     yield save_folder(in_tmp / "model")
     assert not Path("modules").exists() or Path("trusted").exists(), "code was copied to where it runs"
