@@ -54,7 +54,8 @@ from typing import Any
 
 from kvprof.allocate.budget import Limit, bit_limit, memory_limit
 from kvprof.allocate.candidates import USUAL_GROUP_SIZE, Allowed
-from kvprof.allocate.cheapest import cheapest
+from kvprof.allocate.cheapest import cheapest, parse_kl
+from kvprof.allocate.pins import check_pins
 from kvprof.allocate.rules import GREEDY_METRICS, KVMIX_FRACTION, default_metric, exact, kvmix, norm_greedy, uniform
 from kvprof.allocate.targets import target_named
 from kvprof.allocate.task import usual_window, without_sinks
@@ -208,12 +209,14 @@ def check_request(rule: str = "exact", target: str | None = None, metric: str | 
         rule, {f"--{name.replace('_', '-')}": None if value is False else value for name, value in given.items()}
     )
     asked = {name: options.get(name) for name in ("budget", "unit", "memory", "context", "batch")}
+    check_pins(options.get("pin") or ())
     if rule == "kvmix":
         return
     if rule == "uniform":
         _pair(options.get("bits_key"), options.get("bits_value"), options.get("formats"))
     elif options.get("max_kl") is not None:
         _check_inverse(metric, asked["budget"], asked["memory"])
+        parse_kl(options["max_kl"])
         _measure(asked["unit"], asked["context"], asked["batch"])
     else:
         _limit(rule, metric or LOSS_INCREASE, **asked)

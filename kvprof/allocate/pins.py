@@ -40,6 +40,12 @@ class Pin:
             raise UsageError(f"pin {self.text!r}, layer {tensor.layer}: {error}") from None
 
 
+def check_pins(pins: Iterable[str]) -> None:
+    """Raise UsageError, naming the pin, for one that no model's plan could have."""
+    for text in pins:
+        _parse(text)
+
+
 def parse_pins(pins: Iterable[str], tensors: Sequence[CachedTensor]) -> dict[tuple[int, TensorName], Pin]:
     """Return the pin of each pinned tensor, by layer and name.
 
@@ -50,8 +56,8 @@ def parse_pins(pins: Iterable[str], tensors: Sequence[CachedTensor]) -> dict[tup
     """
     pin_of: dict[tuple[int, TensorName], Pin] = {}
     for text in pins:
-        name, layers, pin = _parse(text, tensors)
-        for layer in layers:
+        name, layers, pin = _parse(text)
+        for layer in _covered(text, layers, tensors):
             if pin_of.setdefault((layer, name), pin) != pin:
                 raise UsageError(
                     f"pin {text!r} sets the {name} of layer {layer} to {pin}, an earlier pin to "
@@ -60,7 +66,8 @@ def parse_pins(pins: Iterable[str], tensors: Sequence[CachedTensor]) -> dict[tup
     return pin_of
 
 
-def _parse(text: str, tensors: Sequence[CachedTensor]) -> tuple[TensorName, Sequence[int], Pin]:
+def _parse(text: str) -> tuple[TensorName, range | None, Pin]:
+    """Return the tensor, the layers (None for all) and what they are set to."""
     match = re.fullmatch(r"\s*(\w+)\s*:\s*(?:(\*)|(\d{1,9})(?:-(\d{1,9}))?)\s*=\s*(\w+)\s*", text, re.ASCII)
     if match is None:
         raise UsageError(
@@ -74,18 +81,25 @@ def _parse(text: str, tensors: Sequence[CachedTensor]) -> tuple[TensorName, Sequ
         pin = _pin(wanted, name, text)
     except UsageError as error:
         raise UsageError(f"pin {text!r}: {error}") from None
-    planned = sorted({tensor.layer for tensor in tensors})
     if every:
-        return name, planned, pin
+        return name, None, pin
     low, high = int(first), int(last or first)
     if low > high:
         raise UsageError(f"pin {text!r}: the layers {low}-{high} run backwards; write {high}-{low}.")
-    if high > planned[-1]:
-        raise UsageError(f"pin {text!r}: there is no layer {high} to plan; the last is {planned[-1]}.")
-    unplanned = sorted(set(range(low, high + 1)) - set(planned))
+    return name, range(low, high + 1), pin
+
+
+def _covered(text: str, layers: range | None, tensors: Sequence[CachedTensor]) -> Sequence[int]:
+    """Return a pin's layers, all of which the plan must cover."""
+    planned = sorted({tensor.layer for tensor in tensors})
+    if layers is None:
+        return planned
+    if layers[-1] > planned[-1]:
+        raise UsageError(f"pin {text!r}: there is no layer {layers[-1]} to plan; the last is {planned[-1]}.")
+    unplanned = sorted(set(layers) - set(planned))
     if unplanned:
         raise UsageError(f"pin {text!r}: layer {unplanned[0]} is skipped, no plan gives it bits; leave it out.")
-    return name, range(low, high + 1), pin
+    return layers
 
 
 def _pin(wanted: str, name: TensorName, text: str) -> Pin:

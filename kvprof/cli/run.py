@@ -15,7 +15,7 @@ import typer
 
 from kvprof.cli.options import TrustRemoteCode
 from kvprof.cli.stops import STOPPED
-from kvprof.errors import UsageError
+from kvprof.errors import InvalidFile, UsageError
 
 if TYPE_CHECKING:
     from kvprof.recipes.done import Past
@@ -82,7 +82,10 @@ def run(
     source = None if dry_run and named == DEMO else resolve(str(named), trust_remote_code)
     id_ = DEMO if source is None else source.id
     folder = out or (place_of(found.out, home) if found.out else OUTPUTS / slug(id_))
-    steps = steps_of(found, named, folder, home)
+    try:
+        steps = steps_of(found, named, folder, home)
+    except InvalidFile as error:
+        raise InvalidFile(f"{path}: {error}") from None
     if trust_remote_code:  # said here alone: a recipe may be a stranger's
         steps = [step.trusting() for step in steps]
     past = Past(folder, restart)

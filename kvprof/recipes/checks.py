@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvprof.allocate import RULES, check_request
-from kvprof.allocate.budget import parse_bits
+from kvprof.allocate.budget import parse_bits, parse_memory
 from kvprof.allocate.targets import TARGETS
 from kvprof.errors import InvalidFile, UsageError, did_you_mean
 from kvprof.records.recipe import Plans, Recipe, Target
@@ -30,6 +30,9 @@ def check_recipe(recipe: Recipe, texts: dict[str, dict[str, Path | None]]) -> No
     for table, several in (("plans", recipe.plans), ("rivals", recipe.rivals)):
         for number, plans in enumerate(several):
             _check_plans(plans, f"{table}[{number}]")
+    if recipe.benchmark is not None and recipe.benchmark.memory is not None:
+        with _at("benchmark.memory"):
+            parse_memory(recipe.benchmark.memory)
     for number, target in enumerate(recipe.targets):
         place = f"targets[{number}]"
         if target.runtime not in TARGETS:
@@ -44,10 +47,21 @@ def check_recipe(recipe: Recipe, texts: dict[str, dict[str, Path | None]]) -> No
 def _check_text(place: str, name: str, file: Path | None) -> None:
     if file is not None and not file.is_file():
         raise InvalidFile(f"{place}: {file}: no such file. A path in a recipe is relative to the recipe's folder.")
-    word = name.partition(":")[0]
+    word, colon, weight = name.partition(":")
+    is_own = file is None and word in OWN_TEXTS
+    number = _number(weight if is_own else name.rpartition(":")[2])
+    if colon and (is_own if number is None else not 0 < number < math.inf):  # any other's colon may be part of a path
+        raise InvalidFile(f"{place}: {name}: a weight is a number above zero, such as 2 or 0.5.")
     nearest = did_you_mean(word, OWN_TEXTS)
     if file is None and "/" not in word and word not in OWN_TEXTS and nearest.startswith("did"):
         raise InvalidFile(f"{place}: unknown text {word!r}: {nearest}")
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _check_plans(plans: Plans, place: str) -> None:

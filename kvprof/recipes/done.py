@@ -111,6 +111,8 @@ class Past:
             return Verdict("to do", change)
         if taken.writes is None:
             return Verdict("to do", "begun, and goes on where it was stopped")
+        if not taken.writes:
+            return Verdict("to do", "nothing that it wrote is known")
         for name, digest in taken.writes.items():
             now = self._digest(self.folder / name)
             if now is None:

@@ -20,6 +20,8 @@ from kvprof.records.recipe import Plans, Reading, Recipe, Target
 
 MEASUREMENTS = ("norms", "spectra", "gradients", "divergence")
 """What measures the model, each in a file of its name."""
+OTHER_FILES = (*MEASUREMENTS, "frontier", "evaluation", "audit", "benchmark", "history")
+"""What files in the folder are called that are no plans."""
 
 _LOADING = ("dtype", "device", "stream")
 _TAKEN: dict[str, tuple[str, ...]] = {
@@ -140,7 +142,11 @@ class _Compiler:
             words, _ = self._options(plans, leave_out=("name", "scores", "budgets"))
             for budget in plans.budgets or (None,):
                 out = self._folder / f"{plan_name(plans, budget)}.json"
-                if out in (*self._plans, *self._scores.values()):
+                if out.stem in OTHER_FILES:
+                    raise InvalidFile(
+                        f"{table}[{number}].name: {out.name} is the name of another file of kvprof's; choose another."
+                    )
+                if out in self._plans:
                     raise InvalidFile(
                         f"{table}[{number}]: {out.name} would be written twice; give one of the two another `name`."
                     )

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 import reprlib
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -34,6 +35,8 @@ Text = Annotated[
 
 LARGEST_FILE_BYTES = 256 * 2**20
 """A Scores file of 1,000 layers with 100 formats is 10 MB; more than this is not one of ours."""
+
+_PIECE_BYTES = 2**20
 
 _compact = json.JSONEncoder(allow_nan=False).encode
 
@@ -138,7 +141,7 @@ def read_json(path: str | Path) -> object:
         seen: dict[str, object] = {}
         for key, value in pairs:
             if key in seen:
-                raise InvalidFile(f"{path}: the key {key!r} stands twice in one object.\n  Keep one of the two.")
+                raise InvalidFile(f"{path}: the key {_brief(key)} stands twice in one object.\n  Keep one of the two.")
             seen[key] = value
         return seen
 
@@ -146,10 +149,11 @@ def read_json(path: str | Path) -> object:
         size = path.stat().st_size
         if size > LARGEST_FILE_BYTES:
             raise InvalidFile(f"{path}: {size} bytes is no file of kvprof's (at most {LARGEST_FILE_BYTES}).")
-        with open(path, "rb") as file:
-            raw = file.read(LARGEST_FILE_BYTES + 1)
-        if len(raw) > LARGEST_FILE_BYTES:  # a pipe or a device, whose size nobody knows before
+        raw = read_at_most(path, LARGEST_FILE_BYTES)
+        if raw is None:  # a pipe or a device, whose size nobody knows before
             raise InvalidFile(f"{path}: no file of kvprof's has more than {LARGEST_FILE_BYTES} bytes.")
+        if _is_bomb(raw):
+            raise InvalidFile(f"{path}: too many keys and lists for its length to be a file of kvprof's.")
         return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique)
     except FileNotFoundError:
         raise InvalidFile(f"{path}: no such file.") from None
@@ -159,6 +163,24 @@ def read_json(path: str | Path) -> object:
         raise InvalidFile(f"{path}: nested too deeply to be a file of kvprof's.") from None
     except ValueError as error:  # not UTF-8, not JSON, or an integer of thousands of digits
         raise InvalidFile(f"{path}: not valid JSON: {error}.") from None
+
+
+def read_at_most(path: str | Path, most_bytes: int) -> bytes | None:
+    """Return a file's content, in memory that grows with it; None of a longer one. Raises OSError."""
+    parts: list[bytes] = []
+    left = most_bytes + 1
+    with open(path, "rb") as file:
+        while left > 0 and (part := file.read(min(left, _PIECE_BYTES))):
+            parts.append(part)
+            left -= len(part)
+    return b"".join(parts) if left > 0 else None
+
+
+def _is_bomb(raw: bytes) -> bool:
+    """Whether parsing would take many times the memory of the file: of `[],[],[]` it does thirty times."""
+    if len(raw) < _PIECE_BYTES:
+        return False
+    return 10 * sum(map(raw.count, (b"[", b"{", b":"))) > len(raw)
 
 
 def schema_of(value: object, name: str) -> str:
@@ -201,6 +223,10 @@ def explain_invalid(error: ValidationError, name: str, model: type[BaseModel]) -
             lines.append(f"{where}input should be a table of keys and values, found {_brief(item['input'])}")
         elif item["type"] in ("value_error", "assertion_error"):
             lines.append(f"{where}{item['ctx']['error']}")
+        elif item["type"] == "literal_error":
+            nearest = did_you_mean(str(item["input"]), re.findall(r"'([^']*)'", item["ctx"]["expected"]))
+            advice = f": {nearest}" if nearest.startswith("did") else ""
+            lines.append(f"{where}input should be {item['ctx']['expected']}, found {_brief(item['input'])}{advice}")
         else:
             lines.append(f"{where}{item['msg'][0].lower()}{item['msg'][1:]}, found {_brief(item['input'])}")
     more = error.error_count() - len(lines)
@@ -212,7 +238,9 @@ def explain_invalid(error: ValidationError, name: str, model: type[BaseModel]) -
 def _place(location: tuple[int | str, ...]) -> str:
     """Return `layers[3].key.bits`: the fourth entry of the file, whichever layer that is."""
     parts = (
-        f"[{part}]" if isinstance(part, int) else f".{part if part.isidentifier() else _brief(part)}"
+        f"[{part}]"
+        if isinstance(part, int)
+        else f".{part if part.isidentifier() and len(part) <= 60 else _brief(part)}"
         for part in location
     )
     return "".join(parts).removeprefix(".")

@@ -21,8 +21,9 @@ from typing_extensions import Self
 
 from kvprof.errors import InvalidFile, UsageError, did_you_mean
 from kvprof.records.document import Count, Number, Positive, Record, Text, explain_invalid
-from kvprof.records.formats import parse_formats
+from kvprof.records.formats import TENSORS, parse_formats
 from kvprof.records.scores import METRICS
+from kvprof.records.words import read_layers
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -32,6 +33,8 @@ else:
 LARGEST_RECIPE_BYTES = 2**20
 """A recipe for every runtime, each with ten budgets, has 10 kB."""
 LONGEST_LIST = 100
+PICTURES = ("norms", "spectra", "gradients", "losses", "plan", "frontier", "positions", "audit", "benchmark")
+"""What `kvprof plot` can be told to draw."""
 
 T = TypeVar("T")
 
@@ -56,11 +59,35 @@ def _known_formats(formats: str) -> str:
     return formats
 
 
+def _known_layers(layers: str) -> str:
+    try:
+        read_layers(layers, "layers")
+    except UsageError as error:
+        raise ValueError(str(error)) from None
+    return layers
+
+
+def _known_tensors(tensors: str) -> str:
+    for word in (part.strip() for part in tensors.split(",")):
+        if word not in TENSORS:
+            raise ValueError(f"no tensor is called {word!r}: {did_you_mean(word, TENSORS)}")
+    return tensors
+
+
+def _known_picture(picture: str) -> str:
+    if picture not in PICTURES:
+        raise ValueError(f"no picture is called {picture!r}: {did_you_mean(picture, PICTURES)}")
+    return picture
+
+
 Flag = Annotated[bool, Field(strict=True)]
 Several = Annotated[tuple[T, ...], BeforeValidator(_one_or_several), Field(min_length=1, max_length=LONGEST_LIST)]
 Word = Annotated[Text, Field(min_length=1)]
 Formats = Annotated[Word, AfterValidator(_known_formats)]
 Metric = Annotated[Word, AfterValidator(_known_metric)]
+Layers = Annotated[Word, AfterValidator(_known_layers)]
+Tensors = Annotated[Word, AfterValidator(_known_tensors)]
+Picture = Annotated[Word, AfterValidator(_known_picture)]
 Unit = Literal["stored", "nominal"]
 Share = Annotated[Number, Field(gt=0, le=1)]
 
@@ -72,7 +99,7 @@ class Reading(Record):
     """`builtin`, `self`, a .txt, .jsonl, .parquet or .csv file, a hub dataset; NAME:2 takes twice as much."""
     split: Word | None = None
     sequences: Positive | None = None
-    sequence_length: Positive | None = None
+    sequence_length: Annotated[Positive, Field(ge=2)] | None = None
     """Tokens at most."""
     seed: Count | None = None
     pack: Flag | None = None
@@ -107,8 +134,8 @@ class Gradients(Decoding):
 class Divergence(Decoding):
     """`kvprof divergence`."""
 
-    layers: Word | None = None
-    tensors: Word | None = None
+    layers: Layers | None = None
+    tensors: Tensors | None = None
 
 
 class Calibrate(Record):
@@ -144,6 +171,12 @@ class Frontier(Windowed):
     unit: Unit | None = None
     context: Positive | None = None
     batch: Positive | None = None
+
+    @model_validator(mode="after")
+    def _goes_up(self) -> Self:
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError(f"from {self.low:g} to {self.high:g} runs backwards; exchange them")
+        return self
 
 
 class Budgets(Record):
@@ -215,13 +248,13 @@ class Audit(Record):
 class Plot(Record):
     """`kvprof plot`: what was measured as pictures, in the folder plots/ beside it."""
 
-    pictures: Several[Word] | None = None
+    pictures: Several[Picture] | None = None
     """Some of them by name; all, unless some are named."""
     kind: Literal["png", "svg"] | None = Field(None, alias="format")
     width: Annotated[Number, Field(ge=3, le=40)] | None = None
     """Inches."""
     dpi: Annotated[Positive, Field(ge=50, le=1200)] | None = None
-    layers: Word | None = None
+    layers: Layers | None = None
 
 
 class Report(Record):

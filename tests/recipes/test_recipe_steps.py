@@ -140,6 +140,16 @@ def test_files_are_those_that_the_loaders_read() -> None:
         ('[gradients]\ndata = "none.txt"\n', ["gradients.data", "none.txt", "no such file"]),
         ('[text]\ndata = "bultin"\n[norms]\n', ["text.data", "did you mean 'builtin'?"]),
         ('[[plans]]\nbudgets = 3\n[evaluate]\ndata = "none.csv"\n', ["evaluate.data", "none.csv"]),
+        ('[text]\ndata = "builtin:0"\n[norms]\n', ["text.data", "builtin:0", "above zero"]),
+        ('[text]\ndata = "builtin:two"\n[norms]\n', ["text.data", "builtin:two", "above zero"]),
+        ('[text]\ndata = ["self", "org/text:nan"]\n[norms]\n', ["text.data", "org/text:nan"]),
+        ('[[plans]]\nbudgets = 3\npin = "kye:0=8"\n', ["plans[0]", "'kye:0=8'", "did you mean 'key'?"]),
+        ('[[plans]]\nbudgets = 3\npin = "key:0=9"\n', ["plans[0]", "'key:0=9'", "'9'"]),
+        ('[[targets]]\nruntime = "vllm"\nbudgets = 8\npin = "key:3-1=8"\n', ["targets[0]", "run backwards"]),
+        ("[[plans]]\nmax_kl = -1\n", ["plans[0]", "-1", "0.01"]),
+        ('[[plans]]\nbudgets = 3\nname = "history"\n', ["plans[0].name", "history.json", "another"]),
+        ('[[plans]]\nbudgets = 3\nname = "evaluation"\n[evaluate]\n', ["plans[0].name", "evaluation.json"]),
+        ('[[plans]]\nbudgets = 3\n[benchmark]\nmemory = "2GiBB"\n', ["benchmark.memory", "did you mean 'GiB'?"]),
     ],
 )
 def test_what_a_late_step_would_refuse_is_refused_before_the_first(

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from kvprof.errors import InvalidFile
-from kvprof.records.recipe import Recipe, read_recipe
+from kvprof.records.recipe import PICTURES, Recipe, read_recipe
+from kvprof.report.plots.catalogue import PICTURES as CATALOGUE
 
 
 def read(folder: Path, text: str) -> Recipe:
@@ -59,6 +60,13 @@ def test_an_empty_table_is_not_an_absent_one(tmp_path: Path) -> None:
             ["evaluate.measure_from", "63", "64"],
         ),
         ("[[plans]]\nbudgets = 3\n[evaluate]\ncheck = true\nrivals = false\n", ["nothing to compare", "rivals"]),
+        ('[[plans]]\nbudgets = 3\nunit = "stord"\n', ["plans[0].unit", "found 'stord'", "did you mean 'stored'?"]),
+        ('[norms]\n[plot]\nformat = "pgn"\n', ["plot.format", "found 'pgn'", "did you mean 'png'?"]),
+        ('[norms]\n[plot]\npictures = ["nroms"]\n', ["plot.pictures[0]", "'nroms'", "did you mean 'norms'?"]),
+        ('[divergence]\ntensors = "key,valeu"\n', ["divergence.tensors", "did you mean 'value'?"]),
+        ('[divergence]\nlayers = "3-1"\n', ["divergence.layers", "write 1-3"]),
+        ("[gradients]\nsequence_length = 1\n", ["gradients.sequence_length", "greater than or equal to 2"]),
+        ("[frontier]\nfrom = 5\nto = 2\n", ["frontier", "from 5 to 2"]),
         ("[norms]\n[norms]\n", ["not valid TOML", "line 2"]),
         ("norms", ["not valid TOML"]),
         ("x = " + "[" * 5000, ["nested too deeply"]),
@@ -75,6 +83,10 @@ def test_what_is_wrong_with_a_recipe_is_one_message_with_place_and_value(
     assert said.startswith(f"{tmp_path / 'mine.toml'}: ")
     for word in words:
         assert word in said
+
+
+def test_pictures_of_a_recipe_are_those_that_there_are() -> None:
+    assert list(CATALOGUE) == list(PICTURES)
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe[\x00", b"model = '\x00'"])
