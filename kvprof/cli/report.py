@@ -56,7 +56,7 @@ def report(
 
     named = [path for path in (plan, *(scores or ()), evaluation) if path is not None]
     folder = out if out is not None and holds_files(out) else folder_of(model, named)
-    if model is None and not folder.is_dir() and not named:
+    if model is None and not holds_files(folder) and not named:  # nothing but a report, where there is a folder
         model = "demo"
     if model is None or (model != "demo" and holds_files(Path(os.path.expanduser(model)))):
         files = gather(folder, named)
@@ -64,7 +64,7 @@ def report(
     else:
         inventory = _inventory(model)
         if inventory is None and not folder.is_dir() and not named:
-            known = ["demo", *(path.name for path in folder.parent.glob("*") if path.is_dir())]
+            known = {"demo": None} | {path.name: None for path in sorted(folder.parent.glob("*")) if path.is_dir()}
             raise InvalidFile(
                 f"nothing is known of {model!r}: there is no {folder}/, and its config is not on this machine; "
                 f"{did_you_mean(model, known)}\n  Measure it first: kvprof norms {model}"

@@ -123,7 +123,10 @@ def gather(folder: Path, named: Sequence[Path] = (), inventory: Inventory | None
     remarks: list[str] = []
     first = [Found(path, _shown(path)) for path in named]
     rest = _read_all(folder, {path.resolve() for path in named}, remarks)
-    model, geometry = _which_model(first, rest, inventory)
+    try:
+        model, geometry = _which_model(first, rest, inventory)
+    except InvalidFile as error:
+        raise InvalidFile("\n  ".join([f"{folder}/: {error}", *remarks])) from None
     for each in first:
         problem = _misfit(each.document, model, geometry, is_named=True)
         if problem is not None:

@@ -54,6 +54,14 @@ def test_a_name_draws_that_picture_alone_as_svg_where_asked_for(folder: Path) ->
     assert (folder / "plots" / "norms.svg").read_text(encoding="utf-8").startswith("<?xml")
 
 
+def test_pictures_of_a_folder_go_into_it_wherever_it_is(folder: Path) -> None:
+    elsewhere = Path("elsewhere").absolute()
+    folder.rename(elsewhere)
+    assert run("plot", "norms", "--model", str(elsewhere)).exit_code == 0
+    assert drawn(elsewhere) == ["norms.png"]
+    assert not folder.exists()
+
+
 def test_every_plan_of_the_folder_is_drawn_and_an_export_of_one_is_not(folder: Path) -> None:
     (folder / "plan-2.50.json").rename(folder / "plan-kl-0.01.json")
     pictured.plan(4, seed=2).save(folder / "plan-3.00.json")

@@ -81,6 +81,22 @@ def test_a_model_that_was_never_measured_has_its_inventory_alone(in_tmp: Path) -
     assert "Each token adds" in page
 
 
+@pytest.mark.demo
+def test_with_nothing_measured_the_demo_model_s_inventory_is_reported_as_often_as_it_is_asked_for(in_tmp: Path) -> None:
+    for _ in range(2):  # the second time there is a folder, with a report alone
+        result = run("report")
+        assert result.exit_code == 0, result.output
+        assert "a token adds, unquantized: 45.00 KiB" in result.output
+
+
+def test_each_model_that_could_be_meant_is_named_once(in_tmp: Path) -> None:
+    for name in ("demo", "another"):
+        Path("outputs", name).mkdir(parents=True)
+    result = run("report", "org/nothing-like-it")
+    assert result.exit_code == 1
+    assert "choose from demo, another\n" in result.output
+
+
 def test_shapes_come_from_the_files_where_the_config_is_not_here(in_tmp: Path) -> None:
     reported.save_all(in_tmp / "outputs" / "handmade")
     run("report", "handmade")

@@ -289,6 +289,18 @@ def test_a_folder_called_demo_is_not_the_demo_model(recipe: Path) -> None:
     assert BitPlan.load("results/plan-6.00.json").model.id == str(Path("demo").resolve())
 
 
+def test_pictures_are_in_the_folder_that_was_named_and_drawn_again_when_gone(recipe: Path) -> None:
+    Path("drawing.toml").write_text('model = "model"\nout = "results"\n[norms]\n[plot]\nformat = "svg"\n')
+    assert commands_done("drawing.toml") == ["norms", "plot"]
+    picture = Path("results/plots/norms.svg")
+    assert picture.is_file()
+    assert commands_done("drawing.toml") == []
+    picture.unlink()
+    assert commands_done("drawing.toml") == ["plot"]
+    assert picture.is_file()
+    assert not Path("outputs").exists()
+
+
 def test_without_a_folder_results_go_where_the_model_s_others_are(recipe: Path) -> None:
     recipe.write_text('model = "model"\n[norms]\n')
     assert run("run", "mine.toml").exit_code == 0
@@ -329,12 +341,14 @@ def test_json_is_one_record_and_quiet_is_nothing(recipe: Path) -> None:
         (("mine.toml", "--model", "./mdel"), 1, ["mdel", "Did you mean"]),
         (("mine.toml", "--out", "text.txt/below"), 1, ["cannot write"]),
         (("wrong.toml",), 1, ["wrong.toml", "did you mean 'norms'?"]),
+        (("late.toml",), 1, ["late.toml: plans[0].rule", "did you mean 'kvmix'?"]),
     ],
 )
 def test_a_bad_request_is_one_message_and_its_exit_code(
     recipe: Path, arguments: tuple[str, ...], code: int, words: list[str]
 ) -> None:
     Path("wrong.toml").write_text("[norm]\n")
+    Path("late.toml").write_text('model = "model"\n[[plans]]\nrule = "kvmx"\n')
     result = run("run", *arguments)
     assert result.exit_code == code, result.output
     for word in words:

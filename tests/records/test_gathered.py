@@ -177,6 +177,13 @@ def test_an_empty_folder_is_said_to_be_one(tmp_path: Path) -> None:
         gather(tmp_path)
 
 
+def test_a_folder_of_a_file_that_cannot_be_read_is_said_to_hold_it(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text('{"schema": "kvprof.plan/1", "model": {"num_layers": 0}}')
+    with pytest.raises(InvalidFile, match=r"(?s)nothing to report on.*passed over.*plan.json") as caught:
+        gather(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
 def test_a_folder_is_found_by_the_models_name_its_path_or_by_being_the_newest(tmp_path: Path) -> None:
     outputs = tmp_path / "outputs"
     reported.save_all(outputs / "demo")

@@ -53,17 +53,20 @@ def draw_pictures(order: Order) -> tuple[list[Path], list[str]]:
     wanted = [picture for picture in PICTURES.values() if not names or picture.name in names]
     remarks: list[str] = []
     evaluations: Evaluations = []
+    out = order.out
     if paths:
         if order.model is not None:
             raise UsageError("--model says whose files to look for, and a file is named; leave out one of them.")
         jobs, evaluations = jobs_of_files(paths, wanted, named=bool(names))
     else:
-        jobs = jobs_of_folder(model_folder(order.model), wanted, order.model, bool(names), remarks)
+        folder = model_folder(order.model)
+        jobs = jobs_of_folder(folder, wanted, order.model, bool(names), remarks)
+        out = out or folder / FOLDER
     if order.layers is not None and not any(job.picture.name == "spectra" for job in jobs):
         raise UsageError(
             "--layers chooses the panels of `spectra`, and there are none to draw.\n  Run `kvprof spectra`."
         )
-    targets = _targets(jobs, order.out, kind)
+    targets = _targets(jobs, out, kind)
     written = []
     for job, target in zip(jobs, targets, strict=True):
         measured = evaluations_for(job, evaluations, remarks)
