@@ -17,6 +17,8 @@ LETTER = 6.4
 LINE = 16
 """Pixels from a line of text to the next."""
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+LEAST_DRAWN, MOST_DRAWN = 1e-100, 1e100
+"""Where a logarithmic scale ends at the farthest."""
 LEAST_TICKS = 3
 """Below so many decades a logarithmic axis has ticks between the powers of ten, too."""
 
@@ -88,6 +90,11 @@ class Scale:
         return log_ticks(self.low, self.high, about) if self.is_log else linear_ticks(self.low, self.high, about)
 
 
+def drawable(number: float) -> float:
+    """Return a number above zero that a logarithmic scale can end at; a file may have one that overflows beyond it."""
+    return min(max(number, LEAST_DRAWN), MOST_DRAWN)
+
+
 def fitted(values: Sequence[float], start: float, end: float, is_log: bool) -> Scale:
     """Return a scale that holds the values: from zero where it is linear, between powers and halves of ten else.
 
@@ -98,7 +105,7 @@ def fitted(values: Sequence[float], start: float, end: float, is_log: bool) -> S
         step = linear_ticks(0, top, 5)[1]
         return Scale(0.0, step * math.ceil(top / step - 1e-9), start, end)
     above = [value for value in values if value > 0] or [1.0]
-    low, high = min(above) / 1.15, max(above) * 1.15
+    low, high = drawable(min(above)) / 1.15, drawable(max(above)) * 1.15
     if high / low < 4:
         low, high = low / 1.6, high * 1.6
     return Scale(low, high, start, end, is_log=True)

@@ -183,3 +183,13 @@ def test_the_demo_models_page_says_in_how_many_layers_keys_are_larger(in_tmp: Pa
     assert "No red flags" in page
     assert len(page.encode()) < 3 * 10**6
     assert not re.search(r"https?:", page)
+
+
+@pytest.mark.parametrize("losses", [{"int2g32": 1e-300, "int3g32": 0}, {"int2g32": 5e-324, "int8g32": 1e308}])
+def test_numbers_that_no_logarithmic_scale_holds_are_drawn_at_its_ends(in_tmp: Path, losses: dict[str, float]) -> None:
+    layers = [{"layer": n, "key": {"loss_increase": losses}, "value": {"loss_increase": losses}} for n in range(2)]
+    Path("outputs/handmade").mkdir(parents=True)
+    Path("outputs/handmade/gradients.json").write_text(json.dumps({"schema": "kvprof.scores/1", "layers": layers}))
+    for command in ("report", "plot"):
+        result = run(command)
+        assert result.exit_code == 0, result.output

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kvprof.report.svg import Scale, log_ticks, marked, number, picture, tag, tick_text, write
+from kvprof.report.svg import Scale, drawable, log_ticks, marked, number, picture, tag, tick_text, write
 
 STEPS = 12
 """Colours, from the least loss to the largest: the classes h0, h1, ... of the page's style."""
@@ -37,6 +37,7 @@ class Shades:
         """Return the class of a loss; of none at all, the least one's."""
         if loss <= self.low:
             return "h0"
+        loss = min(loss, self.high)
         share = math.log(loss / self.low) / math.log(self.high / self.low)
         return f"h{min(STEPS - 1, int(share * STEPS))}"
 
@@ -44,7 +45,8 @@ class Shades:
 def shades_of(losses: Sequence[float]) -> Shades:
     """Return shades that hold all losses, from a power of ten to another."""
     above = [loss for loss in losses if loss > 0] or [1.0]
-    low, high = (10.0 ** math.floor(math.log10(min(above))), 10.0 ** math.ceil(math.log10(max(above))))
+    least, most = drawable(min(above)), drawable(max(above))
+    low, high = (10.0 ** math.floor(math.log10(least)), 10.0 ** math.ceil(math.log10(most)))
     return Shades(low, high if high > low else 10 * low)
 
 

@@ -25,6 +25,7 @@ from kvprof.report.plots.style import (
     set_title,
 )
 from kvprof.report.series import LossTable, loss_table, skipped_layers
+from kvprof.report.svg import drawable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +53,7 @@ def losses_figure(scores: Scores, page: Page = PAPER) -> Figure:
     losses = [nats for table in tables.values() for row in table.nats for nats in row if nats]
     if not losses:
         raise NothingToDraw("these scores have no loss_increase above zero: there are no losses to draw.")
-    low, high = min(losses), max(losses)
+    low, high = drawable(min(losses)), drawable(max(losses))
     scale = LogNorm(low, high) if low < high else LogNorm(low / 2, high * 2)
     rows = [max(4, len(tables[tensor].formats)) for tensor in shown]
     figure = new_figure(page.width_or(FULL_WIDTH), 1.1 + 0.35 * len(rows) + ROW * sum(rows), page)
