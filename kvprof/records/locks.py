@@ -49,7 +49,8 @@ class Lock:
         try:
             self._holder.write_text(json.dumps(_this_process()), encoding="utf-8")
         except OSError:  # a full disk: the lock holds all the same, and who comes second learns less
-            self._holder.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._holder.unlink()
         except BaseException:
             self.release()
             raise
