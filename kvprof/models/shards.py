@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeGuard
 
 from kvprof.errors import ModelError
+from kvprof.records.document import read_at_most
 
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -114,9 +115,8 @@ def find_shards(names: Collection[str], read_index: Callable[[], str], where: st
 
 def read_index(path: Path) -> str:
     """Return the text of an index on the disk; raises ValueError where it is too long to be one, or no text."""
-    with open(path, "rb") as file:
-        raw = file.read(_LARGEST_INDEX_BYTES + 1)
-    if len(raw) > _LARGEST_INDEX_BYTES:
+    raw = read_at_most(path, _LARGEST_INDEX_BYTES)
+    if raw is None:
         raise ValueError("too long")
     return raw.decode()
 

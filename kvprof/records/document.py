@@ -80,7 +80,7 @@ class Document(Record):
     kind: ClassVar[str]
 
     # Python code need not name the schema of the class it calls; a file must.
-    model_config = ConfigDict(json_schema_extra=lambda schema: schema["required"].insert(0, "schema"))
+    model_config = ConfigDict(json_schema_extra=lambda schema: schema.setdefault("required", []).insert(0, "schema"))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -180,7 +180,7 @@ def _is_bomb(raw: bytes) -> bool:
     """Whether parsing would take many times the memory of the file: of `[],[],[]` it does thirty times."""
     if len(raw) < _PIECE_BYTES:
         return False
-    return 10 * sum(map(raw.count, (b"[", b"{", b":"))) > len(raw)
+    return 8 * sum(map(raw.count, (b"[", b"{", b":"))) > len(raw)
 
 
 def schema_of(value: object, name: str) -> str:

@@ -37,4 +37,4 @@ def load_any(path: str | Path) -> AnyFile:
         if schema.rpartition("/")[0] == kind.kind.rpartition("/")[0]:
             return kind.from_json(value, str(path))
     known = [kind.kind for kind in KINDS.values()]
-    raise InvalidFile(f"{path}: schema is {schema!r}, which is no file of kvprof's: {did_you_mean(schema, known)}")
+    raise InvalidFile(f"{path}: schema is {schema[:60]!r}, which is no file of kvprof's: {did_you_mean(schema, known)}")

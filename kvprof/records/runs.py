@@ -28,21 +28,25 @@ RESERVED_ON_WINDOWS = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNO
 """A file of such a name is a device there, whatever its extension."""
 
 
+_HASHED = re.compile(r"-[0-9a-f]{12}$", re.IGNORECASE)
+
+
 def slug(model_id: str) -> str:
     """Return a folder name for a model id: readable, safe on every file system, distinct for distinct ids.
 
     An id of letters, digits, `.`, `_`, `-` with at most one `/` keeps its spelling (`org/name` becomes `org--name`);
-    any other id, a local path among them, is its last part and six digits of its hash. Ids that differ in case alone,
-    which the hub takes for one, are distinct where the file system tells them apart.
+    any other id, a local path among them, is its last part and twelve digits of its hash, and so is one that could be
+    taken for such a name. Ids of the hub that differ in case alone, which it takes for one, are distinct where the file
+    system tells them apart.
     """
     plain = re.fullmatch(r"[a-z0-9][\w.-]*(/[a-z0-9][\w.-]*)?", model_id, re.ASCII | re.IGNORECASE)
     odd = "--" in model_id or model_id.endswith(".") or len(model_id) > 120 or RESERVED_ON_WINDOWS.match(model_id)
-    if plain and not odd:
+    if plain and not odd and not _HASHED.search(model_id):
         return model_id.replace("/", "--")
     tail = re.sub(r"[^A-Za-z0-9._-]+", "-", model_id.rstrip("/").rsplit("/", 1)[-1]).strip(".-")
     if not tail or RESERVED_ON_WINDOWS.match(tail):
         tail = "model"
-    return f"{tail[:80]}-{hashlib.sha256(model_id.encode(errors='surrogatepass')).hexdigest()[:6]}"
+    return f"{tail[:80]}-{hashlib.sha256(model_id.encode(errors='surrogatepass')).hexdigest()[:12]}"
 
 
 _ATTEMPTS = 50

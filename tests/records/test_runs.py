@@ -82,11 +82,32 @@ def test_distinct_ids_have_distinct_folders(one: str, other: str) -> None:
         ("/models/Llama", "/models/llama"),
         ("org/" + "x" * 200, "org/" + "x" * 201),
         ("model.", "model"),
+        ("model...", "model"),
+        ("model .", "model"),
+        ("a/b.", "a/b"),
+        ("a//b", "a/b"),
+        ("a--b", "a---b"),
     ],
 )
 def test_ids_that_look_alike_have_folders_that_differ_on_any_file_system(one: str, other: str) -> None:
     on_windows = [slug(model_id).lower().rstrip(". ") for model_id in (one, other)]
     assert on_windows[0] != on_windows[1]
+
+
+def test_no_name_on_the_hub_is_the_folder_of_another_id() -> None:
+    for model_id in ("/models/llama", "org/a--b", "a" * 300, "CON"):
+        taken = slug(model_id)
+        for other in (taken, taken.upper(), taken.replace("-", "/", 1), taken.replace("--", "/")):
+            assert slug(other).lower() != taken.lower(), other
+
+
+def test_a_hundred_thousand_folders_of_one_name_are_as_many() -> None:
+    assert len({slug(f"/models/{number}/llama") for number in range(100_000)}) == 100_000
+
+
+def test_folders_whose_names_differ_in_case_or_form_alone_are_two_on_any_file_system() -> None:
+    for one, other in (("/Models/a", "/models/a"), ("/a/É", "/a/é"), ("/a/e\u0301", "/a/\u00e9"), ("./a", "./A")):
+        assert slug(one).lower() != slug(other).lower()
 
 
 @pytest.mark.parametrize("stem", ["con", "PRN", "aux", "Nul", "com1", "LPT9"])
