@@ -70,13 +70,22 @@ def results_in(out: str | Path | None, model_id: str) -> Iterator[Path]:
 
 
 def several(given: str | Path | Iterable[str | Path]) -> tuple[str, ...]:
-    """Return words that are given one or many at a time."""
-    return (str(given),) if isinstance(given, str | Path) else tuple(str(word) for word in given)
+    """Return words that are given one or many at a time; raises UsageError for what is neither."""
+    if isinstance(given, str | Path):
+        return (str(given),)
+    if not isinstance(given, Iterable):
+        raise UsageError(f"{given!r} is no text, and no list of texts.")
+    return tuple(str(word) for word in given)
 
 
 def joined(given: str | Iterable[str | int] | None) -> str | None:
-    """Return what an option takes as words between commas, given so or as a list."""
-    return given if given is None or isinstance(given, str) else ",".join(map(str, given))
+    """Return what an option takes as words between commas, given so or as a list; raises UsageError for neither."""
+    return None if given is None else ",".join(several(given))  # type: ignore[arg-type]
+
+
+def word(given: object) -> str:
+    """Return what a dtype or a device is called, of torch's own too."""
+    return str(given).removeprefix("torch.")
 
 
 def scores_given(scores: Scores | str | Path) -> Scores:
@@ -99,12 +108,21 @@ def plan_given(plan: BitPlan | str | Path) -> BitPlan:
 
 def check_range(name: str, number: float | None, low: float, high: float) -> None:
     """Raise UsageError for a number that the command would not take either."""
-    if number is not None and not low <= number <= high:
-        raise UsageError(f"{name}={number}: a number from {low} to {high} is needed.")
+    is_number = isinstance(number, int | float) and not isinstance(number, bool)
+    if number is not None and not (is_number and low <= number <= high):
+        raise UsageError(f"{name}={number!r}: a number from {low} to {high} is needed.")
+
+
+def check_whole(**numbers: int | None) -> None:
+    """Raise UsageError, naming the argument, for what is no whole number; which of them are too small is open."""
+    for name, number in numbers.items():
+        if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
+            raise UsageError(f"{name}={number!r}: a whole number is needed.")
 
 
 def check_window(sink_tokens: int | None, recent_tokens: int | None) -> None:
-    """Raise UsageError for a window of fewer tokens than none."""
+    """Raise UsageError for a window of fewer tokens than none, or of parts of one."""
+    check_whole(sink_tokens=sink_tokens, recent_tokens=recent_tokens)
     check_range("sink_tokens", sink_tokens, 0, LARGEST_WINDOW)
     check_range("recent_tokens", recent_tokens, 0, LARGEST_WINDOW)
 

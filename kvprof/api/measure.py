@@ -14,12 +14,14 @@ from kvprof.api.given import (
     Progress,
     borrowed,
     check_range,
+    check_whole,
     check_window,
     joined,
     remark,
     results_in,
     several,
     silent,
+    word,
 )
 from kvprof.errors import UsageError
 from kvprof.records.scores import Scores
@@ -110,6 +112,7 @@ def gradients(
     if stable_at is not None and not until_stable:
         raise UsageError("stable_at says what until_stable looks at, which is not asked for.\n  Add until_stable=True.")
     check_window(sink_tokens, recent_tokens)
+    check_whole(sequences=sequences, sequence_length=sequence_length, batch_size=batch_size, seed=seed)
     check_range("suffix_fraction", suffix_fraction, 0.01, 1)
     check_range("seed", seed, 0, LARGEST_SEED)
     runtime = None if target is None else target_named(target)
@@ -131,8 +134,8 @@ def gradients(
         batch_size=batch_size,
         seed=seed,
         pack=pack,
-        dtype=dtype,
-        device=device,
+        dtype=word(dtype),
+        device=word(device),
         stream=stream,
         share=read_share(shard) if shard is not None else None,
         decoder=decoder,
@@ -181,6 +184,7 @@ def spectra(
     from kvprof.calibration.ingredients import USUAL_DATA
     from kvprof.profile.spectra import SpectraSettings, run_spectra
 
+    check_whole(sequences=sequences, sequence_length=sequence_length, seed=seed)
     check_range("seed", seed, 0, LARGEST_SEED)
     settings = SpectraSettings(
         data=USUAL_DATA if data is None else several(data),
@@ -189,8 +193,8 @@ def spectra(
         sequence_length=sequence_length,
         seed=seed,
         pack=pack,
-        dtype=dtype,
-        device=device,
+        dtype=word(dtype),
+        device=word(device),
         stream=stream,
     )
     with borrowed(model, tokenizer, trust_remote_code) as source, results_in(out, source.id) as folder:

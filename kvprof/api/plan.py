@@ -13,7 +13,7 @@ from kvprof.allocate import metric_needed
 from kvprof.allocate.budget import known_bits, parse_bits
 from kvprof.allocate.targets import target_named
 from kvprof.allocate.task import usual_window
-from kvprof.api.given import check_range, check_window, joined, scores_given, several
+from kvprof.api.given import check_range, check_whole, check_window, joined, scores_given, several
 from kvprof.errors import UsageError
 from kvprof.records.files import newest_scores, plan_path, scores_for
 from kvprof.records.plan import BitPlan
@@ -27,13 +27,13 @@ def allocate(
     budget: str | float | None = None,
     *,
     unit: str | None = None,
-    memory: str | None = None,
+    memory: str | int | None = None,
     context: int | None = None,
     batch: int | None = None,
     max_kl: str | float | None = None,
     rule: str = "exact",
     metric: str | None = None,
-    bits: str | Sequence[int] | None = None,
+    bits: str | int | Sequence[int] | None = None,
     formats: str | Sequence[str] | None = None,
     group_size: int | None = None,
     pin: str | Sequence[str] | None = None,
@@ -52,10 +52,10 @@ def allocate(
 
     scores: Scores, or their file; by default the newest in outputs/ that serve, as for the command. budget: bits an
     element of the cache may cost on average, counted in `unit`: "stored" (codes and scales; the default by
-    loss_increase) or "nominal" (codes alone; the default by a norm). memory, context, batch: bytes of cache instead,
-    such as "1.5GiB", for `batch` sequences of `context` tokens. max_kl: the cheapest plan predicted to stay at or below
-    so many nats a token. bits, formats, group_size, min_key_bits: what the plan may choose from; pin: tensors set by
-    hand, such as "key:0=8". sink_tokens, recent_tokens: the window in full precision. The rest is named as the
+    loss_increase) or "nominal" (codes alone; the default by a norm). memory, context, batch: bytes of cache instead, or
+    a text such as "1.5GiB", for `batch` sequences of `context` tokens. max_kl: the cheapest plan predicted to stay at
+    or below so many nats a token. bits, formats, group_size, min_key_bits: what the plan may choose from; pin: tensors
+    set by hand, such as "key:0=8". sink_tokens, recent_tokens: the window in full precision. The rest is named as the
     command's options are. out: a folder for the plan, or its file that ends in .json; without it nothing is written.
     Returns the BitPlan, the best one there is where `solver.optimal`; it never costs more than the budget.
     Raises InfeasibleBudget, with the range that can be reached; UsageError for options that do not go together;
@@ -64,6 +64,7 @@ def allocate(
     if as_published and sink_tokens:
         raise UsageError(f"as_published has no sinks, sink_tokens asks for {sink_tokens}; leave out one of them.")
     check_window(sink_tokens, recent_tokens)
+    check_whole(context=context, batch=batch, group_size=group_size, min_key_bits=min_key_bits)
     check_range("group_size", group_size, 1, LARGEST_GROUP)
     check_range("min_key_bits", min_key_bits, 1, 16)
     named = joined(formats)
@@ -78,13 +79,13 @@ def allocate(
     given = {
         "budget": budget,
         "unit": unit,
-        "memory": memory,
+        "memory": f"{memory}B" if isinstance(memory, int) else memory,
         "context": context,
         "batch": batch,
         "max_kl": max_kl,
         "rule": rule,
         "metric": metric,
-        "bits": None if bits is None else parse_bits(bits) if isinstance(bits, str) else known_bits(bits),
+        "bits": None if bits is None else parse_bits(str(bits)) if isinstance(bits, str | int) else known_bits(bits),
         "formats": named,
         "group_size": group_size,
         "tie": tie,

@@ -15,12 +15,14 @@ from kvprof.api.given import (
     Progress,
     borrowed,
     check_range,
+    check_whole,
     logger,
     plan_given,
     remark,
     results_in,
     several,
     silent,
+    word,
 )
 from kvprof.errors import InvalidFile, Mismatch, NotBetter, UsageError, first_line
 from kvprof.records.evaluation import Evaluation
@@ -80,8 +82,10 @@ def evaluate(
     (name, found), *further = _named(plan, against)
     if check and not rivals and not further:
         raise UsageError("check has nothing to compare with.\n  Leave out rivals=False, or name plans with against.")
+    check_whole(sequences=sequences, sequence_length=sequence_length, measure_from=measure_from, seed=seed)
     check_range("measure_from", measure_from, 0, 2**31)
     check_range("seed", seed, 0, LARGEST_SEED)
+    dtype, device = word(dtype), word(device)
     from kvprof.calibration.text import BUILTIN
     from kvprof.evaluate.evaluation import EvaluationSettings, check_request, run_evaluation
     from kvprof.profile.request import SensitivitySettings

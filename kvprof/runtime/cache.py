@@ -61,6 +61,8 @@ class PlanCache(Cache):  # type: ignore[misc]
         """
         if not isinstance(plan, BitPlan):
             raise CacheError(f"a {type(plan).__name__} is no plan.\n  Give BitPlan.load(path).")
+        if not hasattr(model, "config"):
+            raise CacheError(f"a {type(model).__name__} is no model.\n  Give a loaded transformers model.")
         for entry in plan.layers:
             if foreign := [form.name for form in (entry.key, entry.value) if form.is_foreign]:
                 raise CacheError(

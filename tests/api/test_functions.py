@@ -223,7 +223,18 @@ def test_what_is_no_record_and_no_file_is_refused(folder: Path) -> None:
 
 
 def test_wrong_options_are_refused_before_a_model_is_looked_for(in_tmp: Path) -> None:
-    for options in ({"sink_tokens": -1}, {"recent_tokens": 2**40}, {"suffix_fraction": 0}, {"seed": -1}):
+    for options in (
+        {"sink_tokens": -1},
+        {"recent_tokens": 2**40},
+        {"recent_tokens": 2.5},
+        {"suffix_fraction": 0},
+        {"suffix_fraction": "0.5"},
+        {"seed": -1},
+        {"seed": "a"},
+        {"sequences": 2.5},
+        {"sequences": "2"},
+        {"batch_size": True},
+    ):
         with pytest.raises(UsageError, match=f"{next(iter(options))}="):
             kvprof.gradients("./nowhere", **options)
     with pytest.raises(UsageError, match="until_stable"):
@@ -233,6 +244,37 @@ def test_wrong_options_are_refused_before_a_model_is_looked_for(in_tmp: Path) ->
 def test_no_text_is_not_the_usual_text(folder: Path) -> None:
     with pytest.raises(UsageError, match="names no text"):
         kvprof.gradients("./model", data=[])
+
+
+def test_a_cache_is_made_for_a_loaded_model(folder: Path) -> None:
+    plan = kvprof.allocate(kvprof.norms("./model"), 4, bits=4)
+    with pytest.raises(KvprofError, match="a str is no model"):
+        kvprof.PlanCache.from_plan(plan, "./model")
+
+
+def test_what_is_no_list_of_words_is_refused(folder: Path) -> None:
+    with pytest.raises(UsageError, match="3 is no text"):
+        kvprof.gradients("./model", data=3)
+    with pytest.raises(UsageError, match="4 is no text"):
+        kvprof.gradients("./model", formats=4)
+
+
+def test_torch_s_own_dtypes_and_devices_are_named_like_their_words(folder: Path) -> None:
+    given = {"dtype": torch.float32, "device": torch.device("cpu")}
+    assert kvprof.spectra("./model", **{**TEXT, **given}) == kvprof.spectra("./model", **TEXT, dtype="float32")
+
+
+def test_a_limit_in_bytes_and_one_width_may_be_numbers(folder: Path) -> None:
+    scores = kvprof.norms("./model")
+    asked = {"context": 200, "metric": "spectral_norm"}
+    assert (
+        kvprof.allocate(scores, memory=38_000, **asked).layers == kvprof.allocate(scores, memory="38kB", **asked).layers
+    )
+    plan = kvprof.allocate(scores, 4, bits=4)
+    assert {entry.key.bits for entry in plan.layers} == {4}
+    for options in ({"context": "200"}, {"batch": 1.5}, {"group_size": "32"}):
+        with pytest.raises(UsageError, match=f"{next(iter(options))}=.*a whole number"):
+            kvprof.allocate(scores, memory="1MiB", **options)
 
 
 def test_an_infeasible_budget_is_an_error_of_its_own(folder: Path) -> None:
