@@ -43,12 +43,14 @@ def verify(
     scores: str | Path | None = None,
     measure: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    trust_remote_code: bool = False,
 ) -> Verified:
     """Compute again what a plan's file says, and compare; what cannot be checked is said with the reason.
 
     model: whose weights and text are to be read again; none by default. scores: the file that the plan was made from,
     found by its digest where none is named. measure: measure the scores anew, with what their file says of how they
     were measured. progress: called meanwhile with (sequences done, in all).
+    trust_remote_code: as `models.load.resolve` takes it.
     Raises InvalidFile where the plan, or scores that are named, cannot be read; ModelError where the model cannot;
     UsageError for measuring without a model.
     """
@@ -65,7 +67,9 @@ def verify(
     if model is None:
         checks += [unknown(name, "no model is named (--model)") for name in ("model", "calibration text")]
     else:
-        checks += _of_model(read, found, model, measure, progress)
+        from kvprof.models.load import resolve
+
+        checks += _of_model(read, found, resolve(model, trust_remote_code), measure, progress)
     return Verified(file=str(plan), scores=None if path is None else str(path), model=model, checks=tuple(checks))
 
 
@@ -99,11 +103,8 @@ def _in_their_place(plan: BitPlan, path: Path) -> tuple[Path, Scores] | None:
 
 
 def _of_model(
-    plan: BitPlan, scores: Scores | None, model: str, measure: bool, progress: Callable[[int, int], None]
+    plan: BitPlan, scores: Scores | None, source: ModelSource, measure: bool, progress: Callable[[int, int], None]
 ) -> Iterator[Check]:
-    from kvprof.models.load import resolve
-
-    source = resolve(model)
     yield from _weights(plan, source)
     yield _text(scores, source)
     if scores is not None and scores.made_with is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -105,7 +106,7 @@ def import_(
         raise UsageError(f"kvprof cannot import from {tool!r}: {did_you_mean(tool, TOOLS)}")
     layers = read_kvtuner(file)
     window = Window(sink_tokens=sink_tokens, recent_tokens=recent_tokens)
-    command = " ".join(["kvprof", *sys.argv[1:]])
+    command = shlex.join(["kvprof", *sys.argv[1:]])
     if model is None:
         plan = kvtuner_plan(layers, group_size=group_size, window=window, command=command)
     else:

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from kvprof.cli.options import TrustRemoteCode
+
 
 def verify(
     plan: Annotated[Path, typer.Argument(help="A BitPlan file.")],
@@ -30,6 +32,7 @@ def verify(
         bool,
         typer.Option("--measure", help="Measure the scores again too, and plan from them. Needs --model."),
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Are a plan's numbers what its scores, its text and its model give? Exit with 4 where one of them differs."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of so little arithmetic, starting threads is the most
@@ -40,7 +43,7 @@ def verify(
     from kvprof.report.verified import show_verified
 
     with progress("measuring", "sequences") as advance:
-        verified = verify_plan(plan, model, scores, measure, advance)
+        verified = verify_plan(plan, model, scores, measure, advance, trust_remote_code)
     show_verified(verified)
     print_result(verified)
     if verified.differing:

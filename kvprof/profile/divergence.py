@@ -25,7 +25,7 @@ from kvprof.calibration.sequences import CALIBRATION_LENGTH, CalibrationSet, cho
 from kvprof.errors import KvprofError, UsageError
 from kvprof.evaluate.metrics import LOGIT_ROUNDING_NATS, token_kl
 from kvprof.models.costs import Passes, estimate_run
-from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
+from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint, made_with
 from kvprof.models.inventory import position_limit, take_inventory
 from kvprof.models.load import (
     ModelSource,
@@ -53,7 +53,7 @@ from kvprof.records.plan import (
 )
 from kvprof.records.runs import Journal
 from kvprof.records.sampled import loss_scores
-from kvprof.records.scores import LayerScores, Scores, suffix_start
+from kvprof.records.scores import LayerScores, MadeWith, Scores, suffix_start
 from kvprof.runtime.attention import decoding_reads
 
 BYTES_A_NUMBER = 160
@@ -158,7 +158,7 @@ def run_divergence(
                 done += 1
                 progress(done, total)
         measured = {probe: [float(log.done[probe.key(index)]) for index in indices] for probe in probes}
-        scores = _scores(measured, inventory, text, settings)
+        scores = _scores(measured, inventory, text, settings, made_with(model))
         path = folder / "divergence.json"
         scores = scores.calibrated_as(path)
         scores.save(path)
@@ -235,7 +235,11 @@ def _suffix_logits(model: PreTrainedModel, plan: BitPlan, ids: Sequence[int], fi
 
 
 def _scores(
-    measured: Mapping[Probe, list[float]], inventory: Inventory, text: CalibrationSet, settings: DivergenceSettings
+    measured: Mapping[Probe, list[float]],
+    inventory: Inventory,
+    text: CalibrationSet,
+    settings: DivergenceSettings,
+    made: MadeWith,
 ) -> Scores:
     """Return what was measured as Scores; tensors and formats that were not are absent."""
     found: dict[tuple[int, TensorName], dict[str, list[float]]] = {}
@@ -247,6 +251,7 @@ def _scores(
         model=inventory.model,
         calibration=text.info,
         geometry=inventory.geometry,
+        made_with=made,
         decoding=decoding_of(text, settings.window, settings.suffix_fraction),
         layers=tuple(
             LayerScores(
