@@ -1,0 +1,86 @@
+"""Let a cache and a measurement live long, and look whether they keep their promises: bytes, numbers, no leak.
+
+python tests/benchmarks/soak.py [decode] [operations] [measure] [--seed N] [--quick]
+
+decode: 20,000 tokens, one by one, each step's bytes compared with the plan's, and at 40 looks every number with a
+reference written apart. operations: 2,000 random uses of a cache (crop, reorder, select, repeat, save and load, copy,
+reset) against lists of tokens. measure: 3,000 batches of gradient norms and losses of a tiny model. What is found is
+printed, a line a part, in JSON; the exit status is 1 where memory grew by more than the results that are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from soaking import Memory, decode, measure, operate
+
+PARTS = ("decode", "operations", "measure")
+MOST_OBJECTS_A_STEP = {"decode": 0.5, "operations": 5.0, "measure": 150.0}
+"""Small objects of Python's: pages; tables that fill; of each batch the results, for their standard errors."""
+MOST_RESIDENT_A_STEP = {"decode": 4096.0, "operations": 8192.0, "measure": 8192.0}
+"""Of the process: what decoding holds by its plan, 1 KiB a token, and what a heap leaves unused."""
+FURTHEST = 5e-6
+"""From the reference, as a share of the largest number: a rotated number's last place."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; all of them by default")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="a fiftieth of it: a look whether it runs")
+    asked = parser.parse_args()
+    for part in asked.parts:
+        if part not in PARTS:
+            parser.error(f"there is no part {part!r}: choose from {', '.join(PARTS)}")
+    torch.set_num_threads(1)
+    held = [_run(part, asked.seed, 50 if asked.quick else 1) for part in asked.parts or PARTS]
+    return 0 if all(held) else 1
+
+
+def _run(part: str, seed: int, share: int) -> bool:
+    start = time.monotonic()
+
+    def progress(done: int) -> None:
+        print(f"{part}: {done} after {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+
+    facts: dict[str, object] = {"part": part, "seed": seed}
+    right = True
+    if part == "decode":
+        decoded = decode(20_000 // share, 40 // min(share, 8), seed, progress)
+        memory, right = decoded.memory, max(decoded.furthest) < FURTHEST
+        facts |= {"steps": decoded.steps, "furthest first": decoded.furthest[0], "furthest last": decoded.furthest[-1]}
+        facts["furthest"] = max(decoded.furthest)
+    elif part == "operations":
+        with tempfile.TemporaryDirectory() as folder:
+            counts, memory = operate(2000 // share, 40 // min(share, 8), seed, Path(folder), progress)
+        facts |= {"operations": sum(counts.values()), **counts}
+    else:
+        batches = 3000 // share
+        memory = measure(batches, 40 // min(share, 8), seed, True, progress)
+        facts["batches"] = batches
+    objects, resident = memory.slope("blocks"), memory.slope("resident")
+    flat = share > 1 or (objects < MOST_OBJECTS_A_STEP[part] and resident < MOST_RESIDENT_A_STEP[part])
+    facts |= _memory_facts(memory, objects, resident) | {"seconds": round(time.monotonic() - start)}
+    print(json.dumps(facts | {"held": right and flat}), flush=True)
+    return right and flat
+
+
+def _memory_facts(memory: Memory, objects: float, resident: float) -> dict[str, object]:
+    return {
+        "objects a step": round(objects, 2),
+        "resident bytes a step": round(resident, 1),
+        "resident MiB": [round(memory.resident[place] / 2**20, 1) for place in (0, len(memory.resident) // 2, -1)],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
