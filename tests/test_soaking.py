@@ -33,7 +33,7 @@ def test_random_operations_with_saving_and_copying_hold_theirs(tmp_path: Path) -
     assert sum(counts.values()) == 160
     assert set(counts) == set(LONG_OPERATIONS)
     assert min(counts.values()) > 0
-    # Tables of what was asked before fill, a few objects at a time; a cache that is kept has hundreds.
+    # In saving, safetensors keeps a type of ctypes' for each new length of a tensor; a cache that is kept has more.
     assert memory.slope("blocks") < 40
 
 

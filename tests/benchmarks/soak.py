@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from soaking import Memory, decode, measure, operate
 
 PARTS = ("decode", "operations", "measure")
-MOST_OBJECTS_A_STEP = {"decode": 0.5, "operations": 5.0, "measure": 150.0}
-"""Small objects of Python's: pages; tables that fill; of each batch the results, for their standard errors."""
+MOST_OBJECTS_A_STEP = {"decode": 0.5, "operations": 20.0, "measure": 150.0}
+"""Small objects of Python's: pages; what safetensors, in saving, keeps of each new length of a tensor (a type of
+ctypes'); of each batch the results, for their standard errors."""
 MOST_RESIDENT_A_STEP = {"decode": 4096.0, "operations": 8192.0, "measure": 8192.0}
 """Of the process: what decoding holds by its plan, 1 KiB a token, and what a heap leaves unused."""
 FURTHEST = 5e-6
