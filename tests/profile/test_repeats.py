@@ -24,10 +24,14 @@ from kvprof.allocate.rules import exact
 from kvprof.allocate.verification import moved
 from kvprof.api.measure_again import largest_difference
 from kvprof.api.verify import TOLERANCE
-from kvprof.models.load import ModelSource, resolve
-from kvprof.profile.decoder import Decoder
+from kvprof.calibration.sequences import tokenize
+from kvprof.calibration.text import open_text
+from kvprof.models.inventory import take_inventory
+from kvprof.models.load import ModelSource, load_config, load_model, load_tokenizer, resolve
+from kvprof.profile.decoder import Decoder, formats_of
 from kvprof.profile.norms import run_norms
 from kvprof.profile.request import SensitivitySettings
+from kvprof.profile.scoring import measure_sensitivity
 from kvprof.profile.sensitivity import run_sensitivity
 from kvprof.records.plan import Window
 from kvprof.records.scores import Scores
@@ -132,15 +136,15 @@ def test_threads_change_no_norm(tmp_path: Path) -> None:
 
 
 @pytest.mark.demo
-def test_threads_and_batches_make_the_same_plan_of_the_demo_model(tmp_path: Path) -> None:
-    settings = SensitivitySettings(
-        data=("builtin",), sequences=2, sequence_length=48, device="cpu",
-        decoder=Decoder(
-            {"key": ("int2g16", "int4g16"), "value": ("rot2", "rot3")}, Window(sink_tokens=4, recent_tokens=8)
-        ),
-    )  # fmt: skip
+def test_threads_and_batches_make_the_same_plan_of_the_demo_model() -> None:
     source = resolve("demo")
-    first = measured(source, settings, tmp_path / "1-1", 1, 1)
-    for count, batch_size in ((2, 1), (4, 2)):
-        other = measured(source, settings, tmp_path / f"{count}-{batch_size}", count, batch_size)
-        check_alike(first, other, ("3", "3.5", "4"))
+    inventory = take_inventory(load_config(source), source.id)
+    decoder = Decoder({"key": ("int2g8", "int4g8"), "value": ("rot2", "rot3")}, Window(sink_tokens=0, recent_tokens=4))
+    text = tokenize(open_text("builtin", None, 0), load_tokenizer(source), 2, 32)
+    model, found = load_model(source, device="cpu"), []
+    for count, batch_size in ((1, 1), (2, 1), (4, 2)):
+        with threads(count):
+            formats = formats_of(inventory.geometry, decoder)
+            found.append(measure_sensitivity(model, text, inventory, formats, decoder, batch_size))
+    for other in found[1:]:
+        check_alike(found[0], other, ("4.5", "5"))
