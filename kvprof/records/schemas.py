@@ -56,7 +56,13 @@ ANSWERS: dict[str, type[Record]] = {
     "import": KINDS["plan"],
     "run": RecipeRun,
 }
-"""What each command answers. `show` answers any file of KINDS, `schema` a schema, and `--dry-run` an ESTIMATE."""
+"""What each command answers. `show` answers any file of KINDS, and `schema` a schema."""
+
+INSTEAD: dict[str, type[Record]] = {
+    **dict.fromkeys(("norms", "gradients", "spectra", "divergence", "evaluate"), Estimate),
+    "run": ShippedRecipes,
+}
+"""What some answer instead: under `--dry-run`, and `run --list`."""
 
 OTHERS: dict[str, type[Record]] = {"recipe": Recipe, "recipes": ShippedRecipes}
 """A recipe, which is TOML, as JSON would have it; and what `run --list` answers."""
@@ -81,4 +87,5 @@ def schema_for(word: str) -> dict[str, Any]:
         raise UsageError(f"{word!r} has no schema: {did_you_mean(word, schema_words())}")
     # A file is read as well as written; an answer is written alone, with what is computed of it.
     is_file = known[word] in (*KINDS.values(), Recipe)
-    return known[word].model_json_schema(by_alias=True, mode="validation" if is_file else "serialization")
+    answers: Any = known[word] | INSTEAD[word] if word in INSTEAD else known[word]
+    return TypeAdapter(answers).json_schema(by_alias=True, mode="validation" if is_file else "serialization")

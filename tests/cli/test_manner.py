@@ -130,7 +130,13 @@ def test_a_dry_run_answers_an_estimate(workplace: Path, monkeypatch: pytest.Monk
     for command in ("norms", "gradients", "divergence", "spectra"):
         done = run(command, *LINES[command], "--dry-run", "--json")
         assert done.exit_code == 0, done.output
-        jsonschema.validate(json.loads(done.stdout), schema_of("estimate"))
+        for word in ("estimate", command):
+            jsonschema.validate(json.loads(done.stdout), schema_of(word))
+
+
+def test_the_list_of_recipes_keeps_the_schema_of_run() -> None:
+    for word in ("recipes", "run"):
+        jsonschema.validate(json.loads(run("run", "--list", "--json").stdout), schema_of(word))
 
 
 def test_a_failure_under_json_leaves_stdout_empty(in_tmp: Path) -> None:
