@@ -36,6 +36,9 @@ Text = Annotated[
 LARGEST_FILE_BYTES = 256 * 2**20
 """A Scores file of 1,000 layers with 100 formats is 10 MB; more than this is not one of ours."""
 
+MOST_ENTRIES = 20_000
+"""Of one list or table, numbers aside: twice as many as layers."""
+MOST_NUMBERS = 200_000
 _PIECE_BYTES = 2**20
 
 _compact = json.JSONEncoder(allow_nan=False).encode
@@ -95,6 +98,7 @@ class Document(Record):
     def from_json(cls, value: object, name: str) -> Self:
         """Validate an already parsed JSON value; `name` stands for the file in error messages."""
         schema = schema_of(value, name)
+        _check_lists(value, name)
         if schema != cls.kind:
             raise InvalidFile(f"{name}: schema is {_brief(schema)}, expected {cls.kind!r}.\n  {_schema_advice(schema)}")
         try:
@@ -181,6 +185,21 @@ def _is_bomb(raw: bytes) -> bool:
     if len(raw) < _PIECE_BYTES:
         return False
     return 8 * sum(map(raw.count, (b"[", b"{", b":"))) > len(raw)
+
+
+def _check_lists(value: object, name: str) -> None:
+    """Raise InvalidFile for a list too long for anything but numbers: each entry would be an error of its own."""
+    waiting, others = [value], 0
+    layers = value.get("layers") if isinstance(value, dict) else None
+    while waiting:
+        place = waiting.pop()
+        entries = list(place.values()) if isinstance(place, dict) else place if isinstance(place, list) else []
+        if place is not layers and len(entries) <= MOST_NUMBERS and set(map(type, entries)) <= {int, float}:
+            continue
+        others += len(entries)
+        if len(entries) > MOST_ENTRIES or others > 200 * MOST_ENTRIES:
+            raise InvalidFile(f"{name}: {max(len(entries), others)} entries are more than a file of kvprof's has.")
+        waiting += [entry for entry in entries if isinstance(entry, dict | list)]
 
 
 def schema_of(value: object, name: str) -> str:

@@ -24,7 +24,7 @@ SCHEMES = (*OWN_SCHEMES, *FOREIGN)
 
 def _known_scheme(scheme: str) -> str:
     if scheme not in SCHEMES:
-        raise ValueError(f"unknown scheme {scheme!r}: {did_you_mean(scheme, SCHEMES)}")
+        raise ValueError(f"unknown scheme {scheme[:60]!r}: {did_you_mean(scheme, SCHEMES)}")
     return scheme
 
 

@@ -12,6 +12,7 @@ runtimes there are.
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -30,9 +31,10 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-LARGEST_RECIPE_BYTES = 2**20
+LARGEST_RECIPE_BYTES = 2**17
 """A recipe for every runtime, each with ten budgets, has 10 kB."""
 LONGEST_LIST = 100
+_LONG_KEY = re.compile(r"""(?:\.[ \t]*[\w'"-]+[ \t]*){17}""")
 PICTURES = ("norms", "spectra", "gradients", "losses", "plan", "frontier", "positions", "audit", "benchmark")
 """What `kvprof plot` can be told to draw."""
 
@@ -320,7 +322,10 @@ def read_recipe(path: Path) -> Recipe:
             raw = file.read(LARGEST_RECIPE_BYTES + 1)
         if len(raw) > LARGEST_RECIPE_BYTES:
             raise InvalidFile(f"{path}: no recipe has more than {LARGEST_RECIPE_BYTES} bytes.")
-        value: dict[str, Any] = tomllib.loads(raw.decode("utf-8-sig").replace("\r\n", "\n"))
+        text = raw.decode("utf-8-sig").replace("\r\n", "\n")
+        if _LONG_KEY.search(text):  # the parser takes a time that grows with the square of their number
+            raise InvalidFile(f"{path}: a key of so many parts is no recipe's.")
+        value: dict[str, Any] = tomllib.loads(text)
     except FileNotFoundError:
         raise InvalidFile(f"{path}: no such file.") from None
     except OSError as error:
