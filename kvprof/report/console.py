@@ -262,5 +262,7 @@ def progress(what: str, unit: str) -> Iterator[Bar]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, disable=_manner == "quiet" or not err.is_terminal) as bar:
+    hidden = _manner == "quiet" or not err.is_terminal
+    where = Console(stderr=True, quiet=True) if hidden else err  # a bar that is not shown ends in a line of its own
+    with Progress(*columns, console=where, disable=hidden) as bar:
         yield Bar(bar, what, unit)
