@@ -74,7 +74,7 @@ class Shards:
         for name, shard in self.promised.items():
             if name not in found:
                 raise ModelError(
-                    f"{SAFETENSORS_INDEX} in {self.where} says that {name} is in {shard}, but it is not.\n"
+                    f"{SAFETENSORS_INDEX} in {self.where} says that {_short(name)} is in {shard}, but it is not.\n"
                     "  The index and the shards are of two different models, or of two versions: download both again."
                 )
 
@@ -99,16 +99,18 @@ def find_shards(names: Collection[str], read_index: Callable[[], str], where: st
         ) from None
     for shard in shards:
         if not isinstance(shard, str) or PurePosixPath(shard).name != shard or shard in ("", "..") or "\\" in shard:
-            raise ModelError(f"{SAFETENSORS_INDEX} in {where} names the shard {shard!r}, which is outside its folder.")
+            raise ModelError(
+                f"{SAFETENSORS_INDEX} in {where} names the shard {_short(str(shard))!r}, which is outside its folder."
+            )
         if not shard.endswith(".safetensors"):
             raise ModelError(
-                f"{SAFETENSORS_INDEX} in {where} names the shard {shard!r}, which is no safetensors file: it is not "
+                f"{SAFETENSORS_INDEX} in {where} names the shard {_short(shard)!r}, which is no safetensors file: it is not "
                 "opened.\n  Convert it once, where you trust it: "
                 "AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)"
             )
         if shard not in names:
             raise ModelError(
-                f"{SAFETENSORS_INDEX} in {where} names the shard {shard}, but it is not there.\n  Finish the download."
+                f"{SAFETENSORS_INDEX} in {where} names the shard {_short(shard)}, but it is not there.\n  Finish the download."
             )
     return Shards(tuple(shards) or alone, dict(promised), where)
 
