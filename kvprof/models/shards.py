@@ -104,13 +104,14 @@ def find_shards(names: Collection[str], read_index: Callable[[], str], where: st
             )
         if not shard.endswith(".safetensors"):
             raise ModelError(
-                f"{SAFETENSORS_INDEX} in {where} names the shard {_short(shard)!r}, which is no safetensors file: it is not "
-                "opened.\n  Convert it once, where you trust it: "
+                f"{SAFETENSORS_INDEX} in {where} names the shard {_short(shard)!r}, which is no safetensors file: "
+                "it is not opened.\n  Convert it once, where you trust it: "
                 "AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)"
             )
         if shard not in names:
             raise ModelError(
-                f"{SAFETENSORS_INDEX} in {where} names the shard {_short(shard)}, but it is not there.\n  Finish the download."
+                f"{SAFETENSORS_INDEX} in {where} names the shard {_short(shard)}, but it is not there.\n"
+                "  Finish the download."
             )
     return Shards(tuple(shards) or alone, dict(promised), where)
 
