@@ -21,7 +21,17 @@ from kvprof.records.runs import cannot_write
 
 FILE = "history.json"
 
-MODEL_FILES = ("*.safetensors", "*.gguf", "*.model", "*.jinja", "tokenizer*", "vocab*", "merges*", "*config.json")
+MODEL_FILES = (
+    "*.safetensors",
+    "*.gguf",
+    "*.model",
+    "*.jinja",
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "*config.json",
+    "*.py",
+)
 """What of a model's folder can change what is measured."""
 
 
