@@ -9,8 +9,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+
+hypothesis.settings.register_profile("kvprof", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("kvprof")  # no test depends on the time it takes
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when transformers is first imported
 if not torch.cuda.is_available():

@@ -41,7 +41,7 @@ TOKENIZER_TRAP = (
 )
 
 LOADING = ("inspect", "norms", "spectra", "gradients", "divergence", "calibrate", "evaluate", "benchmark", "generate",
-           "validate", "import", "run")  # fmt: skip
+           "validate", "verify", "import", "run")  # fmt: skip
 """The commands that load a model, or its config."""
 
 
