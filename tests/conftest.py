@@ -13,9 +13,6 @@ import hypothesis
 import pytest
 import torch
 
-hypothesis.settings.register_profile("kvprof", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
-hypothesis.settings.load_profile("kvprof")  # no test depends on the time it takes
-
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when transformers is first imported
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read once, when Triton is first imported
@@ -24,6 +21,9 @@ from filelock import FileLock
 from quickstart import RESULTS, VENV, Quickstart, run_quickstart
 from tiny import TINY, tiny_model
 from transformers import PreTrainedModel
+
+hypothesis.settings.register_profile("kvprof", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("kvprof")  # no test depends on the time it takes
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
