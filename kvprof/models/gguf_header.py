@@ -2,7 +2,7 @@
 
 Reads sizes, names and offsets; keeps no value but the few that say how large a model is. The libraries trust these
 numbers: a length that the file does not have keeps them looping for hours, or fills the memory.
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Format: docs/gguf.md of ggml-org/ggml
 """
 
 from __future__ import annotations
