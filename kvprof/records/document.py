@@ -41,6 +41,9 @@ MOST_ENTRIES = 20_000
 MOST_NUMBERS = 200_000
 _PIECE_BYTES = 2**20
 
+_LONG_WORD = re.compile(r"(\S{60})\S{60,}")
+"""A name in a message that is no name; its beginning is enough."""
+
 _compact = json.JSONEncoder(allow_nan=False).encode
 
 
@@ -241,7 +244,7 @@ def explain_invalid(error: ValidationError, name: str, model: type[BaseModel]) -
         elif item["type"] == "model_type":
             lines.append(f"{where}input should be a table of keys and values, found {_brief(item['input'])}")
         elif item["type"] in ("value_error", "assertion_error"):
-            lines.append(f"{where}{item['ctx']['error']}")
+            lines.append(where + _LONG_WORD.sub(r"\1...", str(item["ctx"]["error"])))
         elif item["type"] == "literal_error":
             nearest = did_you_mean(str(item["input"]), re.findall(r"'([^']*)'", item["ctx"]["expected"]))
             advice = f": {nearest}" if nearest.startswith("did") else ""
