@@ -104,7 +104,8 @@ def gradients(
     from kvprof.allocate.targets import target_named
     from kvprof.calibration.ingredients import USUAL_DATA
     from kvprof.profile.decoder import Decoder, read_formats
-    from kvprof.profile.request import SEQUENCES_UNTIL_STABLE, USUAL_SEQUENCES, SensitivitySettings
+    from kvprof.profile.reading import USUAL_SEQUENCES
+    from kvprof.profile.request import SEQUENCES_UNTIL_STABLE, SensitivitySettings
     from kvprof.profile.sensitivity import run_sensitivity
     from kvprof.records.partial import read_share
     from kvprof.records.plan import USUAL_WINDOW
@@ -182,11 +183,12 @@ def spectra(
     Raises what `gradients` does.
     """
     from kvprof.calibration.ingredients import USUAL_DATA
-    from kvprof.profile.spectra import SpectraSettings, run_spectra
+    from kvprof.profile.reading import TextSettings
+    from kvprof.profile.spectra import run_spectra
 
     check_whole(sequences=sequences, sequence_length=sequence_length, seed=seed)
     check_range("seed", seed, 0, LARGEST_SEED)
-    settings = SpectraSettings(
+    settings = TextSettings(
         data=USUAL_DATA if data is None else several(data),
         split=split,
         sequences=sequences,

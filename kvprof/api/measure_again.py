@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from kvprof.calibration.again import read_again, recognise
 from kvprof.calibration.self_text import fill
 from kvprof.errors import InvalidFile, KvprofError, Mismatch
-from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
+from kvprof.models.identity import fingerprint_of
 from kvprof.models.inventory import take_inventory
 from kvprof.models.load import ModelSource, load_config, load_model, load_tokenizer
 from kvprof.profile.decoder import Decoder, Formats, formats_of
@@ -46,7 +46,7 @@ def measure_again(scores: Scores, source: ModelSource, progress: Callable[[int, 
         reading.check_vocabulary(config.get_text_config(decoder=True).vocab_size)
     dtype = "auto" if scores.made_with is None or scores.made_with.dtype is None else scores.made_with.dtype
     model = load_model(source, dtype)
-    fingerprint = live_fingerprint(model, geometry) or checkpoint_fingerprint(source, geometry)
+    fingerprint = fingerprint_of(model, geometry, source)
     if scores.model is not None and scores.model.fingerprint not in (None, fingerprint):
         raise Mismatch("the model is not the one that the scores were measured on.")
     text, _ = recognise(scores.calibration, readings, lambda reading: fill(reading, model, tokenizer, fingerprint))

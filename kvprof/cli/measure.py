@@ -135,7 +135,8 @@ def gradients(
     from kvprof.errors import UsageError
     from kvprof.models.load import resolve
     from kvprof.profile.decoder import Decoder, read_formats
-    from kvprof.profile.request import SEQUENCES_UNTIL_STABLE, USUAL_SEQUENCES, SensitivitySettings
+    from kvprof.profile.reading import USUAL_SEQUENCES
+    from kvprof.profile.request import SEQUENCES_UNTIL_STABLE, SensitivitySettings
     from kvprof.profile.sensitivity import run_sensitivity
     from kvprof.records.partial import read_share
     from kvprof.records.plan import USUAL_WINDOW

@@ -43,14 +43,15 @@ def spectra(
     """How large are the cached keys and values, and how many directions do they fill? Their singular values on text."""
     from kvprof.calibration.ingredients import USUAL_DATA
     from kvprof.models.load import resolve
-    from kvprof.profile.spectra import SpectraSettings, run_spectra
+    from kvprof.profile.reading import TextSettings
+    from kvprof.profile.spectra import run_spectra
     from kvprof.records.runs import output_folder
     from kvprof.report.console import print_note, print_result, print_written, progress
     from kvprof.report.spectra import show_spectra
 
     source = resolve(model, trust_remote_code)
     folder = output_folder(source.id, out)
-    settings = SpectraSettings(
+    settings = TextSettings(
         data=data or USUAL_DATA,
         split=split,
         sequences=sequences,

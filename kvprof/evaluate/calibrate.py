@@ -25,7 +25,7 @@ from kvprof.calibration.text import BUILTIN
 from kvprof.errors import InvalidFile, KvprofError, Mismatch, UsageError
 from kvprof.evaluate.logits import Route, choose_route, planned_logits, reference_logits
 from kvprof.evaluate.metrics import LOGIT_ROUNDING_NATS, token_kl
-from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
+from kvprof.models.identity import fingerprint_of
 from kvprof.models.inventory import position_limit, take_inventory
 from kvprof.models.load import ModelSource, load_config, load_model, load_tokenizer, wider_dtype_advice
 from kvprof.records.audit import ForetoldPlan, PlanCheck
@@ -88,7 +88,7 @@ def run_calibrate(
     fraction = USUAL_FRACTION if scores.decoding is None else scores.decoding.suffix_fraction
     _check_something_is_read(asked, max(max(reading.lengths) for reading in readings))
     model = load_model(source, settings.dtype, settings.device)
-    fingerprint = live_fingerprint(model, geometry) or checkpoint_fingerprint(source, geometry)
+    fingerprint = fingerprint_of(model, geometry, source)
     _check_fit(asked, scores, geometry, fingerprint)
     text, same = _fill(readings, scores, lambda reading: fill(reading, model, tokenizer, fingerprint, writing))
     text = text.first(settings.sequences)

@@ -25,7 +25,7 @@ from kvprof.evaluate.metrics import LOGIT_ROUNDING_NATS
 from kvprof.evaluate.pieces import Pieces
 from kvprof.evaluate.summary import perplexity, summarise
 from kvprof.models.costs import Passes, estimate_run
-from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint, made_with
+from kvprof.models.identity import checkpoint_fingerprint, fingerprint_of, made_with
 from kvprof.models.inventory import position_limit, take_inventory
 from kvprof.models.load import (
     ModelSource,
@@ -157,7 +157,7 @@ def run_evaluation(
     chosen = _long_enough(mix.lengths, settings.measure_from)
     announce(_estimate(source, config, settings, [mix.lengths[index] for index in chosen], entrants))
     model = load_model(source, settings.dtype, settings.device, settings.stream)
-    fingerprint = live_fingerprint(model, geometry) or checkpoint_fingerprint(source, geometry)
+    fingerprint = fingerprint_of(model, geometry, source)
     _check_fit(plans, geometry, fingerprint)
     text = fill(mix, model, tokenizer, fingerprint, writing)
     route = choose_route(model, plan, text.sequences[chosen[0]][:2], settings.exact)

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from kvprof.errors import UsageError, did_you_mean
 from kvprof.evaluate.logits import choose_route, planned_logits
-from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
+from kvprof.models.identity import fingerprint_of
 from kvprof.models.inventory import take_inventory
 from kvprof.models.load import check_dtype, lend, load_config, load_model, loading_arguments, resolve, usable_device
 from kvprof.records.plan import BitPlan
@@ -149,8 +149,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         geometry = take_inventory(load_config(self._source), self._source.id).geometry
         plan.check_fits(geometry)  # shapes differ without a look at the weights
         if plan.model.fingerprint is not None:
-            own = live_fingerprint(self.model, geometry) or checkpoint_fingerprint(self._source, geometry)
-            plan.check_fits(geometry, own)
+            plan.check_fits(geometry, fingerprint_of(self.model, geometry, self._source))
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """Return the logits after each token, (B, T, V), each token having read the plan's cache of those before."""

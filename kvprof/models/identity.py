@@ -76,6 +76,11 @@ def checkpoint_fingerprint(source: ModelSource, geometry: CacheGeometry) -> str:
     return fingerprint.text
 
 
+def fingerprint_of(model: PreTrainedModel, geometry: CacheGeometry, source: ModelSource) -> str:
+    """Return a loaded model's fingerprint, out of the checkpoint that it came from where its weights are not here."""
+    return live_fingerprint(model, geometry) or checkpoint_fingerprint(source, geometry)
+
+
 def made_with(model: PreTrainedModel | None = None) -> MadeWith:
     """Return what numbers follow from where a model computes; without a model, where the CPU reads its weights."""
     device = torch.device("cpu") if model is None else input_device(model)

@@ -18,27 +18,24 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvprof import __version__
-from kvprof.calibration.ingredients import USUAL_DATA
-from kvprof.calibration.mix import mix_texts
-from kvprof.calibration.self_text import fill, streamable
-from kvprof.calibration.sequences import CALIBRATION_LENGTH, CalibrationSet, choose_length
+from kvprof.calibration.self_text import fill
+from kvprof.calibration.sequences import CalibrationSet
 from kvprof.errors import KvprofError, UsageError
 from kvprof.evaluate.metrics import LOGIT_ROUNDING_NATS, token_kl
 from kvprof.models.costs import Passes, estimate_run
-from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint, made_with
-from kvprof.models.inventory import position_limit, take_inventory
+from kvprof.models.identity import fingerprint_of, made_with
+from kvprof.models.inventory import take_inventory
 from kvprof.models.load import (
     ModelSource,
     input_device,
     load_config,
     load_model,
-    load_tokenizer,
-    weight_bytes,
     wider_dtype_advice,
 )
 from kvprof.models.memory import memory_explained
 from kvprof.profile.decoder import decoding_of, within_the_window
 from kvprof.profile.probes import USUAL_FORMATS, Probe, check_something_is_read, choose_probes
+from kvprof.profile.reading import TextSettings, read_text
 from kvprof.records.estimate import Estimate
 from kvprof.records.formats import FULL_BITS, TENSORS, TensorName, usual_format
 from kvprof.records.inventory import Inventory
@@ -61,29 +58,19 @@ BYTES_A_NUMBER = 160
 
 
 @dataclass(frozen=True)
-class DivergenceSettings:
+class DivergenceSettings(TextSettings):
     """What to measure, on what, and how.
 
     layers, tensors, formats: as `probes.choose_probes` reads them. suffix_fraction: the share of each sequence, at its
-    end, that counts. data: texts with their weights, as `calibration.mix` reads them. sequence_length: None is
-    CALIBRATION_LENGTH, or what the model was made for where that is less. dtype, device, stream: as
-    `models.load.load_model` takes them.
+    end, that counts.
     """
 
+    sequences: int = 2
     layers: str | None = None
     tensors: str = ",".join(TENSORS)
     formats: str = USUAL_FORMATS
     window: Window = USUAL_WINDOW
     suffix_fraction: float = 0.5
-    data: Sequence[str] = USUAL_DATA
-    split: str | None = None
-    sequences: int = 2
-    sequence_length: int | None = None
-    seed: int = 0
-    pack: bool = False
-    dtype: str = "auto"
-    device: str = "auto"
-    stream: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,21 +105,13 @@ def run_divergence(
     inventory = take_inventory(whole_config, source.id)
     geometry = inventory.geometry
     probes = choose_probes(geometry, settings.layers, settings.tensors, settings.formats)
-    config = whole_config.get_text_config(decoder=True)
-    positions = position_limit(config)
-    length = choose_length(settings.sequence_length, positions, CALIBRATION_LENGTH)
-    tokenizer = load_tokenizer(source)
-    data = tuple(settings.data)
-    if settings.stream:
-        data = streamable(data, settings.sequences, length, weight_bytes(whole_config, settings.dtype))
-    mix = mix_texts(data, settings.split, tokenizer, settings.sequences, length, settings.seed, settings.pack)
-    mix.check_vocabulary(config.vocab_size)
+    mix, tokenizer = read_text(source, whole_config, settings)
     check_something_is_read(probes, settings.window, max(mix.lengths))
     passes, written_bytes = Passes(forwards=1 + len(probes)), BYTES_A_NUMBER * len(mix.lengths) * len(probes)
     how = (settings.dtype, settings.device, settings.stream)
     announce(estimate_run(source, whole_config, mix.lengths, passes, *how, written_bytes=written_bytes))
     model = load_model(source, *how)
-    fingerprint = live_fingerprint(model, geometry) or checkpoint_fingerprint(source, geometry)
+    fingerprint = fingerprint_of(model, geometry, source)
     inventory = inventory.model_copy(update={"model": inventory.model.model_copy(update={"fingerprint": fingerprint})})
     text = fill(mix, model, tokenizer, fingerprint, writing)
     identity = {

@@ -11,22 +11,19 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from kvprof.calibration.ingredients import USUAL_DATA
-from kvprof.calibration.mix import MixedText, mix_texts
-from kvprof.calibration.self_text import streamable
-from kvprof.calibration.sequences import CALIBRATION_LENGTH, choose_length
+from kvprof.calibration.mix import MixedText
 from kvprof.errors import UsageError
 from kvprof.models.costs import Passes, estimate_run
-from kvprof.models.inventory import position_limit, take_inventory
+from kvprof.models.inventory import take_inventory
 from kvprof.models.layouts import check_projects
-from kvprof.models.load import ModelSource, load_config, load_tokenizer, weight_bytes
+from kvprof.models.load import ModelSource, load_config
 from kvprof.profile.decoder import Decoder, Formats, formats_of, readable
+from kvprof.profile.reading import TextSettings, read_text
 from kvprof.records.estimate import Estimate
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.inventory import Inventory
 from kvprof.records.partial import Share
 
-USUAL_SEQUENCES = 8
 SEQUENCES_UNTIL_STABLE = 32
 """The most, where a run stops as soon as its plans are stable."""
 BYTES_A_NUMBER = 40
@@ -34,25 +31,14 @@ BYTES_A_NUMBER = 40
 
 
 @dataclass(frozen=True)
-class SensitivitySettings:
+class SensitivitySettings(TextSettings):
     """What to measure on, and how.
 
-    data: sources of text with their weights, as `calibration.ingredients` reads them. sequence_length: None is
-    CALIBRATION_LENGTH, or what the model was made for where that is less. dtype, device, stream: as
-    `models.load.load_model` takes them. batch_size: sequences in one forward; changes no score. share: measure these
-    sequences of the text alone, and write partial scores.
+    batch_size: sequences in one forward; changes no score. share: measure these sequences of the text alone, and write
+    partial scores.
     """
 
-    data: tuple[str, ...] = USUAL_DATA
-    split: str | None = None
-    sequences: int = USUAL_SEQUENCES
-    sequence_length: int | None = None
     batch_size: int = 1
-    seed: int = 0
-    pack: bool = False
-    dtype: str = "auto"
-    device: str = "auto"
-    stream: bool = False
     share: Share | None = None
     decoder: Decoder = field(default_factory=Decoder)
 
@@ -97,15 +83,7 @@ def prepare(
     wanted = settings.decoder.formats is None or any(settings.decoder.formats.values())
     if until_stable and not wanted:
         raise UsageError("--until-stable looks at plans, which need predicted losses.\n  Leave out --formats none.")
-    text_config = config.get_text_config(decoder=True)
-    positions = position_limit(config)
-    length = choose_length(settings.sequence_length, positions, CALIBRATION_LENGTH)
-    tokenizer = load_tokenizer(source)
-    data = settings.data
-    if settings.stream:
-        data = streamable(data, settings.sequences, length, weight_bytes(config, settings.dtype))
-    mix = mix_texts(data, settings.split, tokenizer, settings.sequences, length, settings.seed, settings.pack)
-    mix.check_vocabulary(text_config.vocab_size)
+    mix, tokenizer = read_text(source, config, settings)
     formats, unread = readable(formats, settings.decoder, max(mix.lengths))
     if check is not None and formats:
         check(inventory.geometry, formats)

@@ -21,7 +21,7 @@ from kvprof import __version__
 from kvprof.calibration.self_text import fill
 from kvprof.calibration.sequences import CalibrationSet
 from kvprof.errors import InvalidFile, UnsupportedAttention, UsageError, first_line
-from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
+from kvprof.models.identity import fingerprint_of
 from kvprof.models.load import ModelSource, input_device, load_model
 from kvprof.profile.decoder import Formats, within_the_window
 from kvprof.profile.request import Prepared, SensitivitySettings, estimate, prepare
@@ -130,7 +130,7 @@ def _load(prepared: Prepared, device: str) -> _Loaded:
     settings, formats, unread = prepared.settings, prepared.formats, prepared.unread
     model = load_model(prepared.source, settings.dtype, device, settings.stream)
     geometry = prepared.inventory.geometry
-    fingerprint = live_fingerprint(model, geometry) or checkpoint_fingerprint(prepared.source, geometry)
+    fingerprint = fingerprint_of(model, geometry, prepared.source)
     unsupported = _why_unsupported(model, geometry) if prepared.wanted else None
     if unsupported is not None:
         formats, unread = {}, None

@@ -14,16 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvprof import __version__
-from kvprof.calibration.ingredients import USUAL_DATA
-from kvprof.calibration.mix import mix_texts
-from kvprof.calibration.self_text import fill, streamable
-from kvprof.calibration.sequences import CALIBRATION_LENGTH, CalibrationSet, choose_length
+from kvprof.calibration.self_text import fill
+from kvprof.calibration.sequences import CalibrationSet
 from kvprof.errors import InvalidFile
 from kvprof.models.costs import Passes, estimate_run
-from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint, made_with
-from kvprof.models.inventory import position_limit, take_inventory
+from kvprof.models.identity import fingerprint_of, made_with
+from kvprof.models.inventory import take_inventory
 from kvprof.models.layouts import check_projects
-from kvprof.models.load import ModelSource, load_config, load_model, load_tokenizer, weight_bytes
+from kvprof.models.load import ModelSource, load_config, load_model
+from kvprof.profile.reading import TextSettings, read_text
 from kvprof.profile.singular_values import SingularValues, cached_singular_values
 from kvprof.records.estimate import Estimate
 from kvprof.records.formats import TENSORS
@@ -38,25 +37,6 @@ BYTES_A_NUMBER = 20
 
 
 @dataclass(frozen=True)
-class SpectraSettings:
-    """What text to measure on, and how.
-
-    data: texts with their weights, as `calibration.mix` reads them. sequence_length: None is CALIBRATION_LENGTH, or
-    what the model was made for where that is less. dtype, device, stream: as `models.load.load_model` takes them.
-    """
-
-    data: Sequence[str] = USUAL_DATA
-    split: str | None = None
-    sequences: int = 8
-    sequence_length: int | None = None
-    seed: int = 0
-    pack: bool = False
-    dtype: str = "auto"
-    device: str = "auto"
-    stream: bool = False
-
-
-@dataclass(frozen=True)
 class SpectraRun:
     """A finished run: its spectra, the file they are in, and what a reader of them should know."""
 
@@ -67,7 +47,7 @@ class SpectraRun:
 
 def run_spectra(
     source: ModelSource,
-    settings: SpectraSettings,
+    settings: TextSettings,
     folder: Path,
     restart: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -85,15 +65,7 @@ def run_spectra(
     inventory = take_inventory(whole_config, source.id)
     geometry = inventory.geometry
     check_projects(geometry)
-    config = whole_config.get_text_config(decoder=True)
-    positions = position_limit(config)
-    length = choose_length(settings.sequence_length, positions, CALIBRATION_LENGTH)
-    tokenizer = load_tokenizer(source)
-    data = tuple(settings.data)
-    if settings.stream:
-        data = streamable(data, settings.sequences, length, weight_bytes(whole_config, settings.dtype))
-    mix = mix_texts(data, settings.split, tokenizer, settings.sequences, length, settings.seed, settings.pack)
-    mix.check_vocabulary(config.vocab_size)
+    mix, tokenizer = read_text(source, whole_config, settings)
     numbers = sum(
         layer.kv_heads * min(tokens, head_dim_of(layer, tensor))
         for tokens in mix.lengths
@@ -104,7 +76,7 @@ def run_spectra(
     passes = Passes(forwards=1)
     announce(estimate_run(source, whole_config, mix.lengths, passes, *how, written_bytes=BYTES_A_NUMBER * numbers))
     model = load_model(source, *how)
-    fingerprint = live_fingerprint(model, geometry) or checkpoint_fingerprint(source, geometry)
+    fingerprint = fingerprint_of(model, geometry, source)
     inventory = inventory.model_copy(update={"model": inventory.model.model_copy(update={"fingerprint": fingerprint})})
     text = fill(mix, model, tokenizer, fingerprint, writing)
     identity = {
@@ -201,7 +173,7 @@ def _as_measured(lists: Sequence[object], geometry: CacheGeometry, tokens: int) 
     return found
 
 
-def _remarks(text: CalibrationSet, inventory: Inventory, settings: SpectraSettings, resumed: int) -> Iterator[str]:
+def _remarks(text: CalibrationSet, inventory: Inventory, settings: TextSettings, resumed: int) -> Iterator[str]:
     total = len(text.sequences)
     if resumed:
         yield f"went on with a stopped run: {resumed} of {total} sequences were measured before"

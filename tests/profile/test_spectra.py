@@ -23,8 +23,9 @@ from kvprof.models.load import ModelSource, load_tokenizer, resolve
 from kvprof.profile import singular_values as measuring
 from kvprof.profile import spectra as running
 from kvprof.profile.head import Head
+from kvprof.profile.reading import TextSettings
 from kvprof.profile.singular_values import cached_singular_values, singular_values
-from kvprof.profile.spectra import SpectraSettings, run_spectra, summed_up
+from kvprof.profile.spectra import run_spectra, summed_up
 from kvprof.records.formats import TENSORS
 from kvprof.records.runs import Journal
 from kvprof.records.spectra import Spectra
@@ -248,7 +249,7 @@ def test_heads_are_averaged_over_sequences_before_the_band_is_taken() -> None:
     assert entry.value.low == (1.0, 0.0)
 
 
-SETTINGS = SpectraSettings(data=("text.txt",), sequences=5, sequence_length=24)
+SETTINGS = TextSettings(data=("text.txt",), sequences=5, sequence_length=24)
 
 
 @pytest.fixture

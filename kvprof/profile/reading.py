@@ -1,0 +1,56 @@
+"""What calibration text a measurement is asked for, and that text as its model reads it.
+
+Reads a config, a tokenizer and text; loads no weight. Does not know what is measured on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from kvprof.calibration.ingredients import USUAL_DATA
+from kvprof.calibration.mix import MixedText, mix_texts
+from kvprof.calibration.self_text import streamable
+from kvprof.calibration.sequences import CALIBRATION_LENGTH, choose_length
+from kvprof.models.inventory import position_limit
+from kvprof.models.load import ModelSource, load_tokenizer, weight_bytes
+
+USUAL_SEQUENCES = 8
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """What text to measure on, and how the model is loaded.
+
+    data: texts with their weights, as `calibration.mix` reads them. sequence_length: None is CALIBRATION_LENGTH, or
+    what the model was made for where that is less. dtype, device, stream: as `models.load.load_model` takes them.
+    """
+
+    data: Sequence[str] = USUAL_DATA
+    split: str | None = None
+    sequences: int = USUAL_SEQUENCES
+    sequence_length: int | None = None
+    seed: int = 0
+    pack: bool = False
+    dtype: str = "auto"
+    device: str = "auto"
+    stream: bool = False
+
+
+def read_text(source: ModelSource, config: PretrainedConfig, settings: TextSettings) -> tuple[MixedText, Any]:
+    """Return the text, what the model is to write itself still open, and the tokenizer. config: the whole model's.
+
+    Raises CalibrationError or UsageError for text that cannot be measured on.
+    """
+    text_config = config.get_text_config(decoder=True)
+    length = choose_length(settings.sequence_length, position_limit(text_config), CALIBRATION_LENGTH)
+    tokenizer = load_tokenizer(source)
+    data = tuple(settings.data)
+    if settings.stream:
+        data = streamable(data, settings.sequences, length, weight_bytes(config, settings.dtype))
+    mix = mix_texts(data, settings.split, tokenizer, settings.sequences, length, settings.seed, settings.pack)
+    mix.check_vocabulary(text_config.vocab_size)
+    return mix, tokenizer
