@@ -27,6 +27,7 @@ from kvprof.records.geometry import CacheGeometry
 from kvprof.records.inventory import CONTEXTS
 from kvprof.records.plan import BitPlan, TensorPlan
 from kvprof.records.scores import LOSS_INCREASE, Scores
+from kvprof.records.words import short_digest
 
 
 def compare(
@@ -80,7 +81,7 @@ def _check_same_model(first: BitPlan, second: BitPlan, names: tuple[str, str]) -
     if counts[0] != counts[1]:
         problem = f"{names[0]} is for a model of {counts[0]} layers, {names[1]} for one of {counts[1]}."
     elif None not in prints and prints[0] != prints[1]:
-        problem = f"{names[0]} is for the weights {str(prints[0])[:19]}..., {names[1]} for {str(prints[1])[:19]}..."
+        problem = f"{names[0]} is for the weights {short_digest(prints[0])}, {names[1]} for {short_digest(prints[1])}"
     elif planned[0] != planned[1]:
         layer = min(planned[0] ^ planned[1])
         has, lacks = names if layer in planned[0] else names[::-1]

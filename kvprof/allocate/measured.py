@@ -17,6 +17,7 @@ from kvprof.records.formats import Format, format_named
 from kvprof.records.geometry import CacheGeometry, KVLayer, check_same_model
 from kvprof.records.plan import BitPlan, TensorPlan
 from kvprof.records.scores import LOSS_INCREASE, Scores
+from kvprof.records.words import short_digest
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def check_scores_fit(plan: BitPlan, scores: Scores) -> None:
     elif max(scored) >= plan.model.num_layers:
         problem = f"they score layer {max(scored)}, the plan's model has {plan.model.num_layers} layers"
     elif None not in (plan.model.fingerprint, fingerprint) and plan.model.fingerprint != fingerprint:
-        problem = f"their fingerprint is {str(fingerprint)[:19]}..., the plan's {str(plan.model.fingerprint)[:19]}..."
+        problem = f"their fingerprint is {short_digest(fingerprint)}, the plan's {short_digest(plan.model.fingerprint)}"
     if problem is not None:
         raise Mismatch(f"the scores are of another model: {problem}.\n  Name scores of the plan's own model.")
 

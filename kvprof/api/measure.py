@@ -30,6 +30,9 @@ from kvprof.records.spectra import Spectra
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from kvprof.allocate.targets import Target
+    from kvprof.profile.decoder import Decoder
+
 
 def norms(
     model: str | Path | PreTrainedModel | None = None,
@@ -103,12 +106,10 @@ def gradients(
     from kvprof.allocate.stability import StableAt
     from kvprof.allocate.targets import target_named
     from kvprof.calibration.ingredients import USUAL_DATA
-    from kvprof.profile.decoder import Decoder, read_formats
     from kvprof.profile.reading import USUAL_SEQUENCES
     from kvprof.profile.request import SEQUENCES_UNTIL_STABLE, SensitivitySettings
     from kvprof.profile.sensitivity import run_sensitivity
     from kvprof.records.partial import read_share
-    from kvprof.records.plan import USUAL_WINDOW
 
     if stable_at is not None and not until_stable:
         raise UsageError("stable_at says what until_stable looks at, which is not asked for.\n  Add until_stable=True.")
@@ -117,14 +118,7 @@ def gradients(
     check_range("suffix_fraction", suffix_fraction, 0.01, 1)
     check_range("seed", seed, 0, LARGEST_SEED)
     runtime = None if target is None else target_named(target)
-    window = USUAL_WINDOW if runtime is None else runtime.window
-    asked = joined(formats)
-    decoder = Decoder(
-        read_formats(asked) if asked is not None or runtime is None else runtime.to_score,
-        window.with_tokens(sink_tokens, recent_tokens),
-        suffix_fraction,
-        passes_over=asked is None,
-    )
+    decoder = decoder_asked(joined(formats), runtime, sink_tokens, recent_tokens, suffix_fraction)
     if sequences is None:
         sequences = SEQUENCES_UNTIL_STABLE if until_stable else USUAL_SEQUENCES
     settings = SensitivitySettings(
@@ -155,6 +149,29 @@ def gradients(
         )
     remark(run.remarks)
     return run.scores
+
+
+def decoder_asked(
+    formats: str | None,
+    runtime: Target | None,
+    sink_tokens: int | None,
+    recent_tokens: int | None,
+    suffix_fraction: float,
+) -> Decoder:
+    """Return whose losses are predicted: of the formats that are named, else those of a runtime, else kvprof's own.
+
+    sink_tokens, recent_tokens: instead of the runtime's window, or of the usual one.
+    """
+    from kvprof.profile.decoder import Decoder, read_formats
+    from kvprof.records.plan import USUAL_WINDOW
+
+    window = USUAL_WINDOW if runtime is None else runtime.window
+    return Decoder(
+        read_formats(formats) if formats is not None or runtime is None else runtime.to_score,
+        window.with_tokens(sink_tokens, recent_tokens),
+        suffix_fraction,
+        passes_over=formats is None,
+    )
 
 
 def spectra(

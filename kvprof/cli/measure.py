@@ -131,15 +131,14 @@ def gradients(
     """How much does the loss feel each layer's keys and values? Gradient norms, and the loss that each format costs."""
     from kvprof.allocate.stability import StableAt
     from kvprof.allocate.targets import target_named
+    from kvprof.api.measure import decoder_asked
     from kvprof.calibration.ingredients import USUAL_DATA
     from kvprof.errors import UsageError
     from kvprof.models.load import resolve
-    from kvprof.profile.decoder import Decoder, read_formats
     from kvprof.profile.reading import USUAL_SEQUENCES
     from kvprof.profile.request import SEQUENCES_UNTIL_STABLE, SensitivitySettings
     from kvprof.profile.sensitivity import run_sensitivity
     from kvprof.records.partial import read_share
-    from kvprof.records.plan import USUAL_WINDOW
     from kvprof.records.runs import OUTPUTS, output_folder, slug
     from kvprof.report.console import print_note, print_result, print_written, progress
     from kvprof.report.tables import show_scores
@@ -148,13 +147,7 @@ def gradients(
         raise UsageError("--stable-at says what --until-stable looks at, which is not there.\n  Add --until-stable.")
     source = resolve(model, trust_remote_code)
     runtime = None if target is None else target_named(target)
-    window = USUAL_WINDOW if runtime is None else runtime.window
-    decoder = Decoder(
-        read_formats(formats) if formats is not None or runtime is None else runtime.to_score,
-        window.with_tokens(sink_tokens, recent_tokens),
-        suffix_fraction,
-        passes_over=formats is None,
-    )
+    decoder = decoder_asked(formats, runtime, sink_tokens, recent_tokens, suffix_fraction)
     if sequences is None:
         sequences = SEQUENCES_UNTIL_STABLE if until_stable else USUAL_SEQUENCES
     settings = SensitivitySettings(

@@ -19,7 +19,7 @@ from kvprof.allocate.assemble import assemble, tensors_of
 from kvprof.allocate.targets import Target
 from kvprof.errors import InvalidFile, Mismatch, did_you_mean, first_line
 from kvprof.export.artefact import Artefact, refused
-from kvprof.records.document import ModelInfo
+from kvprof.records.document import ModelInfo, read_at_most
 from kvprof.records.formats import CODE_BITS, FULL_BITS, TENSORS, USUAL_AXIS, usual_format
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import BitPlan, Provenance, Quantizer, Solver, Window
@@ -164,9 +164,8 @@ def _check_layers(layers: Mapping[int, LayerBits], geometry: CacheGeometry) -> N
 def _read_text(path: Path) -> str:
     """Return a file's text; raises InvalidFile."""
     try:
-        with open(path, "rb") as file:
-            raw = file.read(LARGEST_FILE_BYTES + 1)
-        if len(raw) > LARGEST_FILE_BYTES:
+        raw = read_at_most(path, LARGEST_FILE_BYTES)
+        if raw is None:
             raise InvalidFile(f"{path}: no file of KVTuner's has more than {LARGEST_FILE_BYTES} bytes.")
         return raw.decode("utf-8-sig")
     except FileNotFoundError:

@@ -26,6 +26,7 @@ from kvprof.records.plan import BitPlan
 from kvprof.records.runs import OUTPUTS, slug
 from kvprof.records.scores import LOSS_INCREASE, Scores
 from kvprof.records.spectra import Spectra
+from kvprof.records.words import short_digest
 
 T = TypeVar("T", bound=Document)
 
@@ -205,7 +206,7 @@ def _misfit(
     if info is not None and model is not None:
         prints = (info.fingerprint, model.fingerprint)
         if None not in prints and prints[0] != prints[1]:
-            return f"it is of another model ({info.id or 'unnamed'}, fingerprint {str(info.fingerprint)[:19]}...)."
+            return f"it is of another model ({info.id or 'unnamed'}, fingerprint {short_digest(info.fingerprint)})."
         if None in prints and None not in (info.id, model.id) and info.id != model.id and not is_named:
             return f"it is of the model {info.id}, and has no fingerprint that says it is the same."
         if info.num_layers != model.num_layers:

@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from kvprof.errors import Mismatch
 from kvprof.records.document import Count, LayerIndex, ModelInfo, Positive, Record, Text
+from kvprof.records.words import short_digest
 
 LayerKind = Literal["full", "sliding", "chunked", "shared", "recurrent", "hybrid", "latent", "none", "other"]
 """full: keys and values of every token. sliding, chunked: of the last `window` tokens only. shared: reads another
@@ -150,7 +151,7 @@ def check_same_model(
         problem = f"it has {model.num_layers} layers, this model {geometry.num_layers}"
     known = None if model is None else model.fingerprint
     if problem is None and None not in (known, fingerprint) and known != fingerprint:
-        problem = f"its fingerprint is {str(known)[:19]}..., this model's {str(fingerprint)[:19]}..."
+        problem = f"its fingerprint is {short_digest(known)}, this model's {short_digest(fingerprint)}"
     if problem is not None:
         name = model.id if model is not None and model.id else "unnamed"
         raise Mismatch(

@@ -13,6 +13,7 @@ from kvprof.records.files import newest_scores
 from kvprof.records.plan import BitPlan
 from kvprof.records.runs import OUTPUTS
 from kvprof.records.scores import LOSS_INCREASE, Scores
+from kvprof.records.words import short_digest
 
 
 def find_scores(plan: BitPlan, path: Path, outputs: Path = OUTPUTS) -> tuple[Path, Scores]:
@@ -34,7 +35,8 @@ def find_scores(plan: BitPlan, path: Path, outputs: Path = OUTPUTS) -> tuple[Pat
     if found:
         return max(found, key=lambda pair: _rank(*pair))
     raise InvalidFile(
-        f"the scores that {path} was made from are not beside it, nor in {outputs}/ ({plan.scores_digest[:19]}...).\n"
+        f"the scores that {path} was made from are not beside it, nor in {outputs}/ "
+        f"({short_digest(plan.scores_digest)}).\n"
         "  They were measured anew or moved; name them, or others of the same model, with --scores FILE."
     )
 

@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 from typing_extensions import Self
 
 from kvprof.errors import InvalidFile, UsageError, did_you_mean
-from kvprof.records.document import Count, Number, Positive, Record, Text, explain_invalid
+from kvprof.records.document import Count, Number, Positive, Record, Text, explain_invalid, read_at_most
 from kvprof.records.formats import TENSORS, parse_formats
 from kvprof.records.scores import METRICS
 from kvprof.records.words import read_layers
@@ -318,9 +318,8 @@ def read_recipe(path: Path) -> Recipe:
     holds an unknown key or a wrong value.
     """
     try:
-        with open(path, "rb") as file:
-            raw = file.read(LARGEST_RECIPE_BYTES + 1)
-        if len(raw) > LARGEST_RECIPE_BYTES:
+        raw = read_at_most(path, LARGEST_RECIPE_BYTES)
+        if raw is None:
             raise InvalidFile(f"{path}: no recipe has more than {LARGEST_RECIPE_BYTES} bytes.")
         text = raw.decode("utf-8-sig").replace("\r\n", "\n")
         if _LONG_KEY.search(text):  # the parser takes a time that grows with the square of their number

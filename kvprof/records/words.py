@@ -17,6 +17,11 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
+def short_digest(digest: object) -> str:
+    """Return the beginning of a digest or a fingerprint, which tells it from others: sha256:0123456789ab..."""
+    return f"{str(digest)[:19]}..."
+
+
 def runs_of(layers: Iterable[int]) -> list[tuple[int, int]]:
     """Return the first and last of each run of layers without a gap, ascending."""
     found = []

@@ -6,6 +6,7 @@ Reads a Verified record, prints it through `console`.
 from __future__ import annotations
 
 from kvprof.records.answers import Check, Verified
+from kvprof.records.words import short_digest
 from kvprof.report.console import print_plain
 
 STYLES = {"holds": "", "differs": "bold red", "unknown": "yellow"}
@@ -37,4 +38,4 @@ def check_line(check: Check) -> str:
 def _brief(text: str | None) -> str:
     """Return a value, a digest by its first digits."""
     words = str(text)
-    return f"{words[:19]}..." if words.startswith("sha256:") and len(words) > 22 else words
+    return short_digest(words) if words.startswith("sha256:") and len(words) > 22 else words

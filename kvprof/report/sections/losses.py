@@ -12,6 +12,7 @@ from kvprof.records.formats import TENSORS, TensorName
 from kvprof.records.gathered import ReportFiles
 from kvprof.records.plan import BitPlan
 from kvprof.records.scores import Scores
+from kvprof.records.words import short_digest
 from kvprof.report.charts.heat import Column, draw_heat, shades_of
 from kvprof.report.page import Block, Drawing, Figure, Paragraph, Section, Table, missing
 from kvprof.report.series import ScoredFormat, scored_formats
@@ -74,7 +75,9 @@ def other_scores(what: str, digest: str | None, files: ReportFiles) -> list[Bloc
     shown = None if files.losses is None else files.losses.document.digest
     if digest is None or shown in (None, digest):
         return []
-    text = f"{what} was made from other scores than those shown above ({digest[:19]}..., not {str(shown)[:19]}...)."
+    text = (
+        f"{what} was made from other scores than those shown above ({short_digest(digest)}, not {short_digest(shown)})."
+    )
     return [Paragraph(text, "note")]
 
 
