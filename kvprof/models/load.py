@@ -271,13 +271,24 @@ def loading_arguments(source: ModelSource, place: Path, tokenizer: bool = False)
     return {"pretrained_model_name_or_path": str(place), "trust_remote_code": trusted}
 
 
-def _demo_source() -> ModelSource:
+def demo_gguf() -> Path | None:
+    """Return the demo model's file, in the package that carries it; None where that is not installed.
+
+    Raises ModelError for another version of the package. The package itself is not imported: it needs others.
+    """
     spec = importlib.util.find_spec(DEMO_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        return ModelSource(DEMO, "demo", hub_id=DEMO_HUB_ID)
+        return None
     gguf = Path(spec.submodule_search_locations[0]) / DEMO_GGUF
     if not gguf.is_file():
         raise ModelError(f"the package {DEMO_PACKAGE} is installed, but {gguf} is not in it.\n  Install version 0.1.2.")
+    return gguf
+
+
+def _demo_source() -> ModelSource:
+    gguf = demo_gguf()
+    if gguf is None:
+        return ModelSource(DEMO, "demo", hub_id=DEMO_HUB_ID)
     return ModelSource(DEMO, "demo", _converted(gguf))
 
 

@@ -5,9 +5,7 @@ The package compiles for a quarter of an hour, so no extra asks for it: pip inst
 
 from __future__ import annotations
 
-import importlib.util
 import shlex
-from pathlib import Path
 
 import pytest
 
@@ -15,17 +13,10 @@ from kvprof.allocate.targets import TARGETS
 from kvprof.allocate.unscored import uniform_plan
 from kvprof.export.writers import WRITERS
 from kvprof.models.inventory import take_inventory
-from kvprof.models.load import DEMO_GGUF, DEMO_PACKAGE, load_config, resolve
+from kvprof.models.load import demo_gguf, load_config, resolve
 from kvprof.records.formats import parse_formats
 
 llama_cpp = pytest.importorskip("llama_cpp")
-
-
-def demo_gguf() -> str:
-    spec = importlib.util.find_spec(DEMO_PACKAGE)
-    assert spec is not None
-    assert spec.submodule_search_locations
-    return str(Path(spec.submodule_search_locations[0]) / DEMO_GGUF)
 
 
 @pytest.mark.demo
@@ -36,7 +27,7 @@ def test_the_demo_model_runs_with_the_exported_types(formats: str) -> None:
     words = shlex.split(WRITERS["llama.cpp"](plan, TARGETS["llama.cpp"]).text)
     flags = dict(zip(words[::2], words[1::2], strict=True))
     model = llama_cpp.Llama(
-        demo_gguf(),
+        str(demo_gguf()),
         n_ctx=256,
         verbose=False,
         flash_attn=flags["-fa"] == "on",
