@@ -12,7 +12,6 @@ from typer.testing import CliRunner, Result
 from kvprof import Scores
 from kvprof.cli.app import app
 from kvprof.models import costs
-from kvprof.profile import request
 from kvprof.records.estimate import Estimate
 from kvprof.report.estimates import duration, show_estimate
 
@@ -69,7 +68,6 @@ def test_text_that_would_read_the_weights_too_often_is_left_out_or_refused(
     refused = kvprof("gradients", "model", "--data", "self", "--pack", *SHORT, *FORMATS, "--stream")
     assert refused.exit_code == 2
     assert "weights would be read 24 times" in refused.output
-    monkeypatch.setattr(request, "USUAL_DATA", ("text.txt", "self"))
     monkeypatch.setattr("kvprof.calibration.self_text.USUAL_DATA", ("text.txt", "self"))
     usual = ["--data", "text.txt", "--data", "self", "--pack", *SHORT]
     left = kvprof("gradients", "model", *usual, *FORMATS, "--stream", "--out", "left")
