@@ -18,7 +18,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 SEEN, README = HERE / "data" / "coverage.json", HERE.parent / "README.md"
-BEGIN, END = "<!-- models: begin -->", "<!-- models: end -->"
+MARKERS = ("<!-- models: begin -->", "<!-- models: end -->")
 
 COLUMNS = (
     *("family", "attention", "inspect", "norms", "gradient norm", "loss_increase", "plan", "PlanCache", "evaluate"),
@@ -98,10 +98,11 @@ def _remarks(facts: Mapping[str, Any]) -> list[str]:
     return remarks
 
 
-def section(readme: str, made: str) -> str:
-    """Return a README whose table is this one."""
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{made}\n{END}{rest.split(END)[1]}"
+def section(readme: str, made: str, markers: tuple[str, str]) -> str:
+    """Return a README that has this table between these markers."""
+    begin, end = markers
+    before, rest = readme.split(begin)
+    return f"{before}{begin}\n{made}\n{end}{rest.split(end)[1]}"
 
 
 def main() -> None:
@@ -119,7 +120,7 @@ def main() -> None:
     seen = json.loads(SEEN.read_text(encoding="utf-8"))
     made = table(seen, {name: facts["family"] for name, facts in seen.items()})
     if chosen.write:
-        README.write_text(section(README.read_text(encoding="utf-8"), made), encoding="utf-8")
+        README.write_text(section(README.read_text(encoding="utf-8"), made, MARKERS), encoding="utf-8")
     print(made)
 
 

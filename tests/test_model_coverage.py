@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 import pytest
-from coverage_table import BEGIN, END, README, SEEN
+from coverage_table import MARKERS, README, SEEN, section
 from families import FAMILIES, see
 from tiny import APART, TINY, UNUSUAL
 
@@ -53,5 +53,4 @@ def test_the_readme_s_table_is_what_the_command_prints() -> None:
     command = [sys.executable, str(SEEN.parents[1] / "coverage_table.py")]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     readme = README.read_text(encoding="utf-8")
-    assert readme.count(BEGIN) == readme.count(END) == 1
-    assert readme.split(BEGIN)[1].split(END)[0].strip() == printed.strip()
+    assert section(readme, printed.strip(), MARKERS) == readme

@@ -83,7 +83,13 @@ class _Reducing(DynamicCache):  # type: ignore[misc]
             kept: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
             return kept
         for tensor, states in zip(TENSORS, (key_states, value_states), strict=True):
-            self.found[layer_idx, tensor] = singular_values(self._checked(states, shape, tensor))
+            found = singular_values(self._checked(states, shape, tensor))
+            if not found.max() < np.finfo(np.float64).max / np.sqrt(found.shape[1]):  # so that its Frobenius norm is
+                raise KvprofError(
+                    f"the {tensor}s of layer {layer_idx} reach {float(states.abs().max()):.3g}: their norm is beyond "
+                    "float64.\n  Nothing can be said of such numbers: the weights are damaged."
+                )
+            self.found[layer_idx, tensor] = found
         return key_states, value_states
 
     def _checked(self, states_BHTD: Tensor, shape: KVLayer, tensor: TensorName) -> Tensor:
@@ -119,12 +125,15 @@ def singular_values(matrices_HTD: Tensor) -> NDArray[np.float64]:
     """Return the singular values of each (T, D) matrix, the largest first: (H, min(T, D)), float64.
 
     By Householder reflections (QR, then an SVD of the small factor), not by the Gram matrix: that squares the values,
-    and those below 1e-8 of the largest drown.
+    and those below 1e-8 of the largest drown. Infinite where a value is beyond float64, and only there.
     """
     if matrices_HTD.device.type == "mps":  # Apple's GPUs have no float64
         matrices_HTD = matrices_HTD.cpu()
     wide = matrices_HTD.double()
+    largest_H11 = wide.abs().amax(dim=(1, 2), keepdim=True)
+    scale_H11 = torch.where(largest_H11 > 0, largest_H11, 1)  # reflections square what they reflect
+    wide = wide / scale_H11
     if wide.shape[1] > wide.shape[2]:
         wide = torch.linalg.qr(wide, mode="r").R  # (H, D, D)
-    found: NDArray[np.float64] = torch.linalg.svdvals(wide).cpu().numpy()
+    found: NDArray[np.float64] = (torch.linalg.svdvals(wide) * scale_H11[:, :, 0]).cpu().numpy()
     return found

@@ -130,15 +130,22 @@ def _spectrum(sequences: Sequence[NDArray[np.float64]]) -> Spectrum:
     """Return one tensor's spectrum from its singular values in each sequence, (H, min(T, D))."""
     count = max(values.shape[1] for values in sequences)
     values_SHN = np.stack([np.pad(values, ((0, 0), (0, count - values.shape[1]))) for values in sequences])
+    _, exponent = np.frexp(values_SHN.max())
+    values_SHN = np.ldexp(values_SHN, -exponent)  # to 1, exactly, so that no sum or square leaves float64
     heads_HN = values_SHN.mean(axis=0)
     mean_N = heads_HN.mean(axis=0)
+    frobenius_norm = np.sqrt(np.square(values_SHN).sum(axis=2)).mean()
+
+    def unscaled(numbers: NDArray[np.float64]) -> tuple[float, ...]:
+        return tuple(np.ldexp(numbers, exponent).tolist())
+
     return Spectrum(
         heads=heads_HN.shape[0],
-        mean=tuple(mean_N.tolist()),
-        low=tuple(heads_HN.min(axis=0).tolist()),
-        high=tuple(heads_HN.max(axis=0).tolist()),
-        spectral_norm=float(mean_N[0]),
-        frobenius_norm=float(np.sqrt(np.square(values_SHN).sum(axis=2)).mean()),
+        mean=unscaled(mean_N),
+        low=unscaled(heads_HN.min(axis=0)),
+        high=unscaled(heads_HN.max(axis=0)),
+        spectral_norm=float(np.ldexp(mean_N[0], exponent)),
+        frobenius_norm=float(np.ldexp(frobenius_norm, exponent)),
     )
 
 

@@ -153,6 +153,10 @@ def _remove_abandoned(path: Path) -> None:
                 os.unlink(path.parent / name)
 
 
+LONGEST_LINE_BYTES = 2**28
+"""Of a journal: a finished piece takes megabytes at most, and a longer line was not written by this class."""
+
+
 class Journal:
     """An append-only record of finished pieces of a long run, so that the same command goes on where it stopped.
 
@@ -215,16 +219,14 @@ class Journal:
 
     def _read(self) -> bool:
         """Fill `done` from the file; return whether there was a usable one. Leaves the file ending on a whole line."""
+        whole, entries = 0, []
         try:
-            raw = self.path.read_bytes()
+            with open(self.path, "rb") as file:
+                while (entry := _parse(line := file.readline(LONGEST_LINE_BYTES))) is not None:
+                    whole += len(line)
+                    entries.append(entry)
         except FileNotFoundError:
             return False
-        whole, entries = 0, []
-        for line in raw.splitlines(keepends=True):
-            if (entry := _parse(line)) is None:
-                break
-            whole += len(line)
-            entries.append(entry)
         if not entries:
             return False
         (_, settings), *pieces = entries

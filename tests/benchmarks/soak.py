@@ -1,17 +1,16 @@
 """Let a cache and a measurement live long, and look whether they keep their promises: bytes, numbers, no leak.
 
-python tests/benchmarks/soak.py [decode] [operations] [measure] [--seed N] [--quick]
+python tests/benchmarks/soak.py [decode] [operations] [measure] [--seed N] [--quick] [--json]
 
 decode: 20,000 tokens, one by one, each step's bytes compared with the plan's, and at 40 looks every number with a
 reference written apart. operations: 2,000 random uses of a cache (crop, reorder, select, repeat, save and load, copy,
 reset) against lists of tokens. measure: 3,000 batches of gradient norms and losses of a tiny model. What is found is
-printed, a line a part, in JSON; the exit status is 1 where memory grew by more than the results that are kept.
+printed, a line a part; the exit status is 1 where memory grew by more than the results that are kept.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from soaking import Memory, decode, measure, operate
+from trials import Trial, print_trials
 
 PARTS = ("decode", "operations", "measure")
 MOST_OBJECTS_A_STEP = {"decode": 0.5, "operations": 20.0, "measure": 150.0}
@@ -38,49 +38,47 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; all of them by default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a fiftieth of it: a look whether it runs")
+    parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     for part in asked.parts:
         if part not in PARTS:
             parser.error(f"there is no part {part!r}: choose from {', '.join(PARTS)}")
     torch.set_num_threads(1)
-    held = [_run(part, asked.seed, 50 if asked.quick else 1) for part in asked.parts or PARTS]
-    return 0 if all(held) else 1
+    trials = [_run(part, asked.seed, 50 if asked.quick else 1) for part in asked.parts or PARTS]
+    print_trials(trials, asked.json)
+    return int(any(trial.failed for trial in trials))
 
 
-def _run(part: str, seed: int, share: int) -> bool:
+def _run(part: str, seed: int, share: int) -> Trial:
     start = time.monotonic()
 
     def progress(done: int) -> None:
         print(f"{part}: {done} after {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
-    facts: dict[str, object] = {"part": part, "seed": seed}
-    right = True
+    looks = 40 // min(share, 8)
+    right, seen = True, ""
     if part == "decode":
-        decoded = decode(20_000 // share, 40 // min(share, 8), seed, progress)
+        times = 20_000 // share
+        decoded = decode(times, looks, seed, progress)
         memory, right = decoded.memory, max(decoded.furthest) < FURTHEST
-        facts |= {"steps": decoded.steps, "furthest first": decoded.furthest[0], "furthest last": decoded.furthest[-1]}
-        facts["furthest"] = max(decoded.furthest)
+        seen = f"at most {max(decoded.furthest):.1e} from the reference, {decoded.furthest[-1]:.1e} at the end; "
     elif part == "operations":
+        times = 2000 // share
         with tempfile.TemporaryDirectory() as folder:
-            counts, memory = operate(2000 // share, 40 // min(share, 8), seed, Path(folder), progress)
-        facts |= {"operations": sum(counts.values()), **counts}
+            counts, memory = operate(times, looks, seed, Path(folder), progress)
+        print(f"operations: {counts}", file=sys.stderr, flush=True)
     else:
-        batches = 3000 // share
-        memory = measure(batches, 40 // min(share, 8), seed, True, progress)
-        facts["batches"] = batches
+        times = 3000 // share
+        memory = measure(times, looks, seed, True, progress)
     objects, resident = memory.slope("blocks"), memory.slope("resident")
     flat = share > 1 or (objects < MOST_OBJECTS_A_STEP[part] and resident < MOST_RESIDENT_A_STEP[part])
-    facts |= _memory_facts(memory, objects, resident) | {"seconds": round(time.monotonic() - start)}
-    print(json.dumps(facts | {"held": right and flat}), flush=True)
-    return right and flat
+    seen += _memory_seen(memory, objects)
+    return Trial(part, times, int(not (right and flat)), seed, time.monotonic() - start, seen)
 
 
-def _memory_facts(memory: Memory, objects: float, resident: float) -> dict[str, object]:
-    return {
-        "objects a step": round(objects, 2),
-        "resident bytes a step": round(resident, 1),
-        "resident MiB": [round(memory.resident[place] / 2**20, 1) for place in (0, len(memory.resident) // 2, -1)],
-    }
+def _memory_seen(memory: Memory, objects: float) -> str:
+    first, last = (memory.resident[place] / 2**20 for place in (len(memory.resident) // 2, -1))
+    return f"{objects:.1f} objects more a step, {first:.0f} MiB resident halfway and {last:.0f} at the end"
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from folders import save_folder
-from lives import COMMANDS
+from folders import save_folder, save_text
+from lives import COMMANDS, snapshot
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="lives are forked")
 
@@ -143,10 +143,18 @@ def test_what_a_missing_gpu_is_answered_with(in_tmp: Path) -> None:
     from test_commands import run
 
     save_folder(in_tmp / "model")
+    save_text(in_tmp / "text.txt", rows=24)
+    for command in ("gradients", "allocate"):
+        assert run(*COMMANDS[command]).exit_code == 0
     absent = f"cuda:{torch.cuda.device_count()}"
-    for command in ("gradients", "spectra", "divergence"):
-        result = run(command, "model", "--device", absent)
+    before = snapshot(in_tmp)
+    for command in (
+        *(COMMANDS[name] for name in ("gradients", "spectra", "divergence", "calibrate", "evaluate")),
+        ["generate", "text", "--plan", "out/plan.json", "--model", "model", "--max-new-tokens", "4"],
+        ["benchmark", "out/plan.json", "model", "--context", "64"],
+    ):
+        result = run(*command, "--device", absent)
         assert result.exit_code == 2, result.output
         assert f"--device {absent} cannot be used here" in result.output
         assert "or take what is here: cpu" in result.output
-    assert sorted(path.name for path in in_tmp.iterdir()) == ["model"]
+    assert snapshot(in_tmp) == before

@@ -1,6 +1,6 @@
 """Stop every command at random times by every signal, and look whether anything is lost or half-written.
 
-Prints one row of what was tried, how many times, what failed and the seed; each failure is printed, and ends it with 1.
+Prints what was tried, how many times, what failed and the seed; each failure is printed, and ends it with 1.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lives
+from trials import Trial, print_trials
 
 SIGNALS = {int(signal.SIGINT): 130, int(signal.SIGTERM): 143, int(signal.SIGKILL): -9}
 
@@ -43,6 +44,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--lives", type=int, default=200)
     options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--json", action="store_true")
     asked = options.parse_args()
     chance, failed, stopped = random.Random(asked.seed), 0, 0
     place = Path(tempfile.mkdtemp(prefix="kvprof-lives-"))
@@ -51,7 +53,7 @@ def main() -> None:
     template = place / "template"
     template.mkdir()
     lives.make_template(template)
-    length = {}
+    length, begun = {}, time.monotonic()
     for name, command in lives.COMMANDS.items():
         start = time.monotonic()
         assert lives.ended(lives.begin(command, template))[0] == 0
@@ -63,10 +65,10 @@ def main() -> None:
         stopped += life["status"] != 0
         if (wrong := why_wrong(life, sent)) is not None:
             failed += 1
-            print(f"{name}, signal {sent} after {after:.3f} s: {wrong}\n{life['said']}\n{life['said_again']}")
-    print(
-        f"| ten commands, each signal at a random time | {asked.lives} ({stopped} stopped) | {failed} | {asked.seed} |"
-    )
+            said = f"{life['said']}\n{life['said_again']}"
+            print(f"{name}, signal {sent} after {after:.3f} s: {wrong}\n{said}", file=sys.stderr)
+    seen = f"ten commands; SIGINT, SIGTERM and SIGKILL; {stopped} were not over yet"
+    print_trials([Trial("stops", asked.lives, failed, asked.seed, time.monotonic() - begun, seen)], asked.json)
     if not failed:
         shutil.rmtree(place)
     sys.exit(failed > 0)

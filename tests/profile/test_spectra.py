@@ -183,6 +183,32 @@ def test_small_values_beside_a_large_one_keep_their_digits() -> None:
         np.testing.assert_allclose(measured, values, rtol=1e-4)  # a Gram matrix loses all beyond the fifth
 
 
+@pytest.mark.parametrize("exponent", [-1000, -600, 600, 1015])
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_values_of_any_size_are_those_of_one_times_it(tokens: int, exponent: int) -> None:
+    matrices = np.random.default_rng(tokens).standard_normal((2, tokens, 8))
+    true = np.linalg.svd(matrices, compute_uv=False)
+    measured = singular_values(torch.from_numpy(np.ldexp(matrices, exponent)))
+    np.testing.assert_allclose(np.ldexp(measured, -exponent), true, rtol=1e-12)
+    (entry,) = summed_up([{(0, "key"): measured, (0, "value"): np.zeros((2, min(tokens, 8)))}])
+    (usual,) = summed_up([{(0, "key"): true, (0, "value"): true}])
+    np.testing.assert_allclose(np.ldexp(entry.key.mean, -exponent), usual.key.mean, rtol=1e-12)
+    assert np.ldexp(entry.key.frobenius_norm, -exponent) == pytest.approx(usual.key.frobenius_norm, rel=1e-12)
+    assert entry.value.frobenius_norm == 0.0
+
+
+def test_a_norm_beyond_float64_is_refused() -> None:
+    model, ids = tiny_model("llama").double(), random_ids(20)
+    projection = model.model.layers[1].self_attn.v_proj
+    with torch.no_grad():
+        largest = projection.weight.new_tensor(float(found(model, ids)[1, "value"].max()))
+        projection.weight.mul_(1.7e308 / largest)  # the spectral norm is finite, and the Frobenius norm is not
+    with pytest.raises(
+        KvprofError, match=r"the values of layer 1 reach \d\.?\d*e\+30[78]: their norm is beyond float64"
+    ):
+        found(model, ids)
+
+
 def test_a_short_text_has_no_more_values_than_tokens() -> None:
     model = tiny_model("qwen3")
     assert {values.shape for values in found(model, random_ids(5)).values()} == {(2, 5)}

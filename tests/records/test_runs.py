@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,18 @@ def test_an_altered_piece_and_all_after_it_are_measured_again(stopped: Path) -> 
         stopped.write_bytes(b"".join([*lines[:2], bytes(altered), *lines[3:]]))
         with journal(stopped) as run:
             assert run.done == {"layer 0": PIECES["layer 0"]}
+
+
+def test_a_line_without_end_is_not_read_into_memory(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvprof.records.runs.LONGEST_LINE_BYTES", 2**16)
+    whole = stopped.stat().st_size
+    os.truncate(stopped, 2**33)  # a hole in the file, which takes no room
+    tracemalloc.start()
+    with journal(stopped) as run:
+        assert run.done == PIECES
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+    assert stopped.stat().st_size == whole
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"\xff\xfe\x00", b"not a journal\n", b"{}\n" * 9])
