@@ -84,7 +84,8 @@ class _Reducing(DynamicCache):  # type: ignore[misc]
             return kept
         for tensor, states in zip(TENSORS, (key_states, value_states), strict=True):
             found = singular_values(self._checked(states, shape, tensor))
-            if not found.max() < np.finfo(np.float64).max / np.sqrt(found.shape[1]):  # so that its Frobenius norm is
+            beyond = np.finfo(np.float64).max / np.sqrt(found.shape[1])  # what may have no Frobenius norm
+            if found.max() >= beyond:
                 raise KvprofError(
                     f"the {tensor}s of layer {layer_idx} reach {float(states.abs().max()):.3g}: their norm is beyond "
                     "float64.\n  Nothing can be said of such numbers: the weights are damaged."

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 
 from fuzz.mutations import mutated
 from fuzz.readers import READERS, corpus
+from fuzz.run import by_chance
 from fuzz.watch import read_guarded
 
 RELAXED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -59,12 +62,46 @@ def test_what_hypothesis_draws_is_read_or_refused(name: str, tmp_path: Path, dra
     assert read_guarded(reader, tmp_path / "input", seed) is None
 
 
-def test_the_command_says_what_it_did_and_an_input_can_be_made_again(tmp_path: Path) -> None:
-    command = [sys.executable, str(Path(__file__).parent / "run.py"), "--inputs", "24", "--only", "kvtuner", "--only"]
-    done = subprocess.run([*command, "index", "--seed", "5", "--json"], capture_output=True, text=True)
+RUN = [sys.executable, str(Path(__file__).parent / "run.py"), "--seed", "5", "--json"]
+
+
+def test_the_command_says_what_it_did_and_an_input_can_be_made_again() -> None:
+    done = subprocess.run(
+        [*RUN, "--inputs", "12", "--only", "kvtuner", "--only", "index"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
-    assert [(row["times"], row["failed"], row["seed"]) for row in rows] == [(12, 0, 5), (12, 0, 5)]
+    assert [(row["what"], row["times"], row["failed"], row["seed"]) for row in rows] == [
+        ("kvtuner", 12, 0, 5),
+        ("index", 12, 0, 5),
+    ]
     reader = READERS["kvtuner"]
     made = [mutated(reader.seeds, reader.words, random.Random("5:kvtuner:3")) for _ in range(2)]
     assert made[0] == made[1]
+
+
+def test_harm_is_counted_kept_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def reads(path: Path) -> None:
+        if len(path.read_bytes()) % 2:
+            raise ZeroDivisionError("odd")
+
+    monkeypatch.setitem(READERS, "index", replace(READERS["index"], read=reads))
+    trial = by_chance("index", 5, range(40), math.inf, tmp_path, tmp_path / "kept")
+    assert 0 < trial.failed < trial.times == 40
+    kept = list((tmp_path / "kept/index").iterdir())
+    assert 0 < len(kept) <= trial.failed
+    assert all(len(path.read_bytes()) % 2 for path in kept)
+    assert capsys.readouterr().err.count("ZeroDivisionError: odd") == trial.failed
+
+
+def test_libfuzzer_chooses_inputs_where_it_is_installed() -> None:
+    pytest.importorskip("atheris")
+    done = subprocess.run(
+        [*RUN, "--coverage", "--inputs", "500", "--only", "gguf"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)
+    assert (row["times"], row["failed"]) == (500, 0)
+    assert row["seen"].endswith("branches reached")

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Tests what pyproject.toml allows: installs the lowest or the newest versions that resolve into a virtual environment of
+# their own, and runs a part of the tests with them: what each dependency does for kvprof, but not the demo model.
+#
+#     bash tests/versions.sh lowest            # the bounds of pyproject.toml, no higher
+#     bash tests/versions.sh newest            # but torch as recipes/constraints.txt has it, whose newest is gigabytes
+#     bash tests/versions.sh lowest tests/api  # other tests: the rest goes to pytest
+#
+# VERSIONS_VENV is where the environment goes; it is kept.
+set -euo pipefail
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+WHICH="${1:-}"
+case "$WHICH" in
+    lowest) resolution=lowest-direct ;;
+    newest) resolution=highest ;;
+    *) echo "usage: bash tests/versions.sh lowest|newest [what goes to pytest]" >&2; exit 2 ;;
+esac
+shift
+VENV="${VERSIONS_VENV:-${TMPDIR:-/tmp}/kvprof-$WHICH}"
+PYTHON="${PYTHON:-python3}"
+
+"$PYTHON" -m venv "$VENV-tools"
+"$VENV-tools/bin/python" -m pip install --quiet --disable-pip-version-check uv
+uv="$VENV-tools/bin/uv"
+# uv reads no settings of pip's: where wheels lie on the disk, it is told.
+links="$("$PYTHON" -m pip config get global.find-links 2>/dev/null || true)"
+export UV_FIND_LINKS="${UV_FIND_LINKS:-$links}"
+[ -n "$UV_FIND_LINKS" ] || unset UV_FIND_LINKS
+
+grep '^torch==' "$ROOT/recipes/constraints.txt" > "$VENV-tools/torch.txt"
+"$uv" pip compile --quiet --resolution "$resolution" --constraint "$VENV-tools/torch.txt" --python "$PYTHON" \
+    --extra dev "$ROOT/pyproject.toml" --output-file "$VENV-tools/versions.txt"
+"$uv" venv --quiet --clear --python "$PYTHON" "$VENV"
+"$uv" pip install --quiet --python "$VENV/bin/python" --requirement "$VENV-tools/versions.txt"
+"$uv" pip install --quiet --python "$VENV/bin/python" --no-deps --editable "$ROOT"
+
+# What is declared and what was installed: a bound below the lowest is one that no resolver can reach.
+"$VENV/bin/python" "$ROOT/tests/version_bounds.py" "$ROOT/pyproject.toml" "$WHICH"
+
+cd "$ROOT"
+export PATH="$VENV/bin:$PATH" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+if [ "$#" = 0 ]; then
+    set -- tests/records tests/allocate tests/export tests/api tests/calibration tests/report tests/cli/test_manner.py \
+        tests/models/test_load.py tests/models/test_weights.py tests/models/test_gguf.py tests/profile/test_gradients.py \
+        tests/profile/test_losses.py tests/runtime/test_cache.py tests/runtime/test_packing.py \
+        tests/evaluate/test_harness.py tests/test_public_names.py tests/test_packaging.py \
+        -m "not demo"
+fi
+exec "$VENV/bin/python" -m pytest -q -n 2 --dist loadfile -p no:cacheprovider "$@"
