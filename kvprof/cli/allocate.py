@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from kvprof.cli import completion
 from kvprof.cli.allowed import Bits, Formats, GroupSize, MinKeyBits, Pin, RecentTokens, ScoresFile, SinkTokens, Tie
 
 
@@ -43,13 +44,17 @@ def allocate(
         ),
     ] = None,
     rule: Annotated[
-        str, typer.Option(help="`exact`, or a published rival: `norm-greedy`, `kvmix`, `uniform`.")
+        str,
+        typer.Option(
+            help="`exact`, or a published rival: `norm-greedy`, `kvmix`, `uniform`.", autocompletion=completion.rules
+        ),
     ] = "exact",
     metric: Annotated[
         str | None,
         typer.Option(
             help="Score to spend by: loss_increase, gradient_norm, spectral_norm or frobenius_norm.",
             show_default="the scores' first of these",
+            autocompletion=completion.metrics,
         ),
     ] = None,
     bits: Bits = None,
@@ -66,6 +71,7 @@ def allocate(
             help="Plan for another runtime, within what it can be told and in its own formats: `kvprof targets` lists "
             "them.",
             show_default="kvprof's own cache",
+            autocompletion=completion.targets,
         ),
     ] = None,
     top_fraction: Annotated[

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from kvprof.cli import completion
 from kvprof.cli.options import GroupSize, RecentTokens, SinkTokens, TrustRemoteCode
 from kvprof.errors import UsageError, did_you_mean
 
@@ -45,7 +46,12 @@ def targets() -> None:
 
 def export(
     plan: Annotated[Path, typer.Argument(help="A plan's file.")],
-    to: Annotated[str, typer.Option(help="The runtime: `kvprof targets` lists them.", show_default=False)],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="The runtime: `kvprof targets` lists them.", show_default=False, autocompletion=completion.targets
+        ),
+    ],
     out: Annotated[
         Path | None,
         typer.Option(help="File or folder for what is written.", show_default="beside the plan"),
@@ -73,7 +79,12 @@ def export(
 
 def import_(
     file: Annotated[Path, typer.Argument(help="The other tool's file.")],
-    tool: Annotated[str, typer.Option("--from", help="Whose file it is: `kvtuner`.", show_default=False)],
+    tool: Annotated[
+        str,
+        typer.Option(
+            "--from", help="Whose file it is: `kvtuner`.", show_default=False, autocompletion=completion.tools
+        ),
+    ],
     model: Annotated[
         str | None,
         typer.Option(help="The model it is for: a hub id, a folder, a .gguf file, or `demo`.", show_default=False),

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from kvprof.cli import completion
+
 
 def explain(
     plan: Annotated[Path, typer.Argument(help="A BitPlan file.")],
@@ -25,6 +27,7 @@ def explain(
         typer.Option(
             help="Score to explain by: loss_increase, gradient_norm, spectral_norm or frobenius_norm.",
             show_default="the plan's",
+            autocompletion=completion.metrics,
         ),
     ] = None,
     formats: Annotated[

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from kvprof.cli import completion
 from kvprof.cli.options import (
     CalibrationLength,
     Device,
@@ -93,6 +94,7 @@ def gradients(
         typer.Option(
             help="Score the formats of another runtime, as it keeps them: `kvprof targets` lists them.",
             show_default="kvprof's own cache",
+            autocompletion=completion.targets,
         ),
     ] = None,
     recent_tokens: Annotated[

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvprof.cli.completion import recipes
 from kvprof.cli.options import TrustRemoteCode
 from kvprof.cli.stops import STOPPED
 from kvprof.errors import InvalidFile, UsageError
@@ -27,7 +28,9 @@ def run(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            help="A recipe that comes with kvprof, such as `quickstart`, or a .toml file.", show_default="list them"
+            help="A recipe that comes with kvprof, such as `quickstart`, or a .toml file.",
+            show_default="list them",
+            autocompletion=recipes,
         ),
     ] = None,
     lists: Annotated[bool, typer.Option("--list", help="List the recipes that come with kvprof.")] = False,

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from kvprof.cli import completion
 from kvprof.cli.options import TrustRemoteCode
 
 File = Annotated[
@@ -78,7 +79,8 @@ def schema(
         str,
         typer.Argument(
             help="A kind of file (`scores`, `plan`, `evaluation`, `frontier`, `audit`, `benchmark` ...), a command, or "
-            "`estimate` for what --dry-run answers."
+            "`estimate` for what --dry-run answers.",
+            autocompletion=completion.schemas,
         ),
     ],
 ) -> None:

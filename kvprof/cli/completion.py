@@ -1,0 +1,55 @@
+"""What a shell may complete a word to, where it is neither a command nor a file: recipes, runtimes, rules, metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def recipes(incomplete: str) -> list[str]:
+    """Return the shipped recipes, and the recipes and folders here, that begin so."""
+    from kvprof.recipes.shipped import shipped_recipes
+
+    folder, slash, last = incomplete.rpartition("/")
+    beside = [path for path in sorted(Path(folder or slash or ".").glob(f"{last}*")) if last or path.name[0] != "."]
+    own = [f"{path}/" if path.is_dir() else str(path) for path in beside if path.is_dir() or path.suffix == ".toml"]
+    return _begun(incomplete, [*shipped_recipes(), *own])
+
+
+def targets(incomplete: str) -> list[str]:
+    """Return the runtimes that begin so."""
+    from kvprof.allocate.targets import TARGETS
+
+    return _begun(incomplete, TARGETS)
+
+
+def rules(incomplete: str) -> list[str]:
+    """Return what `--rule` knows and begins so."""
+    from kvprof.allocate import RULES
+
+    return _begun(incomplete, RULES)
+
+
+def metrics(incomplete: str) -> list[str]:
+    """Return the scores to plan by that begin so."""
+    from kvprof.records.scores import METRICS
+
+    return _begun(incomplete, METRICS)
+
+
+def schemas(incomplete: str) -> list[str]:
+    """Return the kinds of file and the commands that begin so."""
+    from kvprof.records.schemas import schema_words
+
+    return _begun(incomplete, schema_words())
+
+
+def tools(incomplete: str) -> list[str]:
+    """Return the tools, whose files can be imported, that begin so."""
+    from kvprof.cli.exchange import TOOLS
+
+    return _begun(incomplete, TOOLS)
+
+
+def _begun(incomplete: str, words: Iterable[str]) -> list[str]:
+    return [word for word in words if word.startswith(incomplete)]
