@@ -19,8 +19,7 @@ from transformers import PretrainedConfig
 from kvprof.errors import ModelError
 from kvprof.models.gguf_header import check_gguf
 from kvprof.models.load import need_gguf
-from kvprof.models.opening import check_weights
-from kvprof.models.shards import DTYPES
+from kvprof.models.opening import read_headers
 
 Runs = Sequence[tuple[int, int]]
 """Rows of a tensor, as (start, stop): each run is read at one go, in this order."""
@@ -54,41 +53,30 @@ class SafetensorsCheckpoint:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._shard_of: dict[str, Path] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._dtypes: dict[str, str] = {}
-        shards = check_weights(folder)
-        for shard in (folder / name for name in shards.files):
-            with _opened(shard) as file:
-                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                    described = file.get_slice(name)
-                    self._shard_of[name] = shard
-                    self._shapes[name] = tuple(described.get_shape())
-                    self._dtypes[name] = described.get_dtype()
-        shards.check_promises(self._shard_of)
+        self._folder = folder
+        self._places = read_headers(folder)
 
     @property
     def names(self) -> list[str]:
         """Every tensor's name."""
-        return list(self._shard_of)
+        return list(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape, from the header."""
-        return self._shapes[name]
+        return self._places[name][1].shape
 
     def dtype(self, name: str) -> str:
         """Return torch's name of a tensor's dtype, from the header."""
-        return _described(self._dtypes[name])[0]
+        return self._places[name][1].dtype
 
     def stored_bytes(self, name: str, rows: Runs | None = None) -> int:
         """Return how many bytes of a shard a tensor, or some of its rows, takes."""
-        return share_of_rows(
-            torch.Size(self.shape(name)).numel() * _described(self._dtypes[name])[1] // 8, self, name, rows
-        )
+        tensor = self._places[name][1]
+        return share_of_rows(tensor.stop_byte - tensor.start_byte, self, name, rows)
 
     def read(self, name: str, rows: Runs | None = None) -> Tensor:
         """Read one tensor. The shard is mapped for this read alone, so that its pages leave memory with the tensor."""
-        with _opened(self._shard_of[name]) as file:
+        with _opened(self._folder / self._places[name][0]) as file:
             if rows is None:
                 tensor: Tensor = file.get_tensor(name)
                 return tensor
@@ -191,11 +179,6 @@ def share_of_rows(whole_bytes: int, checkpoint: Checkpoint, name: str, rows: Run
     if rows is None:
         return whole_bytes
     return whole_bytes * sum(stop - start for start, stop in rows) // max(1, checkpoint.shape(name)[0])
-
-
-def _described(header_dtype: str) -> tuple[str, int]:
-    """Return torch's name and the bits of a dtype; of one that only the safetensors library knows, its name and 0."""
-    return DTYPES.get(header_dtype, (header_dtype, 0))
 
 
 @contextlib.contextmanager

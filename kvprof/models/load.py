@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +37,7 @@ from kvprof.models.inventory import build_skeleton, is_causal
 from kvprof.models.lent import check_lent, live_config
 from kvprof.models.memory import free_bytes
 from kvprof.models.names import DEMO, nearest_path
-from kvprof.models.opening import check_config, check_weights
+from kvprof.models.opening import check_config, check_loadable
 from kvprof.models.own_code import check_code, find_code, refused_code
 from kvprof.models.shelf import Shelf
 from kvprof.models.streaming import stream_weights
@@ -157,7 +157,7 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto", s
     target = usable_device(device) if stream else _placement(device, config, dtype)
     place = source.fetch(weights=True)
     if place.is_dir():
-        check_weights(place)
+        check_loadable(place, config)
     elif stream:
         raise UsageError("--stream reads safetensors, not a .gguf file.\n  Name the folder or hub id it was made from.")
     spread: dict[str, Any] = {"device_map": "auto"} if target is None else {}
@@ -168,7 +168,13 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto", s
     with _explained(source), _quiet():
         # The text decoder of most multimodal models is no causal language model of its own.
         auto = AutoModelForCausalLM if is_causal(config) else AutoModelForImageTextToText
-        model = auto.from_pretrained(**arguments, dtype=DTYPES.get(dtype, "auto"), **spread)
+        arguments |= {"dtype": DTYPES.get(dtype, "auto"), "output_loading_info": True}
+        model, told = auto.from_pretrained(**arguments, **spread)
+        if missing := sorted(told["missing_keys"]):
+            raise ModelError(
+                f"the checkpoint of {source.id} lacks {missing[0]}{_and_others(missing)}: transformers would make up "
+                "random weights.\n  Download it again, or name the checkpoint that has them."
+            )
         model = model.eval().requires_grad_(False)
         if stream:
             assert target is not None
@@ -176,6 +182,10 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto", s
         elif target is not None:
             model = model.to(target)
     return model
+
+
+def _and_others(names: Sequence[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def dtype_of(config: PretrainedConfig, dtype: str) -> torch.dtype:

@@ -1,7 +1,7 @@
 """What must hold of a model's files before any library opens them: only safetensors and GGUF, only within the folder.
 
-Reads config.json, an index of shards and the header of a GGUF file; never a weight. transformers would take a pickle
-where it finds one, follow an index out of the folder, and build as many layers as a config asks for.
+Reads config.json, an index of shards and the headers of safetensors and GGUF files; never a weight. transformers would
+take a pickle where it finds one, follow an index out of the folder, and build as many layers as a config asks for.
 """
 
 from __future__ import annotations
@@ -10,11 +10,25 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from kvprof.errors import ModelError
+from transformers import PretrainedConfig
+
+from kvprof.errors import ModelError, first_line
 from kvprof.models.gguf_header import MOST_LAYERS, check_gguf
 from kvprof.models.hub import refuse_pickles
 from kvprof.models.own_code import read_object
-from kvprof.models.shards import SAFETENSORS_INDEX, Shards, find_shards, read_index
+from kvprof.models.shards import (
+    FLOATS,
+    LENGTH_BYTES,
+    SAFETENSORS,
+    SAFETENSORS_INDEX,
+    Shards,
+    StoredTensor,
+    find_shards,
+    header_bytes,
+    parse_header,
+    quantized,
+    read_index,
+)
 
 LARGEST_CONFIG_BYTES = 2**24
 
@@ -64,6 +78,42 @@ def check_weights(folder: Path) -> Shards:
             "other packages are installed.\n  Merge it first (merge_and_unload), or remove that file."
         )
     return find_shards(names, lambda: read_index(folder / SAFETENSORS_INDEX), str(folder))
+
+
+def check_loadable(folder: Path, config: PretrainedConfig) -> None:
+    """Raise ModelError for weights that transformers would not find, or would take for other numbers than they are.
+
+    Of a checkpoint whose config says how it is quantized, transformers reads the scales too.
+    """
+    places = read_headers(folder)
+    if not any((folder / name).is_file() for name in (SAFETENSORS, SAFETENSORS_INDEX)):
+        raise ModelError(
+            f"{folder} has neither {SAFETENSORS} nor {SAFETENSORS_INDEX}, so nobody can tell which of its files make "
+            f"the model.\n  Download the index too; a single file has to be called {SAFETENSORS}."
+        )
+    if getattr(config, "quantization_config", None) is None:
+        for name, (_, tensor) in places.items():
+            if tensor.dtype not in FLOATS and name.endswith((".weight", ".bias")):
+                raise quantized(name, tensor.dtype)
+
+
+def read_headers(folder: Path) -> dict[str, tuple[str, StoredTensor]]:
+    """Return every tensor of a folder's safetensors by name, with the file that it is in.
+
+    Raises ModelError as `check_weights` does, and for a file that is truncated, corrupt or not what the index says.
+    """
+    shards = check_weights(folder)
+    return shards.places(_header(folder / shard) for shard in shards.files)
+
+
+def _header(shard: Path) -> dict[str, StoredTensor]:
+    try:
+        file_bytes = shard.stat().st_size
+        with shard.open("rb") as file:
+            length = header_bytes(file.read(LENGTH_BYTES), file_bytes)
+            return parse_header(file.read(length), file_bytes)
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{shard} is truncated or corrupt: {first_line(error)}.\n  Download it again.") from None
 
 
 def _tables(value: Mapping[str, object]) -> Iterator[Mapping[str, object]]:

@@ -41,11 +41,8 @@ class RemoteCheckpoint:
         self._hub_id = hub.id
         self._reader = RangeReader(hub.id, hub.commit)
         self._bytes_of = {shard: weight_bytes[shard] for shard in shards.files}
-        self._places: dict[str, tuple[str, StoredTensor]] = {}
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            for shard, header in zip(shards.files, pool.map(self._header, shards.files), strict=True):
-                self._places |= {name: (shard, tensor) for name, tensor in header.items()}
-        shards.check_promises(self._places)
+            self._places = shards.places(pool.map(self._header, shards.files))
 
     @property
     def fetched(self) -> Fetched:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TypeGuard
@@ -49,6 +49,11 @@ DTYPES = {
     "C64": ("complex64", 64),
 }
 """By the name in a header: torch's name, where torch has one, and the bits of an element."""
+FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
+"""Dtypes of plain weights; float8 is not among them: its scales stand elsewhere."""
+
+
+BEFORE_QUANTIZED = "Name the checkpoint that it was quantized from: its weights are what is measured."
 
 
 @dataclass(frozen=True)
@@ -69,14 +74,27 @@ class Shards:
     promised: dict[str, str]
     where: str
 
-    def check_promises(self, found: Collection[str]) -> None:
-        """Raise ModelError for a tensor that the index promises and no file has."""
+    def places(self, headers: Iterable[Mapping[str, StoredTensor]]) -> dict[str, tuple[str, StoredTensor]]:
+        """Return each tensor with the file that it is in. headers: of `files`, in their order.
+
+        Raises ModelError for a tensor that stands in two files, and for one that the index promises and no file has.
+        """
+        found: dict[str, tuple[str, StoredTensor]] = {}
+        for shard, header in zip(self.files, headers, strict=True):
+            for name, tensor in header.items():
+                if name in found:
+                    raise ModelError(
+                        f"{_short(name)} in {self.where} stands twice, in {found[name][0]} and in {shard}.\n"
+                        "  The shards are of two different models, or of two versions: download them again."
+                    )
+                found[name] = shard, tensor
         for name, shard in self.promised.items():
-            if name not in found:
+            if name not in found or found[name][0] != shard:
                 raise ModelError(
                     f"{SAFETENSORS_INDEX} in {self.where} says that {_short(name)} is in {shard}, but it is not.\n"
                     "  The index and the shards are of two different models, or of two versions: download both again."
                 )
+        return found
 
 
 def find_shards(names: Collection[str], read_index: Callable[[], str], where: str) -> Shards:
@@ -122,6 +140,11 @@ def read_index(path: Path) -> str:
     if raw is None:
         raise ValueError("too long")
     return raw.decode()
+
+
+def quantized(name: str, dtype: str) -> ModelError:
+    """Return what to say of a weight whose numbers are codes."""
+    return ModelError(f"{_short(name)} is quantized to {dtype}.\n  {BEFORE_QUANTIZED}")
 
 
 def header_bytes(prefix: bytes, file_bytes: int) -> int:

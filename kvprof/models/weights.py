@@ -18,12 +18,11 @@ from kvprof.errors import ModelError, NonFiniteWeight
 from kvprof.models.checkpoints import Checkpoint, Runs
 from kvprof.models.inventory import NORM_ON_KEYS
 from kvprof.models.layouts import Projection, Rows, choose_layout, cut_rows, find_projections
+from kvprof.models.shards import BEFORE_QUANTIZED, FLOATS, quantized
 from kvprof.records.geometry import CacheGeometry, KVLayer
 
-_FLOATS = ("float64", "float32", "float16", "bfloat16")
 _PACKED = (".qweight", ".weight_packed", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
 """How the names end of tensors that only quantized checkpoints have: GPTQ and AWQ, compressed-tensors, bitsandbytes."""
-_BEFORE_QUANTIZED = "Name the checkpoint that it was quantized from: its weights are what is measured."
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class Projections:
         self._checkpoint = checkpoint
         self._names = set(checkpoint.names)
         if packed := sorted(name for name in self._names if name.endswith(_PACKED)):
-            raise ModelError(f"the checkpoint is quantized: it holds {packed[0]}.\n  {_BEFORE_QUANTIZED}")
+            raise ModelError(f"the checkpoint is quantized: it holds {packed[0]}.\n  {BEFORE_QUANTIZED}")
         modules = {name.removesuffix(".weight") for name in self._names if name.endswith(".weight")}
         found = find_projections(modules, geometry)
         query_heads = int(config.num_attention_heads) if any(each.is_fused for each in found.values()) else 0
@@ -128,8 +127,8 @@ class Projections:
             self._check_shape(value, layer.value_width)
         reads = LayerReads(layer, key, value, *beside, self._key_gain(projection), cut)
         for name in reads.tensors:
-            if (dtype := self._checkpoint.dtype(name)) not in _FLOATS:  # float8 among them: its scales stand elsewhere
-                raise ModelError(f"{name} is quantized to {dtype}.\n  {_BEFORE_QUANTIZED}")
+            if (dtype := self._checkpoint.dtype(name)) not in FLOATS:
+                raise quantized(name, dtype)
         return reads
 
     def _check_shape(self, name: str, rows: int) -> None:
