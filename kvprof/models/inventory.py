@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -25,7 +26,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
-from kvprof.errors import ModelError, UnknownLayout, first_line
+from kvprof.errors import KvprofError, ModelError, UnknownLayout, first_line
 from kvprof.models.layouts import Projection, cut_rows, find_projections
 from kvprof.models.own_code import is_own_class
 from kvprof.records.document import ModelInfo
@@ -37,6 +38,9 @@ NORM_ON_KEYS = re.compile(r"^(k|key|qk|kv)_?(layer_?norm|norm)$")
 
 PROJECTING = ("full", "sliding", "chunked", "hybrid")
 """The kinds of layer that project keys and values of their own."""
+
+WIDEST = 2**22
+"""Numbers that a layer may cache of a token: a hundred times those of the largest models."""
 
 WHY = {
     "key_norm": "keys are normalised after k_proj: the weight norm says nothing about the cache's scale",
@@ -118,21 +122,40 @@ def take_inventory(config: PretrainedConfig, model_id: str | None = None) -> Inv
 
     Raises ModelError for a config that describes no decoder, UnknownLayout for projections that kvprof cannot cut.
     """
+    name = type(config).__name__
     skeleton = build_skeleton(config)
-    layers = tuple(
-        _describe(skeleton, index, kind, window, reason)
-        for index, (kind, window, reason) in enumerate(_layer_kinds(skeleton.config))
-    )
-    if not layers:
-        raise ModelError(f"{type(config).__name__} describes a model without layers.")
-    geometry = CacheGeometry(dtype=_dtype(config), layers=layers)
-    architectures = getattr(config, "architectures", None) or [type(config).__name__.replace("Config", "ForCausalLM")]
+    try:
+        layers = tuple(
+            _describe(skeleton, index, kind, window, reason)
+            for index, (kind, window, reason) in enumerate(_layer_kinds(skeleton.config))
+        )
+        if not layers:
+            raise ModelError(f"{name} describes a model without layers.")
+        geometry = CacheGeometry(dtype=_dtype(config), layers=layers)
+    except KvprofError:
+        raise
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        what = wrong["msg"].removeprefix("Value error, ")
+        if wrong["loc"]:
+            what = f"{wrong['loc'][-1]} is {wrong['input']!r:.60}"
+        raise ModelError(f"{name} describes a cache that cannot be: {what}.") from None
+    except Exception as error:  # a config from anywhere
+        raise ModelError(f"{name} describes a cache that cannot be: {first_line(error)}.") from None
     return Inventory(
-        model=ModelInfo(id=model_id, architecture=architectures[0], num_layers=len(layers)),
+        model=ModelInfo(id=model_id, architecture=_architecture(config), num_layers=len(layers)),
         geometry=geometry,
         red_flags=_red_flags(skeleton, geometry),
         key_norm_offset=_key_norm_offset(skeleton, geometry),
     )
+
+
+def _architecture(config: PretrainedConfig) -> str:
+    """Return the model class that a config names, else the one that transformers would take."""
+    named = getattr(config, "architectures", None) or [type(config).__name__.replace("Config", "ForCausalLM")]
+    if not isinstance(named, list | tuple) or not isinstance(named[0], str):
+        raise ModelError(f"{type(config).__name__}: architectures is {named!r:.60}, no list of names.")
+    return named[0]
 
 
 def position_limit(config: PretrainedConfig) -> int | None:
@@ -223,6 +246,11 @@ def _describe(skeleton: Skeleton, index: int, kind: LayerKind, window: int | Non
         window=window,
         skipped=reason,
     )
+    if (widest := max(layer.key_width, layer.value_width)) > WIDEST:
+        raise ModelError(
+            f"layer {index} would cache {widest} numbers a token ({kv_heads} heads of {head_dim}); no model has more "
+            f"than {WIDEST}."
+        )
     if projection.is_fused:
         cut_rows(projection.layout, layer, skeleton.query_heads)  # raises where the heads do not fit the matrix
     return layer
@@ -237,7 +265,9 @@ def _fused_kv_heads(config: PretrainedConfig) -> int:
         for holder in (config, getattr(config, "attn_config", None)):
             for name in ("num_key_value_heads", "num_kv_heads", "kv_n_heads"):
                 if (found := getattr(holder, name, None)) is not None:
-                    return int(found)
+                    if type(found) is not int:
+                        raise ModelError(f"{type(config).__name__}: {name} is {found!r:.60}, no number of heads.")
+                    return found
     return heads
 
 

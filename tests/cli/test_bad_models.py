@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from folders import save_folder
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from typer.testing import CliRunner
@@ -72,6 +73,9 @@ BROKEN_CONFIGS = {
     "negative layers": (config(num_hidden_layers=-1), "LlamaConfig"),
     "no heads": (config(num_attention_heads=0), "cannot load the config"),
     "no KV heads": (config(num_key_value_heads=0), "LlamaConfig"),
+    "architectures of a wrong type": (config(architectures=5), "architectures is 5, no list of names"),
+    "a window of less than nothing": (config(sliding_window=-5), "cannot be: window is -5"),
+    "a head beyond all memory": (config(head_dim=10**9), "layer 0 would cache 2000000000 numbers a token"),
     "heads that do not divide": (config(num_attention_heads=3, head_dim=None), "multiple"),
     "unknown activation": (config(hidden_act="martian"), "martian"),
     "unknown rope": (config(rope_parameters={"rope_type": "martian"}), "martian"),
@@ -109,6 +113,25 @@ BROKEN_WEIGHTS = {
     "float8": (tensor(KEY, lambda weight: weight.to(torch.float8_e4m3fn)), "quantized to float8_e4m3fn"),
     "more layers in the config": (config(num_hidden_layers=3), "layer 2 does not"),
 }
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "words"),
+    [
+        ("qwen3", {"head_dim": 10**9}, "layer 0 would cache 2000000000 numbers a token"),  # whose norm would be made
+        ("gpt-bigcode-mha", {"num_key_value_heads": float("inf")}, "num_key_value_heads is inf, no number of heads"),
+        ("gpt-bigcode-mha", {"num_key_value_heads": "\x1b[31m"}, r"num_key_value_heads is '\x1b[31m', no number"),
+        ("mpt", {"n_heads": 10**9}, "describes a cache that cannot be: geometry layer 0 caches nothing"),
+        ("dbrx", {"num_key_value_heads": -5}, "describes a cache that cannot be: kv_heads is -5"),
+    ],
+)
+def test_a_config_of_another_family_that_cannot_be_is_one_message(
+    family: str, change: dict[str, object], words: str, in_tmp: Path
+) -> None:
+    save_folder(in_tmp / "model", family)
+    config(**change)(in_tmp / "model")
+    for command in ("inspect", "norms"):
+        assert words in refusal(command)
 
 
 @pytest.mark.parametrize("name", sorted(BROKEN_WEIGHTS))
