@@ -17,6 +17,7 @@ from kvprof.allocate.targets import target_named
 from kvprof.allocate.task import PlanTask, usual_window
 from kvprof.errors import InvalidFile, KvprofError, Mismatch, first_line
 from kvprof.records.answers import Check
+from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import BitPlan, Solver, TensorPlan
 from kvprof.records.scores import METRICS, Scores
 
@@ -61,7 +62,7 @@ def verify_solution(plan: BitPlan, scores: Scores) -> Iterator[Check]:
     scores: those that the plan says it was made from, or that are to stand for them.
     """
     yield compared("scores", plan.scores_digest, scores.digest)
-    yield _model(plan, scores)
+    yield from _model(plan, scores)
     try:
         check_scores_fit(plan, scores)
         own = _as_the_plan_knew_them(plan, scores)
@@ -112,10 +113,33 @@ def formats_compared(name: str, plan: BitPlan, solved: BitPlan) -> Check:
     return Check(name=name, status="differs", said=_form(said), found=_form(found), note=note)
 
 
-def _model(plan: BitPlan, scores: Scores) -> Check:
-    if scores.model is None or scores.model.fingerprint is None:
-        return unknown("model of the scores", "the scores do not say which model they are of")
-    return compared("model of the scores", plan.model.fingerprint, scores.model.fingerprint)
+def geometry_compared(name: str, said: CacheGeometry | None, found: CacheGeometry | None) -> Check:
+    """Return whether two models cache the same, layer by layer; of what differs, the first."""
+    if said is None or found is None:
+        return unknown(name, f"the {'plan' if said is None else 'other file'} carries no geometry")
+    if said.dtype != found.dtype:
+        return compared(name, said.dtype, found.dtype, "the dtype of the checkpoint")
+    if len(said.layers) != len(found.layers):
+        return compared(name, f"{len(said.layers)} layers", f"{len(found.layers)} layers")
+    for one, other in zip(said.layers, found.layers, strict=True):
+        for field in type(one).model_fields:
+            before, after = getattr(one, field), getattr(other, field)
+            if before != after:
+                return compared(name, str(before), str(after), f"{field.replace('_', ' ')} of layer {one.layer}")
+    return compared(name, f"{len(said.layers)} layers", f"{len(found.layers)} layers")
+
+
+def _model(plan: BitPlan, scores: Scores) -> Iterator[Check]:
+    """Yield whether a plan's model is that of its scores."""
+    names = ("model of the scores", "model id of the scores", "architecture of the scores", "cache of the scores")
+    if scores.model is None:
+        for name in names:
+            yield unknown(name, "the scores do not say which model they are of")
+        return
+    for name, field in zip(names, ("fingerprint", "id", "architecture"), strict=False):
+        said, found = getattr(plan.model, field), getattr(scores.model, field)
+        yield unknown(name, "the scores do not say") if found is None else compared(name, said, found)
+    yield geometry_compared(names[-1], plan.geometry, scores.geometry)
 
 
 def _as_the_plan_knew_them(plan: BitPlan, scores: Scores) -> Scores:

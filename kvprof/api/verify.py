@@ -15,6 +15,7 @@ from kvprof.allocate.recorded import read_request
 from kvprof.allocate.verification import (
     compared,
     formats_compared,
+    geometry_compared,
     solve_again,
     unknown,
     verify_costs,
@@ -125,12 +126,15 @@ def _weights(plan: BitPlan, source: ModelSource) -> Iterator[Check]:
     from kvprof.models.inventory import take_inventory
     from kvprof.models.load import load_config
 
-    geometry = take_inventory(load_config(source), source.id).geometry
+    inventory = take_inventory(load_config(source), source.id)
+    geometry = inventory.geometry
     misfit = plan.misfit(geometry)
     if misfit is not None:
         yield Check(name="model", status="differs", said=plan.model.id or "unnamed", found=source.id, note=misfit)
         return
     yield compared("model", plan.model.fingerprint, checkpoint_fingerprint(source, geometry))
+    yield compared("architecture of the model", plan.model.architecture, inventory.model.architecture)
+    yield geometry_compared("cache of the model", plan.geometry, geometry)
 
 
 def _text(scores: Scores | None, source: ModelSource) -> Check:

@@ -135,6 +135,10 @@ ALTERED: dict[str, tuple[Callable[[Any], None], set[str]]] = {
     "optimality": (lambda plan: plan["solver"].update(optimal=False), {"optimality"}),
     "the window": (lambda plan: plan["window"].update(sink_tokens=0), {"window"}),
     "the rotation": (lambda plan: plan["quantizer"].update(rotation_seed=1), {"window"}),
+    "the id": (lambda plan: plan["model"].update(id="another"), {"model id of the scores"}),
+    "the architecture": (lambda plan: plan["model"].update(architecture="Other"), {"architecture of the scores"}),
+    "the dtype": (lambda plan: plan["geometry"].update(dtype="float32"), {"cache of the scores"}),
+    "a kind of layer": (lambda plan: plan["geometry"]["layers"][2].update(kind="hybrid"), {"cache of the scores"}),
     "the version": (lambda plan: plan.update(kvprof_version="0.0.1"), {"kvprof of the plan"}),
     "the command": (
         lambda plan: plan["provenance"].update(command="kvprof allocate --budget 4"), {"formats", "budget asked for"},
@@ -359,3 +363,14 @@ def test_a_model_of_another_shape_differs(measured: Path) -> None:
     found = checks("out/plan-6.00.json", "--model", "./wider", code=4)
     assert found["model"]["status"] == "differs"
     assert found["model"]["note"]
+
+
+def test_without_its_scores_a_plan_is_held_against_its_model(measured: Path) -> None:
+    Path("out/gradients.json").unlink()
+    assert "differs" not in statuses("out/plan-6.00.json", "--model", "./model", code=0).values()
+    for part, change in {"dtype": {"dtype": "float16"}, "architecture": {"architecture": "Other"}}.items():
+        where = "geometry" if part == "dtype" else "model"
+        edit("out/plan-6.00.json", lambda plan, where=where, change=change: plan[where].update(change), "altered.json")
+        found = statuses("altered.json", "--model", "./model", code=4)
+        named = {"dtype": "cache of the model", "architecture": "architecture of the model"}[part]
+        assert {name for name, status in found.items() if status == "differs"} == {named}
