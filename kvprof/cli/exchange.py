@@ -63,12 +63,14 @@ def export(
     from kvprof.allocate.targets import target_named
     from kvprof.export.writers import export as write_for
     from kvprof.records.answers import Exported
+    from kvprof.records.document import check_replaces
     from kvprof.records.plan import BitPlan
     from kvprof.records.runs import write_atomically
     from kvprof.report.console import print_note, print_plain, print_result
 
     target = target_named(to)
     artefact, place = write_for(BitPlan.load(plan), target, plan, out)
+    check_replaces(place, None)
     write_atomically(place, artefact.text)
     print_plain(artefact.text.rstrip("\n"))
     for remark in artefact.remarks:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 from typing_extensions import Self
 
-from kvprof.errors import InvalidFile, did_you_mean
+from kvprof.errors import InvalidFile, UsageError, did_you_mean
 from kvprof.records.runs import write_atomically
 
 LARGEST_COUNT = 2**53
@@ -40,6 +40,7 @@ MOST_ENTRIES = 20_000
 """Of one list or table, numbers aside: twice as many as layers."""
 MOST_NUMBERS = 200_000
 _PIECE_BYTES = 2**20
+_PEEKED_BYTES = 256  # a file of kvprof's begins with its schema
 
 _LONG_WORD = re.compile(r"(\S{60})\S{60,}")
 """A name in a message that is no name; its beginning is enough."""
@@ -110,7 +111,11 @@ class Document(Record):
             raise InvalidFile(explain_invalid(error, name, cls)) from None
 
     def save(self, path: str | Path) -> Path:
-        """Write the file, whole or not at all; raises OutputError when the place cannot be written."""
+        """Write the file, whole or not at all.
+
+        Raises OutputError when the place cannot be written, UsageError when it holds another kind of kvprof's files.
+        """
+        check_replaces(path, self.kind)
         return write_atomically(path, self.to_text())
 
     @property
@@ -138,6 +143,23 @@ def _text(value: object, indent: str = "\n") -> str:
 @functools.cache
 def _key(key: str) -> str:
     return _compact(key)  # the same few thousand times in a file
+
+
+def check_replaces(path: str | Path, kind: str | None) -> None:
+    """Raise UsageError where writing would replace a file of kvprof's of another kind: a measurement by its plan.
+
+    kind: the schema of what is written; None of what is no file of kvprof's.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(_PEEKED_BYTES)
+    except OSError:  # nothing there; or writing will say what is wrong with it
+        return
+    found = re.match(rb'\s*\{\s*"schema"\s*:\s*"kvprof\.([a-z]+)/', start)
+    if found is not None and (kind is None or found[1].decode() != kind.partition(".")[2].partition("/")[0]):
+        raise UsageError(
+            f"{path} holds kvprof's {found[1].decode()}, which would be lost.\n  Name another file with --out."
+        )
 
 
 def read_json(path: str | Path) -> object:

@@ -38,6 +38,24 @@ def test_a_budget_alone_is_enough(outputs: Path) -> None:
     assert f"± {plan.solver.predicted_kl_stderr_nats:#.2g}" in said
 
 
+def test_no_command_writes_over_the_measurement_that_it_reads(outputs: Path) -> None:
+    scores = outputs / "gradients.json"
+    before = scores.read_bytes()
+    assert run("allocate", "--budget", "2.5", "--scores", str(scores), "--out", "plan.json").exit_code == 0
+    for command in (
+        ("allocate", "--budget", "2.5", "--scores", str(scores), "--out", str(scores)),
+        ("frontier", "--scores", str(scores), "--points", "3", "--out", str(scores)),
+        ("export", "plan.json", "--to", "transformers", "--out", str(scores)),
+    ):
+        result = run(*command)
+        assert result.exit_code == 2
+        said = " ".join(result.output.split())
+        assert "gradients.json holds kvprof's scores, which would be lost. Name another file with --out." in said
+        assert scores.read_bytes() == before
+    again = ("allocate", "--budget", "3", "--scores", str(scores), "--out", "plan.json")
+    assert run(*again).exit_code == 0  # a plan over a plan
+
+
 def test_scores_that_were_not_calibrated_are_said_to_be(in_tmp: Path) -> None:
     random_scores(2).save("mine.json")
     said = " ".join(run("allocate", "--budget", "2.5", "--scores", "mine.json", "--out", "p").output.split())
