@@ -25,6 +25,9 @@ CALIBRATION_LENGTH = 1024
 """Likewise, where tensors are scored: on long texts, plans from 8 sequences of so many tokens are as good as those from
 64 of half the length (tests/benchmarks/bench_text.py)."""
 
+PIECE_CHARACTERS = 2**18
+"""Of a row that are read at a time: a tokenizer takes a second for some megabytes."""
+
 IGNORED = -100
 """The label of a position that has no target, by transformers' convention."""
 
@@ -247,19 +250,55 @@ def _pad(sequences: Sequence[Sequence[int]], indices: tuple[int, ...], side: Lit
 
 def _rows(rows: Iterator[str], tokenizer: Any, length: int) -> Iterator[list[int]]:
     for row in rows:
-        yield tokenizer(row, truncation=False, verbose=False)["input_ids"][:length]
+        read = PIECE_CHARACTERS
+        ids = _ids(tokenizer, row[:read])
+        while read < len(row) and len(ids) < 2 * length:  # far enough from where the row was cut
+            read *= 4
+            ids = _ids(tokenizer, row[:read])
+        yield ids[:length]
 
 
 def _windows(rows: Iterator[str], tokenizer: Any, length: int) -> Iterator[list[int]]:
     """Join the rows and cut windows; a tokenizer's end mark, where it has one, stands between two rows."""
     buffer: list[int] = []
-    for row in rows:
-        buffer += tokenizer(row, truncation=False, verbose=False)["input_ids"]
-        if tokenizer.eos_token_id is not None and buffer[-1:] != [tokenizer.eos_token_id]:
-            buffer.append(tokenizer.eos_token_id)
+    for ids in _joined(rows, tokenizer):
+        buffer += ids
         while len(buffer) >= length:
             yield buffer[:length]
             del buffer[:length]
+
+
+def _joined(rows: Iterator[str], tokenizer: Any) -> Iterator[list[int]]:
+    """Yield the tokens of one row after the other, in pieces."""
+    last: list[int] = []
+    for row in rows:
+        for place, piece in enumerate(_pieces(row)):
+            ids = _ids(tokenizer, piece, marks=place == 0)
+            if len(piece) < len(row) and ids[-1:] == [tokenizer.eos_token_id]:
+                ids.pop()  # the row goes on
+            last = ids[-1:] or last
+            yield ids
+        if tokenizer.eos_token_id is not None and last != [tokenizer.eos_token_id]:
+            last = [tokenizer.eos_token_id]
+            yield last
+
+
+def _pieces(row: str) -> Iterator[str]:
+    """Cut a row that is a book, where it has a space, so that no more of it is read than is used."""
+    start = 0
+    while len(row) - start > PIECE_CHARACTERS:
+        stop = row.rfind(" ", start + 1, start + PIECE_CHARACTERS)
+        stop = stop if stop > start else start + PIECE_CHARACTERS
+        yield row[start:stop]
+        start = stop
+    yield row[start:]
+
+
+def _ids(tokenizer: Any, text: str, marks: bool = True) -> list[int]:
+    """Return the tokens of a text, with or without the marks of a beginning and an end that a tokenizer may add."""
+    given = {} if marks else {"add_special_tokens": False}
+    ids: list[int] = tokenizer(text, truncation=False, verbose=False, **given)["input_ids"]
+    return ids
 
 
 def _nothing_found(source: TextSource, length: int, skipped: int, packed: bool) -> str:

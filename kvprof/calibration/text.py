@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,9 @@ LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parqu
 TEXT_COLUMNS = ("text", "content", "prompt", "document")
 SHUFFLE_ROWS = 10_000
 """Rows of a file or dataset that are shuffled at a time."""
+MOST_COLUMNS = 1000
+"""Of a .csv or .jsonl file: datasets takes minutes for a hundred thousand."""
+_FIRST_LINE_BYTES = 2**20
 _HUB_SECONDS = 10.0
 """How long the hub may take to say that it knows a dataset."""
 
@@ -92,9 +96,31 @@ def _file(path: Path, split: str, seed: int) -> TextSource:
         raise CalibrationError(f"{path}: no such file.")
     if path.stat().st_size == 0:
         raise CalibrationError(f"{path}: the file is empty.")
+    _check_columns(path)
     files = {"data_files": glob.escape(str(path.resolve())), "split": "train"}
     rows = _load(LOADERS[path.suffix.lower()], files, str(path), seed)
     return TextSource(str(path), split, (row for row in rows if split in ("all", split_of(row))))
+
+
+def _check_columns(path: Path) -> None:
+    """Raise CalibrationError for a first line of more columns than a table of text has."""
+    kind = LOADERS[path.suffix.lower()]
+    if kind not in ("csv", "json"):
+        return
+    try:
+        with open(path, "rb") as file:
+            line = file.readline(_FIRST_LINE_BYTES)
+    except OSError as error:
+        raise CalibrationError(f"cannot read {path}: {error.strerror}.") from None
+    if kind == "csv":
+        columns = line.count(b",") + 1
+    else:  # a list is of many rows
+        columns = len(re.findall(rb'(?<!\\)"\s*:', line)) if line.lstrip().startswith(b"{") else 0
+    if columns > MOST_COLUMNS:
+        raise CalibrationError(
+            f"{path}: its first line names {columns} columns or more; a table of text has {MOST_COLUMNS} at most.\n"
+            f"  Write the text alone: a .txt file, or one column {TEXT_COLUMNS[0]!r}."
+        )
 
 
 def _hub(name: str, split: str, seed: int) -> TextSource:

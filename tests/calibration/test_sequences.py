@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from kvprof.calibration.sequences import IGNORED, CalibrationSet, batches, tokenize
+from kvprof.calibration.sequences import IGNORED, PIECE_CHARACTERS, CalibrationSet, batches, tokenize
 from kvprof.calibration.text import TextSource, open_text
 from kvprof.errors import CalibrationError, UsageError
 
@@ -103,6 +103,32 @@ def test_packing_puts_no_second_mark_where_the_tokenizer_ends_a_row_itself() -> 
 def test_packing_needs_no_mark_of_ending() -> None:
     found = tokenize(source(words(0, 3), words(3, 8)), a_tokenizer(has_eos=False), 8, 4, pack=True)
     assert found.sequences == (ids(0, 4), ids(4, 8))
+
+
+@pytest.mark.parametrize("marks", [{}, {"bos": True}, {"bos": True, "appends_eos": True}, {"has_eos": False}])
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_row_that_is_a_book_is_read_in_pieces_and_gives_the_same_tokens(
+    pack: bool, marks: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [" ".join(WORDS[(7 * row + n) % 50] for n in range(60 + row)) for row in range(3)]
+    whole = tokenize(source(*rows), a_tokenizer(**marks), 50, 16, pack=pack)
+    monkeypatch.setattr("kvprof.calibration.sequences.PIECE_CHARACTERS", 37)
+    assert tokenize(source(*rows), a_tokenizer(**marks), 50, 16, pack=pack).sequences == whole.sequences
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_of_a_book_no_more_is_read_than_is_used(pack: bool) -> None:
+    read, tokenizer = [], a_tokenizer()
+
+    class Watched:
+        eos_token_id = EOS
+
+        def __call__(self, text: str, **options: bool) -> object:
+            read.append(len(text))
+            return tokenizer(text, **options)
+
+    tokenize(source("w0 w1", "w1 w2 " * 500_000), Watched(), 2, 2, pack=pack)
+    assert sum(read) <= 2 * PIECE_CHARACTERS
 
 
 @pytest.mark.parametrize("pack", [True, False])

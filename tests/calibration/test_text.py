@@ -189,6 +189,27 @@ def test_a_file_that_is_missing_or_empty_is_one_message(tmp_path: Path, suffix: 
         open_text(str(path))
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("wide.csv", "text" + ",x" * 20_000 + "\n" + "a cat" + ",1" * 20_000 + "\n"),
+        ("wide.jsonl", json.dumps({f"k{number}": "x" for number in range(20_000)}) + "\n"),
+    ],
+)
+def test_a_table_of_thousands_of_columns_is_refused_at_once(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(CalibrationError, match=r"its first line names 20\d\d\d columns or more; .* 1000 at most"):
+        open_text(str(tmp_path / name))
+
+
+def test_many_rows_on_one_line_and_text_about_tables_are_no_columns(tmp_path: Path) -> None:
+    rows = [{"text": f'row {number}: {{"a": 1, "b": 2}}'} for number in range(1500)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": '"a": ' * 1500}) + "\n")
+    assert len(list(open_text(str(tmp_path / "rows.json")).rows)) == 1500
+    assert next(open_text(str(tmp_path / "text.jsonl")).rows).startswith('"a": "a": ')
+
+
 def test_a_file_of_another_kind_says_which_are_read(tmp_path: Path) -> None:
     (tmp_path / "rows.docx").touch()
     with pytest.raises(UsageError, match=r"\.txt, \.jsonl"):
