@@ -7,7 +7,7 @@ Does not know budgets, nor how formats are chosen.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from kvprof.allocate.assemble import tensors_of
@@ -158,7 +158,7 @@ def predict(plan: BitPlan, scores: Scores) -> Prediction:
     parts = [measured for _, _, measured in found if measured is not None]
     samples = sum_of_samples(parts)
     return Prediction(
-        kl_nats=math.fsum(part.loss for part in parts),
+        kl_nats=total(part.loss for part in parts),
         stderr=stderr_of_sum(parts) if samples is None else stderr_of_mean(samples),
         samples=samples,
         unscored=(),
@@ -214,7 +214,15 @@ def sum_of_samples(parts: Sequence[Measured]) -> tuple[float, ...] | None:
     known = [column for column in columns if column is not None]
     if len(known) < len(columns) or len({len(column) for column in known}) != 1:
         return None
-    return tuple(math.fsum(losses) for losses in zip(*known, strict=True))
+    return tuple(map(total, zip(*known, strict=True)))
+
+
+def total(losses: Iterable[float]) -> float:
+    """Return a sum; raises InvalidFile where it is beyond a float."""
+    try:
+        return math.fsum(losses)
+    except OverflowError:
+        raise InvalidFile(f"{LOSS_INCREASE} is too large to add up; measure it again.") from None
 
 
 def stderr_of_mean(samples: Sequence[float]) -> float | None:
@@ -222,8 +230,8 @@ def stderr_of_mean(samples: Sequence[float]) -> float | None:
     number = len(samples)
     if number < 2:
         return None
-    mean = math.fsum(samples) / number
-    return math.sqrt(math.fsum((sample - mean) ** 2 for sample in samples) / (number - 1) / number)
+    mean = math.fsum(sample / number for sample in samples)
+    return math.dist(samples, [mean] * number) / math.sqrt((number - 1) * number)
 
 
 def stderr_of_sum(parts: Sequence[Measured]) -> float | None:

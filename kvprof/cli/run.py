@@ -57,7 +57,7 @@ def run(
     from kvprof.recipes.done import Past
     from kvprof.recipes.shipped import find_recipe
     from kvprof.recipes.steps import steps_of
-    from kvprof.recipes.words import place_of
+    from kvprof.recipes.words import own_place
     from kvprof.records.answers import RecipeRun
     from kvprof.records.recipe import read_recipe
     from kvprof.report.console import print_note, print_result
@@ -84,8 +84,8 @@ def run(
     # The demo model may have to be converted first.
     source = None if dry_run and named == DEMO else resolve(str(named), trust_remote_code)
     id_ = DEMO if source is None else source.id
-    folder = out or (place_of(found.out, home) if found.out else OUTPUTS / slug(id_))
     try:
+        folder = out or (own_place(found.out, home) if found.out else OUTPUTS / slug(id_))
         steps = steps_of(found, named, folder, home)
     except InvalidFile as error:
         raise InvalidFile(f"{path}: {error}") from None

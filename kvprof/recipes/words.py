@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kvprof.errors import InvalidFile
 from kvprof.records.recipe import Plans, Target
 from kvprof.records.scores import LOSS_INCREASE
 
@@ -48,6 +49,20 @@ def place_of(name: str, home: Path) -> Path:
     except ValueError:  # on another drive
         return path
     return path if relative.parts[:1] == ("..",) else relative
+
+
+def own_place(name: str, home: Path) -> Path:
+    """Return where results go that a recipe names a folder for: a stranger's writes nowhere else.
+
+    home: the recipe's folder. Raises InvalidFile for a place outside it and the folder that the command runs in.
+    """
+    place = Path(os.path.realpath(home / os.path.expanduser(name)))
+    if not any(place.is_relative_to(os.path.realpath(folder)) for folder in (home, Path.cwd())):
+        raise InvalidFile(
+            f"out is {name!r}, which leads out of the recipe's folder.\n"
+            f"  Give --out {name} to the command, if results are to go there."
+        )
+    return place_of(name, home)
 
 
 def text_file(name: str) -> tuple[str | None, str]:

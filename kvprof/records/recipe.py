@@ -23,6 +23,7 @@ from typing_extensions import Self
 from kvprof.errors import InvalidFile, UsageError, did_you_mean
 from kvprof.records.document import Count, Number, Positive, Record, Text, explain_invalid, read_at_most
 from kvprof.records.formats import TENSORS, parse_formats
+from kvprof.records.runs import RESERVED_ON_WINDOWS
 from kvprof.records.scores import METRICS
 from kvprof.records.words import read_layers
 
@@ -80,6 +81,12 @@ def _known_picture(picture: str) -> str:
     if picture not in PICTURES:
         raise ValueError(f"no picture is called {picture!r}: {did_you_mean(picture, PICTURES)}")
     return picture
+
+
+def _usable_name(name: str) -> str:
+    if RESERVED_ON_WINDOWS.match(name):
+        raise ValueError(f"{name!r} is a device on Windows, not a file: name the plan otherwise")
+    return name
 
 
 Flag = Annotated[bool, Field(strict=True)]
@@ -202,7 +209,7 @@ class Plans(Windowed, Budgets):
     scores: which measurement it spends by; by default what the metric, or the rule, needs.
     """
 
-    name: Annotated[Word, Field(pattern=r"^[\w.+-]+$", max_length=100)] | None = None
+    name: Annotated[Word, Field(pattern=r"^[\w.+-]+$", max_length=100), AfterValidator(_usable_name)] | None = None
     scores: Literal["norms", "gradients", "divergence"] | None = None
     rule: Word | None = None
     metric: Metric | None = None
@@ -271,7 +278,8 @@ class Recipe(Record):
     model: Word = "demo"
     """A hub id, a folder, a .gguf file, or `demo`."""
     out: Word | None = None
-    """Folder for the results; by default outputs/<model> in the folder that the command runs in."""
+    """Folder for the results, within the recipe's own or the one that the command runs in; by default outputs/<model>
+    in the latter."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     device: Word | None = None
     stream: Flag | None = None

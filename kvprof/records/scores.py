@@ -138,8 +138,8 @@ def suffix_start(tokens: int, fraction: float) -> int:
 class KlCalibration(Record):
     """How the measured KL of whole plans compares with the sum of their tensors' predicted ones."""
 
-    factor: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
-    """Measured over predicted: errors of many tensors add up with interest."""
+    factor: Annotated[float, Field(strict=True, ge=1e-9, le=1e9, allow_inf_nan=False)]
+    """Measured over predicted: errors of many tensors add up with interest. What is off by more predicts nothing."""
     plans: Positive
     sequences: Positive
     spread: Annotated[float, Field(strict=True, ge=1, allow_inf_nan=False)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from fractions import Fraction
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from kvprof import BitPlan, Scores
 from kvprof.allocate import allocate
+from kvprof.allocate.measured import predict, stderr_of_mean
 from kvprof.errors import InfeasibleBudget, InvalidFile, UsageError
 from kvprof.records.formats import format_named
 from kvprof.records.plan import Window
@@ -227,6 +229,20 @@ def test_losses_too_large_to_add_up_are_refused(options: dict[str, Any]) -> None
         allocate(scored((table, table)), **options)
     with pytest.raises(InvalidFile, match="too large to add up"):
         allocate(scored((table, table)), rule="uniform", formats="int2g64")
+
+
+def test_what_is_said_of_a_plan_whose_losses_cannot_be_added_up_is_refused_too() -> None:
+    table = {"int2g64": 1.7e308, "int4g64": 1.0}
+    plan = allocate(scored(({"int2g64": 1.0}, {"int2g64": 1.0})), budget=2.5)
+    with pytest.raises(InvalidFile, match="too large to add up"):
+        predict(plan, scored((table, table)))
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
+def test_the_error_of_a_mean_is_that_of_numbers_of_any_size(scale: float) -> None:
+    samples = [0.5, 2.0, 1.25, 7.0]
+    expected = statistics.stdev(samples) / 2
+    assert stderr_of_mean([scale * sample for sample in samples]) == pytest.approx(scale * expected, rel=1e-12)
 
 
 def test_losses_of_nothing_make_the_cheapest_plan() -> None:

@@ -363,3 +363,31 @@ def test_the_shipped_recipes_are_listed_with_a_line_each(in_tmp: Path) -> None:
     assert names == sorted(names)
     assert {"quickstart", "norm-aware", "kvmix", "predictive", "long-context", "serving", "hybrid"} == set(names)
     assert [entry["name"] for entry in json.loads(run("run", "--json").stdout)["recipes"]] == names
+
+
+@pytest.mark.parametrize("out", ["../escaped", "/escaped", "link/results", "a/../../escaped"])
+def test_a_recipe_writes_nowhere_but_in_its_folder(out: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, elsewhere = in_tmp / "recipe", in_tmp / "elsewhere"
+    for folder in (home, elsewhere, in_tmp / "here"):
+        folder.mkdir()
+    (home / "link").symlink_to(elsewhere)
+    save_folder(home / "model")
+    (home / "mine.toml").write_text(f'model = "model"\nout = "{out}"\n[norms]\n')
+    monkeypatch.chdir(in_tmp / "here")
+    result = run("run", "../recipe/mine.toml")
+    assert result.exit_code == 1
+    assert f"out is '{out}', which leads out of the recipe's folder." in " ".join(result.output.split())
+    assert sorted(path.name for path in in_tmp.iterdir()) == ["elsewhere", "here", "recipe"]
+    assert list(elsewhere.iterdir()) == []
+    assert run("run", "../recipe/mine.toml", "--out", "../elsewhere").exit_code == 0  # as the user says
+    assert (elsewhere / "norms.json").exists()
+
+
+def test_a_plan_has_no_name_that_is_a_device(in_tmp: Path) -> None:
+    save_folder(in_tmp / "model")
+    Path("mine.toml").write_text(
+        'model = "model"\n[norms]\n[[plans]]\nbudgets = 3\nmetric = "spectral_norm"\nname = "CON"\n'
+    )
+    result = run("run", "mine.toml")
+    assert result.exit_code == 1
+    assert "'CON' is a device on Windows" in result.output
