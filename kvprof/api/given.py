@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -118,6 +119,36 @@ def check_whole(**numbers: int | None) -> None:
     for name, number in numbers.items():
         if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
             raise UsageError(f"{name}={number!r}: a whole number is needed.")
+
+
+def check_counts(**numbers: int) -> None:
+    """Raise UsageError, naming the argument, for what is no whole number, or none at all."""
+    check_whole(**numbers)
+    for name, number in numbers.items():
+        if number is None:
+            raise UsageError(f"{name}=None: a whole number is needed.")
+
+
+def check_words(**words: object) -> None:
+    """Raise UsageError, naming the argument, for what is neither text nor left out."""
+    for name, given in words.items():
+        if given is not None and not isinstance(given, str):
+            raise UsageError(f"{name}={given!r}: a word is needed.")
+
+
+def check_flags(**flags: object) -> None:
+    """Raise UsageError, naming the argument, for what is neither True nor False."""
+    for name, given in flags.items():
+        if not isinstance(given, bool):
+            raise UsageError(f"{name}={given!r}: True or False is needed.")
+
+
+def check_around(out: object, progress: object = None) -> None:
+    """Raise UsageError for a result's place that is none, and for progress that cannot be called."""
+    if out is not None and not isinstance(out, str | os.PathLike):
+        raise UsageError(f"out={out!r}: a path is needed.")
+    if progress is not None and not callable(progress):
+        raise UsageError(f"progress={progress!r}: a function of (done, in all) is needed.")
 
 
 def check_window(sink_tokens: int | None, recent_tokens: int | None) -> None:

@@ -13,9 +13,13 @@ from kvprof.api.given import (
     LARGEST_SEED,
     Progress,
     borrowed,
+    check_around,
+    check_counts,
+    check_flags,
     check_range,
     check_whole,
     check_window,
+    check_words,
     joined,
     remark,
     results_in,
@@ -56,6 +60,8 @@ def norms(
     """
     from kvprof.profile.norms import run_norms
 
+    check_flags(trust_remote_code=trust_remote_code, restart=restart)
+    check_around(out, progress)
     with borrowed(model, tokenizer, trust_remote_code) as source, results_in(out, source.id) as folder:
         run = run_norms(source, folder, restart, progress or silent)
     remark(run.remarks)
@@ -113,8 +119,13 @@ def gradients(
 
     if stable_at is not None and not until_stable:
         raise UsageError("stable_at says what until_stable looks at, which is not asked for.\n  Add until_stable=True.")
+    check_words(split=split, target=target, shard=shard)
+    check_flags(until_stable=until_stable, pack=pack, stream=stream, trust_remote_code=trust_remote_code)
+    check_flags(restart=restart)
+    check_around(out, progress)
     check_window(sink_tokens, recent_tokens)
-    check_whole(sequences=sequences, sequence_length=sequence_length, batch_size=batch_size, seed=seed)
+    check_whole(sequences=sequences, sequence_length=sequence_length)
+    check_counts(batch_size=batch_size, seed=seed)
     check_range("suffix_fraction", suffix_fraction, 0.01, 1)
     check_range("seed", seed, 0, LARGEST_SEED)
     runtime = None if target is None else target_named(target)
@@ -203,7 +214,11 @@ def spectra(
     from kvprof.profile.reading import TextSettings
     from kvprof.profile.spectra import run_spectra
 
-    check_whole(sequences=sequences, sequence_length=sequence_length, seed=seed)
+    check_words(split=split)
+    check_flags(pack=pack, stream=stream, trust_remote_code=trust_remote_code, restart=restart)
+    check_around(out, progress)
+    check_whole(sequence_length=sequence_length)
+    check_counts(sequences=sequences, seed=seed)
     check_range("seed", seed, 0, LARGEST_SEED)
     settings = TextSettings(
         data=USUAL_DATA if data is None else several(data),

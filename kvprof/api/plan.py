@@ -13,7 +13,17 @@ from kvprof.allocate import metric_needed
 from kvprof.allocate.budget import known_bits, parse_bits
 from kvprof.allocate.targets import target_named
 from kvprof.allocate.task import usual_window
-from kvprof.api.given import check_range, check_whole, check_window, joined, scores_given, several
+from kvprof.api.given import (
+    check_around,
+    check_flags,
+    check_range,
+    check_whole,
+    check_window,
+    check_words,
+    joined,
+    scores_given,
+    several,
+)
 from kvprof.errors import UsageError
 from kvprof.records.files import newest_scores, plan_path, scores_for
 from kvprof.records.plan import BitPlan
@@ -63,6 +73,9 @@ def allocate(
     """
     if as_published and sink_tokens:
         raise UsageError(f"as_published has no sinks, sink_tokens asks for {sink_tokens}; leave out one of them.")
+    check_words(unit=unit, rule=rule, metric=metric, tie=tie, target=target)
+    check_flags(as_published=as_published)
+    check_around(out)
     check_window(sink_tokens, recent_tokens)
     check_whole(context=context, batch=batch, group_size=group_size, min_key_bits=min_key_bits)
     check_range("group_size", group_size, 1, LARGEST_GROUP)

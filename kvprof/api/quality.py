@@ -14,8 +14,12 @@ from kvprof.api.given import (
     LARGEST_SEED,
     Progress,
     borrowed,
+    check_around,
+    check_counts,
+    check_flags,
     check_range,
     check_whole,
+    check_words,
     logger,
     plan_given,
     remark,
@@ -79,10 +83,15 @@ def evaluate(
     Raises Mismatch for another model's plan, UsageError for options that do not go together, CalibrationError for text
     that cannot be read, ModelError for a model that cannot be used.
     """
+    check_words(split=split)
+    check_flags(check=check, rivals=rivals, exact=exact, pack=pack, stream=stream, restart=restart)
+    check_flags(trust_remote_code=trust_remote_code)
+    check_around(out, progress)
+    check_whole(sequence_length=sequence_length)
+    check_counts(sequences=sequences, measure_from=measure_from, seed=seed)
     (name, found), *further = _named(plan, against)
     if check and not rivals and not further:
         raise UsageError("check has nothing to compare with.\n  Leave out rivals=False, or name plans with against.")
-    check_whole(sequences=sequences, sequence_length=sequence_length, measure_from=measure_from, seed=seed)
     check_range("measure_from", measure_from, 0, 2**31)
     check_range("seed", seed, 0, LARGEST_SEED)
     dtype, device = word(dtype), word(device)
@@ -188,6 +197,8 @@ def _named(plan: Plan, against: Mapping[str, Plan] | Plan | Sequence[Plan]) -> l
         others = list(against.values())
     else:
         others = [against] if isinstance(against, BitPlan | str | Path) else against
+        if not isinstance(others, Sequence):
+            raise UsageError(f"against={against!r}: plans, their files, or both by name are needed.")
     given = [plan, *others]
     plans = [plan_given(each) for each in given]
     files = [

@@ -164,6 +164,8 @@ def check_replaces(path: str | Path, kind: str | None) -> None:
 
 def read_json(path: str | Path) -> object:
     """Parse a JSON file; raises InvalidFile when it is unreadable, not JSON, or names a key twice."""
+    if "\0" in str(path):
+        raise InvalidFile(f"{str(path)!r} is no path: it holds a zero byte.")
     path = Path(path)
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import (
@@ -91,6 +92,21 @@ class PlanCache(Cache):  # type: ignore[misc]
                 layers[entry.layer] = planned
         return cls(plan, layers)
 
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add new tokens to a layer, (B, H, T, D) each; return what their queries read, the new ones unrounded.
+
+        Raises CacheError for a layer that the model has not, or what are no keys and values; nothing is added then.
+        """
+        if not (type(layer_idx) is int and 0 <= layer_idx < len(self.layers)):
+            raise CacheError(f"there is no layer {layer_idx!r}: the cache has 0 to {len(self.layers) - 1}.")
+        for states in (key_states, value_states):
+            if not (isinstance(states, Tensor) and states.dim() == 4 and states.is_floating_point()):
+                raise CacheError(f"layer {layer_idx} was given {_described(states)}, no (B, H, T, D) of floats.")
+        found: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return found
+
     def nbytes(self) -> int:
         """Return the bytes of all keys and values held: codes, scales, zero points, sinks and windows.
 
@@ -123,6 +139,8 @@ class PlanCache(Cache):  # type: ignore[misc]
         after `activate_past_recording` and after the last crop, the last RECORDED_TOKENS can always be taken back, but
         not from a recurrent state.
         """
+        if type(tokens_to_remove) is not int:
+            raise CacheError(f"{tokens_to_remove!r} is no number of tokens.")
         held = self.get_seq_length()
         left = tokens_left(held, tokens_to_remove)
         for layer in self.layers:
@@ -148,14 +166,36 @@ class PlanCache(Cache):  # type: ignore[misc]
                     initialized.update(dict.fromkeys(initialized, False))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sequence `repeats` times, next to each other."""
+        """Repeat every sequence `repeats` times, next to each other; raises CacheError for less than once."""
+        if type(repeats) is not int or repeats < 1:
+            raise CacheError(f"a sequence cannot be repeated {repeats!r} times.\n  reset() empties the cache.")
         self._change_batch(
             lambda layer: layer.batch_repeat_interleave(repeats), lambda x: x.repeat_interleave(repeats, 0)
         )
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences of these indices, in their order."""
+        """Keep the sequences of these indices, in their order; raises CacheError for one that is not there."""
+        self._check_sequences(indices)
         self._change_batch(lambda layer: layer.batch_select_indices(indices), lambda x: x[indices])
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let sequence i go on with the past of sequence beam_idx[i]; raises CacheError for one that is not there."""
+        self._check_sequences(beam_idx)
+        super().reorder_cache(beam_idx)
+
+    def _check_sequences(self, indices: Tensor) -> None:
+        """Raise CacheError, before anything is changed, for what are no indices of sequences that are held.
+
+        On a GPU, which would have to be waited for, their range is left to it.
+        """
+        if not isinstance(indices, Tensor) or indices.dtype.is_floating_point or indices.dtype.is_complex:
+            raise CacheError(f"{_described(indices)} names no sequences.\n  Give a tensor of whole numbers.")
+        planned = (planned_layer(layer) for layer in self.layers)
+        size = next((layer.batch for layer in planned if layer is not None and layer.is_initialized), None)
+        if size is None or indices.device.type != "cpu" or indices.dtype == torch.bool or not indices.numel():
+            return
+        if indices.min() < -size or indices.max() >= size:
+            raise CacheError(f"there is no sequence {int(indices.max())}: the cache holds {size}, from 0.")
 
     def _change_batch(self, change_layer: Callable[[Any], None], change: Callable[[Tensor], Tensor]) -> None:
         for layer in self.layers:
@@ -164,6 +204,12 @@ class PlanCache(Cache):  # type: ignore[misc]
                     states.update({index: change(x) for index, x in states.items() if x is not None})
             if hasattr(layer, "batch_select_indices"):
                 change_layer(layer)
+
+
+def _described(given: object) -> str:
+    if isinstance(given, Tensor):
+        return f"{str(given.dtype).removeprefix('torch.')} of {tuple(given.shape)}"
+    return f"a {type(given).__name__}"
 
 
 def cache_bytes(cache: Cache) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -239,6 +240,34 @@ def test_wrong_options_are_refused_before_a_model_is_looked_for(in_tmp: Path) ->
             kvprof.gradients("./nowhere", **options)
     with pytest.raises(UsageError, match="until_stable"):
         kvprof.gradients("./nowhere", stable_at=3)
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "words"),
+    [
+        ("norms", {"out": 5}, "out=5: a path is needed"),
+        ("norms", {"progress": 5}, "progress=5: a function of"),
+        ("norms", {"restart": "yes"}, "restart='yes': True or False is needed"),
+        ("gradients", {"progress": 5}, "progress=5"),
+        ("gradients", {"batch_size": None}, "batch_size=None: a whole number is needed"),
+        ("gradients", {"split": 3}, "split=3: a word is needed"),
+        ("gradients", {"pack": 1}, "pack=1: True or False is needed"),
+        ("spectra", {"sequences": None}, "sequences=None: a whole number is needed"),
+        ("allocate", {"budget": 6, "tie": 3}, "tie=3: a word is needed"),
+        ("allocate", {"budget": 6, "out": 5}, "out=5"),
+        ("allocate", {"scores": "a\0b"}, "is no path: it holds a zero byte"),
+        ("evaluate", {"plan": "plan.json", "against": 5}, "against=5: plans, their files"),
+        ("evaluate", {"plan": "plan.json", "sequences": None}, "sequences=None"),
+        ("evaluate", {"plan": "plan.json", "out": 7}, "out=7"),
+        ("evaluate", {"plan": "plan.json", "rivals": "x"}, "rivals='x': True or False is needed"),
+        ("evaluate", {"plan": "plan.json", "exact": "x"}, "exact='x'"),
+    ],
+)
+def test_an_argument_of_a_wrong_type_is_named(
+    in_tmp: Path, function: str, options: dict[str, object], words: str
+) -> None:
+    with pytest.raises(KvprofError, match=re.escape(words)):
+        getattr(kvprof, function)(**options)
 
 
 def test_no_text_is_not_the_usual_text(folder: Path) -> None:
