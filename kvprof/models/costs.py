@@ -138,7 +138,8 @@ def estimate_run(
 
 def reckon(costs: Costs, run: Run, written_bytes: int = 0) -> Estimate:
     """Return what a run takes of a model that costs so much."""
-    lengths, passes, device, batch_size = run.lengths, run.passes, run.device, run.batch_size
+    lengths, passes, device = run.lengths, run.passes, run.device
+    batch_size = min(run.batch_size, len(lengths))
     size, wide = run.dtype.itemsize, run.computes_in.itemsize
     tokens = batch_size * max(lengths)
     kept = costs.kept * wide * tokens if passes.backwards else 0

@@ -29,6 +29,7 @@ from transformers import (
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from kvprof.errors import KvprofError, ModelError, UsageError, did_you_mean, first_line, is_out_of_memory
@@ -135,7 +136,10 @@ def load_tokenizer(source: ModelSource) -> Any:
     place = source.fetch(weights=False)
     arguments = loading_arguments(source, place, tokenizer=True)
     with _explained(source, "tokenizer"), _quiet():
-        return AutoTokenizer.from_pretrained(**arguments)
+        tokenizer = AutoTokenizer.from_pretrained(**arguments)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ModelError(f"the tokenizer of {source.id} is a {type(tokenizer).__name__}, which is none.")
+    return tokenizer
 
 
 def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto", stream: bool = False) -> PreTrainedModel:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -108,16 +109,16 @@ def replaced_when_whole(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{_prefix(path)}{os.getpid()}.", suffix=".tmp")
-        os.close(handle)
-        temporary = Path(name)
+        # Named before it is there, so that no signal can come between the two and leave it behind.
+        temporary = path.parent / f"{_prefix(path)}{os.getpid()}.{secrets.token_hex(4)}.tmp"
         try:
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             yield temporary
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             umask = os.umask(0)
             os.umask(umask)
-            os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would hide the result from the user's group
+            os.chmod(temporary, 0o666 & ~umask)  # 0600 would hide the result from the user's group
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)

@@ -184,6 +184,8 @@ def test_a_streamed_run_is_reckoned_at_a_block_and_its_disk(monkeypatch: pytest.
     assert (2 + 4) * counted.block < streamed.memory_bytes < 30e9  # a block, and what it is cast to
     assert streamed.disk_bytes == pytest.approx(8 * 1024 * 8192 * 4 * 80, rel=0.05)
     assert streamed.seconds > whole.seconds
+    more = costs.Run([1024] * 8, passes, torch.bfloat16, torch.device("cpu"), False, batch_size=99_999)
+    assert costs.reckon(counted, more).memory_bytes == whole.memory_bytes  # a batch has no more than there are
 
 
 @pytest.mark.parametrize("name", ["mixtral", "llama", "gpt2", "falcon-mqa", "gemma3"])

@@ -160,6 +160,17 @@ def test_a_tokenizer_s_code_needs_the_flag_too(folder: Path) -> None:
     assert Path("sprung").exists()
 
 
+def test_code_for_a_tokenizer_that_makes_none_is_one_message(folder: Path) -> None:
+    (folder / "tokenization_own.py").write_text(
+        TRAP + "from transformers import PretrainedConfig\n\n\nclass OwnTokenizer(PretrainedConfig):\n    pass\n"
+    )
+    Path("trusted").touch()
+    own = {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}
+    edit_json(folder / "tokenizer_config.json", auto_map=own, tokenizer_class="OwnTokenizer")
+    with pytest.raises(ModelError, match=r"cannot load the tokenizer|is a OwnTokenizer, which is none"):
+        load_tokenizer(resolve("./model", trust_remote_code=True))
+
+
 def test_code_beside_a_gguf_file_is_never_asked_for_nor_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from test_gguf import write_gguf
     from tiny import tiny_model
