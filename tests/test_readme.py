@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,15 +10,17 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from folders import save_folder, save_text
 from quickstart import Quickstart
+from typer.testing import CliRunner
 
 from kvprof import BitPlan
 from kvprof.allocate.targets import TARGETS
-from kvprof.cli.app import COMMANDS
+from kvprof.cli.app import COMMANDS, app
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -63,26 +66,48 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, quickstart: Quickstart
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     scripts = str(Path(sys.executable).parent)
     environment = os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
-    for command in commands():
-        if command in ELSEWHERE or command in quickstart.commands:
-            continue
-        words = shlex.split(command)
-        folder = tmp_path
-        if words[0] == "pip":  # what pip would do, without doing it to the environment under test
-            words, folder = [sys.executable, "-m", *words[:2], "--dry-run", "--quiet", *words[2:]], ROOT
-        if "/benchmarks/" in command:  # how fast this machine is just now decides nothing
-            words += ["--quick"]
-        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-        if "/benchmarks/" in command:
-            assert "holds" in done.stdout or "does not hold" in done.stdout, f"{command}\n{done.stderr}"
-        else:
-            assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-        assert "Traceback" not in done.stderr
+    with served(environment) as kvprof:
+        for command in commands():
+            if command in ELSEWHERE or command in quickstart.commands:
+                continue
+            words = shlex.split(command)
+            folder = tmp_path
+            if words[0] == "kvprof":
+                status, said = kvprof(words[1:], folder)
+                assert status == 0, f"{command}\n{said}"
+                assert "Traceback" not in said
+                continue
+            if words[0] == "pip":  # what pip would do, without doing it to the environment under test
+                words, folder = [sys.executable, "-m", *words[:2], "--dry-run", "--quiet", *words[2:]], ROOT
+            if "/benchmarks/" in command:  # how fast this machine is just now decides nothing
+                words += ["--quick"]
+            done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+            if "/benchmarks/" in command:
+                assert "holds" in done.stdout or "does not hold" in done.stdout, f"{command}\n{done.stderr}"
+            else:
+                assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+            assert "Traceback" not in done.stderr
     for body in (body for language, body in BLOCKS if language == "python"):  # on the files that the commands left
         done = subprocess.run(
             [sys.executable, "-c", body], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, f"{body}\n{done.stderr}"
+
+
+@contextlib.contextmanager
+def served(environment: dict[str, str]) -> Iterator[Callable[[list[str], Path], tuple[int, str]]]:
+    """Yield what runs a command of kvprof's in a folder, and returns its exit code and all that it says."""
+    command = [sys.executable, str(ROOT / "tests" / "served.py")]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+
+        def run(words: list[str], folder: Path) -> tuple[int, str]:
+            print(json.dumps([words, str(folder)]), file=server.stdin, flush=True)
+            status, said = json.loads(server.stdout.readline())
+            return status, said
+
+        yield run
 
 
 def test_the_json_files_in_the_readme_are_valid(tmp_path: Path) -> None:
@@ -98,14 +123,7 @@ def test_the_json_files_in_the_readme_are_valid(tmp_path: Path) -> None:
 
 def test_every_flag_named_in_the_readme_exists() -> None:
     help_texts = "".join(
-        subprocess.run(
-            [sys.executable, "-m", "kvprof", command, "--help"],
-            capture_output=True,
-            text=True,
-            check=True,
-            env=os.environ | {"COLUMNS": "200"},
-        ).stdout
-        for command in COMMANDS
+        CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output for command in COMMANDS
     )
     help_texts += "--install-completion"  # kvprof's own, of no command
     help_texts += "".join(target.artefact for target in TARGETS.values())  # other runtimes' flags

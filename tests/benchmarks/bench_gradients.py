@@ -23,7 +23,7 @@ from kvprof.profile.gradients import gradient_norms
 
 QUICK = "--quick" in sys.argv  # a look whether it runs: too few tokens for the claims
 TOKENS = 16 if QUICK else 128
-ROUNDS = 8
+ROUNDS = 2 if QUICK else 8
 LAYER_ROUNDS = 1
 TIMES_BARE = 1.15
 TIMES_FASTER = 30

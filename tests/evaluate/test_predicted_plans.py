@@ -6,6 +6,7 @@ By the scores of the quickstart, which are the defaults; the bounds are those of
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 
 import pytest
 from quickstart import Quickstart
@@ -43,7 +44,7 @@ def test_predicted_losses_rank_tensors_as_they_are_measured_and_tell_their_size(
     assert len(pairs) == 20
     truth, predicted = zip(*pairs, strict=True)
     assert spearmanr(truth, predicted).statistic > 0.95
-    assert 0.5 < sorted(guess / nats for nats, guess in pairs)[10] < 1.2
+    assert 0.5 < median(guess / nats for nats, guess in pairs) < 1.2
 
 
 def test_plans_lose_a_fraction_of_what_the_best_uniform_pairs_lose(scores: Scores, tmp_path: Path) -> None:
@@ -55,7 +56,7 @@ def test_plans_lose_a_fraction_of_what_the_best_uniform_pairs_lose(scores: Score
     }
     (first, *others), settings = (
         [*plans.items(), *pairs.items()],
-        EvaluationSettings(sequences=2, sequence_length=1024, measure_from=512),
+        EvaluationSettings(sequences=1, sequence_length=1024, measure_from=512),
     )
     found = run_evaluation(resolve("demo"), first[1], settings, tmp_path, against=others, name=first[0]).evaluation
     result = {one.name: one for one in found.plans}

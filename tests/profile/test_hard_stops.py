@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from folders import save_folder, save_text
 
-KILLS = {(): 15, ("--stream",): 5}
+KILLS = {(): 8, ("--stream",): 3}
+"""The long run is tests/fuzz/hard_stops.py."""
 
 LIVES = """
 import os, random, signal, sys, time

@@ -84,11 +84,12 @@ def main(arch: int) -> None:
                        dtype=torch.bfloat16)  # fmt: skip
         attend(torch.zeros(1, 4, 1, head_dim, dtype=torch.bfloat16), read, 0.1)
         unpack(read.value, torch.empty(1, 1, read.value.coded_tokens, head_dim, dtype=torch.bfloat16))
-    for tokens in (3, 20, 60):  # sinks alone; codes of values, and none of keys yet; of both
+    for tokens in (3, 20, 60) if arch == 90 else ():  # sinks alone; codes of values, and none of keys yet; of both
         read = history(form_of("int3g32", "channel", 64), form_of("rot2", "token", 64), T=tokens, dtype=torch.bfloat16)
         attend(torch.zeros(1, 4, 1, 64, dtype=torch.bfloat16), read, 0.1)
-    compiled = {kernel["key"] for kernel in found[-6:]}
-    assert len(compiled) == 2, f"a kernel is compiled anew as the context grows: {found[-6:]}"
+    if arch == 90:
+        compiled = {kernel["key"] for kernel in found[-6:]}
+        assert len(compiled) == 2, f"a kernel is compiled anew as the context grows: {found[-6:]}"
     for name, axis in PACKED:
         pack_tokens(random_tokens(1, 1, 64, 128, torch.bfloat16), form_of(name, axis, 128), Quantizer())
     print(json.dumps(found))
