@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -24,7 +25,7 @@ from kvprof.errors import ModelError
 from kvprof.models.checkpoints import open_checkpoint
 from kvprof.models.identity import Fingerprint, live_fingerprint
 from kvprof.models.inventory import take_inventory
-from kvprof.models.load import ModelSource, load_config, resolve
+from kvprof.models.load import ModelSource, load_config, load_model, resolve
 from kvprof.models.weights import LayerWeights, stream_projections
 
 NAMES = {
@@ -79,6 +80,14 @@ def write_gguf(path: Path, model: PreTrainedModel, kind: Type = Type.F32) -> Pat
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def test_a_weight_that_is_not_there_is_not_made_up(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    state = {name: weight for name, weight in model.state_dict().items() if name != "model.layers.1.mlp.up_proj.weight"}
+    path = write_gguf(tmp_path / "tiny.gguf", SimpleNamespace(config=model.config, state_dict=lambda: state))
+    with pytest.raises(ModelError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight: transformers would make up"):
+        load_model(resolve(str(path)))
 
 
 def streamed(source: ModelSource) -> tuple[list[LayerWeights], str]:
