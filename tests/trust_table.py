@@ -46,7 +46,7 @@ PARTS = {
     "models": ("models at the edge of what can be measured", "-m pytest tests/profile/test_hard_models.py"),
     "decode": ("decoding steps through a `PlanCache`", "tests/benchmarks/soak.py decode --seed 20261126"),
     "operations": ("random uses of a `PlanCache`", "tests/benchmarks/soak.py operations --seed 20261126"),
-    "measure": ("batches of `gradients`", "tests/benchmarks/soak.py measure --seed 20261126"),
+    "measure": ("batches of `gradients`, a day's at 3 s each", "tests/benchmarks/soak.py measure --seed 20261126"),
 }
 """What is tried, and Python's command line that tries it: a file of tests, whose cases are counted, or a program that
 prints trials; the suite has a short run of each program."""
