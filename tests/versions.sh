@@ -30,7 +30,7 @@ export UV_FIND_LINKS="${UV_FIND_LINKS:-$links}"
 grep '^torch==' "$ROOT/recipes/constraints.txt" > "$VENV-tools/torch.txt"
 "$uv" pip compile --quiet --resolution "$resolution" --constraint "$VENV-tools/torch.txt" --python "$PYTHON" \
     --extra dev "$ROOT/pyproject.toml" --output-file "$VENV-tools/versions.txt"
-"$uv" venv --quiet --clear --python "$PYTHON" "$VENV"
+"$uv" venv --quiet --clear --seed --python "$PYTHON" "$VENV"
 "$uv" pip install --quiet --python "$VENV/bin/python" --requirement "$VENV-tools/versions.txt"
 "$uv" pip install --quiet --python "$VENV/bin/python" --no-deps --editable "$ROOT"
 
