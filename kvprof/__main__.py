@@ -28,6 +28,8 @@ def main() -> None:
 def _run() -> None:
     from kvprof.cli.app import QUICK, app_for  # here, where a Ctrl-C is heeded
 
+    if sys.argv[1:2] == ["help"]:  # as it is typed for other tools
+        sys.argv[1:] = [*sys.argv[2:3], "--help"]
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # kvprof has none, and looking for them takes time
     if not QUICK.isdisjoint(sys.argv[1:2]):
         gc.disable()  # they end before garbage could matter, and looking for it is a tenth of their time

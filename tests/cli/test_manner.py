@@ -165,6 +165,12 @@ def kvprof(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(("words", "same"), [(["help"], ["--help"]), (["help", "norms"], ["norms", "--help"])])
+def test_help_is_a_word_too(words: list[str], same: list[str]) -> None:
+    asked, usual = kvprof(*words), kvprof(*same)
+    assert (asked.returncode, asked.stdout) == (0, usual.stdout)
+
+
 def test_the_version_names_what_results_depend_on() -> None:
     import torch
     import transformers
