@@ -194,6 +194,7 @@ def _measure(
     todo = {index: [one for one in plans if _key(one, index) not in log.done] for index in range(len(text.sequences))}
     total = len(plans) * len(text.sequences)
     resumed = done = total - sum(map(len, todo.values()))
+    log.check_numbers()
     progress(done, total)
     for index, missing in todo.items():
         if not missing:

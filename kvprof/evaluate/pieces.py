@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,23 @@ class Pieces:
         log: Journal,
     ) -> None:
         self._model, self._sequences, self._first, self._route, self._log = model, sequences, measure_from, route, log
+        with log.understood():
+            for key, entry in log.done.items():
+                self._check_measured(key, entry)
+
+    def _check_measured(self, key: str, entry: dict[str, Any]) -> None:
+        """Raise ValueError, or whatever reading it raises, for what `measure` has not added."""
+        what, _, index = key.rpartition(" ")
+        tokens = len(self._sequences[int(index)]) - self._first
+        numbers, agrees = [entry["nll_nats"]], []
+        if entry.keys() != ({"nll_nats"} if what == "reference" else {"kl_nats", "agrees", "nll_nats"}):
+            raise ValueError(key)
+        if what != "reference":
+            numbers, agrees = [*numbers, *entry["kl_nats"]], entry["agrees"]
+            if not len(agrees) == len(numbers) - 1 == tokens:
+                raise ValueError(key)
+        if not all(type(number) is float and math.isfinite(number) for number in numbers) or {*agrees} - {0, 1}:
+            raise ValueError(key)
 
     def keys(self, plans: Iterable[BitPlan], index: int) -> dict[str, BitPlan | None]:
         """Return the journal's key of each piece of a sequence with its plan; None is full precision."""

@@ -128,6 +128,7 @@ def run_divergence(
         total = len(indices) * len(probes)
         todo = {index: [probe for probe in probes if probe.key(index) not in log.done] for index in indices}
         resumed = done = total - sum(map(len, todo.values()))
+        log.check_numbers()
         progress(done, total)
         for index, left in todo.items():
             for probe, kl_nats in divergences(

@@ -70,6 +70,9 @@ def run_norms(
     identity = {"model": source.id, "checkpoint": subject.identity, "kvprof version": __version__}
     with Journal(folder / "norms.journal", identity, restart) as log:
         resumed = len(log.done)
+        with log.understood():
+            for layer, entry in log.done.items():
+                _check_measured(subject, layer, entry)
         try:
             scores = _measure(subject, progress, log.done, log.add)
         except NonFiniteWeight:
@@ -176,6 +179,16 @@ def _measure_layer(subject: _Subject, reads: LayerReads) -> dict[str, Any]:
     weights = subject.projections.read(reads)
     scores = layer_norms(weights, subject.gain_offset)
     return {"digest": layer_digest(weights), "scores": scores.model_dump(mode="json")}
+
+
+def _check_measured(subject: _Subject, layer: str, entry: dict[str, Any]) -> None:
+    """Raise ValueError, or whatever reading it raises, for what `_measure_layer` has not returned."""
+    heads = {str(reads.layer.layer): reads.layer.kv_heads for reads in subject.projections.layers}
+    scores = LayerScores.model_validate(entry["scores"])
+    by_head = (scores.key.head_spectral_norm, scores.value.head_spectral_norm)
+    if str(scores.layer) != layer or any(norms is None or len(norms) != heads[layer] for norms in by_head):
+        raise ValueError(layer)
+    Fingerprint().add_digest(entry["digest"])
 
 
 def _length(bias: Tensor | None) -> float | None:

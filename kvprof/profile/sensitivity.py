@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from kvprof import __version__
 from kvprof.calibration.self_text import fill
 from kvprof.calibration.sequences import CalibrationSet
-from kvprof.errors import InvalidFile, UnsupportedAttention, UsageError, first_line
+from kvprof.errors import UnsupportedAttention, UsageError, first_line
 from kvprof.models.identity import fingerprint_of
 from kvprof.models.load import ModelSource, input_device, load_model
 from kvprof.profile.decoder import Formats, within_the_window
@@ -162,8 +162,10 @@ def _read_journal(log: Journal | None, loaded: _Loaded, chosen: Sequence[int]) -
     assert log is not None
     layers, losses = len(loaded.inventory.geometry.scored), sum(map(len, loaded.formats.values()))
     found: dict[int, SequenceResult] = {}
-    try:
+    with log.understood():
         for batch in log.done.values():
+            if not (isinstance(batch, list) and batch):
+                raise ValueError(batch)
             for index, norms, own in batch:
                 result = SequenceResult(tuple((key, value) for key, value in norms), tuple(own))
                 numbers = [*itertools.chain(*result.norms), *result.losses]
@@ -172,10 +174,6 @@ def _read_journal(log: Journal | None, loaded: _Loaded, chosen: Sequence[int]) -
                 if not (fits and known and all(map(_is_score, numbers))):
                     raise ValueError(index)
                 found[index] = result
-    except (ValueError, TypeError):
-        raise InvalidFile(
-            f"{log.path} does not hold what this command measures.\n  Add --restart to begin anew."
-        ) from None
     return found
 
 

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from kvprof import __version__
 from kvprof.calibration.self_text import fill
 from kvprof.calibration.sequences import CalibrationSet
-from kvprof.errors import InvalidFile
 from kvprof.models.costs import Passes, estimate_run
 from kvprof.models.identity import fingerprint_of, made_with
 from kvprof.models.inventory import take_inventory
@@ -152,16 +151,12 @@ def _spectrum(sequences: Sequence[NDArray[np.float64]]) -> Spectrum:
 def _read_journal(log: Journal, geometry: CacheGeometry, text: CalibrationSet) -> dict[int, SingularValues]:
     """Return what was measured of each sequence before; raises InvalidFile for what no run has written."""
     found = {}
-    try:
+    with log.understood():
         for key, lists in log.done.items():
             index = int(key)
             if not 0 <= index < len(text.sequences):
                 raise ValueError(key)
             found[index] = _as_measured(lists, geometry, len(text.sequences[index]))
-    except (ValueError, TypeError):
-        raise InvalidFile(
-            f"{log.path} does not hold what this command measures.\n  Add --restart to begin anew."
-        ) from None
     return found
 
 

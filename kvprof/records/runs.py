@@ -9,6 +9,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -17,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kvprof.errors import Mismatch, OutputError, first_line
+from kvprof.errors import InvalidFile, Mismatch, OutputError, first_line
 from kvprof.records.locks import Lock
 from kvprof.records.processes import host_name, is_gone
 
@@ -213,6 +214,22 @@ class Journal:
         except OSError as error:
             raise cannot_write(self.path, error) from None
         self.done[key] = json.loads(line.split(" ", 1)[1])[1]
+
+    @contextlib.contextmanager
+    def understood(self) -> Iterator[None]:
+        """Raise InvalidFile where reading `done` fails: its lines are whole, and not what this command writes."""
+        try:
+            yield
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError):
+            raise InvalidFile(
+                f"{self.path} does not hold what this command measures.\n  Add --restart to begin anew."
+            ) from None
+
+    def check_numbers(self) -> None:
+        """Raise InvalidFile unless every result is one finite number."""
+        with self.understood():
+            if not all(type(result) is float and math.isfinite(result) for result in self.done.values()):
+                raise ValueError
 
     def remove(self) -> None:
         """Delete the file: the run's result is written, nothing is left to resume."""
