@@ -51,6 +51,8 @@ def make_template(place: Path) -> None:
 def begin(command: list[str], place: Path, prepare: Callable[[], None] = lambda: None) -> tuple[int, Path]:
     """Start a command in a folder; return its process and the file that has what it says."""
     log = place / "said.log"
+    log.touch()
+    signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)  # until it is kvprof that is stopped, and not what starts it
     child = os.fork()
     if child == 0:
         try:
@@ -62,9 +64,16 @@ def begin(command: list[str], place: Path, prepare: Callable[[], None] = lambda:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             sys.argv = ["kvprof", *command]
             prepare()
-            from kvprof.__main__ import main
+            import kvprof.__main__ as program
 
-            main()
+            run = program._run
+
+            def run_stoppable() -> None:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
+                run()
+
+            program._run = run_stoppable
+            program.main()
         except SystemExit as end:
             if isinstance(end.code, str):
                 print(end.code, file=sys.stderr)
@@ -74,6 +83,7 @@ def begin(command: list[str], place: Path, prepare: Callable[[], None] = lambda:
             traceback.print_exc()
         flush()
         os._exit(99)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
     return child, log
 
 
@@ -114,6 +124,7 @@ def hold_before_the_result() -> None:
     os.replace = hold_and_replace  # type: ignore[assignment]
 
 
+HELD_BACK = {signal.SIGINT, signal.SIGTERM}
 MOMENTS = {"piece": hold_after_a_piece, "result": hold_before_the_result}
 
 
@@ -188,6 +199,7 @@ def prepare_imports() -> None:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
 
+    import kvprof.__main__
     import kvprof.allocate.stability
     import kvprof.evaluate.calibrate
     import kvprof.evaluate.evaluation
