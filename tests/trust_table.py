@@ -32,6 +32,9 @@ COLUMNS = ("what was tried", "how often", "what failed", "seed", "what was seen"
 
 PARTS = {
     "pickles": ("ways to a pickle, to code or out of a model's folder", "-m pytest tests/models/test_own_code.py"),
+    "checkpoints": ("weights missing, doubled or coded", "-m pytest tests/models/test_whole_checkpoints.py"),
+    "configs": ("configs and checkpoints that are broken", "-m pytest tests/cli/test_bad_models.py"),
+    "journals": ("journals of something else", "-m pytest tests/cli/test_hostile_journals.py"),
     "gguf": ("lies in a GGUF header", "-m pytest tests/models/test_gguf_header.py"),
     "bombs": ("bombs of keys, lists, names and nesting", "-m pytest tests/fuzz/test_bombs.py"),
     "fuzz": ("files damaged by chance", "tests/fuzz/run.py --inputs 200000 --seed 4"),
