@@ -19,6 +19,7 @@ from kvprof.allocate.measured import (
     stderr_of_mean,
     stderr_of_sum,
     sum_of_samples,
+    total,
 )
 from kvprof.errors import InvalidFile
 from kvprof.records.document import ModelInfo
@@ -86,12 +87,9 @@ class PlanTask:
         parts: each tensor's, not yet times the calibration's factor.
         """
         factor = kl_factor(self.scores)
-        try:
-            samples = sum_of_samples(parts)
-            stderr = stderr_of_sum(parts) if samples is None else stderr_of_mean(samples)
-            objective = math.fsum(part.loss for part in parts)
-        except OverflowError:
-            stderr = objective = math.inf
+        samples = sum_of_samples(parts)
+        stderr = stderr_of_sum(parts) if samples is None else stderr_of_mean(samples)
+        objective = total(part.loss for part in parts)
         kl, kl_stderr = factor * objective, None if stderr is None else factor * stderr
         if not math.isfinite(kl) or not math.isfinite(kl_stderr or 0.0):
             most = max(part.loss for part in parts)

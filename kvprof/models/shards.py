@@ -52,7 +52,6 @@ DTYPES = {
 FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 """Dtypes of plain weights; float8 is not among them: its scales stand elsewhere."""
 
-
 BEFORE_QUANTIZED = "Name the checkpoint that it was quantized from: its weights are what is measured."
 
 

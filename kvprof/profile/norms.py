@@ -71,8 +71,9 @@ def run_norms(
     with Journal(folder / "norms.journal", identity, restart) as log:
         resumed = len(log.done)
         with log.understood():
+            heads = {str(reads.layer.layer): reads.layer.kv_heads for reads in subject.projections.layers}
             for layer, entry in log.done.items():
-                _check_measured(subject, layer, entry)
+                _check_measured(layer, heads[layer], entry)
         try:
             scores = _measure(subject, progress, log.done, log.add)
         except NonFiniteWeight:
@@ -181,12 +182,11 @@ def _measure_layer(subject: _Subject, reads: LayerReads) -> dict[str, Any]:
     return {"digest": layer_digest(weights), "scores": scores.model_dump(mode="json")}
 
 
-def _check_measured(subject: _Subject, layer: str, entry: dict[str, Any]) -> None:
+def _check_measured(layer: str, heads: int, entry: dict[str, Any]) -> None:
     """Raise ValueError, or whatever reading it raises, for what `_measure_layer` has not returned."""
-    heads = {str(reads.layer.layer): reads.layer.kv_heads for reads in subject.projections.layers}
     scores = LayerScores.model_validate(entry["scores"])
     by_head = (scores.key.head_spectral_norm, scores.value.head_spectral_norm)
-    if str(scores.layer) != layer or any(norms is None or len(norms) != heads[layer] for norms in by_head):
+    if str(scores.layer) != layer or any(norms is None or len(norms) != heads for norms in by_head):
         raise ValueError(layer)
     Fingerprint().add_digest(entry["digest"])
 
