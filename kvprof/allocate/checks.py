@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from kvprof.allocate.measured import predict
+from kvprof.allocate.prediction import predict
 from kvprof.errors import KvprofError
 from kvprof.records.audit import PlanCheck
 from kvprof.records.evaluation import Evaluation

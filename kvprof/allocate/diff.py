@@ -11,22 +11,20 @@ from collections.abc import Sequence
 
 from kvprof.allocate.budget import CachedTensor, spent
 from kvprof.allocate.measured import (
-    Prediction,
     entries_of,
     measured_of,
     planned_tensors,
-    predict,
     stderr_of_mean,
     storage,
-    unscored_remark,
     window_remark,
 )
+from kvprof.allocate.prediction import Prediction, predict, unscored_remark
 from kvprof.errors import Mismatch
 from kvprof.records.comparison import Comparison, PlanCosts, SettingChange, TensorChange
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.inventory import CONTEXTS
 from kvprof.records.plan import BitPlan, TensorPlan
-from kvprof.records.scores import LOSS_INCREASE, Scores
+from kvprof.records.scores import Scores
 from kvprof.records.words import short_digest
 
 
@@ -224,8 +222,6 @@ def _predicts(plan: BitPlan) -> bool:
 
 
 def _factor(plan: BitPlan) -> float | None:
-    """Return what a plan's predicted KL is of the sum over its tensors, where it records both."""
+    """Return the calibrated factor in a plan's predicted KL; None where it has no prediction."""
     solver = plan.solver
-    if solver is None or solver.metric != LOSS_INCREASE or not solver.objective or solver.predicted_kl_nats is None:
-        return None
-    return solver.predicted_kl_nats / solver.objective
+    return None if solver is None or solver.predicted_kl_nats is None else solver.kl_factor or 1.0

@@ -21,9 +21,9 @@ from kvprof.allocate.measured import (
     check_scores_fit,
     kl_factor,
     stderr_of_mean,
-    unscored_remark,
     window_remark,
 )
+from kvprof.allocate.prediction import unscored_remark
 from kvprof.allocate.recorded import read_request
 from kvprof.errors import InvalidFile, UsageError, did_you_mean
 from kvprof.records.explanation import Explanation, Move, Offer, TensorExplanation, Verdict
