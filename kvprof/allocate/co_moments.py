@@ -4,7 +4,7 @@ Reads Scores with `loss_effects`; writes numbers in nats a token. Does not know 
 
 A plan's divergence is x' M x, x the formats that it has and M the co-moments of all formats' effects. M is known from
 few sequences: what it says of a single pair of tensors is noise, and a plan that is chosen by it exploits the noise. So
-M itself serves to predict a plan (`samples`), and what a plan is chosen by (`shrunk`) holds between two tensors the mean
+M itself serves to predict a plan (`samples`). What a plan is chosen by (`shrunk`) holds between two tensors the mean
 correlation of all pairs with these two formats, where that is positive and as far as it is no noise: errors of some
 formats push the same way in every layer. A plan is not chosen for errors that are hoped to cancel.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,6 +107,16 @@ class CoMoments:
         return found
 
 
+class _Known(NamedTuple):
+    """A format of a tensor, by its place among them: how it is stored, its name, effects and loss."""
+
+    owner: int
+    stored: Hashable
+    name: str
+    texts: Sequence[str] | None
+    loss: float
+
+
 class ScoredCoMoments(CoMoments):
     """Co-moments whose formats are looked up by tensor and format."""
 
@@ -114,42 +125,30 @@ class ScoredCoMoments(CoMoments):
         assert scores.effects is not None
         plain = scores.model_copy(update={"kl_calibration": None})
         bandwidth, tokens = scores.effects.bandwidth_blocks, scores.effects.tokens
-        columns: list[list[Floats]] = []
-        squares: list[Floats] = []
-        owners, classes, losses = [], [], []
-        names: dict[tuple[str, str], int] = {}
-        self._places: dict[tuple[int, str, Hashable], int] = {}
-
-        def add(
-            owner: int, key: tuple[int, str, Hashable], name: str, texts: Sequence[str] | None, loss: float
-        ) -> None:
-            self._places[key] = len(columns)
-            nothing = np.zeros(len(tokens)), [np.zeros(count) for count in blocks]
-            squared, series = nothing if texts is None else effects_of(texts)
-            squares.append(squared)
-            columns.append(series)
-            owners.append(owner)
-            classes.append(names.setdefault((key[1], name), len(names)))
-            losses.append(loss)
-
-        blocks = [scores.effects.blocks(place) for place in range(len(tokens))]
+        known: list[_Known] = []
         for owner, tensor in enumerate(tensors):
-            for measured in measured_formats(plain, tensor):
-                key = (tensor.layer, tensor.name, storage(measured.format, tensor.head_dim))
-                add(owner, key, measured.format.name, measured.effects, measured.loss)
-            full = (tensor.layer, tensor.name, "full")
-            if full not in self._places:
-                add(owner, full, "full", None, 0.0)
+            formats = measured_formats(plain, tensor)
+            for measured in formats:
+                stored = storage(measured.format, tensor.head_dim)
+                known.append(_Known(owner, stored, measured.format.name, measured.effects, measured.loss))
+            if not any(measured.format.is_full for measured in formats):
+                known.append(_Known(owner, "full", "full", None, 0.0))
+        self._places = {(tensors[one.owner], one.stored): place for place, one in enumerate(known)}
+        nothing = np.zeros(len(tokens)), [np.zeros(scores.effects.blocks(place)) for place in range(len(tokens))]
+        effects = [nothing if one.texts is None else effects_of(one.texts) for one in known]
         windows = [
-            long_run(np.stack([column[place] for column in columns]), bandwidth).T / np.sqrt(2 * counted)
+            long_run(np.stack([series[place] for _, series in effects]), bandwidth).T / np.sqrt(2 * counted)
             for place, counted in enumerate(tokens)
         ]
-        short = np.stack(squares) / (2 * np.array(tokens))
-        super().__init__(windows, short, owners, classes, np.array(losses))
+        short = np.stack([squares for squares, _ in effects]) / (2 * np.array(tokens))
+        names: dict[tuple[str, str], int] = {}
+        classes = [names.setdefault((tensors[one.owner].name, one.name), len(names)) for one in known]
+        owners = [one.owner for one in known]
+        super().__init__(windows, short, owners, classes, np.array([one.loss for one in known]))
 
     def place(self, tensor: CachedTensor, form: Format) -> int | None:
         """Return the place of a tensor's format; None where it was not scored."""
-        return self._places.get((tensor.layer, tensor.name, storage(form, tensor.head_dim)))
+        return self._places.get((tensor, storage(form, tensor.head_dim)))
 
 
 def has_effects(scores: Scores, tensors: Sequence[CachedTensor]) -> bool:
