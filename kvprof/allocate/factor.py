@@ -10,7 +10,7 @@ from fractions import Fraction
 
 from kvprof.allocate.budget import Limit, stored_bits_per_element
 from kvprof.allocate.measured import entries_of, planned_tensors
-from kvprof.allocate.prediction import Prediction, predict
+from kvprof.allocate.prediction import Prediction, predict, predicted_kl
 from kvprof.allocate.problem import ExactProblem
 from kvprof.errors import InvalidFile, Mismatch
 from kvprof.records.audit import ForetoldPlan
@@ -56,25 +56,18 @@ def foretell(scores: Scores, plans: Mapping[str, BitPlan]) -> list[ForetoldPlan]
         if prediction.kl_nats is None:
             raise InvalidFile(_unscored(name, prediction))
         tensors = planned_tensors(plan, scores.geometry)
-        more = _selected(plan, scores, prediction.kl_nats)
+        whole = predicted_kl(plan, plain) or prediction.kl_nats
+        more = whole / prediction.kl_nats if prediction.kl_nats else 1.0
         found.append(
             ForetoldPlan(
                 name=name,
                 plan=plan,
                 stored_bits=float(stored_bits_per_element(tensors, entries_of(plan, tensors))),
-                predicted_nats=more * prediction.kl_nats,
+                predicted_nats=whole,
                 samples=None if prediction.samples is None else tuple(more * sample for sample in prediction.samples),
             )
         )
     return found
-
-
-def _selected(plan: BitPlan, scores: Scores, kl_nats: float) -> float:
-    """Return what a prediction is to be multiplied by for a plan that these very scores chose."""
-    solver = plan.solver
-    if solver is None or solver.selection_nats is None or not kl_nats or plan.scores_digest != scores.digest:
-        return 1.0
-    return 1 + solver.selection_nats / (solver.kl_factor or 1.0) / kl_nats
 
 
 def _unscored(name: str, prediction: Prediction) -> str:

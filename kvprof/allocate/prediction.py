@@ -62,6 +62,19 @@ def predict(plan: BitPlan, scores: Scores) -> Prediction:
     )
 
 
+def predicted_kl(plan: BitPlan, scores: Scores) -> float | None:
+    """Return the KL that scores predict of a plan, in nats a token; None where one of its formats was not scored.
+
+    Of a plan that these very scores chose, what the choice made of their noise is in it. Raises as `predict` does.
+    """
+    found, solver = predict(plan, scores).kl_nats, plan.solver
+    chosen = solver is not None and solver.selection_nats is not None and plan.scores_digest == scores.digest
+    if found is None or not chosen:
+        return found
+    assert solver is not None
+    return found + (solver.selection_nats or 0.0) * kl_factor(scores) / (solver.kl_factor or 1.0)
+
+
 def prediction_of(parts: Sequence[Measured], effects: EffectBlocks | None, factor: float) -> Prediction:
     """Return what tensors stored in these formats cost together.
 

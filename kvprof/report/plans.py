@@ -106,7 +106,13 @@ def kl_text(kl: float, stderr: float | None) -> str:
 
 def restriction_lines(plan: BitPlan, unrestricted: BitPlan) -> list[str]:
     """Return what a runtime's grammar costs: a plan within it beside the best one that stores no more bits."""
-    kl, free = (each.solver.predicted_kl_nats if each.solver else None for each in (plan, unrestricted))
+    # What the choice made of noise is known of the unrestricted plan alone.
+    kl, free = (
+        None
+        if each.solver is None or each.solver.predicted_kl_nats is None
+        else each.solver.predicted_kl_nats - (each.solver.selection_nats or 0.0)
+        for each in (plan, unrestricted)
+    )
     if kl is None or free is None or plan.solver is None or unrestricted.budget is None:
         return []
     stored = unrestricted.budget.stored_bits
