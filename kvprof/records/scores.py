@@ -29,7 +29,7 @@ from kvprof.records.document import (
     Text,
     is_absent,
 )
-from kvprof.records.effects import decode
+from kvprof.records.effects import MOST_BLOCKS, decode
 from kvprof.records.formats import TENSORS, TensorName, format_named
 from kvprof.records.geometry import CacheGeometry, check_same_model
 from kvprof.records.losses import Losses, contradiction
@@ -142,7 +142,7 @@ class EffectBlocks(Record):
 
     block_tokens: Positive
     """Positions of a block; the last one of a sequence may have fewer."""
-    bandwidth_blocks: Positive
+    bandwidth_blocks: Annotated[int, Field(strict=True, ge=1, le=MOST_BLOCKS)]
     """Products of blocks k apart weigh 1 - k / bandwidth_blocks."""
     tokens: tuple[Positive, ...]
     """Positions that counted, of each sequence."""

@@ -147,6 +147,11 @@ def prediction_lines(plan: BitPlan, scores: Scores, best_pair: tuple[str, float]
             f"the prediction speaks of text like {text_name(scores.calibration)}; text of another kind can be twice as "
             "hard"
         )
+    if solver.kl_factor is not None and scores.kl_calibration is not None:
+        lines.append(
+            f"it is fitted to {counted(scores.kl_calibration.plans, 'plan')} measured on "
+            f"{counted(scores.kl_calibration.sequences, 'sequence')} of that text"
+        )
     if solver.selection_nats is not None:
         lines.append(
             f"{solver.selection_nats:.3g} nats of it are for the plan having been chosen by the sequences that predict "
