@@ -215,8 +215,8 @@ def _solved(plan: BitPlan, scores: Scores) -> Iterator[Check]:
     yield compared("optimality", _optimality(plan.solver), _optimality(solved.solver))
     if plan.solver is not None and plan.solver.selection_nats is not None and solved.solver is not None:
         for words, field in (
-            ("share of selection", "selection_nats"),
-            ("standard error of the predicted KL", "predicted_kl_stderr_nats"),
+            ("selection", "selection_nats"),
+            ("its standard error", "predicted_kl_stderr_nats"),
         ):
             yield compared(words, getattr(plan.solver, field), getattr(solved.solver, field))
 
