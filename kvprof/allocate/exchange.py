@@ -7,11 +7,12 @@ selection passes. Does not know what an item is: no layers, no bits, no units.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvprof.allocate.solver import Solution, solve
+from kvprof.allocate.solver import Knapsack, Solution
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -44,18 +45,20 @@ class QuadraticKnapsack:
         return float(self._pairs[np.ix_(places, places)].sum())
 
     def improve(self, start: Solution, others: Sequence[Sequence[int]], capacity: int) -> Solution:
-        """Return the best selection that exchange finds from a solution, and from other selections that fit.
+        """Return the best selection that exchange finds from a solution, and from others that fit and lose less.
 
         start: of the knapsack whose losses add up. Returns a solution that loses no more than any of these.
         """
-        found = [self._exchanged(self._starts + np.asarray(choices), capacity) for choices in (start.choices, *others)]
-        places = min(found, key=lambda places: float(self._pairs[np.ix_(places, places)].sum()))
-        choices = tuple(int(place) for place in places - self._starts)
-        loss = self.loss(choices)
-        cost = int(self._costs[places].sum())
-        return Solution(choices, cost, loss, min(loss, self._bound(capacity)))
+        best = self._exchanged(start.choices, capacity)
+        for other in others:
+            if self.loss(other) < self.loss(best):
+                best = self._exchanged(other, capacity)
+        loss = self.loss(best)
+        return Solution(best, sum(item[at][0] for item, at in zip(self._items, best, strict=True)), loss,
+                        min(loss, self._bound(capacity)))  # fmt: skip
 
-    def _exchanged(self, places: Ints, capacity: int) -> Ints:
+    def _exchanged(self, choices: Sequence[int], capacity: int) -> tuple[int, ...]:
+        places = self._starts + np.asarray(choices)
         keep = self._tried.copy()
         keep[places] = True
         kept = np.flatnonzero(keep)
@@ -76,7 +79,7 @@ class QuadraticKnapsack:
             one, two = int(single.argmin()), int(both.argmin())
             least = min(float(single[one]), float(both.flat[two]))
             if not least < -IMPROVES * abs(float(slopes[picks].sum())):
-                return kept[picks]
+                return tuple((kept[picks] - self._starts).tolist())
             for place in (one,) if single[one] <= least else divmod(two, len(kept)):
                 picks[owners[place]] = place
 
@@ -85,6 +88,12 @@ class QuadraticKnapsack:
 
         Source: P. C. Gilmore (1962) and E. L. Lawler (1963), on quadratic assignment.
         """
+        floor, apart = self._apart
+        return floor + apart.solve(capacity).lower_bound
+
+    @cached_property
+    def _apart(self) -> tuple[float, Knapsack]:
+        """What all selections lose at least, and the knapsack of what is above it, its losses adding up."""
         least = np.minimum.reduceat(self._pairs, self._starts, axis=1)  # (C, items)
         least[np.arange(len(least)), self._owners] = 0.0
         losses = np.diag(self._pairs) + least.sum(axis=1)
@@ -94,7 +103,8 @@ class QuadraticKnapsack:
             [(cost, float(above[first + place])) for place, (cost, _) in enumerate(item)]
             for first, item in zip(self._starts, self._items, strict=True)
         ]
-        return float(floors.sum()) + solve(items, capacity).lower_bound
+        dearest = sum(max(cost for cost, _ in item) for item in items)
+        return float(floors.sum()), Knapsack(items, dearest)
 
 
 def _near(item: Sequence[tuple[int, float]]) -> list[bool]:

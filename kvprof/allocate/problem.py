@@ -20,7 +20,7 @@ from kvprof.allocate.exchange import Floats, QuadraticKnapsack
 from kvprof.allocate.measured import Measured, kl_factor
 from kvprof.allocate.prediction import prediction_of
 from kvprof.allocate.pricing import Prices, check_reach, price
-from kvprof.allocate.solver import Solution, solve
+from kvprof.allocate.solver import Knapsack, Solution, solve
 from kvprof.allocate.task import PlanTask, Selection
 from kvprof.errors import InvalidFile, UsageError, did_you_mean
 from kvprof.records.formats import TENSORS
@@ -32,8 +32,6 @@ FOLDS = 4
 """Parts of the sequences that are left out in turn."""
 FEWEST_FOLDS = 4
 """Sequences that a plan can be cross-fitted with."""
-PAIRS = 3
-"""Uniform pairs that a search starts from besides the best plan of the tensors' own losses."""
 
 
 class _Item(NamedTuple):
@@ -48,8 +46,7 @@ class _Fold(NamedTuple):
 
     left_out: list[int]
     rest: list[int]
-    items: list[list[tuple[int, float]]]
-    quadratic: QuadraticKnapsack
+    knapsack: Knapsack
 
 
 class ExactProblem:
@@ -132,8 +129,8 @@ class ExactProblem:
             return None
         moments, more = self.task.co_moments, []
         assert moments is not None
-        for left_out, rest, items, quadratic in self._folds:
-            found = quadratic.improve(solve(items, capacity), [], capacity)
+        for left_out, rest, knapsack in self._folds:
+            found = knapsack.solve(capacity)
             samples = moments.samples(self._places_of(found))
             more.append(float(samples[left_out].mean() - samples[rest].mean()))
         mean = fmean(more)
@@ -226,10 +223,11 @@ class ExactProblem:
             left_out = sorted(by_source[fold::FOLDS])
             rest = [place for place in range(moments.sequences) if place not in left_out]
             losses = moments.losses(rest)
-            pairs = self._joined(moments.shrunk_of(rest, losses))
-            alone = iter(np.diag(pairs).tolist())
-            items = [[(cost, next(alone)) for cost, _ in item] for item in self.items]
-            folds.append(_Fold(left_out, rest, items, QuadraticKnapsack(items, pairs)))
+            items = [
+                [(cost, float(losses[places].sum())) for (cost, _), places in zip(item, row, strict=True)]
+                for item, row in zip(self.items, self._places, strict=True)
+            ]
+            folds.append(_Fold(left_out, rest, Knapsack(items, self.dearest)))
         return folds
 
     @cached_property
@@ -260,10 +258,14 @@ class ExactProblem:
         return found
 
     def _pairs_within(self, capacity: int) -> list[list[int]]:
-        """Return the pairs that fit and are predicted to lose the least, at most PAIRS of them."""
+        """Return the pair that fits and is predicted to lose the least, where there is one."""
+        return next(([choices] for _, cost, choices in self._ranked if cost <= capacity), [])
+
+    @cached_property
+    def _ranked(self) -> list[tuple[float, int, list[int]]]:
+        """What each uniform pair loses and costs, with its choices; the one that loses the least first."""
         assert self._quadratic is not None
-        fitting = [choices for _, choices in self._uniform if self._cost(choices) <= capacity]
-        return sorted(fitting, key=self._quadratic.loss)[:PAIRS]
+        return sorted((self._quadratic.loss(choices), self._cost(choices), choices) for _, choices in self._uniform)
 
     def best_pair(self, capacity: int) -> tuple[str, float] | None:
         """Return the best uniform pair that fits, as `int3g64/rot2`, and the nats a token that it is predicted to lose.
