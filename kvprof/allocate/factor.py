@@ -64,7 +64,9 @@ def foretell(scores: Scores, plans: Mapping[str, BitPlan]) -> list[ForetoldPlan]
                 plan=plan,
                 stored_bits=float(stored_bits_per_element(tensors, entries_of(plan, tensors))),
                 predicted_nats=whole,
-                samples=None if prediction.samples is None else tuple(more * sample for sample in prediction.samples),
+                samples=None
+                if prediction.by_sequence is None
+                else tuple(more * nats for nats in prediction.by_sequence),
             )
         )
     return found

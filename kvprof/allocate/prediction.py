@@ -37,6 +37,8 @@ class Prediction:
     """Its standard error over sequences, where known."""
     samples: tuple[float, ...] | None
     """Each sequence's own, where every tensor has them."""
+    by_sequence: tuple[float, ...] | None
+    """The same mean, dealt to the sequences by what their tensors lose each alone: less noisy than `samples`."""
     unscored: tuple[tuple[CachedTensor, TensorPlan], ...]
     """The tensors whose format was not scored."""
 
@@ -56,7 +58,7 @@ def predict(plan: BitPlan, scores: Scores) -> Prediction:
     ]
     unscored = tuple((tensor, entry) for tensor, entry, measured in found if measured is None)
     if unscored:
-        return Prediction(None, None, None, unscored)
+        return Prediction(None, None, None, None, unscored)
     return prediction_of(
         [measured for _, _, measured in found if measured is not None], scores.effects, kl_factor(scores)
     )
@@ -81,14 +83,17 @@ def prediction_of(parts: Sequence[Measured], effects: EffectBlocks | None, facto
     parts: with the factor in their losses, not in their effects. effects: how the latter were added up, None where they
     are unknown.
     """
+    summed = sum_of_samples(parts)
     if effects is not None and all(part.effects is not None or part.format.is_full for part in parts):
         samples = tuple(factor * sample for sample in coherent_samples(parts, effects))
-        return Prediction(fmean(samples), stderr_of_mean(samples), samples, ())
-    summed = sum_of_samples(parts)
+        nats, alone = fmean(samples), fmean(summed) if summed else 0.0
+        dealt = tuple(nats * one / alone for one in summed) if summed and alone else samples
+        return Prediction(nats, stderr_of_mean(samples), samples, dealt, ())
     return Prediction(
         kl_nats=total(part.loss for part in parts),
         stderr=stderr_of_sum(parts) if summed is None else stderr_of_mean(summed),
         samples=summed,
+        by_sequence=summed,
         unscored=(),
     )
 
