@@ -21,8 +21,7 @@ from kvprof.allocate.measured import (
 from kvprof.allocate.prediction import Prediction, predict, unscored_remark
 from kvprof.errors import Mismatch
 from kvprof.records.comparison import Comparison, PlanCosts, SettingChange, TensorChange
-from kvprof.records.geometry import CacheGeometry
-from kvprof.records.inventory import CONTEXTS
+from kvprof.records.geometry import CacheGeometry, KVLayer
 from kvprof.records.plan import BitPlan, TensorPlan
 from kvprof.records.scores import Scores
 from kvprof.records.words import short_digest
@@ -141,7 +140,7 @@ def _costs(
         nominal_bits=cost.nominal_bits,
         stored_bits=cost.stored_bits,
         bytes_per_token=cost.bytes_per_token,
-        bytes_at=None if geometry is None else {context: shaped.bytes_at(context) for context in CONTEXTS},
+        bytes_at=None if geometry is None else {context: shaped.bytes_at(context) for context in geometry.contexts},
         predicted_kl_nats=predicted,
         predicted_kl_stderr_nats=stderr,
     )
@@ -209,12 +208,16 @@ def _stale_remarks(
     again = "so one was edited since; --scores FILE counts them anew"
     for plan, cost in zip(plans, costs, strict=True):
         # Its own bits were averaged over its own shapes, which need not be those that both are counted with here.
-        recorded = plan.budget.stored_bits if plan.budget and plan.geometry == geometry else None
+        recorded = plan.budget.stored_bits if plan.budget and _shapes(plan.geometry) == _shapes(geometry) else None
         if _predicts(plan) and recorded is not None and not math.isclose(recorded, cost.stored_bits, rel_tol=1e-9):
             return [f"{cost.name} records {recorded:.4g} stored bits but has {cost.stored_bits:.4g}, {again}"]
     if moved and _predicts(plans[0]) and costs[0].predicted_kl_nats == costs[1].predicted_kl_nats:
         return [f"both plans record the same predicted KL though tensors moved, {again}"]
     return []
+
+
+def _shapes(geometry: CacheGeometry | None) -> tuple[KVLayer, ...] | None:
+    return None if geometry is None else geometry.layers
 
 
 def _predicts(plan: BitPlan) -> bool:

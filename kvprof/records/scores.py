@@ -84,6 +84,8 @@ class CalibrationInfo(SparseRecord):
     """Then, for each sequence, the place of its text among `sources`."""
     sequence_fingerprints: tuple[Text, ...] | None = None
     """Of each sequence's token ids: what two measurements read alike can be compared alone."""
+    begins_with: tuple[Text, ...] | None = None
+    """The tokens that every sequence begins with, as the tokenizer begins a text; empty where it adds none."""
 
     @model_validator(mode="after")
     def _each_sequence_is_known(self) -> Self:

@@ -9,11 +9,10 @@ from kvprof.errors import UsageError
 from kvprof.records.foreign import FOREIGN
 from kvprof.records.formats import TENSORS, format_named
 from kvprof.records.geometry import bytes_text
-from kvprof.records.inventory import CONTEXTS
 from kvprof.records.plan import BitPlan, Solver, TensorPlan, Window
 from kvprof.records.scores import LOSS_INCREASE, CalibrationInfo, Scores
 from kvprof.records.stability import Stability
-from kvprof.records.words import counted
+from kvprof.records.words import context_text, counted
 from kvprof.report.console import Table, print_plain
 from kvprof.report.sentences import score_remarks
 
@@ -62,10 +61,10 @@ def plan_lines(plan: BitPlan) -> list[str]:
     last = f"the last {window.recent_tokens}{'' if first else ' tokens'}" if window.recent_tokens else ""
     lines.append("in full precision: " + (" and ".join(part for part in (first, last) if part) or "no token"))
     if plan.geometry is not None:
-        for context in CONTEXTS:
+        for context in plan.geometry.contexts:
             planned, full = plan.bytes_at(context), plan.geometry.bytes_at(context)
             smaller = f"{full / planned:.2f} times smaller than {plan.geometry.dtype}" if planned else ""
-            lines.append(f"{context // 1024}k context: {bytes_text(planned)}, {smaller}")
+            lines.append(f"{context_text(context)} context: {bytes_text(planned)}, {smaller}")
     predicted = prediction_text(plan)
     if predicted is not None:
         lines.append(predicted)
