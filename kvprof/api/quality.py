@@ -1,4 +1,4 @@
-"""evaluate as a function: what a plan costs in quality, beside rivals that store as much.
+"""evaluate as a function: what a plan costs in quality, beside rivals that store no more.
 
 Reads a plan, a model and text; returns an Evaluation. Writes files only where a folder is named.
 """
@@ -72,7 +72,7 @@ def evaluate(
     """Measure how far a plan's cache moves the model's predictions on held-out text, as `kvprof evaluate` does.
 
     plan: a BitPlan, or its file. model: as `norms` takes it, by default the plan's own; of a loaded one, tokenizer.
-    against: further plans, by name or as files. rivals: compare with published rules at the same stored bits; they need
+    against: further plans, by name or as files. rivals: compare with published rules that store no more bits; they need
     norms and gradients, read from `out`, from beside the plan's file or from the model's folder in `outputs` where they
     are there and fit, else measured first. check: raise NotBetter unless the plan beats all that store no more bits.
     exact: token by token through the packed cache. sequence_length: tokens; 512 by default. measure_from: the first

@@ -1,4 +1,4 @@
-"""The command that measures what a plan costs in quality, beside rivals that store as much."""
+"""The command that measures what a plan costs in quality, beside rivals that store no more."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def evaluate(
         typer.Option("--check", help="Exit with 5 unless the plan beats all that store no more bits, by mean KL."),
     ] = False,
     rivals: Annotated[
-        bool, typer.Option("--rivals/--no-rivals", help="Compare with published rules at the same stored bits.")
+        bool, typer.Option("--rivals/--no-rivals", help="Compare with published rules that store no more.")
     ] = True,
     exact: Annotated[
         bool, typer.Option("--exact", help="Token by token through the packed cache; the same numbers, far slower.")
