@@ -42,7 +42,7 @@ together. It decides nothing about bits. The files of this room, in the order th
       explain     why a tensor has the format that it has
       diff        two plans side by side
       pairs       uniform plans to beat
-      rivals      all plans that a plan must beat at the same stored bits
+      rivals      all plans that a plan must beat at no more stored bits
     scores and predictions held against measurements
       factor      plans to calibrate with, and what is foretold of them
       ranks       Spearman's rank correlation

@@ -1,4 +1,4 @@
-"""The plans that a plan must beat at the same stored bits: plain pairs of formats, the published rules, and chance.
+"""The plans that a plan must beat at no more stored bits: plain pairs of formats, the published rules, and chance.
 
 Reads a BitPlan with its geometry, and Scores; writes BitPlans. Does not know how good any of them is.
 """
@@ -26,6 +26,8 @@ from kvprof.records.scores import Scores
 GREEDY_BITS = (2, 3, 4, 6, 8)
 """What norm-greedy chooses from: without 1 bit it does far better, so that with it the rival would be made of straw."""
 GROUP_SIZES = (32, 64, 128)
+WIDER_GROUPS = (256, 512, 1024)
+"""Tried where a rule cannot be as cheap as the plan with the usual ones."""
 
 
 def rival_plans(
@@ -42,8 +44,9 @@ def rival_plans(
     "spectral, as published"  the greedy rule's plan without sinks; and so "frobenius, as published"
 
     All have the plan's window, recent fractions and quantizer, and store at most its bits an element, counted exactly,
-    and as many of them as the rule can spend. Where a rule cannot be as cheap as the plan, its cheapest plan stands.
-    As published, KVmix has more bits than the plan or fewer.
+    and as many of them as the rule can spend. Where a rule cannot be as cheap as the plan, even with WIDER_GROUPS, its
+    cheapest plan stands: it stores more, and `Evaluation.comparable` leaves it out. As published, KVmix has more bits
+    than the plan or fewer.
     norms: with `spectral_norm` and `frobenius_norm`. gradients: with `gradient_norm`, and `loss_increase` to tell which
     uniform pairs are worth a measurement. seed: of "random".
     Raises KvprofError for a plan without a geometry, Mismatch for scores of another model, InvalidFile for scores that
@@ -133,7 +136,11 @@ def _kvmix(contest: _Contest, gradients: Scores) -> BitPlan:
         return contest.bits_of(contest.formats_of(plan))
 
     plans = []
-    for group_size in GROUP_SIZES:  # each top layer adds bits
+    for group_size in (*GROUP_SIZES, *WIDER_GROUPS):  # each top layer adds bits
+        if group_size in WIDER_GROUPS and (
+            min(map(bits, plans)) <= contest.allowed_bits or bits(made(0, group_size)) > contest.allowed_bits
+        ):
+            continue
         allowed = bisect_right(range(layers + 1), contest.allowed_bits, key=lambda top: bits(made(top, group_size)))
         plans.append(made(max(allowed - 1, 0), group_size))
     nearest = min(plans, key=lambda plan: contest.distance(bits(plan)))
@@ -155,7 +162,7 @@ def _norm_greedy(contest: _Contest, norms: Scores, metric: str) -> BitPlan:
     """Return the greedy rule's plan within the plan's stored bits.
 
     It has GREEDY_BITS, and groups of the size that most of the plan's keys have; where that is too dear, larger groups,
-    and then all widths.
+    then all widths, and then WIDER_GROUPS.
     """
     scores = contest.scores(norms)
     entries = [entry.key for entry in contest.plan.layers]
@@ -164,6 +171,7 @@ def _norm_greedy(contest: _Contest, norms: Scores, metric: str) -> BitPlan:
     groups = sorted({usual, *(size for size in GROUP_SIZES if size > usual)})
     options: list[tuple[tuple[int, ...], int]] = [(GREEDY_BITS, size) for size in groups]
     options += [((*CODE_BITS, FULL_BITS), size) for size in reversed(groups)]
+    wider = [((*CODE_BITS, FULL_BITS), size) for size in WIDER_GROUPS if size > max(groups)]
 
     def reached(option: tuple[tuple[int, ...], int]) -> Fraction:
         """Return the stored bits nearest to those allowed that a plan of these widths and groups can have."""
@@ -178,6 +186,7 @@ def _norm_greedy(contest: _Contest, norms: Scores, metric: str) -> BitPlan:
         low, high = (sum(cost[end] for cost in costs) / Fraction(contest.width) for end in (0, -1))
         return min(max(contest.allowed_bits, low), high)
 
+    options += [option for option in wider if reached(option) <= contest.allowed_bits]
     widths, group_size = best = min(options, key=lambda option: contest.distance(reached(option)))
     limit = Limit(reached(best), "stored")
     found = norm_greedy(scores, limit, metric=metric, bits=widths, group_size=group_size, window=contest.plan.window)

@@ -1,4 +1,4 @@
-"""evaluate as a function: what a plan costs in quality, beside rivals that store as much.
+"""evaluate as a function: what a plan costs in quality, beside rivals that store no more.
 
 Reads a plan, a model and text; returns an Evaluation. Writes files only where a folder is named.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from kvprof.api.given import (
     silent,
     word,
 )
-from kvprof.errors import InvalidFile, Mismatch, NotBetter, UsageError, first_line
+from kvprof.errors import NotBetter, UsageError
 from kvprof.records.evaluation import Evaluation
 from kvprof.records.files import short_names
 from kvprof.records.plan import BitPlan
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from kvprof.evaluate.evaluation import Rival
     from kvprof.models.load import ModelSource
     from kvprof.profile.request import SensitivitySettings
-    from kvprof.records.geometry import CacheGeometry
 
 Plan = BitPlan | str | Path
 
@@ -72,11 +72,12 @@ def evaluate(
     """Measure how far a plan's cache moves the model's predictions on held-out text, as `kvprof evaluate` does.
 
     plan: a BitPlan, or its file. model: as `norms` takes it, by default the plan's own; of a loaded one, tokenizer.
-    against: further plans, by name or as files. rivals: compare with published rules at the same stored bits; they need
-    norms and gradients, read from `out` where they are there and fit, else measured first. check: raise NotBetter
-    unless the plan beats all that store no more bits. exact: token by token through the packed cache. sequence_length:
-    tokens; 512 by default. measure_from: the first position that counts. The rest is named as the command's options
-    are. out: a folder for evaluation.json and its journal, and for what the rivals need; without it nothing is written.
+    against: further plans, by name or as files. rivals: compare with published rules that store no more bits; they need
+    norms and gradients, read from `out`, from beside the plan's file or from the model's folder in `outputs` where they
+    are there and fit, else measured first. check: raise NotBetter unless the plan beats all that store no more bits.
+    exact: token by token through the packed cache. sequence_length: tokens; 512 by default. measure_from: the first
+    position that counts. The rest is named as the command's options are. out: a folder for evaluation.json and its
+    journal, and for what the rivals need; without it nothing is written.
     progress: called with (forwards done, forwards in all) of the evaluation itself.
     Returns an Evaluation: of each plan KL divergence in nats a token with its standard error, top-1 agreement,
     perplexity, stored bits; every number against the same model with its cache in full precision.
@@ -121,7 +122,8 @@ def evaluate(
             check_request(source, [(name, found), *further], settings, compares=check)
         if rivals:
             measuring = SensitivitySettings(dtype=dtype, device=device, stream=stream)
-            published = published_rivals(found, source, folder, measuring, restart)
+            path = Path(plan) if isinstance(plan, str | Path) else None
+            published = published_rivals(found, path, source, folder, measuring, restart)
         run = run_evaluation(source, found, settings, folder, published, further, name, restart, progress or silent)
     remark(run.remarks)
     if check:
@@ -141,53 +143,79 @@ def require_better(evaluation: Evaluation) -> None:
 
 def published_rivals(
     plan: BitPlan,
+    path: Path | None,
     source: ModelSource,
     folder: Path,
     measuring: SensitivitySettings,
     restart: bool,
     bar: Callable[[str, str], AbstractContextManager[Progress]] = lambda title, unit: nullcontext(silent),
 ) -> list[Rival]:
-    """Return the published rules' plans at the plan's stored bits, from scores in the folder or measured now.
+    """Return the published rules' plans at the plan's stored bits, from scores that are there, else measured now.
 
-    plan: known to be the model's. restart: measure gradients anew too, where a run of theirs was stopped. bar: makes
-    what is told of each measurement's progress, of its title and its unit.
+    plan: known to be the model's. path: its file, where it has one. folder: for what is measured now. restart: measure
+    gradients anew too, where a run of theirs was stopped. bar: makes what is told of each measurement's progress, of
+    its title and its unit.
     """
-    from kvprof.allocate.rivals import rival_plans
-    from kvprof.evaluate.evaluation import Rival
-    from kvprof.models.identity import checkpoint_fingerprint
-    from kvprof.models.inventory import take_inventory
-    from kvprof.models.load import load_config
     from kvprof.profile.norms import run_norms
     from kvprof.profile.sensitivity import run_sensitivity
 
-    geometry = take_inventory(load_config(source), source.id).geometry
-    fingerprint = plan.model.fingerprint or checkpoint_fingerprint(source, geometry)
-    norms = _fitting(folder / "norms.json", ("spectral_norm", "frobenius_norm"), geometry, fingerprint)
+    found = find_rival_scores(plan, path, source, folder)
+    norms, gradients = found.norms, found.gradients
     if norms is None:
         with bar("norms", "bytes") as advance:
             norms = run_norms(source, folder, restart, advance).scores
-    gradients = _fitting(folder / "gradients.json", ("gradient_norm",), geometry, fingerprint)
     if gradients is None:
         with bar("gradients", "sequences") as advance:
             gradients = run_sensitivity(source, measuring, folder, restart, advance).scores
-    whole = plan if plan.geometry is not None else plan.model_copy(update={"geometry": geometry})
-    return [Rival(name, candidates) for name, candidates in rival_plans(whole, norms, gradients)]
+    return found.rivals(norms, gradients)
 
 
-def _fitting(path: Path, metrics: Sequence[str], geometry: CacheGeometry, fingerprint: str) -> Scores | None:
-    """Return the scores in a file where they are of this model; else say that they are measured now."""
-    why = f"there is no {path}"
-    if path.exists():
-        try:
-            scores = Scores.load(path)
-            scores.check_fits(geometry, fingerprint)
-            if set(metrics) <= set(scores.metrics):
-                return scores
-            why = f"{path} has no {', '.join(metrics)}"
-        except (InvalidFile, Mismatch) as error:
-            why = first_line(error)
-    logger.info("%s: the rivals need %s, measured now", why, path.stem)
-    return None
+@dataclass(frozen=True)
+class RivalScores:
+    """The scores that a plan's rivals are made from; None for those that are to be measured."""
+
+    plan: BitPlan
+    norms: Scores | None
+    gradients: Scores | None
+
+    def rivals(self, norms: Scores, gradients: Scores) -> list[Rival]:
+        """Return the rivals that these scores make."""
+        from kvprof.allocate.rivals import rival_plans
+        from kvprof.evaluate.evaluation import Rival
+
+        return [Rival(name, candidates) for name, candidates in rival_plans(self.plan, norms, gradients)]
+
+
+def find_rival_scores(plan: BitPlan, path: Path | None, source: ModelSource, folder: Path) -> RivalScores:
+    """Find the scores that a plan's rivals need, and say which files they are in; the arguments as above.
+
+    They are looked for in the folder, beside the plan, and where a model's results go by default. The gradients that
+    the plan was made from come before others.
+    """
+    from kvprof.models.identity import checkpoint_fingerprint
+    from kvprof.models.inventory import take_inventory
+    from kvprof.models.load import load_config
+    from kvprof.records.provenance import find_fitting
+    from kvprof.records.runs import OUTPUTS, slug
+
+    geometry = take_inventory(load_config(source), source.id).geometry
+    fingerprint = plan.model.fingerprint or checkpoint_fingerprint(source, geometry)
+    ids = dict.fromkeys(name for name in (source.id, plan.model.id) if name is not None)
+    folders = [folder, *([] if path is None else [path.parent]), *(OUTPUTS / slug(name) for name in ids)]
+
+    def find(name: str, *metrics: str) -> Scores | None:
+        found, why = find_fitting(f"{name}.json", metrics, plan, folders, geometry, fingerprint)
+        if found is None:
+            logger.info("%s: the rivals need %s, measured now", why or f"there is no {folder / name}.json", name)
+            return None
+        logger.info("the rivals take their %s from %s", name, found[0])
+        return found[1]
+
+    return RivalScores(
+        plan if plan.geometry is not None else plan.model_copy(update={"geometry": geometry}),
+        find("norms", "spectral_norm", "frobenius_norm"),
+        find("gradients", "gradient_norm"),
+    )
 
 
 def _named(plan: Plan, against: Mapping[str, Plan] | Plan | Sequence[Plan]) -> list[tuple[str, BitPlan]]:

@@ -1,4 +1,4 @@
-"""The command that measures what a plan costs in quality, beside rivals that store as much."""
+"""The command that measures what a plan costs in quality, beside rivals that store no more."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def evaluate(
         typer.Option("--check", help="Exit with 5 unless the plan beats all that store no more bits, by mean KL."),
     ] = False,
     rivals: Annotated[
-        bool, typer.Option("--rivals/--no-rivals", help="Compare with published rules at the same stored bits.")
+        bool, typer.Option("--rivals/--no-rivals", help="Compare with published rules that store no more.")
     ] = True,
     exact: Annotated[
         bool, typer.Option("--exact", help="Token by token through the packed cache; the same numbers, far slower.")
@@ -77,7 +77,7 @@ def evaluate(
     restart: Restart = False,
 ) -> None:
     """What does the plan cost in quality? KL, top-1 and perplexity on held-out text, beside rivals of equal size."""
-    from kvprof.api.quality import published_rivals, require_better
+    from kvprof.api.quality import find_rival_scores, published_rivals, require_better
     from kvprof.calibration.text import BUILTIN
     from kvprof.errors import UsageError
     from kvprof.evaluate.evaluation import EvaluationSettings, check_request, run_evaluation
@@ -114,9 +114,13 @@ def evaluate(
     measuring = SensitivitySettings(dtype=dtype, device=device, stream=stream)
     published = []
     if rivals and not dry_run:
-        published = published_rivals(found, source, folder, measuring, restart, progress)
+        published = published_rivals(found, plan, source, folder, measuring, restart, progress)
     if rivals and dry_run:
-        print_note("rivals are not counted: they take about nine forwards a sequence more")
+        ready = find_rival_scores(found, plan, source, folder)
+        if ready.norms is not None and ready.gradients is not None:
+            published = ready.rivals(ready.norms, ready.gradients)
+        else:
+            print_note("rivals are not counted: their scores are measured first, then nine forwards a sequence more")
     watch = Watch(dry_run)
     with watch.over(device), progress("evaluate", "forwards") as advance:
         writing = advance.beside("writing text", "tokens")

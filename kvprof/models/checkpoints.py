@@ -6,6 +6,7 @@ Reads safetensors and GGUF files, one tensor at a time. Does not know which tens
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from kvprof.errors import ModelError
-from kvprof.models.gguf_header import check_gguf
+from kvprof.models.gguf_header import GGUFTensor, check_gguf
 from kvprof.models.load import need_gguf
 from kvprof.models.opening import read_headers
 
@@ -92,17 +93,13 @@ class GGUFCheckpoint:
 
     def __init__(self, path: Path, config: PretrainedConfig) -> None:
         need_gguf()
-        check_gguf(path)
-        from gguf import GGUFReader
-
-        try:
-            reader = GGUFReader(path)
-            architecture = reader.fields["general.architecture"].contents()
-        except (ValueError, KeyError, IndexError, OSError, TypeError) as error:
-            raise ModelError(f"{path} is not a readable GGUF file: {error}.") from None
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        header = check_gguf(path)
+        if header.architecture is None:
+            raise ModelError(f"{path} is not a readable GGUF file: it has no general.architecture.")
+        self._path = path
+        self._tensors = header.tensors
         # llama.cpp stores the rows of rotary K heads pairwise interleaved, for the architectures it calls `llama`.
-        self._kv_heads = config.num_key_value_heads if architecture == "llama" else None
+        self._kv_heads = config.num_key_value_heads if header.architecture == "llama" else None
 
     @property
     def names(self) -> list[str]:
@@ -111,7 +108,7 @@ class GGUFCheckpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape, outermost dimension first."""
-        return tuple(int(size) for size in reversed(self._tensors[name].shape))
+        return tuple(reversed(self._tensors[name].shape))
 
     def dtype(self, name: str) -> str:
         """Return what every tensor is dequantized to."""
@@ -119,22 +116,39 @@ class GGUFCheckpoint:
 
     def stored_bytes(self, name: str, rows: Runs | None = None) -> int:
         """Return how many bytes of the file a tensor, or some of its rows, takes as it is stored."""
-        return share_of_rows(int(self._tensors[name].data.nbytes), self, name, rows)
+        tensor = self._tensors[name]
+        return share_of_rows(tensor.stop_byte - tensor.start_byte, self, name, rows)
 
     def read(self, name: str, rows: Runs | None = None) -> Tensor:
         """Read one tensor, or some of its rows, as float32."""
-        from gguf import dequantize
+        from gguf import GGMLQuantizationType, dequantize
 
-        tensor = self._tensors[name]
+        tensor, shape = self._tensors[name], self.shape(name)
         reordered = self._kv_heads is not None and ".attn_k." in name
         # Of reordered rows, those that are asked for stand elsewhere in the file.
-        stored = tensor.data if rows is None or reordered else np.concatenate([tensor.data[i:j] for i, j in rows])
-        array = dequantize(stored, tensor.tensor_type).astype(np.float32).reshape(-1, *self.shape(name)[1:])
+        part = None if reordered else rows
+        kind = GGMLQuantizationType(tensor.type)
+        try:
+            array = dequantize(self._stored(tensor, shape, part), kind).astype(np.float32).reshape(-1, *shape[1:])
+        except NotImplementedError:
+            raise ModelError(f"{self._path}: {name} is stored as {kind.name}, which cannot be read.") from None
         if reordered:
             pairs = array.reshape(self._kv_heads, -1, 2, *array.shape[1:])
             array = pairs.swapaxes(1, 2).reshape(array.shape)
             array = array if rows is None else np.concatenate([array[i:j] for i, j in rows])
         return torch.from_numpy(np.ascontiguousarray(array))
+
+    def _stored(self, tensor: GGUFTensor, shape: tuple[int, ...], rows: Runs | None) -> np.ndarray[Any, Any]:
+        """Return a tensor's bytes, those of each row in one, of all rows or of some."""
+        size = tensor.stop_byte - tensor.start_byte
+        mapped = np.memmap(
+            self._path, np.uint8, "r", tensor.start_byte, (math.prod(shape[:-1]), size // math.prod(shape[:-1]))
+        )
+        # Rows of the outermost dimension. In memory: the file is mapped for this read alone.
+        outer = mapped.reshape(shape[0] if len(shape) > 1 else 1, -1, mapped.shape[-1])
+        if rows is None or len(shape) < 2:
+            return np.array(mapped)
+        return np.concatenate([outer[i:j] for i, j in rows]).reshape(-1, mapped.shape[-1])
 
 
 class LiveCheckpoint:

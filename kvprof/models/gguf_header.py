@@ -1,7 +1,8 @@
 """The header of a GGUF file, walked within its bounds before any library reads it.
 
-Reads sizes, names and offsets; keeps no value but the few that say how large a model is. The libraries trust these
-numbers: a length that the file does not have keeps them looping for hours, or fills the memory.
+Reads sizes, names and offsets; keeps no value but single numbers and short texts. The libraries trust these numbers: a
+length that the file does not have keeps them looping for hours, or fills the memory. They also take a quarter of a
+minute over a large vocabulary, so that a copy without one is written for those who need none.
 Format: docs/gguf.md of ggml-org/ggml
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import shutil
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,8 @@ MOST_LEVELS = 4
 """Of arrays in arrays; nobody writes two."""
 MOST_LAYERS = 10_000
 """Or experts in one: a file of kvprof's counts no further, and building them would not end."""
+TOKENS = "tokenizer.ggml.tokens"
+STAND_IN = 2
 
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
@@ -44,8 +48,47 @@ class GGUFTensor:
     stop_byte: int
 
 
-def check_gguf(path: Path) -> dict[str, GGUFTensor]:
-    """Return the tensors of a file, by name; raises ModelError, saying what is wrong, where its header is not sound."""
+@dataclass(frozen=True)
+class GGUFField:
+    """A field as the header has it. start_byte, stop_byte: of its key, type and value, within the file.
+
+    value: a single number or text; None of an array, and of a text longer than LONGEST_NAME_BYTES. length: an array's
+    elements, else None.
+    """
+
+    start_byte: int
+    stop_byte: int
+    value: int | float | str | None
+    length: int | None
+
+
+@dataclass(frozen=True)
+class GGUFHeader:
+    """What a file's header says. first_byte: of the tensors' data. infos_byte: of their descriptions."""
+
+    fields: dict[str, GGUFField]
+    tensors: dict[str, GGUFTensor]
+    infos_byte: int
+    infos_stop_byte: int
+    first_byte: int
+    alignment: int
+    order: str
+
+    @property
+    def architecture(self) -> str | None:
+        """What llama.cpp calls the kind of model."""
+        field = self.fields.get("general.architecture")
+        return field.value if field is not None and isinstance(field.value, str) else None
+
+    @property
+    def vocabulary(self) -> int | None:
+        """How many tokens the vocabulary has; None where there is none."""
+        field = self.fields.get(TOKENS)
+        return None if field is None else field.length
+
+
+def check_gguf(path: Path) -> GGUFHeader:
+    """Return what a file's header says; raises ModelError, saying what is wrong, where it is not sound."""
     try:
         with open(path, "rb") as file:
             try:
@@ -60,27 +103,30 @@ def check_gguf(path: Path) -> dict[str, GGUFTensor]:
         raise ModelError(f"{path} is not a readable GGUF file: {error}.\n  Download it again.") from None
 
 
-def read_gguf_header(content: bytes | mmap.mmap) -> dict[str, GGUFTensor]:
-    """Return the tensors that a file's bytes describe; raises ValueError where they are no whole GGUF file."""
+def read_gguf_header(content: bytes | mmap.mmap) -> GGUFHeader:
+    """Return what a file's bytes describe; raises ValueError where they are no whole GGUF file."""
     reader = _Reader(content)
     tensor_count, field_count = reader.counts()
-    names: set[str] = set()
+    fields: dict[str, GGUFField] = {}
     alignment = 32
     for _ in range(field_count):
+        start = reader.at
         name = reader.text(LONGEST_NAME_BYTES)
-        if name in names:
+        if name in fields:
             raise ValueError(f"the key {name[:60]!r} stands twice")
-        names.add(name)
         kind = reader.number("I")
-        value = reader.value(kind)
-        if name.endswith(_COUNTS) and value is not None and not 0 <= value <= MOST_LAYERS:
+        value, length = reader.value(kind)
+        fields[name] = GGUFField(start, reader.at, value, length)
+        if name.endswith(_COUNTS) and isinstance(value, int) and not 0 <= value <= MOST_LAYERS:
             raise ValueError(f"{name[:60]} is {value}, more than {MOST_LAYERS}")
         if name == "general.alignment":
-            if kind != 4 or value is None or value <= 0 or value & (value - 1):
+            if kind != 4 or not isinstance(value, int) or value <= 0 or value & (value - 1):
                 raise ValueError("general.alignment is no power of two")
             alignment = value
+    infos_byte = reader.at
     described = [reader.tensor() for _ in range(tensor_count)]
-    first_byte = -(-reader.at // alignment) * alignment
+    infos_stop_byte = reader.at
+    first_byte = -(-infos_stop_byte // alignment) * alignment
     tensors: dict[str, GGUFTensor] = {}
     for name, shape, kind, offset, size in described:
         if name in tensors:
@@ -88,7 +134,40 @@ def read_gguf_header(content: bytes | mmap.mmap) -> dict[str, GGUFTensor]:
         if offset % alignment or first_byte + offset + size > reader.length:
             raise ValueError(f"{name[:60]!r} lies at byte {first_byte + offset}, {size} bytes of {reader.length}")
         tensors[name] = GGUFTensor(shape, kind, first_byte + offset, first_byte + offset + size)
-    return tensors
+    return GGUFHeader(fields, tensors, infos_byte, infos_stop_byte, first_byte, alignment, reader.order)
+
+
+def write_without_vocabulary(path: Path, header: GGUFHeader, copy: Path, weights: bool) -> None:
+    """Write a GGUF file anew without the arrays of its tokenizer: all that a config, and the weights, follow from.
+
+    Of the vocabulary STAND_IN empty tokens are left: who counts them finds a number that is no vocabulary's.
+    header: the file's own. weights: copy the tensors too; else each is there by name alone, as a single number.
+    """
+    texts = {TOKENS} & header.fields.keys()
+    kept = [field for name, field in header.fields.items() if field.length is None or not name.startswith("tokenizer.")]
+    with open(path, "rb") as source, open(copy, "wb") as out:
+        out.write(source.read(8))  # magic and version
+        out.write(struct.pack(header.order + "QQ", len(header.tensors), len(kept) + len(texts)))
+        for name in texts:
+            out.write(struct.pack(header.order + "Q", len(name)) + name.encode())
+            out.write(struct.pack(header.order + "IIQ", _ARRAY, _STRING, STAND_IN) + bytes(8 * STAND_IN))
+        for field in kept:
+            source.seek(field.start_byte)
+            out.write(source.read(field.stop_byte - field.start_byte))
+        if weights:
+            source.seek(header.infos_byte)
+            out.write(source.read(header.infos_stop_byte - header.infos_byte))
+        else:
+            for name in header.tensors:
+                encoded = name.encode()
+                out.write(struct.pack(header.order + "Q", len(encoded)) + encoded)
+                out.write(struct.pack(header.order + "IQIQ", 1, 1, 0, 0))  # one float32, at the first byte
+        out.write(bytes(-out.tell() % header.alignment))
+        if weights:
+            source.seek(header.first_byte)
+            shutil.copyfileobj(source, out, 2**20)
+        else:
+            out.write(bytes(header.alignment))
 
 
 class _Reader:
@@ -96,12 +175,12 @@ class _Reader:
 
     def __init__(self, content: bytes | mmap.mmap) -> None:
         self._content, self.length, self.at = content, len(content), 0
-        self._order, self._elements = "<", 0
+        self.order, self._elements = "<", 0
         if self._take(4) != MAGIC:
             raise ValueError("it does not begin with GGUF")
         version = self.number("I")
         if version % 2**16 == 0:  # written on a machine of the other byte order
-            self._order = ">"
+            self.order = ">"
             self.at -= 4
             version = self.number("I")
         if version not in VERSIONS:
@@ -118,13 +197,16 @@ class _Reader:
         """Read a whole number, of struct's format."""
         return int(self._unpack(form))
 
-    def value(self, kind: int) -> int | None:
-        """Read a value if that is a whole number, and pass over any other."""
+    def value(self, kind: int) -> tuple[int | float | str | None, int | None]:
+        """Read a single number or a short text, and pass over any other value; of an array, return its length too."""
         if kind in _SCALARS:
-            number = self._unpack(_SCALARS[kind])
-            return number if isinstance(number, int) else None
+            return self._unpack(_SCALARS[kind]), None
+        start = self.at
         self._skip(kind)
-        return None
+        if kind == _STRING:
+            text = self._content[start + 8 : self.at]
+            return (text.decode(errors="replace") if len(text) <= LONGEST_NAME_BYTES else None), None
+        return None, int(struct.unpack_from(self.order + "Q", self._content, start + 4)[0])
 
     def text(self, longest: int) -> str:
         """Read a name."""
@@ -150,8 +232,25 @@ class _Reader:
         if of in _SCALARS:
             self._pass(length * struct.calcsize("<" + _SCALARS[of]))
             return
+        if of == _STRING:
+            self._pass_strings(length)
+            return
         for _ in range(length):
             self._skip(of, level + 1)
+
+    def _pass_strings(self, count: int) -> None:
+        """Pass over the texts of an array: a vocabulary has hundreds of thousands, so that this loop counts."""
+        at, end, content = self.at, self.length - 8, self._content
+        unpack = struct.Struct(self.order + "Q").unpack_from
+        for _ in range(count):
+            if at > end:
+                break
+            at += 8 + unpack(content, at)[0]
+        else:
+            self._pass(at - self.at)
+            return
+        self.at = min(at, self.length)
+        self._pass(8)  # says what is missing
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int, int]:
         """Read a tensor's name, shape, type, offset and bytes."""
@@ -174,7 +273,7 @@ class _Reader:
         return name, shape, kind, offset, elements // block * block_bytes
 
     def _unpack(self, form: str) -> int | float:
-        layout = self._order + form
+        layout = self.order + form
         value: int | float = struct.unpack(layout, self._take(struct.calcsize(layout)))[0]
         return value
 

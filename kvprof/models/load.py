@@ -1,7 +1,7 @@
 """Where a model comes from: a hub id, a folder, a GGUF file or the demo model -> config, model, tokenizer.
 
-Reads checkpoints and the hub; writes only the demo model's conversion, in the user's cache folder. Does not know what
-is measured on the model.
+Reads checkpoints and the hub; writes only what GGUF files are converted to, in the user's cache folder. Does not know
+what is measured on the model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from filelock import FileLock
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,15 +32,18 @@ from transformers import (
 )
 
 from kvprof.errors import KvprofError, ModelError, UsageError, did_you_mean, first_line, is_out_of_memory
+from kvprof.models.gguf_header import STAND_IN, check_gguf, write_without_vocabulary
 from kvprof.models.hub import fetch_from_hub
 from kvprof.models.inventory import build_skeleton, is_causal
+from kvprof.models.kept import content_name, made_once
 from kvprof.models.lent import check_lent, live_config
 from kvprof.models.memory import free_bytes
 from kvprof.models.names import DEMO, nearest_path
-from kvprof.models.opening import check_config, check_loadable
+from kvprof.models.opening import check_config, check_loadable, read_headers
 from kvprof.models.own_code import check_code, find_code, refused_code
 from kvprof.models.shelf import Shelf
 from kvprof.models.streaming import stream_weights
+from kvprof.records.geometry import bytes_text
 from kvprof.records.runs import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 GPU_SHARE = 0.7
 """Of a GPU's free memory, what the weights may fill; the rest is for activations and gradients."""
+
+
+SPARED_BYTES = 2**30
+"""Of the cache folder's disk, what converting a GGUF file leaves free."""
 
 
 @dataclass(frozen=True)
@@ -119,9 +125,24 @@ def load_config(source: ModelSource) -> PretrainedConfig:
     if source.live is not None:
         return live_config(source.live)
     place = source.fetch(weights=False)
+    if place.is_file():
+        return _gguf_config(source, place)
     arguments = loading_arguments(source, place)
     with _explained(source, "config"), _quiet():
         return AutoConfig.from_pretrained(**arguments)
+
+
+def _gguf_config(source: ModelSource, gguf: Path) -> PretrainedConfig:
+    """Load the config that a GGUF file's metadata describes, without the time that its vocabulary takes."""
+    need_gguf()
+    header = check_gguf(gguf)
+    with _explained(source, "config"), _quiet(), tempfile.TemporaryDirectory() as folder:
+        write_without_vocabulary(gguf, header, Path(folder) / gguf.name, weights=False)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, gguf_file=gguf.name, trust_remote_code=False)
+    config.name_or_path = str(gguf.parent)
+    if header.vocabulary is not None and config.vocab_size == STAND_IN:  # counted, where no field says it
+        config.vocab_size = header.vocabulary
+    return config
 
 
 def load_tokenizer(source: ModelSource) -> Any:
@@ -134,6 +155,8 @@ def load_tokenizer(source: ModelSource) -> Any:
             )
         return source.tokenizer
     place = source.fetch(weights=False)
+    if place.is_file() and (kept := _kept(source, place, "tokenizer")) is not None:
+        place = kept
     arguments = loading_arguments(source, place, tokenizer=True)
     with _explained(source, "tokenizer"), _quiet():
         tokenizer = AutoTokenizer.from_pretrained(**arguments)
@@ -160,25 +183,23 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto", s
     config = load_config(source)
     target = usable_device(device) if stream else _placement(device, config, dtype)
     place = source.fetch(weights=True)
+    if place.is_file() and (kept := _kept(source, place, "weights")) is not None:
+        place = kept
     if place.is_dir():
         check_loadable(place, config)
     elif stream:
-        raise UsageError("--stream reads safetensors, not a .gguf file.\n  Name the folder or hub id it was made from.")
+        raise UsageError(
+            "--stream reads safetensors, and this .gguf file could not be converted into them.\n"
+            "  Name the folder or hub id it was made from."
+        )
     spread: dict[str, Any] = {"device_map": "auto"} if target is None else {}
     if stream:
         shelf = Shelf()
         spread = {"device_map": {"": "disk"}, "offload_folder": shelf.folder}
-    arguments = loading_arguments(source, place) | ({"use_safetensors": True} if place.is_dir() else {})
+    arguments = loading_arguments(source, place)
+    arguments |= {"use_safetensors": True} if place.is_dir() else {"config": config}  # which takes long to read again
+    model = _from_pretrained(source, config, arguments | spread | {"dtype": DTYPES.get(dtype, "auto")})
     with _explained(source), _quiet():
-        # The text decoder of most multimodal models is no causal language model of its own.
-        auto = AutoModelForCausalLM if is_causal(config) else AutoModelForImageTextToText
-        arguments |= {"dtype": DTYPES.get(dtype, "auto"), "output_loading_info": True}
-        model, told = auto.from_pretrained(**arguments, **spread)
-        if missing := sorted(told["missing_keys"]):
-            raise ModelError(
-                f"the checkpoint of {source.id} lacks {missing[0]}{_and_others(missing)}: transformers would make up "
-                "random weights.\n  Download it again, or name the checkpoint that has them."
-            )
         model = model.eval().requires_grad_(False)
         if stream:
             assert target is not None
@@ -186,6 +207,21 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto", s
         elif target is not None:
             model = model.to(target)
     return model
+
+
+def _from_pretrained(source: ModelSource, config: PretrainedConfig, arguments: dict[str, Any]) -> PreTrainedModel:
+    """Let transformers load a model. Raises ModelError where it cannot, or would make weights up."""
+    with _explained(source), _quiet():
+        # The text decoder of most multimodal models is no causal language model of its own.
+        auto = AutoModelForCausalLM if is_causal(config) else AutoModelForImageTextToText
+        model, told = auto.from_pretrained(**arguments, output_loading_info=True)
+    if missing := sorted(told["missing_keys"]):
+        raise ModelError(
+            f"the checkpoint of {source.id} lacks {missing[0]}{_and_others(missing)}: transformers would make up "
+            "random weights.\n  Download it again, or name the checkpoint that has them."
+        )
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def _and_others(names: Sequence[str]) -> str:
@@ -307,24 +343,20 @@ def _demo_source() -> ModelSource:
 
 
 def _converted(gguf: Path) -> Path:
-    """Convert a GGUF file to float32 safetensors in the user's cache folder, once; return the folder."""
+    """Convert the demo's GGUF file to float32 safetensors in the user's cache folder, once; return the folder.
+
+    Its package has one version, so that the name and the size say which file it is.
+    """
     cache = cache_folder()
-    folder = cache / f"{gguf.stem}-{gguf.stat().st_size}"
-    if (folder / "config.json").is_file():
-        return folder
+    source = ModelSource(DEMO, "gguf", gguf)
+
+    def make(folder: Path) -> None:
+        logger.info("converting the demo model, once: half a minute, into %s", cache)
+        _keep_tokenizer(source, gguf, folder)
+        _keep_weights(source, gguf, folder)
+
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / f"{folder.name}.lock"):
-            if not (folder / "config.json").is_file():
-                for abandoned in cache.glob(f".{folder.name}.*"):  # by a process that was killed: the lock is ours
-                    shutil.rmtree(abandoned, ignore_errors=True)
-                logger.info("converting the demo model, once: half a minute, into %s", folder)
-                partial = Path(tempfile.mkdtemp(dir=cache, prefix=f".{folder.name}."))
-                try:
-                    _convert(gguf, partial)
-                    partial.rename(folder)
-                finally:
-                    shutil.rmtree(partial, ignore_errors=True)
+        return made_once(cache / f"{gguf.stem}-{gguf.stat().st_size}", make, _has_config)
     except KvprofError:
         raise
     except Exception as error:  # the libraries that write it each have their own words for a full disk
@@ -332,22 +364,95 @@ def _converted(gguf: Path) -> Path:
             f"cannot convert the demo model into {cache}: {first_line(error)}\n"
             "  Free some space there, or name another folder in KVPROF_CACHE."
         ) from None
-    return folder
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def _kept(source: ModelSource, gguf: Path, part: Literal["tokenizer", "weights"]) -> Path | None:
+    """Return the folder with what a GGUF file's tokenizer or weights were converted to, once; None where none can be.
+
+    They lie in the user's cache folder, under a hash over the file: reading them again takes a second instead of half a
+    minute, mostly of the vocabulary.
+    """
+    need_gguf()
+    check_gguf(gguf)
+    cache = cache_folder() / "gguf"
+    make, is_whole = (_keep_tokenizer, _has_tokenizer) if part == "tokenizer" else (_keep_weights, _has_weights)
+    try:
+        folder = cache / f"{content_name(gguf)}-{part}"
+        if part == "weights" and not is_whole(folder):
+            # Beside them, for a while, a copy of the file without its vocabulary.
+            needed = weight_bytes(load_config(source), "float32")
+            free = _free_disk(cache)
+            if free < needed + gguf.stat().st_size + SPARED_BYTES:
+                logger.info(
+                    "%s is not kept as safetensors: %s on the disk of %s", gguf.name, f"{bytes_text(free)} free", cache
+                )
+                return None
+            logger.info("keeping %s as safetensors, once: %s in %s", gguf.name, bytes_text(needed), folder)
+        return made_once(folder, lambda partial: make(source, gguf, partial), is_whole)
+    except KvprofError:
+        raise
+    except Exception as error:  # a full disk, or one that cannot be written: it is only a pity
+        logger.warning("what %s holds cannot be kept in %s: %s", gguf.name, cache, first_line(error))
+        return None
+
+
+def _free_disk(folder: Path) -> int:
+    """Return the bytes that are free where a folder is, or will be made."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    return shutil.disk_usage(there).free
+
+
+def _has_config(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer_config.json").is_file()
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether a folder holds a whole checkpoint."""
+    try:
+        return _has_config(folder) and bool(read_headers(folder))
+    except ModelError:
+        return False
+
+
+def _keep_tokenizer(source: ModelSource, gguf: Path, folder: Path) -> None:
+    """Save a GGUF file's tokenizer as transformers has it."""
+    with _explained(source, "tokenizer"), _quiet():
+        arguments = loading_arguments(source, gguf, tokenizer=True)
+        tokenizer = AutoTokenizer.from_pretrained(**arguments)
+    with _quiet():
+        tokenizer.save_pretrained(folder)
+
+
+def _keep_weights(source: ModelSource, gguf: Path, folder: Path) -> None:
+    """Save a GGUF file's weights as float32 safetensors, and its config."""
     from safetensors.torch import save_file
 
-    source = ModelSource(DEMO, "gguf", gguf)
-    model = load_model(source, dtype="float32", device="cpu")
-    load_tokenizer(source).save_pretrained(folder)
+    config = _gguf_config(source, gguf)
+    copy = folder / gguf.name
+    write_without_vocabulary(gguf, check_gguf(gguf), copy, weights=True)
+    model = _from_pretrained(
+        source,
+        config,
+        {
+            "pretrained_model_name_or_path": str(folder),
+            "gguf_file": gguf.name,
+            "config": config,
+            "dtype": torch.float32,
+        },
+    )
+    copy.unlink()
     tied = set(getattr(model, "all_tied_weights_keys", None) or []) if model.config.tie_word_embeddings else set()
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    config = model.config.to_dict()
-    config.pop("quantization_config", None)  # the weights below are plain floats
-    config["architectures"] = [type(model).__name__]
-    type(model.config).from_dict(config).save_pretrained(folder)
+    saved = model.config.to_dict()
+    saved.pop("quantization_config", None)  # the weights above are plain floats
+    saved["architectures"] = [type(model).__name__]
+    with _quiet():
+        type(model.config).from_dict(saved).save_pretrained(folder)
 
 
 @contextlib.contextmanager

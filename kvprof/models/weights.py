@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from kvprof.errors import ModelError, NonFiniteWeight
-from kvprof.models.checkpoints import Checkpoint, Runs
+from kvprof.models.checkpoints import Checkpoint, Runs, share_of_rows
 from kvprof.models.inventory import NORM_ON_KEYS
 from kvprof.models.layouts import Projection, Rows, choose_layout, cut_rows, find_projections
 from kvprof.models.shards import BEFORE_QUANTIZED, FLOATS, quantized
@@ -94,6 +94,18 @@ class Projections:
     def stored_bytes(self, reads: LayerReads) -> int:
         """Return how many bytes of the checkpoint reading a layer takes."""
         return sum(self._checkpoint.stored_bytes(name, rows) for name, rows in reads.tensors.items())
+
+    def held_bytes(self, reads: LayerReads) -> int:
+        """Return how many bytes of memory a layer takes as it is read, unpacked where the checkpoint is quantized."""
+        return sum(
+            share_of_rows(
+                math.prod(self._checkpoint.shape(name)) * getattr(torch, self._checkpoint.dtype(name)).itemsize,
+                self._checkpoint,
+                name,
+                rows,
+            )
+            for name, rows in reads.tensors.items()
+        )
 
     def read(self, reads: LayerReads) -> LayerWeights:
         """Read one layer. Raises NonFiniteWeight, naming the tensor, for NaN or infinity."""

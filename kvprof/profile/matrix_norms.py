@@ -16,7 +16,7 @@ _SMALL = 256
 """Below this size all eigenvalues cost less than a Lanczos run."""
 _STEPS = 300
 _TOLERANCE = 1e-9
-_CHUNK_BYTES = 16 * 2**20
+CHUNK_BYTES = 16 * 2**20
 
 
 def matrix_norms(weight: Tensor, heads: int) -> dict[str, float | tuple[float, ...] | None]:
@@ -121,4 +121,4 @@ def _largest_entry(weight: Tensor) -> float:
 
 def _chunk(length: int) -> int:
     """How many rows (or columns) of this length stand in memory as float64 at a time."""
-    return max(256, _CHUNK_BYTES // (8 * max(1, length)))
+    return max(256, CHUNK_BYTES // (8 * max(1, length)))

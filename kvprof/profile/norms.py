@@ -26,14 +26,14 @@ from kvprof.models.memory import free_bytes
 from kvprof.models.pinning import pin
 from kvprof.models.remote import Fetched, RemoteCheckpoint
 from kvprof.models.weights import LayerReads, LayerWeights, Projections
-from kvprof.profile.matrix_norms import matrix_norms
+from kvprof.profile.matrix_norms import CHUNK_BYTES, matrix_norms
 from kvprof.records.estimate import Estimate
 from kvprof.records.inventory import Inventory
 from kvprof.records.runs import Journal
 from kvprof.records.scores import LayerScores, Scores, TensorScores
 
-WORKING_BYTES = 100 * 2**20
-"""Besides a layer's weights: the part that is in float64, and headers."""
+LIBRARY_BYTES = 20 * 2**20
+"""What the libraries take once they compute, and headers."""
 BYTES_A_HEAD = 100
 """Of a head's norms in norms.json, or in the journal."""
 
@@ -137,14 +137,16 @@ def _open(source: ModelSource) -> _Subject:
 
 
 def _estimate(subject: _Subject) -> Estimate:
-    """Return what measuring takes: of the largest layer what is read, and K or V in float64, a part at a time."""
-    sizes = [subject.projections.stored_bytes(reads) for reads in subject.projections.layers]
-    widest = max(max(shape.key_width, shape.value_width) for shape in subject.inventory.geometry.scored)
+    """Return what measuring takes: the largest layer as it is read and cut, signs of K, and what its norms take."""
+    projections, geometry = subject.projections, subject.inventory.geometry
+    held = max(projections.held_bytes(reads) for reads in projections.layers)
+    widest = max(max(shape.key_width, shape.value_width) for shape in geometry.scored)
+    gram = 3 * 8 * widest**2
     return Estimate(
-        memory_bytes=2 * max(sizes) + 3 * 8 * widest**2 + WORKING_BYTES,
+        memory_bytes=2 * held + 2 * min(CHUNK_BYTES, 2 * held) + gram + held // 4 + LIBRARY_BYTES,
         free_bytes=free_bytes(torch.device("cpu")),
-        disk_bytes=2 * BYTES_A_HEAD * sum(2 * shape.kv_heads for shape in subject.inventory.geometry.scored),
-        read_bytes=sum(sizes),
+        disk_bytes=2 * BYTES_A_HEAD * sum(2 * shape.kv_heads for shape in geometry.scored),
+        read_bytes=sum(map(projections.stored_bytes, projections.layers)),
     )
 
 

@@ -18,7 +18,8 @@ from kvprof.records.geometry import CacheGeometry, DType, check_same_model
 from kvprof.records.scores import CalibrationInfo, MadeWith
 
 Role = Literal["plan", "rival", "against"]
-"""plan: what was asked about. rival: a published rule at the same stored bits. against: a file to compare with."""
+"""plan: what was asked about. rival: a published rule, at no more stored bits where it can be as cheap. against: a file
+to compare with."""
 
 Amount = Annotated[Number, Field(ge=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
@@ -158,6 +159,11 @@ class Evaluation(Document):
             for result in self.plans[1:]
             if result.stored_bits <= most_bits and result.contexts[-1].bytes <= most_bytes
         )
+
+    @property
+    def dearer(self) -> tuple[PlanResult, ...]:
+        """The other plans, which store more than the evaluated one and prove nothing about it."""
+        return tuple(result for result in self.plans[1:] if result not in self.comparable)
 
     @property
     def unbeaten(self) -> tuple[PlanResult, ...]:

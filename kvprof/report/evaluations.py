@@ -43,9 +43,19 @@ def evaluation_lines(evaluation: Evaluation) -> list[str]:
             f"against 16 bits, though the model ran in {evaluation.dtype}: "
             "what is kept in full precision counts 2 bytes an element on both sides"
         )
+    if evaluation.dearer:
+        named = ", ".join(f"{result.name} ({_more(result, plan)})" for result in evaluation.dearer)
+        lines.append(f"listed and not compared with, as they store more than {plan.name}: {named}")
     if evaluation.path == "exact":
         lines.append("measured token by token through the packed cache")
     return lines
+
+
+def _more(result: PlanResult, plan: PlanResult) -> str:
+    """Return what a plan stores more of: bits an element, else bytes, which a larger window takes."""
+    if f"{result.stored_bits:.3f}" != f"{plan.stored_bits:.3f}":
+        return f"{result.stored_bits:.3f} bits"
+    return f"{bytes_text(result.contexts[-1].bytes)} at {result.contexts[-1].tokens} tokens"
 
 
 def evaluation_verdict(evaluation: Evaluation) -> str:
@@ -95,7 +105,7 @@ def _show_results(evaluation: Evaluation) -> None:
         "KL /\nplan's",
     )
     table = Table(title, headings, left=[0, 1])
-    full = f"{evaluation.reference_perplexity:.2f}"
+    full = _perplexity_text(evaluation.reference_perplexity)
     table.add("", "full precision", "16", "0", "0", "1", full, "-", style="dim")
     for result in ranked_results(evaluation):
         table.add(*_result_cells(result, plan), style="bold" if result is plan else "")
@@ -119,9 +129,14 @@ def _result_cells(result: PlanResult, plan: PlanResult) -> list[str]:
         f"{nats_text(result.kl_nats)}{stderr}",
         nats_text(result.kl_p99_nats),
         f"{result.top1_agreement:.3f}",
-        f"{result.perplexity:.2f}",
+        _perplexity_text(result.perplexity),
         f"{result.kl_nats / plan.kl_nats:.2f}" if plan.kl_nats > 0 else "-",
     ]
+
+
+def _perplexity_text(perplexity: float) -> str:
+    """Return a perplexity; of an untrained model it may have more digits than a column."""
+    return f"{perplexity:.2f}" if perplexity < 1e5 else f"{perplexity:.3g}"
 
 
 def nats_text(kl: float) -> str:

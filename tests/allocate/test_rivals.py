@@ -241,6 +241,21 @@ def test_a_norm_that_is_not_there_is_named() -> None:
         rival_plans(plan_of(EVEN, [(key(4), value(2))] * 6), norms)
 
 
+def test_where_the_usual_groups_are_too_dear_wider_ones_are_tried() -> None:
+    """Values of 2 bits in heads of 32 dimensions store 3: with keys in groups of 128 that is 2.625, in 256 less."""
+    shape = geometry(*(full(layer, 2, 32, 32) for layer in range(6)))
+    plan = plan_of(shape, [(key(2, 256), value(2))] * 6)
+    (kvmix,) = rivals_of(plan)["kvmix"]
+    assert tokens_bits(kvmix) == tokens_bits(plan) == 6 * 2 * 32 * Fraction(2125 + 3000, 1000)
+
+
+def test_a_plan_of_one_bit_in_wide_groups_has_a_greedy_rival_that_is_as_cheap() -> None:
+    plan = plan_of(geometry(*(full(layer, 2, 256, 256) for layer in range(6))), [(key(1, 256), value(1, 256))] * 6)
+    for norm in ("spectral", "frobenius"):
+        (rival,) = rivals_of(plan)[f"norm-greedy {norm}"]
+        assert tokens_bits(rival) <= tokens_bits(plan)
+
+
 # Uniform
 
 
@@ -384,8 +399,9 @@ def test_kvmix_stays_below_even_where_above_is_nearer() -> None:
 def test_no_top_fraction_and_group_size_comes_closer_than_the_kvmix_rival(plan: BitPlan) -> None:
     shapes = plan.geometry.planned
     scores = {entry.layer: entry for entry in measured(plan.geometry.num_layers).layers}
-    costs = []
-    for group_size, top in itertools.product((32, 64, 128), range(len(shapes) + 1)):
+    usual: list[Fraction] = []
+    wider: list[Fraction] = []
+    for group_size, top in itertools.product((32, 64, 128, 256, 512, 1024), range(len(shapes) + 1)):
         cost = Fraction(0)
         for name, more in (("key", 3), ("value", 4)):
             ranked = sorted(shapes, key=lambda one: -getattr(scores[one.layer], name).gradient_norm)
@@ -393,11 +409,11 @@ def test_no_top_fraction_and_group_size_comes_closer_than_the_kvmix_rival(plan: 
                 head_dim = getattr(shape, f"{name}_head_dim")
                 form = (key if name == "key" else value)(more if rank < top else 2, group_size)
                 cost += shape.kv_heads * head_dim * stored(form, head_dim)
-        costs.append(cost)
+        (usual if group_size <= 128 else wider).append(cost)
     allowed = tokens_bits(plan)
-    below = [cost for cost in costs if cost <= allowed]
+    below = [cost for cost in usual if cost <= allowed] or [cost for cost in wider if cost <= allowed]
     (rival,) = rivals_of(plan)["kvmix"]
-    assert tokens_bits(rival) == (max(below) if below else min(costs))
+    assert tokens_bits(rival) == (max(below) if below else min(usual))
 
 
 # Norm-greedy

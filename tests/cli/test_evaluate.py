@@ -134,7 +134,7 @@ def test_a_plan_without_a_model_is_evaluated_on_the_model_that_is_named(folder: 
     result = run("evaluate", "bare.json", "--model", "./model", "--out", "results", *TEXT)
     assert result.exit_code == 0, result.output
     assert Evaluation.load("results/evaluation.json").plan.name == "bare"
-    assert Path("results/norms.json").exists()  # measured beside the result
+    assert Path("results/gradients.json").exists()  # measured beside the result
 
 
 def test_a_plan_for_another_model_exits_with_four_before_anything_is_measured(folder: Path) -> None:
@@ -177,7 +177,9 @@ def test_restart_discards_a_stopped_run_of_the_gradients_that_rivals_need(folder
 
 
 def test_scores_of_another_model_in_the_folder_are_not_taken_for_this_ones(folder: Path) -> None:
-    norms = json.loads(next(Path("outputs").glob("*/norms.json")).read_text())
+    there = next(Path("outputs").glob("*/norms.json"))
+    norms = json.loads(there.read_text())
+    there.unlink()
     norms["model"]["fingerprint"] = "sha256:another"
     Path("results").mkdir()
     Path("results/norms.json").write_text(json.dumps(norms))
@@ -188,6 +190,31 @@ def test_scores_of_another_model_in_the_folder_are_not_taken_for_this_ones(folde
     assert "the rivals need norms, measured now" in said
     assert "not valid JSON" in said
     assert "the rivals need gradients, measured now" in said
+
+
+def test_scores_of_the_model_are_found_wherever_the_results_go(folder: Path) -> None:
+    assert run("gradients", "./model", *TEXT, "--formats", "none").exit_code == 0
+    result = run("evaluate", "fine.json", "--out", "elsewhere", *TEXT)
+    assert result.exit_code == 0, result.output
+    assert "measured now" not in result.output
+    usual = next(Path("outputs").iterdir())
+    said = "".join(result.output.split())
+    assert f"normsfrom{usual}/norms.json" in said
+    assert f"gradientsfrom{usual}/gradients.json" in said
+    assert [path.name for path in Path("elsewhere").iterdir()] == ["evaluation.json"]
+    assert "rivals are not counted" not in run("evaluate", "fine.json", "--out", "new", *TEXT, "--dry-run").output
+
+
+def test_the_gradients_that_a_plan_was_made_from_are_taken_before_others(folder: Path) -> None:
+    measure = ("gradients", "./model", *TEXT, "--formats", "none", "--out")
+    assert run(*measure, "plans", "--seed", "1").exit_code == 0
+    Path("plans/gradients.json").rename("plans/mine.json")
+    assert run(*measure, "elsewhere").exit_code == 0
+    plan = ("--budget", "4", "--scores", "plans/mine.json", "--out", "plans/plan.json")
+    assert run("allocate", *plan, "--recent-tokens", "4", "--sink-tokens", "1", "--group-size", "4").exit_code == 0
+    result = run("evaluate", "plans/plan.json", "--out", "elsewhere", *TEXT)
+    assert result.exit_code == 0, result.output
+    assert "gradientsfromplans/mine.json" in "".join(result.output.split())
 
 
 @pytest.mark.parametrize(

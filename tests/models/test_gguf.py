@@ -5,6 +5,7 @@ The file is written as llama.cpp's converter writes it, with its own reordering 
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,17 +17,19 @@ import torch
 from folders import save_folder
 from gguf import GGMLQuantizationType as Type
 from tiny import tiny_model
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
 from kvprof import Scores
 from kvprof.cli.app import app
-from kvprof.errors import ModelError
+from kvprof.errors import ModelError, UsageError
 from kvprof.models.checkpoints import open_checkpoint
+from kvprof.models.gguf_header import check_gguf, write_without_vocabulary
 from kvprof.models.identity import Fingerprint, live_fingerprint
 from kvprof.models.inventory import take_inventory
 from kvprof.models.load import ModelSource, load_config, load_model, resolve
 from kvprof.models.weights import LayerWeights, stream_projections
+from kvprof.profile.norms import measure_norms
 
 NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -186,3 +189,127 @@ def test_a_missing_gguf_package_says_what_to_install(tmp_path: Path, monkeypatch
         load_config(source)
     with pytest.raises(ModelError, match=r"pip install 'kvprof-bits\[gguf\]'"):
         open_checkpoint(source.fetch(weights=True), tiny_model("llama").config)
+
+
+def with_vocabulary(path: Path, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, tokens: int) -> Path:
+    """Write a GGUF file whose vocabulary alone says how large it is."""
+
+    def add_tokens(writer: gguf.GGUFWriter, size: int) -> None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list([f"t{number}" for number in range(tokens)])
+        writer.add_token_types([1] * tokens)
+        writer.add_token_merges(["t 1", "t 2"])
+        writer.add_bos_token_id(1)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_vocab_size", add_tokens)
+    return write_gguf(path, model)
+
+
+def test_a_config_is_what_transformers_makes_of_the_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    plain = write_gguf(tmp_path / "plain.gguf", model)
+    counted = with_vocabulary(tmp_path / "counted.gguf", model, monkeypatch, tokens=96)
+    for path in (plain, counted):
+        whole = AutoConfig.from_pretrained(tmp_path, gguf_file=path.name)
+        assert load_config(resolve(str(path))).to_dict() == whole.to_dict()
+        assert whole.vocab_size == 96
+
+
+def test_no_vocabulary_is_read_to_inspect_or_to_take_norms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = with_vocabulary(tmp_path / "large.gguf", tiny_model("llama"), monkeypatch, tokens=96)
+    read: list[int] = []
+    fields = gguf.GGUFReader._build_fields
+    monkeypatch.setattr(
+        gguf.GGUFReader,
+        "_build_fields",
+        lambda self, at, count: (end := fields(self, at, count), read.append(end))[0],
+    )
+    source = resolve(str(path))
+    measure_norms(source)
+    assert read
+    assert max(read) < check_gguf(path).infos_byte - 96 * 8  # each token takes 8 bytes and its letters
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_copy_without_the_vocabulary_holds_every_other_field_and_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = with_vocabulary(tmp_path / "whole.gguf", tiny_model("llama"), monkeypatch, tokens=96)
+    write_without_vocabulary(path, check_gguf(path), tmp_path / "copy.gguf", weights=True)
+    whole, copy = gguf.GGUFReader(path), gguf.GGUFReader(tmp_path / "copy.gguf")
+    arrays = {"tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges"}
+    assert arrays <= set(whole.fields)
+    counts = {"GGUF.kv_count"}
+    for name in set(whole.fields) - arrays - counts:
+        assert copy.fields[name].contents() == whole.fields[name].contents()
+    assert set(copy.fields) == set(whole.fields) - arrays | {"tokenizer.ggml.tokens"}
+    for one, other in zip(whole.tensors, copy.tensors, strict=True):
+        assert (one.name, one.tensor_type) == (other.name, other.tensor_type)
+        assert np.array_equal(one.data, other.data)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KVPROF_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_file_is_dequantized_once_and_its_weights_are_those_of_the_file(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), Type.Q4_0)
+    truth = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name).state_dict()
+    first = load_model(resolve(str(path)))
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr("kvprof.models.load.load_config", lambda source: first.config)
+    for model in (first, load_model(resolve(str(path))), load_model(resolve(str(path)), stream=True)):
+        stored = getattr(model, "stored_weight", None)
+        for name, weight in model.state_dict().items():
+            assert torch.equal(weight if stored is None else stored(name), truth[name]), name
+    copied = load_model(resolve(str(path)), dtype="bfloat16")
+    assert all(torch.equal(weight, truth[name].bfloat16()) for name, weight in copied.state_dict().items())
+
+
+def test_a_replaced_file_of_the_same_size_and_time_is_not_taken_for_the_old_one(tmp_path: Path, cache: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", model := tiny_model("llama"))
+    load_model(resolve(str(path)))
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight[3, 5] = 7.0
+    size = path.stat().st_size
+    write_gguf(path, model)
+    os.utime(path, ns=times)
+    assert path.stat().st_size == size
+    assert load_model(resolve(str(path))).model.layers[1].self_attn.v_proj.weight[3, 5] == 7.0
+
+
+def test_what_a_killed_process_or_a_full_disk_left_is_made_anew(tmp_path: Path, cache: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
+    load_model(resolve(str(path)))
+    (kept,) = [folder for folder in (cache / "gguf").iterdir() if folder.is_dir()]
+    weights = kept / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    (abandoned := cache / "gguf" / f".{kept.name}.killed").mkdir()
+    load_model(resolve(str(path)))
+    assert weights.read_bytes() == whole
+    assert not abandoned.exists()
+
+
+def test_a_cache_that_cannot_be_written_is_only_a_pity(
+    tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
+    cache.write_text("no folder")
+    model = load_model(resolve(str(path)))
+    assert torch.equal(model.lm_head.weight, tiny_model("llama").lm_head.weight)
+    assert "cannot be kept" in caplog.text
+    with pytest.raises(UsageError, match="could not be converted"):
+        load_model(resolve(str(path)), stream=True)
+    cache.unlink()
+    caplog.clear()
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=2**20))
+    with caplog.at_level("INFO"):
+        load_model(resolve(str(path)))
+    assert "is not kept as safetensors: 1.00 MiB free" in caplog.text
+    assert not list(cache.rglob("*.safetensors"))

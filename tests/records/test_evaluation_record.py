@@ -14,6 +14,7 @@ from kvprof.errors import InvalidFile, Mismatch
 from kvprof.records.evaluation import Evaluation
 from kvprof.records.geometry import CacheGeometry, KVLayer
 from kvprof.records.kinds import load_any
+from kvprof.report.evaluations import evaluation_lines, evaluation_verdict
 
 
 def result_json(name: str = "mine", role: str = "plan", kl: float = 0.5, stored: float = 3.5) -> dict[str, Any]:
@@ -126,3 +127,14 @@ def test_an_evaluation_of_another_model_is_a_mismatch(evaluation_json: dict[str,
         evaluation.check_fits(geometry, "sha256:b")
     with pytest.raises(Mismatch, match="2 layers, this model 1"):
         evaluation.check_fits(CacheGeometry(dtype="float32", layers=geometry.layers[:1]))
+
+
+def test_what_stores_more_is_neither_compared_with_nor_left_unsaid(evaluation_json: dict[str, Any]) -> None:
+    evaluation_json["plans"].append(result_json("kvmix", "rival", kl=0.1, stored=3.625))
+    evaluation = Evaluation.from_json(evaluation_json, "e.json")
+    assert [result.name for result in evaluation.comparable] == ["other"]
+    assert [result.name for result in evaluation.dearer] == ["kvmix"]
+    assert not evaluation.unbeaten
+    said = [line for line in evaluation_lines(evaluation) if "kvmix" in line]
+    assert said == ["listed and not compared with, as they store more than mine: kvmix (3.625 bits)"]
+    assert "better than the one other that stores no more bits" in evaluation_verdict(evaluation)

@@ -22,7 +22,8 @@ def plan_from(scores: Scores) -> BitPlan:
 
 
 def test_scores_lie_beside_the_plan_or_in_the_outputs(in_tmp: Path) -> None:
-    for place in ("plans/any-name.json", "outputs/demo/gradients.json", "outputs/loose.json"):
+    places = ("plans/any-name.json", "outputs/demo/gradients.json", "outputs/demo/vllm/gradients.json")
+    for place in (*places, "outputs/loose.json"):
         path = SCORES.save(place)
         assert find_scores(plan_from(SCORES), Path("plans/plan.json")) == (path, SCORES)
         path.unlink()
