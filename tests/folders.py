@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -22,6 +22,25 @@ def save_folder(folder: Path, name: str = "llama", **arguments: object) -> Path:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    return folder
+
+
+def begin_texts(folder: Path, mark: str = "<unk>") -> Path:
+    """Let a folder's tokenizer put a token of its vocabulary before every text."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{mark} $A", special_tokens=[(mark, tokenizer.convert_tokens_to_ids(mark))]
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def break_tokenizer(folder: Path) -> Path:
+    """Let a folder's tokenizer fail on every word that it does not know."""
+    path = folder / "tokenizer.json"
+    document = json.loads(path.read_text())
+    document["model"]["unk_token"] = "<gone>"
+    path.write_text(json.dumps(document))
     return folder
 
 

@@ -7,7 +7,8 @@ together. It decides nothing about bits. The files of this room, in the order th
       budget      limits as a user writes them; what a plan costs in bits and bytes
       pins        tensors set by hand
     what may be chosen, at what cost and loss
-      measured    the losses that were measured of each format of a tensor; what those of a plan add up to
+      measured    the losses that were measured of each format of a tensor
+      prediction  what those of a plan are predicted to cost together
       scored      the formats that were scored, and what a user's words leave of them
       candidates  each tensor's candidates, of scored formats or of usual widths
       pricing     what each candidate costs, in integers
@@ -15,6 +16,8 @@ together. It decides nothing about bits. The files of this room, in the order th
       hull        the corners of loss over cost, and the price of a bit that they make
       pareto      dynamic programming over Pareto lists
       solver      the exact knapsack, at one capacity or many
+      co_moments  what the errors of formats share, and how far it is believed
+      exchange    the quadratic knapsack, where losses do not add up
       problem     the knapsack of a model: tensors in, a plan out
       rules       exact, and the published rules
       cheapest    the inverse: a KL divergence instead of a budget

@@ -5,14 +5,12 @@ Reads Scores and a KL divergence; writes a BitPlan. Does not know how the knapsa
 
 from __future__ import annotations
 
-import math
 from decimal import ROUND_CEILING, Decimal, InvalidOperation
 
 from typing_extensions import Unpack
 
 from kvprof.allocate.budget import Limit
 from kvprof.allocate.candidates import Allowed
-from kvprof.allocate.measured import kl_factor
 from kvprof.allocate.pricing import written
 from kvprof.allocate.problem import ExactProblem
 from kvprof.allocate.rules import default_metric
@@ -47,16 +45,18 @@ def cheapest(
             "  Measure it with `kvprof gradients`, or give a --budget."
         )
     problem = ExactProblem(scores, measure, LOSS_INCREASE, allowed, tie, window, command)
-    factor = kl_factor(scores)
-
-    def predicted(solution: Solution) -> float:
-        return factor * math.fsum(part.loss for part in problem.chosen(solution))
-
     knapsack = Knapsack(problem.items, problem.dearest)
-    found = knapsack.least_capacity(lambda solution: predicted(solution) <= most)
+
+    def within(nats: float) -> tuple[Solution, bool] | None:
+        return knapsack.least_capacity(lambda solution: problem.predicted(solution) <= nats)
+
+    aim, found = most, within(most)
+    while found is not None and (nats := _whole(problem, found[0])) > most:
+        aim *= min(0.99, most / nats)  # what the choice made of noise is known of a plan once it is chosen
+        found = within(aim)
     if found is None:
         best, least = (knapsack.solve(capacity) for capacity in (problem.dearest, problem.cheapest))
-        reached = [predicted(best), predicted(least)]
+        reached = [_whole(problem, best), _whole(problem, least)]
         costs = [written(problem.prices.amount(solution.cost), measure.unit, round) for solution in (best, least)]
         of = "of cache" if measure.unit == "bytes" else f"{measure.unit} bits"
         better = f"loosen {' or '.join(problem.narrowed)}" if problem.narrowed else "allow better formats"
@@ -67,8 +67,14 @@ def cheapest(
             f"  try --max-kl {rounded_up(reached[0])}, or {better}"
         )
     solution, proven = found
-    parts = problem.chosen(solution)
-    return problem.task.plan([part.format for part in parts], problem.solver(parts, proven))
+    return problem.plan(solution, None, proven and problem.adds_up)
+
+
+def _whole(problem: ExactProblem, solution: Solution) -> float:
+    """Return all that a solution is predicted to lose."""
+    nats = problem.solver(solution, optimal=False).predicted_kl_nats
+    assert nats is not None
+    return nats
 
 
 def parse_kl(text: str | float) -> float:

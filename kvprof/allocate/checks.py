@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from kvprof.allocate.measured import predict
+from kvprof.allocate.prediction import predicted_kl
 from kvprof.errors import KvprofError
 from kvprof.records.audit import PlanCheck
 from kvprof.records.evaluation import Evaluation
@@ -55,7 +55,7 @@ def _predicted(plan: BitPlan, predicting: Sequence[Scores]) -> float | None:
     own = [scores for scores in predicting if scores.digest == plan.scores_digest]
     for scores in own or ([] if said is not None else predicting):
         try:
-            found = predict(plan, scores).kl_nats
+            found = predicted_kl(plan, scores)
         except KvprofError:
             continue
         if found is not None:

@@ -11,22 +11,19 @@ from collections.abc import Sequence
 
 from kvprof.allocate.budget import CachedTensor, spent
 from kvprof.allocate.measured import (
-    Prediction,
     entries_of,
     measured_of,
     planned_tensors,
-    predict,
     stderr_of_mean,
     storage,
-    unscored_remark,
     window_remark,
 )
+from kvprof.allocate.prediction import Prediction, predict, unscored_remark
 from kvprof.errors import Mismatch
 from kvprof.records.comparison import Comparison, PlanCosts, SettingChange, TensorChange
-from kvprof.records.geometry import CacheGeometry
-from kvprof.records.inventory import CONTEXTS
+from kvprof.records.geometry import CacheGeometry, KVLayer
 from kvprof.records.plan import BitPlan, TensorPlan
-from kvprof.records.scores import LOSS_INCREASE, Scores
+from kvprof.records.scores import Scores
 from kvprof.records.words import short_digest
 
 
@@ -143,7 +140,7 @@ def _costs(
         nominal_bits=cost.nominal_bits,
         stored_bits=cost.stored_bits,
         bytes_per_token=cost.bytes_per_token,
-        bytes_at=None if geometry is None else {context: shaped.bytes_at(context) for context in CONTEXTS},
+        bytes_at=None if geometry is None else {context: shaped.bytes_at(context) for context in geometry.contexts},
         predicted_kl_nats=predicted,
         predicted_kl_stderr_nats=stderr,
     )
@@ -211,7 +208,7 @@ def _stale_remarks(
     again = "so one was edited since; --scores FILE counts them anew"
     for plan, cost in zip(plans, costs, strict=True):
         # Its own bits were averaged over its own shapes, which need not be those that both are counted with here.
-        recorded = plan.budget.stored_bits if plan.budget and plan.geometry == geometry else None
+        recorded = plan.budget.stored_bits if plan.budget and _shapes(plan.geometry) == _shapes(geometry) else None
         if _predicts(plan) and recorded is not None and not math.isclose(recorded, cost.stored_bits, rel_tol=1e-9):
             return [f"{cost.name} records {recorded:.4g} stored bits but has {cost.stored_bits:.4g}, {again}"]
     if moved and _predicts(plans[0]) and costs[0].predicted_kl_nats == costs[1].predicted_kl_nats:
@@ -219,13 +216,15 @@ def _stale_remarks(
     return []
 
 
+def _shapes(geometry: CacheGeometry | None) -> tuple[KVLayer, ...] | None:
+    return None if geometry is None else geometry.layers
+
+
 def _predicts(plan: BitPlan) -> bool:
     return plan.solver is not None and plan.solver.predicted_kl_nats is not None
 
 
 def _factor(plan: BitPlan) -> float | None:
-    """Return what a plan's predicted KL is of the sum over its tensors, where it records both."""
+    """Return the calibrated factor in a plan's predicted KL; None where it has no prediction."""
     solver = plan.solver
-    if solver is None or solver.metric != LOSS_INCREASE or not solver.objective or solver.predicted_kl_nats is None:
-        return None
-    return solver.predicted_kl_nats / solver.objective
+    return None if solver is None or solver.predicted_kl_nats is None else solver.kl_factor or 1.0

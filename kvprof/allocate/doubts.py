@@ -25,6 +25,8 @@ class Doubts:
     stability: Stability | None = None
     remarks: tuple[str, ...] = ()
     """Why the stability is unknown, and where the sources of the scores disagree."""
+    best_pair: tuple[str, float] | None = None
+    """The best uniform pair that stores no more, as `int3g64/rot2`, and its predicted KL, in nats a token."""
 
 
 def doubts(scores: Scores, plan: BitPlan, *, tie: str | None = None, **allowed: Unpack[Allowed]) -> Doubts:
@@ -36,11 +38,12 @@ def doubts(scores: Scores, plan: BitPlan, *, tie: str | None = None, **allowed: 
     if solver is None or solver.method != "exact" or solver.metric != LOSS_INCREASE or solver.target is not None:
         return Doubts()  # resampling solves without a runtime's grammar
     unknown = why_unknown(scores)
-    problem = None if unknown else problem_of(plan, scores, tie, allowed)
+    problem = problem_of(plan, scores, tie, allowed)
     return Doubts(
         stability=None if unknown else stability(scores, plan, problem=problem),
         remarks=(
             *([f"how stable the plan is cannot be told: {unknown}"] if unknown else []),
             *disagreements(scores, plan, problem=problem, tie=tie, **allowed),
         ),
+        best_pair=problem.best_pair(problem.capacity(problem.limit)),
     )

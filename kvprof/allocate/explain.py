@@ -21,9 +21,9 @@ from kvprof.allocate.measured import (
     check_scores_fit,
     kl_factor,
     stderr_of_mean,
-    unscored_remark,
     window_remark,
 )
+from kvprof.allocate.prediction import predicted_kl, unscored_remark
 from kvprof.allocate.recorded import read_request
 from kvprof.errors import InvalidFile, UsageError, did_you_mean
 from kvprof.records.explanation import Explanation, Move, Offer, TensorExplanation, Verdict
@@ -84,7 +84,7 @@ def explain(
             if (case.tensor.layer, case.tensor.name) == (layer, name)
         ),
         remarks=(
-            *_remarks(names[0], plan, scores, cases, market.loss, by_nats),
+            *_remarks(names[0], plan, scores, cases, by_nats),
             *([] if formats else _narrowed_remarks(plan)),
         ),
     )
@@ -240,9 +240,7 @@ def _narrowed_remarks(plan: BitPlan) -> list[str]:
     return [f"the plan was made with {', '.join(options)}; prices here are of a free choice (--formats narrows it)"]
 
 
-def _remarks(
-    name: str, plan: BitPlan, scores: Scores, cases: Sequence[Case], loss: float | None, by_nats: bool
-) -> list[str]:
+def _remarks(name: str, plan: BitPlan, scores: Scores, cases: Sequence[Case], by_nats: bool) -> list[str]:
     """Return what a reader should know before trusting the explanation."""
     remarks = []
     if plan.scores_digest not in (None, scores.digest):
@@ -258,7 +256,8 @@ def _remarks(
     elif unit == "bytes":
         remarks.append("the plan's budget counts bytes at one context, window and all; prices here are of stored bits")
     recorded = plan.solver.predicted_kl_nats if plan.solver else None
-    if by_nats and recorded and loss is not None and not math.isclose(recorded, loss, rel_tol=0.01):
+    loss = predicted_kl(plan, scores) if by_nats and not unscored else None
+    if recorded and loss is not None and not math.isclose(recorded, loss, rel_tol=0.01):
         remarks.append(
             f"the plan's file predicts a KL of {recorded:.4g} nats, these scores {loss:.4g}: "
             "they were calibrated since, or the plan was edited"

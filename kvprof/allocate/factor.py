@@ -9,16 +9,16 @@ from collections.abc import Mapping
 from fractions import Fraction
 
 from kvprof.allocate.budget import Limit, stored_bits_per_element
-from kvprof.allocate.measured import Prediction, entries_of, planned_tensors, predict
+from kvprof.allocate.measured import entries_of, planned_tensors
+from kvprof.allocate.prediction import Prediction, predict, predicted_kl
 from kvprof.allocate.problem import ExactProblem
-from kvprof.allocate.solver import solve
 from kvprof.errors import InvalidFile, Mismatch
 from kvprof.records.audit import ForetoldPlan
 from kvprof.records.plan import BitPlan
 from kvprof.records.scores import LOSS_INCREASE, Scores
 
-BUDGETS = (Fraction("2.5"), Fraction("3"), Fraction("3.5"))
-"""Stored bits of the plans to measure where a user names none."""
+BUDGETS = (Fraction("2.5"), Fraction("3.5"))
+"""Stored bits of the plans to measure where a user names none: one of large errors, one of small ones."""
 
 
 def usual_plans(scores: Scores) -> dict[str, BitPlan]:
@@ -30,11 +30,11 @@ def usual_plans(scores: Scores) -> dict[str, BitPlan]:
     low, high = problem.prices.amount(problem.cheapest), problem.prices.amount(problem.dearest)
     budgets = [budget for budget in BUDGETS if low <= budget <= high]
     if len(budgets) < 2:
-        budgets = [low + (high - low) * share / 4 for share in (1, 2, 3)]
+        budgets = [low + (high - low) * share / 4 for share in (1, 3)]
     plans = {}
     for budget in budgets:
         limit = Limit(budget, "stored")
-        plan = problem.plan(solve(problem.items, problem.capacity(limit)), limit)
+        plan = problem.plan(problem.best(problem.capacity(limit)), limit)
         plans[f"best within {float(budget):.4g} bits"] = plan
     return plans
 
@@ -56,13 +56,17 @@ def foretell(scores: Scores, plans: Mapping[str, BitPlan]) -> list[ForetoldPlan]
         if prediction.kl_nats is None:
             raise InvalidFile(_unscored(name, prediction))
         tensors = planned_tensors(plan, scores.geometry)
+        whole = predicted_kl(plan, plain) or prediction.kl_nats
+        more = whole / prediction.kl_nats if prediction.kl_nats else 1.0
         found.append(
             ForetoldPlan(
                 name=name,
                 plan=plan,
                 stored_bits=float(stored_bits_per_element(tensors, entries_of(plan, tensors))),
-                predicted_nats=prediction.kl_nats,
-                samples=prediction.samples,
+                predicted_nats=whole,
+                samples=None
+                if prediction.by_sequence is None
+                else tuple(more * nats for nats in prediction.by_sequence),
             )
         )
     return found

@@ -73,7 +73,11 @@ def frontier(
     measure = bit_limit(0, default_unit(LOSS_INCREASE) if unit is None else unit)
     problem = ExactProblem(scores, measure, LOSS_INCREASE, allowed, tie, window, command)
     limits = [Limit(amount, measure.unit) for amount in _budgets(problem, low, high, points)]
-    solutions = solve_all(problem.items, [problem.capacity(limit) for limit in limits])
+    capacities = [problem.capacity(limit) for limit in limits]
+    solutions = [
+        problem.improved(solution, capacity)
+        for solution, capacity in zip(solve_all(problem.items, capacities), capacities, strict=True)
+    ]
     plans: dict[tuple[int, ...], BitPlan] = {}
     found = []
     for limit, solution in zip(limits, solutions, strict=True):

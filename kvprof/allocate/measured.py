@@ -33,20 +33,8 @@ class Measured:
     """Each sequence's own loss."""
     by_source: tuple[tuple[str, float], ...] | None = None
     """Where texts were mixed: each dataset's name and the loss on its sequences alone."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a whole plan is predicted to cost a decoding model."""
-
-    kl_nats: float | None
-    """Nats a token; None where a tensor's format was not scored."""
-    stderr: float | None
-    """Its standard error over sequences, where known."""
-    samples: tuple[float, ...] | None
-    """Each sequence's own, where every tensor has them."""
-    unscored: tuple[tuple[CachedTensor, TensorPlan], ...]
-    """The tensors whose format was not scored."""
+    effects: tuple[str, ...] | None = None
+    """Each sequence's signed effects, block by block, as `records.effects.encode` has them."""
 
 
 def storage(form: Format, head_dim: int | None) -> Hashable:
@@ -114,6 +102,7 @@ def measured_formats(scores: Scores, tensor: CachedTensor, head_dim: int | None 
             samples=None if samples is None else tuple(factor * sample for sample in samples),
             by_source=tuple((dataset, factor * losses[name]) for dataset, losses in sources.items() if name in losses)
             or None,
+            effects=(found.loss_effects or {}).get(name),
         )
         formats.setdefault(storage(form, tensor.head_dim), measured)
     return list(formats.values())
@@ -141,30 +130,6 @@ def measured_of(scores: Scores, tensor: CachedTensor, entry: TensorPlan) -> Meas
     return measured_as(tensor, entry, measured_formats(scores, tensor, head_dim))
 
 
-def predict(plan: BitPlan, scores: Scores) -> Prediction:
-    """Return the KL that `loss_increase` predicts of a plan: the sum over its tensors, times the calibrated factor.
-
-    Raises as `check_scores_fit` and `measured_formats` do.
-    """
-    check_scores_fit(plan, scores)
-    tensors = planned_tensors(plan, scores.geometry)
-    found = [
-        (tensor, entry, measured_of(scores, tensor, entry))
-        for tensor, entry in zip(tensors, entries_of(plan, tensors), strict=True)
-    ]
-    unscored = tuple((tensor, entry) for tensor, entry, measured in found if measured is None)
-    if unscored:
-        return Prediction(None, None, None, unscored)
-    parts = [measured for _, _, measured in found if measured is not None]
-    samples = sum_of_samples(parts)
-    return Prediction(
-        kl_nats=total(part.loss for part in parts),
-        stderr=stderr_of_sum(parts) if samples is None else stderr_of_mean(samples),
-        samples=samples,
-        unscored=(),
-    )
-
-
 def check_scores_fit(plan: BitPlan, scores: Scores) -> None:
     """Raise Mismatch, saying how they differ, where the scores are not of the plan's model."""
     fingerprint = None if scores.model is None else scores.model.fingerprint
@@ -184,17 +149,6 @@ def check_scores_fit(plan: BitPlan, scores: Scores) -> None:
         problem = f"their fingerprint is {short_digest(fingerprint)}, the plan's {short_digest(plan.model.fingerprint)}"
     if problem is not None:
         raise Mismatch(f"the scores are of another model: {problem}.\n  Name scores of the plan's own model.")
-
-
-def unscored_remark(name: str, unscored: Sequence[tuple[CachedTensor, TensorPlan]]) -> str:
-    """Return why the KL of the plan of this name cannot be predicted."""
-    tensor, entry = unscored[0]
-    recent = " with a recent_fraction" if entry.recent_fraction else ""
-    more = f", nor the formats of {len(unscored) - 1} more tensors" if len(unscored) > 1 else ""
-    return (
-        f"the loss of {name} cannot be predicted: {entry.name}{recent} was not scored for the {tensor.name} "
-        f"of layer {tensor.layer}{more}"
-    )
 
 
 def window_remark(name: str, plan: BitPlan, scores: Scores) -> str | None:

@@ -19,7 +19,6 @@ from kvprof.allocate.pareto import TIE
 from kvprof.allocate.pins import parse_pins
 from kvprof.allocate.pricing import check_reach, price
 from kvprof.allocate.problem import ExactProblem
-from kvprof.allocate.solver import solve
 from kvprof.allocate.task import PlanTask
 from kvprof.errors import UsageError
 from kvprof.records.formats import TENSORS, Format, TensorName, format_named, usual_format
@@ -56,7 +55,7 @@ def exact(
     Raises InfeasibleBudget, UsageError, and InvalidFile for scores that lack the metric.
     """
     problem = ExactProblem(scores, limit, metric or default_metric(scores), allowed, tie, window, command)
-    return problem.plan(solve(problem.items, problem.capacity(limit)), limit)
+    return problem.plan(problem.best(problem.capacity(limit)), limit)
 
 
 def norm_greedy(

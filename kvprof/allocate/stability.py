@@ -21,7 +21,8 @@ from typing_extensions import Unpack
 from kvprof.allocate.assemble import tensors_of
 from kvprof.allocate.budget import Limit, bit_limit
 from kvprof.allocate.candidates import Allowed
-from kvprof.allocate.measured import check_scores_fit, predict
+from kvprof.allocate.measured import check_scores_fit
+from kvprof.allocate.prediction import predict
 from kvprof.allocate.pricing import price, written
 from kvprof.allocate.problem import ExactProblem
 from kvprof.allocate.relaxed import Floats, relax

@@ -8,19 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 from kvprof.allocate.assemble import assemble, tensors_of
 from kvprof.allocate.budget import CachedTensor, Limit
+from kvprof.allocate.co_moments import ScoredCoMoments, has_effects
 from kvprof.allocate.measured import (
     Measured,
     kl_factor,
     measured_as,
     measured_formats,
-    stderr_of_mean,
-    stderr_of_sum,
-    sum_of_samples,
     total,
 )
+from kvprof.allocate.prediction import prediction_of
 from kvprof.errors import InvalidFile
 from kvprof.records.document import ModelInfo
 from kvprof.records.formats import Format
@@ -43,6 +43,13 @@ def usual_window(
 def without_sinks(window: Window) -> Window:
     """Return a window as the published rules have it: their papers know no sinks."""
     return window.model_copy(update={"sink_tokens": 0})
+
+
+class Selection(NamedTuple):
+    """What a plan that was chosen by some sequences is predicted to cost more on others, in nats a token."""
+
+    nats: float
+    stderr: float
 
 
 class PlanTask:
@@ -81,27 +88,54 @@ class PlanTask:
             return Solver(method=method, metric=metric)
         return self.predicted(method, parts, optimal)
 
-    def predicted(self, method: str, parts: Sequence[Measured], optimal: bool = False) -> Solver:
-        """Return how a plan was found, with the KL divergence that its tensors' losses foretell.
+    @cached_property
+    def co_moments(self) -> ScoredCoMoments | None:
+        """How the losses of formats add up, where the scores tell."""
+        return ScoredCoMoments(self.scores, self.tensors) if has_effects(self.scores, self.tensors) else None
 
-        parts: each tensor's, not yet times the calibration's factor.
+    def predicted(
+        self,
+        method: str,
+        parts: Sequence[Measured],
+        optimal: bool = False,
+        lower_bound: float | None = None,
+        selection: Selection | None = None,
+    ) -> Solver:
+        """Return how a plan was found, with the KL divergence that the effects of its tensors predict.
+
+        parts: each tensor's, not yet times the calibration's factor. selection: of a plan that was chosen by the same
+        sequences.
         """
         factor = kl_factor(self.scores)
-        samples = sum_of_samples(parts)
-        stderr = stderr_of_sum(parts) if samples is None else stderr_of_mean(samples)
-        objective = total(part.loss for part in parts)
-        kl, kl_stderr = factor * objective, None if stderr is None else factor * stderr
+        found = prediction_of(parts, None if self.co_moments is None else self.scores.effects, 1.0)
+        assert found.kl_nats is not None
+        added = 0.0 if selection is None else selection.nats
+        errors = [found.stderr, None if selection is None else selection.stderr]
+        stderr = None if found.stderr is None else math.hypot(*(error for error in errors if error is not None))
+        kl, kl_stderr = factor * (found.kl_nats + added), None if stderr is None else factor * stderr
         if not math.isfinite(kl) or not math.isfinite(kl_stderr or 0.0):
             most = max(part.loss for part in parts)
             raise InvalidFile(f"{LOSS_INCREASE} reaches {most}, too large to add up; measure it again.")
         return Solver(
             method=method,
             metric=LOSS_INCREASE,
-            objective=objective,
+            objective=self.objective(parts),
             optimal=optimal,
             predicted_kl_nats=kl,
             predicted_kl_stderr_nats=kl_stderr,
+            selection_nats=factor * added if selection is not None else None,
+            kl_factor=factor if self.scores.kl_calibration is not None else None,
+            lower_bound=None if optimal else lower_bound,
         )
+
+    def objective(self, parts: Sequence[Measured]) -> float:
+        """Return what `exact` makes the least of: the tensors' losses, with what they share where the scores tell."""
+        if self.co_moments is not None:
+            places = [
+                self.co_moments.place(tensor, part.format) for tensor, part in zip(self.tensors, parts, strict=True)
+            ]
+            return self.co_moments.objective([place for place in places if place is not None])
+        return total(part.loss for part in parts)
 
     def plan(self, formats: Sequence[Format], solver: Solver, limit: Limit | None = None) -> BitPlan:
         """Return the plan that stores each tensor in its format. limit: what was asked for."""

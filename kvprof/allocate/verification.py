@@ -147,9 +147,7 @@ def _as_the_plan_knew_them(plan: BitPlan, scores: Scores) -> Scores:
     solver = plan.solver
     if scores.kl_calibration is None or solver is None or solver.objective is None:
         return scores
-    raw = solver.predicted_kl_nats is not None and math.isclose(
-        solver.predicted_kl_nats, solver.objective, rel_tol=ROUNDING
-    )
+    raw = solver.kl_factor is None and solver.predicted_kl_nats is not None
     return scores.model_copy(update={"kl_calibration": None}) if raw else scores
 
 
@@ -185,9 +183,12 @@ def _predicted(plan: BitPlan, task: PlanTask, note: str | None) -> Iterator[Chec
     except KvprofError as error:
         yield unknown("predicted loss", first_line(error))
         return
-    for words, field in (("objective", "objective"), ("predicted KL", "predicted_kl_nats"),
-                         ("its standard error", "predicted_kl_stderr_nats")):  # fmt: skip
-        said, found = getattr(solver, field), getattr(again, field)
+    said_kl, selected = solver.predicted_kl_nats, solver.selection_nats or 0.0  # the latter is `_solved`'s to find
+    own_kl = None if said_kl is None else said_kl - selected
+    numbers = [("objective", solver.objective, again.objective), ("predicted KL", own_kl, again.predicted_kl_nats)]
+    if solver.selection_nats is None:
+        numbers.append(("its standard error", solver.predicted_kl_stderr_nats, again.predicted_kl_stderr_nats))
+    for words, said, found in numbers:
         if said is not None and found is None:
             yield unknown(words, "a format of the plan was not scored")
         elif (said, found) != (None, None):
@@ -212,6 +213,12 @@ def _solved(plan: BitPlan, scores: Scores) -> Iterator[Check]:
     yield compared("budget asked for", _asked(plan), _asked(solved))
     yield compared("window", _window(plan), _window(solved))
     yield compared("optimality", _optimality(plan.solver), _optimality(solved.solver))
+    if plan.solver is not None and plan.solver.selection_nats is not None and solved.solver is not None:
+        for words, field in (
+            ("selection", "selection_nats"),
+            ("its standard error", "predicted_kl_stderr_nats"),
+        ):
+            yield compared(words, getattr(plan.solver, field), getattr(solved.solver, field))
 
 
 def _asked(plan: BitPlan) -> str:

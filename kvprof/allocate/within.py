@@ -70,7 +70,7 @@ def plan_within(
     if found is None:
         raise InfeasibleBudget(f"no plan that {target.name} can be told fits {limit.amount} {limit.unit}.")
     parts = rows.parts(found.assignment)
-    solver = problem.task.predicted("exact", parts, found.proven)
+    solver = problem.task.predicted("exact", parts, found.proven and problem.adds_up)
     return _for(problem.task.plan([part.format for part in parts], solver, limit), target)
 
 

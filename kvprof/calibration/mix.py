@@ -12,16 +12,18 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from kvprof.calibration.ingredients import Ingredient, exact_weight, parse_data
+from kvprof.calibration.ingredients import USUAL_DATA, Ingredient, exact_weight, parse_data
 from kvprof.calibration.sequences import (
     CalibrationSet,
     Origin,
     SequenceReader,
     check_largest,
     check_request,
+    check_room,
     describe,
 )
 from kvprof.calibration.text import BUILTIN, SELF, SPLITS, TextSource, check_split, is_hub_dataset, open_text, split_of
+from kvprof.calibration.tokens import UNKNOWN, Beginning, beginning_of
 from kvprof.errors import CalibrationError
 from kvprof.records.scores import CalibrationInfo
 
@@ -36,7 +38,7 @@ class MixedText:
     """The sequences of a mix in their order, those of `self` still open.
 
     drawn: the place of each one's text among `origins`, and its tokens; None where the model has yet to write it.
-    split: of `self`. skipped, notes: as a CalibrationSet has them.
+    split: of `self`. skipped, notes: as a CalibrationSet has them. beginning: of every sequence.
     """
 
     drawn: tuple[tuple[int, Tokens | None], ...]
@@ -46,6 +48,7 @@ class MixedText:
     split: str
     skipped: int
     notes: tuple[str, ...]
+    beginning: Beginning
 
     @property
     def to_write(self) -> int:
@@ -59,7 +62,32 @@ class MixedText:
 
     def check_vocabulary(self, size: int) -> None:
         """Raise CalibrationError where a model of so large a vocabulary does not know a token."""
-        check_largest((ids for _, ids in self.drawn if ids is not None), size)
+        check_largest([self.beginning.ids or (0,), *(ids for _, ids in self.drawn if ids is not None)], size)
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether these are the texts that are read where none is named."""
+        return [(origin.name, origin.weight) for origin in self.origins] == [(name, 1.0) for name in USUAL_DATA]
+
+    def without_own(self, tokenizer: Any, note: str) -> CalibrationSet:
+        """Return as many sequences of the usual texts but `self`, as if it had not been named, with a note.
+
+        Raises CalibrationError, with the note, where the others hold too little.
+        """
+        others = [origin for origin in self.origins if origin.name != SELF]
+        mix = _mix(
+            [Ingredient(origin.name, exact_weight(origin.weight)) for origin in others],
+            [origin.split for origin in others],
+            tokenizer,
+            self.beginning,
+            len(self.drawn),
+            self.sequence_length,
+            self.seed,
+            pack=False,  # the built-in text always is
+        )
+        if len(mix.drawn) < len(self.drawn):
+            raise CalibrationError(f"{note}.\n  Lower --sequences, or name text of your own with --data.")
+        return replace(mix, notes=(*mix.notes, note)).complete()
 
     def complete(self, written: Sequence[Tokens] = ()) -> CalibrationSet:
         """Return the whole set, its open sequences filled with what the model wrote, in order.
@@ -73,7 +101,8 @@ class MixedText:
         own = iter(written)
         sequences = [next(own) if ids is None else ids for _, ids in self.drawn]
         source_of = [place for place, _ in self.drawn]
-        info = describe(sequences, source_of, self.origins, self.sequence_length, self.seed)
+        begins_with = self.beginning.tokens
+        info = describe(sequences, source_of, self.origins, self.sequence_length, self.seed, begins_with)
         return CalibrationSet(tuple(sequences), info, self.skipped, self.notes)
 
 
@@ -107,14 +136,18 @@ def mix_texts(
         return split if split in _OURS else usual_split if name in (BUILTIN, SELF) else None
 
     splits = [split_for(ingredient.name) for ingredient in ingredients]
-    return _mix(ingredients, splits, tokenizer, sequences, sequence_length, seed, pack)
+    beginning = beginning_of(tokenizer)
+    check_room(sequence_length, beginning)
+    return _mix(ingredients, splits, tokenizer, beginning, sequences, sequence_length, seed, pack)
 
 
 def mix_again(info: CalibrationInfo, tokenizer: Any, pack: bool = False) -> MixedText:
     """Take the sequences that a measurement read, by what it wrote down; only its fingerprint can tell whether it did.
 
-    pack: as it was then, which is not written down.
+    pack: as it was then, which is not written down. Where it is not written down what its sequences began with, windows
+    began in the middle of the text.
     """
+    beginning = UNKNOWN if info.begins_with is None else beginning_of(tokenizer)
     if info.sources is None:
         ingredients, splits = [Ingredient(info.dataset)], [info.split]
     else:
@@ -122,7 +155,8 @@ def mix_again(info: CalibrationInfo, tokenizer: Any, pack: bool = False) -> Mixe
         splits = [share.split for share in info.sources]
     # In the order that was written down: a text whose turn never came is not, and would have moved the others' turns.
     order = info.source_of
-    return _mix(ingredients, splits, tokenizer, info.sequences, info.sequence_length, info.seed, pack, order)
+    length = info.sequence_length
+    return _mix(ingredients, splits, tokenizer, beginning, info.sequences, length, info.seed, pack, order)
 
 
 def turns(weights: Sequence[Fraction], before: Sequence[int] | None = None) -> Iterator[int]:
@@ -150,6 +184,7 @@ def _mix(
     ingredients: Sequence[Ingredient],
     splits: Sequence[str | None],
     tokenizer: Any,
+    beginning: Beginning,
     sequences: int,
     sequence_length: int,
     seed: int,
@@ -166,11 +201,11 @@ def _mix(
             origins.append(Origin(SELF, own_split, float(ingredient.weight)))
         else:
             source = _open(ingredient.name, split, seed, len(ingredients) > 1)
-            readers.append(SequenceReader(source, tokenizer, sequence_length, pack))
+            readers.append(SequenceReader(source, tokenizer, sequence_length, pack, beginning.ids))
             origins.append(Origin(source.name, source.split, float(ingredient.weight)))
     drawn, notes = _draw(ingredients, readers, sequences, order)
     skipped = sum(reader.skipped for reader in readers if reader)
-    return MixedText(tuple(drawn), tuple(origins), sequence_length, seed, own_split, skipped, tuple(notes))
+    return MixedText(tuple(drawn), tuple(origins), sequence_length, seed, own_split, skipped, tuple(notes), beginning)
 
 
 def _open(name: str, split: str | None, seed: int, mixed: bool) -> TextSource:

@@ -1,8 +1,8 @@
 """`self`: calibration text that the model writes itself, sampled once and found again.
 
-Reads a loaded model; reads and writes the sampled token ids in the user's cache folder. A sequence follows from the
-model, the seed, the split and its number alone, so that asking for more never changes those before. Does not know other
-texts, nor where the model came from.
+Reads a loaded model; reads and writes the sampled token ids in the user's cache folder. A sequence is documents of the
+model, one after the other; it follows from the model, the seed, the split and its number alone, so that asking for more
+never changes those before. Does not know where the model came from.
 """
 
 from __future__ import annotations
@@ -10,28 +10,28 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from kvprof.calibration.ingredients import USUAL_DATA, parse_data
 from kvprof.calibration.mix import MixedText
-from kvprof.calibration.sampling import sample_tokens
+from kvprof.calibration.repetition import repetition_of
+from kvprof.calibration.sampling import sample_documents
 from kvprof.calibration.sequences import CalibrationSet
 from kvprof.calibration.text import SELF
-from kvprof.errors import OutputError, UsageError
+from kvprof.errors import CalibrationError, OutputError, UsageError
 from kvprof.records.runs import cache_folder, write_atomically
 
 logger = logging.getLogger(__name__)
 
-ROWS = 16
-"""Sequences that are written side by side."""
+ROWS = (4, 4, 8, 16)
+"""Sequences that are written side by side, batch after batch, the last number for all further batches: so few at first
+that a measurement on a few sequences waits for no others."""
 
 TOKENS_AT_ONCE = 2**13
 """Tokens whose keys and values a batch may hold: of longer sequences, fewer are written side by side."""
@@ -49,12 +49,12 @@ def streamable(data: Sequence[str], sequences: int, length: int, weight_bytes: i
     """Return the texts that a model whose blocks are loaded one at a time is measured on.
 
     Each token that it writes itself takes all of its weights once more. Where that is too much, `self` is left out of
-    the usual texts, with a note. Raises UsageError where it was asked for.
+    the usual texts, with a note. How often documents end, and others are begun, nobody knows before: not counted.
+    Raises UsageError where it was asked for.
     """
-    rows = max(1, min(ROWS, TOKENS_AT_ONCE // length))
     if SELF not in {ingredient.name for ingredient in parse_data(data)}:
         return tuple(data)
-    written = -(-sequences // rows) * length * weight_bytes
+    written = len(_batches(0, sequences, length)) * length * weight_bytes
     if written <= STREAMED_BYTES:
         return tuple(data)
     why = f"to write {length} tokens, the weights would be read {written / weight_bytes:,.0f} times"
@@ -72,11 +72,33 @@ def fill(
     fingerprint: str,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> CalibrationSet:
-    """Return a mix with what the model writes itself; the arguments are those of `write_text`."""
+    """Return a mix with what the model writes itself; the arguments are those of `write_text`.
+
+    Text that repeats itself is remarked on. Where it holds next to nothing else, the usual texts go without it, with a
+    note, and the built-in text takes its turns. Raises CalibrationError where it was asked for.
+    """
     if not mix.to_write:
         return mix.complete()
-    own = write_text(model, tokenizer, fingerprint, mix.split, mix.to_write, mix.sequence_length, mix.seed, progress)
-    return mix.complete(own)
+    opening = mix.beginning.ids
+    own = write_text(
+        model, tokenizer, fingerprint, mix.split, mix.to_write, mix.sequence_length, mix.seed, opening, progress
+    )
+    found = repetition_of(own, marks_of(tokenizer, model) | set(opening))
+    if found.is_hopeless:
+        if not mix.is_usual:
+            raise CalibrationError(
+                f"the model's own text holds nothing to measure on: {found}.\n"
+                "  Leave `self` out of --data, and name text of your own."
+            )
+        logger.warning("the model's own text holds nothing to measure on (%s): it is left out", found)
+        return mix.without_own(
+            tokenizer, f"{SELF} is left out: the model's own text holds nothing to measure on, {found}"
+        )
+    text = mix.complete(own)
+    if found.is_high:
+        note = f"the model's own text repeats itself, and text of your own would measure better: {found}"
+        text = replace(text, notes=(*text.notes, note))
+    return text
 
 
 def write_text(
@@ -87,17 +109,19 @@ def write_text(
     sequences: int,
     length: int,
     seed: int = 0,
+    opening: Sequence[int] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Sequences:
     """Return the first sequences of the model's own text, each of exactly `length` tokens; sample those not yet kept.
 
-    A sequence is the model's beginning-of-text token (else its end-of-text token, else a random token of the
-    vocabulary) and what follows it at temperature 1, nothing cut off the distribution and nothing penalised. After an
-    end-of-text token the model goes on with a text of its own choice.
+    A sequence is documents, one behind the other, cut at the length. A document is its opening and what follows it at
+    temperature 1, nothing cut off the distribution and nothing penalised, up to the token that ends it; none has read
+    another. An opening that is the token which ended the document before stands there once.
 
     model: in eval mode; left as it was found, and so is every global random state. fingerprint: of its checkpoint.
     split: `calibration` or `held-out`, sampled apart; `all` takes three of the one, then one of the other.
-    progress: called with (tokens written, tokens to write), where there are any.
+    opening: what the tokenizer puts before a text. Where that is nothing, `first_token`, else a random token of the
+    vocabulary, opens each document. progress: called with (tokens written, tokens to write), where there are any.
     The text is kept in the user's cache folder, batch by batch: a stopped run loses the batch that it was at. Batches
     are always whole, so that the text is the same to the last token however many sequences are asked for at a time.
     Raises CalibrationError where the model cannot write text.
@@ -105,33 +129,52 @@ def write_text(
     order = [split] * sequences
     if split == "all":
         order = ["held-out" if index % 4 == 3 else "calibration" for index in range(sequences)]
+    first = first_token(tokenizer, model)
     setup = _Setup(
         model=fingerprint,
         weights=_weights_digest(model),
         config=_config_digest(model),
         dtype=str(model.dtype).removeprefix("torch."),
-        first_token=first_token(tokenizer, model),
+        opening=list(opening) or ([] if first is None else [first]),
+        ends=sorted(end_tokens(tokenizer, model)),
         length=length,
-        rows=max(1, min(ROWS, TOKENS_AT_ONCE // length)),
+        batches=[_rows(number, length) for number in range(len(ROWS))],
         seed=seed,
         split=split,
     )
     kept = {name: _Kept(replace(setup, split=name)) for name in dict.fromkeys(order)}
-    batches = [name for name in kept for _ in range(kept[name].batches_to(order.count(name)))]
-    done, total = 0, len(batches) * setup.rows * length
+    batches = [(name, rows) for name in kept for rows in _batches(len(kept[name].sequences), order.count(name), length)]
+    done, total = 0, sum(rows for _, rows in batches) * length
 
-    def step() -> None:
+    def step(tokens: int) -> None:
         nonlocal done
-        done += setup.rows
+        done += tokens
         progress(done, total)
 
     if batches:
         logger.info("the model writes %d sequences of %d tokens, once: kept in %s", total // length, length, _folder())
         progress(0, total)
-    for name in batches:
-        kept[name].add(_write_batch(model, kept[name], step))
+    for name, rows in batches:
+        kept[name].add(_write_batch(model, kept[name], rows, step))
     found = {name: iter(kept[name].sequences) for name in kept}
     return [next(found[name]) for name in order]
+
+
+def _rows(number: int, length: int) -> int:
+    """Return how many sequences a batch writes side by side, by its number from 0."""
+    return max(1, min(ROWS[min(number, len(ROWS) - 1)], TOKENS_AT_ONCE // length))
+
+
+def _batches(kept: int, sequences: int, length: int) -> list[int]:
+    """Return the sizes of the batches that are missing for so many sequences, where some are kept, in whole batches."""
+    missing = []
+    start = number = 0
+    while start < max(kept, sequences):
+        rows = _rows(number, length)
+        if start >= kept:
+            missing.append(rows)
+        start, number = start + rows, number + 1
+    return missing
 
 
 def first_token(tokenizer: Any, model: PreTrainedModel) -> int | None:
@@ -142,35 +185,67 @@ def first_token(tokenizer: Any, model: PreTrainedModel) -> int | None:
     config = model.config.get_text_config(decoder=True)
     for name in ("bos_token_id", "eos_token_id"):
         for owner in (tokenizer, config):
-            value = getattr(owner, name, None)
-            for token in value if isinstance(value, list | tuple) else [value]:
-                if isinstance(token, int) and 0 <= token < config.vocab_size:
-                    return token
+            for token in _tokens_named(owner, name, config.vocab_size):
+                return token
     return None
 
 
-def _write_batch(model: PreTrainedModel, kept: _Kept, step: Callable[[], None]) -> Sequences:
-    """Sample the batch of sequences that follows those kept, each from random numbers of its own."""
+def end_tokens(tokenizer: Any, model: PreTrainedModel) -> set[int]:
+    """Return the tokens that end a text, by the tokenizer, the config or the generation config."""
+    config = model.config.get_text_config(decoder=True)
+    owners = (tokenizer, config, model.config, getattr(model, "generation_config", None))
+    return {token for owner in owners for token in _tokens_named(owner, "eos_token_id", config.vocab_size)}
+
+
+def marks_of(tokenizer: Any, model: PreTrainedModel) -> set[int]:
+    """Return the tokens that say where a text begins and ends, and nothing else."""
+    first = first_token(tokenizer, model)
+    return end_tokens(tokenizer, model) | (set() if first is None else {first})
+
+
+def _tokens_named(owner: Any, name: str, vocabulary: int) -> list[int]:
+    value = getattr(owner, name, None)
+    tokens = value if isinstance(value, list | tuple) else [value]
+    return [token for token in tokens if isinstance(token, int) and 0 <= token < vocabulary]
+
+
+def _write_batch(model: PreTrainedModel, kept: _Kept, rows: int, step: Callable[[int], None]) -> Sequences:
+    """Sample the batch of sequences that follows those kept, document by document."""
     setup, start = kept.setup, len(kept.sequences)
-    numbers = [Random(f"{setup.seed}/{setup.split}/{start + row}") for row in range(setup.rows)]
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    first = [row.randrange(vocabulary) if setup.first_token is None else setup.first_token for row in numbers]
-    draws = torch.tensor([[row.random() for _ in range(setup.length - 1)] for row in numbers], dtype=torch.float64)
-    step()  # the first tokens
-    return [tuple(ids) for ids in sample_tokens(model, first, draws, step).tolist()]
+    texts: list[list[int]] = [[] for _ in range(rows)]
+    number = 0
+    while short := [row for row in range(rows) if len(texts[row]) < setup.length]:
+        numbers = [Random(f"{setup.seed}/{setup.split}/{start + row}/{number}") for row in short]
+        openings = [setup.opening or [own.randrange(vocabulary)] for own in numbers]
+        before = sum(map(len, texts))
+        for row, opening in zip(short, openings, strict=True):
+            if texts[row][-len(opening) :] == opening:  # what ended the document before opens this one
+                del texts[row][-len(opening) :]
+        has = [len(texts[row]) for row in short]
+        limits = [max(setup.length - tokens, len(openings[0])) for tokens in has]
+        for row, opening in zip(short, openings, strict=True):
+            texts[row] = (texts[row] + opening)[: setup.length]
+        step(sum(map(len, texts)) - before)
+        documents = sample_documents(model, openings, limits, [own.random for own in numbers], setup.ends, step)
+        for row, tokens, document in zip(short, has, documents, strict=True):
+            texts[row] = (texts[row][:tokens] + document)[: setup.length]
+        number += 1
+    return [tuple(ids) for ids in texts]
 
 
 @dataclass(frozen=True)
 class _Setup:
-    """All that a text follows from; rows, because a forward of fewer rows rounds otherwise."""
+    """All that a text follows from; the sizes of batches, because a forward of fewer rows rounds otherwise."""
 
     model: str
     weights: str | None
     config: str
     dtype: str
-    first_token: int | None
+    opening: list[int]
+    ends: list[int]
     length: int
-    rows: int
+    batches: list[int]
     seed: int
     split: str
 
@@ -186,10 +261,6 @@ class _Kept:
         name = hashlib.sha256(json.dumps(asdict(setup)).encode()).hexdigest()[:24]
         self.path = _folder() / f"{name}.json"
         self.sequences = self._read()
-
-    def batches_to(self, sequences: int) -> int:
-        """Return how many batches are missing for so many sequences."""
-        return max(0, math.ceil((sequences - len(self.sequences)) / self.setup.rows))
 
     def add(self, batch: Sequences) -> None:
         """Take in a finished batch, on the disk when this returns; a place that cannot be written is only a pity."""

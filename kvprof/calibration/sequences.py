@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvprof.calibration.text import TextSource
+from kvprof.calibration.tokens import Beginning, beginning_of, token_ids
 from kvprof.errors import CalibrationError, UsageError
 from kvprof.records.scores import CalibrationInfo, TextShare
 
@@ -59,9 +60,12 @@ class CalibrationSet:
         fields = self.info.model_dump(mode="json")
         shares = fields.pop("sources", [])
         fields = {name: value for name, value in fields.items() if name not in ("source_of", "sequence_fingerprints")}
+        if not fields.get("begins_with"):
+            fields.pop("begins_with", None)  # nothing is added: the text is what it was before this was written down
         mix = {f"{name}s": [share[name] for share in shares] for name in ("weight", "split") if shares}
         fields = {"dataset": fields.pop("dataset"), **mix, **fields}
-        return {("text fingerprint" if name == "fingerprint" else name): value for name, value in fields.items()}
+        words = {"fingerprint": "text fingerprint", "begins_with": "beginning of every sequence"}
+        return {words.get(name, name): value for name, value in fields.items()}
 
     def first(self, count: int) -> CalibrationSet:
         """Return the first sequences alone."""
@@ -76,12 +80,19 @@ class CalibrationSet:
         every = info.source_of or (0,) * len(self.sequences)
         source_of = [every[index] for index in indices]
         described = describe(
-            taken, source_of, origins or [Origin(info.dataset, info.split)], info.sequence_length, info.seed
+            taken,
+            source_of,
+            origins or [Origin(info.dataset, info.split)],
+            info.sequence_length,
+            info.seed,
+            info.begins_with,
         )
         return replace(self, sequences=taken, info=described)
 
     def remarks(self, asked: int) -> Iterator[str]:
         """Yield what a reader should know of a text that so many sequences were asked of."""
+        if self.info.begins_with:
+            yield f"every sequence begins with {' '.join(self.info.begins_with)}, as the tokenizer begins a text"
         if self.skipped:
             yield f"skipped {self.skipped} rows too short to have a target"
         yield from self.notes
@@ -119,16 +130,24 @@ class SequenceReader:
 
     A row is one sequence, truncated on the right; a row too short to have a target is skipped and counted. With `pack`,
     and always for the built-in text, rows are joined and cut into windows of exactly `length` tokens.
+    beginning: what each window begins with, where it does not by itself; what the tokenizer puts before a text, which a
+    row has by itself.
     Raises CalibrationError where the text ends before its first sequence.
     """
 
-    def __init__(self, source: TextSource, tokenizer: Any, length: int, pack: bool = False) -> None:
+    def __init__(
+        self, source: TextSource, tokenizer: Any, length: int, pack: bool = False, beginning: Sequence[int] = ()
+    ) -> None:
         self.source = source
         self.length = length
         self.skipped = 0
         self.found = 0
         self._packed = pack or source.packed
-        self._cut = (_windows if self._packed else _rows)(source.rows, tokenizer, length)
+        self._cut = (
+            _windows(source.rows, tokenizer, length, list(beginning))
+            if self._packed
+            else _rows(source.rows, tokenizer, length)
+        )
 
     def __iter__(self) -> SequenceReader:
         return self
@@ -149,12 +168,16 @@ def tokenize(
 ) -> CalibrationSet:
     """Cut calibration text into at most `sequences` sequences of at most `sequence_length` tokens.
 
-    Raises CalibrationError where no sequence comes of it, UsageError for lengths below 2 or no sequences at all.
+    Raises CalibrationError where no sequence comes of it, UsageError for lengths without a target or no sequences at
+    all.
     """
     check_request(sequences, sequence_length)
-    reader = SequenceReader(source, tokenizer, sequence_length, pack)
+    beginning = beginning_of(tokenizer)
+    check_room(sequence_length, beginning)
+    reader = SequenceReader(source, tokenizer, sequence_length, pack, beginning.ids)
     found = list(islice(reader, sequences))
-    info = describe(found, [0] * len(found), [Origin(source.name, source.split)], sequence_length, seed)
+    origins = [Origin(source.name, source.split)]
+    info = describe(found, [0] * len(found), origins, sequence_length, seed, beginning.tokens)
     return CalibrationSet(tuple(found), info, reader.skipped)
 
 
@@ -164,6 +187,16 @@ def check_request(sequences: int, sequence_length: int) -> None:
         raise UsageError(f"--sequences {sequences}: at least 1 is needed.")
     if sequence_length < 2:
         raise UsageError(f"--sequence-length {sequence_length}: at least 2 tokens are needed to have a target.")
+
+
+def check_room(sequence_length: int, beginning: Beginning) -> None:
+    """Raise UsageError where a sequence has no room for two tokens of text behind its beginning."""
+    taken = len(beginning.ids)
+    if taken and sequence_length <= taken + 1:
+        raise UsageError(
+            f"--sequence-length {sequence_length}: every sequence begins with {' '.join(beginning.tokens or ())}, as "
+            f"the tokenizer begins a text, and {taken + 2} tokens are the fewest that leave two of the text."
+        )
 
 
 def check_largest(sequences: Iterable[Sequence[int]], size: int) -> None:
@@ -179,10 +212,12 @@ def describe(
     origins: Sequence[Origin],
     sequence_length: int,
     seed: int,
+    begins_with: tuple[str, ...] | None,
 ) -> CalibrationInfo:
     """Return what is written down of sequences: one text's name and split, or those of each text of a mix.
 
     source_of: for each sequence, the place of its text among `origins`; those that gave none are left out.
+    begins_with: the tokens that each begins with; None where that is not known.
     """
     present = sorted(set(source_of))
     shares = [
@@ -209,6 +244,7 @@ def describe(
         sources=tuple(shares) if mixed else None,
         source_of=tuple(map(present.index, source_of)) if mixed else None,
         sequence_fingerprints=tuple(_sha256(text)[:16] for text in texts),
+        begins_with=begins_with,
     )
 
 
@@ -251,21 +287,29 @@ def _pad(sequences: Sequence[Sequence[int]], indices: tuple[int, ...], side: Lit
 def _rows(rows: Iterator[str], tokenizer: Any, length: int) -> Iterator[list[int]]:
     for row in rows:
         read = PIECE_CHARACTERS
-        ids = _ids(tokenizer, row[:read])
+        ids = token_ids(tokenizer, row[:read])
         while read < len(row) and len(ids) < 2 * length:  # far enough from where the row was cut
             read *= 4
-            ids = _ids(tokenizer, row[:read])
+            ids = token_ids(tokenizer, row[:read])
         yield ids[:length]
 
 
-def _windows(rows: Iterator[str], tokenizer: Any, length: int) -> Iterator[list[int]]:
-    """Join the rows and cut windows; a tokenizer's end mark, where it has one, stands between two rows."""
+def _windows(rows: Iterator[str], tokenizer: Any, length: int, beginning: list[int]) -> Iterator[list[int]]:
+    """Join the rows and cut windows; a tokenizer's end mark, where it has one, stands between two rows.
+
+    beginning: stands before the tokens of a window, unless they begin with it: many models lay their attention sink
+    there, and are not themselves without it.
+    """
     buffer: list[int] = []
     for ids in _joined(rows, tokenizer):
         buffer += ids
-        while len(buffer) >= length:
-            yield buffer[:length]
-            del buffer[:length]
+        while True:
+            added = [] if buffer[: len(beginning)] == beginning else beginning
+            taken = length - len(added)
+            if len(buffer) < max(taken, len(beginning)):  # too short for a window, or to know what it begins with
+                break
+            yield added + buffer[:taken]
+            del buffer[:taken]
 
 
 def _joined(rows: Iterator[str], tokenizer: Any) -> Iterator[list[int]]:
@@ -273,7 +317,7 @@ def _joined(rows: Iterator[str], tokenizer: Any) -> Iterator[list[int]]:
     last: list[int] = []
     for row in rows:
         for place, piece in enumerate(_pieces(row)):
-            ids = _ids(tokenizer, piece, marks=place == 0)
+            ids = token_ids(tokenizer, piece, marks=place == 0)
             if len(piece) < len(row) and ids[-1:] == [tokenizer.eos_token_id]:
                 ids.pop()  # the row goes on
             last = ids[-1:] or last
@@ -292,13 +336,6 @@ def _pieces(row: str) -> Iterator[str]:
         yield row[start:stop]
         start = stop
     yield row[start:]
-
-
-def _ids(tokenizer: Any, text: str, marks: bool = True) -> list[int]:
-    """Return the tokens of a text, with or without the marks of a beginning and an end that a tokenizer may add."""
-    given = {} if marks else {"add_special_tokens": False}
-    ids: list[int] = tokenizer(text, truncation=False, verbose=False, **given)["input_ids"]
-    return ids
 
 
 def _nothing_found(source: TextSource, length: int, skipped: int, packed: bool) -> str:

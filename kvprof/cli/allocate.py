@@ -111,7 +111,7 @@ def allocate(
     from kvprof.records.geometry import bytes_text
     from kvprof.records.scores import Scores
     from kvprof.report.console import print_note, print_plain, print_result, print_written
-    from kvprof.report.plans import plan_remarks, restriction_lines, show_plan, stability_lines
+    from kvprof.report.plans import plan_remarks, prediction_lines, restriction_lines, show_plan, stability_lines
 
     typed = typed_command("allocate", options)
     if as_published and sink_tokens:
@@ -160,7 +160,7 @@ def allocate(
     for line in [] if free is None else restriction_lines(plan, free):
         print_plain(line)
     doubted = doubts(found, plan, tie=tie, **allowed)
-    for line in stability_lines(doubted.stability):
+    for line in (*prediction_lines(plan, found, doubted.best_pair), *stability_lines(doubted.stability)):
         print_plain(line)
     for remark in (*plan_remarks(plan, found), *doubted.remarks):
         print_note(remark)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria
 
+from kvprof.calibration.tokens import tokenizer_explained
 from kvprof.errors import UsageError
 from kvprof.models.inventory import position_limit
 from kvprof.models.load import ModelSource, load_config, load_model, load_tokenizer
@@ -52,7 +53,8 @@ def compare_continuations(
     """Continue a prompt with the full cache and with the plan's, by the same model, from the same seed.
 
     progress: called with (new tokens done, new tokens in all), of both together.
-    Raises UsageError for a prompt that is empty or too long, Mismatch for another model's plan.
+    Raises UsageError for a prompt that is empty or too long, CalibrationError for a tokenizer that fails on it,
+    Mismatch for another model's plan.
     """
     if settings.max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens {settings.max_new_tokens}: at least 1 is needed.")
@@ -63,7 +65,8 @@ def compare_continuations(
     if any("\ud800" <= mark <= "\udfff" for mark in prompt):
         raise UsageError("the prompt is not text in UTF-8.")
     tokenizer = load_tokenizer(source)
-    inputs = _tokens_of(prompt, tokenizer, settings.chat)
+    with tokenizer_explained(tokenizer):
+        inputs = _tokens_of(prompt, tokenizer, settings.chat)
     prompt_tokens = inputs["input_ids"].shape[1]
     limit = position_limit(load_config(source))
     if limit is not None and prompt_tokens + settings.max_new_tokens > limit:
@@ -81,7 +84,8 @@ def compare_continuations(
             progress(done_before + new, 2 * settings.max_new_tokens)
 
         tokens = _continue(model, tokenizer, inputs, cache, settings, tick)
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        with tokenizer_explained(tokenizer):
+            text = tokenizer.decode(tokens, skip_special_tokens=True)
         found.append(Continuation(text=text, tokens=tuple(tokens), cache_bytes=cache_bytes(cache)))
     progress(2 * settings.max_new_tokens, 2 * settings.max_new_tokens)
     full, planned = found

@@ -21,6 +21,7 @@ from lm_eval.utils import simple_parse_args_string
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvprof.calibration.tokens import tokenizer_explained
 from kvprof.errors import UsageError, did_you_mean
 from kvprof.evaluate.logits import choose_route, planned_logits
 from kvprof.models.identity import fingerprint_of
@@ -141,6 +142,26 @@ class HarnessModel(HFLM):  # type: ignore[misc]
             options["gguf_file"] = None if place.is_dir() else place.name
             options["trust_remote_code"] = loading_arguments(self._source, place, tokenizer=True)["trust_remote_code"]
         super()._create_tokenizer(pretrained, tokenizer, **options)
+
+    def tok_encode(self, *arguments: Any, **options: Any) -> Any:
+        """Return a text's tokens, as `--model hf` does; raises CalibrationError where the tokenizer fails."""
+        with tokenizer_explained(self.tokenizer):
+            return super().tok_encode(*arguments, **options)
+
+    def tok_batch_encode(self, *arguments: Any, **options: Any) -> Any:
+        """Likewise of several texts, padded."""
+        with tokenizer_explained(self.tokenizer):
+            return super().tok_batch_encode(*arguments, **options)
+
+    def tok_decode(self, *arguments: Any, **options: Any) -> Any:
+        """Return the text of tokens; raises CalibrationError where the tokenizer fails."""
+        with tokenizer_explained(self.tokenizer):
+            return super().tok_decode(*arguments, **options)
+
+    def apply_chat_template(self, *arguments: Any, **options: Any) -> Any:
+        """Return a conversation as one text; raises CalibrationError where the tokenizer fails."""
+        with tokenizer_explained(self.tokenizer):
+            return super().apply_chat_template(*arguments, **options)
 
     def _create_model(self, pretrained: str, **_: Any) -> None:
         self._model = load_model(self._source, self._dtype, str(self.device))

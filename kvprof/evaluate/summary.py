@@ -22,7 +22,8 @@ FIRST_STRETCH = 16
 """Positions 0 to 15 are one stretch; each further one is as long as all before it."""
 
 LONG_CONTEXT = 32_768
-"""Tokens that the size of a cache is told at, besides those that were evaluated."""
+"""Tokens that the size of a cache is told at, besides those that were evaluated; fewer, where the model was made for
+fewer."""
 
 LARGEST_NLL = 700.0
 """Nats a token; e to more than this is no number. Taking every token for equally likely costs about 11."""
@@ -64,6 +65,7 @@ def summarise(
     excess = [total - math.fsum(other.kl_nats) for total, other in zip(totals, evaluated, strict=True)]
     nominal_bits, stored_bits, bytes_per_token = costs(plan, geometry)
     longest = measured_from + max(counts)
+    long = min(LONG_CONTEXT, geometry.positions or LONG_CONTEXT)
     return PlanResult(
         name=name,
         role=role,
@@ -71,7 +73,7 @@ def summarise(
         nominal_bits=nominal_bits,
         stored_bits=stored_bits,
         bytes_per_token=bytes_per_token,
-        contexts=tuple(context_bytes(plan, geometry, tokens) for tokens in dict.fromkeys((longest, LONG_CONTEXT))),
+        contexts=tuple(context_bytes(plan, geometry, tokens) for tokens in dict.fromkeys((longest, long))),
         kl_nats=math.fsum(totals) / sum(counts),
         kl_stderr_nats=_stderr(totals, counts),
         kl_p99_nats=float(np.quantile([kl for sequence in sequences for kl in sequence.kl_nats], 0.99)),

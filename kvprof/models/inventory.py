@@ -29,7 +29,7 @@ from transformers.utils import logging
 from kvprof.errors import KvprofError, ModelError, UnknownLayout, first_line
 from kvprof.models.layouts import Projection, cut_rows, find_projections
 from kvprof.models.own_code import is_own_class
-from kvprof.records.document import ModelInfo
+from kvprof.records.document import LARGEST_COUNT, ModelInfo
 from kvprof.records.geometry import ELEMENT_BYTES, CacheGeometry, DType, KVLayer, LayerKind
 from kvprof.records.inventory import Inventory, RedFlag
 
@@ -131,7 +131,9 @@ def take_inventory(config: PretrainedConfig, model_id: str | None = None) -> Inv
         )
         if not layers:
             raise ModelError(f"{name} describes a model without layers.")
-        geometry = CacheGeometry(dtype=_dtype(config), layers=layers)
+        limit = position_limit(config)
+        positions = limit if limit is not None and 0 < limit <= LARGEST_COUNT else None
+        geometry = CacheGeometry(dtype=_dtype(config), layers=layers, positions=positions)
     except KvprofError:
         raise
     except ValidationError as error:

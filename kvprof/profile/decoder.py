@@ -52,6 +52,10 @@ class Decoder:
     quantizer: Quantizer = field(default_factory=Quantizer)
     passes_over: bool = False
 
+    def counted(self, text: CalibrationSet) -> list[int]:
+        """Return how many positions of each sequence count."""
+        return [len(ids) - suffix_start(len(ids), self.suffix_fraction) for ids in text.sequences]
+
 
 def read_formats(text: str | None) -> dict[TensorName, tuple[str, ...]] | None:
     """Read the option: format names by tensor, `none` for no formats at all; None where nothing is said."""

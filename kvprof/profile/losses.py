@@ -1,7 +1,8 @@
-"""How much would a decoding model's predictions move, were one tensor of one layer stored in this format?
+"""Signed first-order effects on the loss of storing one tensor of one layer in a format.
 
-Reads a model and a batch of token ids; returns predicted KL divergences in nats, sequence by sequence. One forward, one
-backward, and for each format the attention of its layer once more. Does not know text, files, nor budgets.
+Reads a model and a batch of token ids; returns series of effects in nats, sequence by sequence. One forward, one
+backward, and for each format the attention of its layer once more. Does not know text, files, budgets, nor what the
+effects add up to (records/long_run.py).
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from kvprof.records.scores import suffix_start
 from kvprof.runtime.attention import attend_as_decoding
 from kvprof.runtime.interception import AttentionCall, attention_through
 
-Losses = dict[tuple[int, TensorName, str], Tensor]
-"""(layer, tensor, format name) to one number a sequence: (B,), float64, on the CPU."""
+Effects = dict[tuple[int, TensorName, str], list[Tensor]]
+"""(layer, tensor, format name) to the effects of each sequence's positions that count: (N,), float64, on the CPU."""
 
 _UNTOUCHED = TensorPlan(bits=FULL_BITS, group_size=1, axis="token")
 
@@ -53,8 +54,15 @@ class Suffix:
         starts, lengths = torch.tensor(self.starts)[:, None], torch.tensor(self.lengths)[:, None]
         return (positions >= starts) & (positions < lengths)
 
+    def parts(self, numbers: Tensor) -> list[Tensor]:
+        """Return the numbers of the positions that count, of each sequence. numbers: (B, T - first)."""
+        return [
+            row[start - self.first : length - self.first]
+            for row, start, length in zip(numbers, self.starts, self.lengths, strict=True)
+        ]
 
-def loss_increases(
+
+def loss_effects(
     model: PreTrainedModel,
     batch: Batch,
     formats: Formats,
@@ -62,14 +70,13 @@ def loss_increases(
     quantizer: Quantizer,
     suffix_fraction: float,
     seed: int,
-) -> Losses:
-    """Return the predicted KL divergence, in nats a token, of each format, for each sequence of a batch.
+) -> Effects:
+    """Return the signed effect of each format on the loss, position by position, for each sequence of a batch.
 
-    Let g be the gradient of the suffix's loss with respect to a layer's attention output at one position, its labels
-    drawn from the model's own distribution, and d what storing the tensor in a format changes of that output, as the
-    position's query would read it in decoding: sinks and window exact, all else quantized, through the softmax. To
-    second order the divergence is half the Fisher information along d, whose estimate is (g . d)^2 / 2: the score is
-    its mean over the suffix.
+    Let g be the gradient of the suffix's summed loss with respect to a layer's attention output at one position, its
+    labels drawn from the model's own distribution, and d what storing the tensor in a format changes of that output, as
+    the position's query would read it in decoding: sinks and window exact, all else quantized, through the softmax. An
+    effect is g . d. Half the expected square of the sum of all effects is the divergence of the text, to second order.
 
     batch: padded on the right. suffix_fraction: the share of each sequence, at its end, that counts. seed: with a
     sequence's index it decides the labels. model: no parameter asks for a gradient, so that only activations get one;
@@ -91,16 +98,14 @@ def loss_increases(
             labels = _sampled_labels(wide.detach(), here.sum(1).tolist(), generators)
             torch.nn.functional.cross_entropy(wide, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
         head.backward()
-    totals = counted.sum(1).double()
-    losses = {key: 0.5 * dots.square().sum(1) / totals for key, dots in probe.dots.items()}
-    for (layer, tensor, name), loss_B in losses.items():
-        if not loss_B.isfinite().all():
+    for (layer, tensor, name), dots in probe.dots.items():
+        if not dots.square().sum() <= torch.finfo(torch.float32).max:  # NaN too; a file has float32
             raise NonFiniteGradient(
                 f"the predicted loss of the {tensor} of layer {layer} in {name} is not finite in "
                 f"{str(model.dtype).removeprefix('torch.')}.\n  "
                 + wider_dtype_advice(model, "the weights are damaged, or the text drives the model out of range")
             )
-    return losses
+    return {key: suffix.parts(dots) for key, dots in probe.dots.items()}
 
 
 def suffix_of(batch: Batch, fraction: float) -> Suffix:

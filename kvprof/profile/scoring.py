@@ -11,6 +11,8 @@ import logging
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvprof.calibration.sequences import Batch, CalibrationSet, batches
@@ -21,8 +23,9 @@ from kvprof.models.memory import memory_explained, settled_bytes
 from kvprof.models.widening import computing_in_float32
 from kvprof.profile.decoder import Decoder, Formats, decoding_of
 from kvprof.profile.gradients import gradient_norms, padded_on_the_right
-from kvprof.profile.losses import loss_increases
+from kvprof.profile.losses import loss_effects
 from kvprof.profile.team import Team
+from kvprof.records.effects import block_tokens, encode
 from kvprof.records.formats import TENSORS, TensorName
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.inventory import Inventory
@@ -39,12 +42,12 @@ FIRST_STAGE = 4
 class SequenceResult:
     """What was measured on one sequence.
 
-    norms: (key, value) gradient norm of each scored layer, ascending. losses: for each layer, tensor and format of
-    `Formats`, in that order; empty where none were asked for.
+    norms: (key, value) gradient norm of each scored layer, ascending. effects: for each layer, tensor and format of
+    `Formats`, in that order, a series as `records.effects.encode` has it; empty where none were asked for.
     """
 
     norms: tuple[tuple[float, float], ...]
-    losses: tuple[float, ...]
+    effects: tuple[str, ...]
 
 
 def measure_sensitivity(
@@ -75,9 +78,12 @@ def measure_sensitivity(
     measured = dict(done or {})
     chosen = list(range(len(calibration.sequences)) if indices is None else indices)
     first, size = 0, batch_size
+    counted = decoder.counted(calibration)
+    block = block_tokens(max(counted))
     for stage in _stages(len(chosen)) if is_enough is not None else [len(chosen)]:
-        seed = calibration.info.seed
-        measure = functools.partial(_measure_if_it_fits, model, inventory.geometry, formats, decoder, seed)
+        measure = functools.partial(
+            _measure_if_it_fits, model, inventory.geometry, formats, decoder, calibration.info.seed, block
+        )
         with computing_in_float32(model):
             while todo := _left(calibration.sequences, size, chosen[first:stage], measured):
                 for batch in team.turns(todo):
@@ -95,7 +101,15 @@ def measure_sensitivity(
         text = calibration.taken(chosen[:stage])
         samples = samples_of([measured[index] for index in chosen[:stage]], inventory.geometry, formats)
         decoding = decoding_of(text, decoder.window, decoder.suffix_fraction) if formats else None
-        scores = gradient_scores(samples, text.info, inventory.model, inventory.geometry, decoding)
+        scores = gradient_scores(
+            samples,
+            text.info,
+            inventory.model,
+            inventory.geometry,
+            decoding,
+            block,
+            [counted[i] for i in chosen[:stage]],
+        )
         scores = scores.model_copy(update={"made_with": made_with(model)})
         if is_enough is not None and is_enough(scores):
             break
@@ -120,15 +134,11 @@ def samples_of(
     results: Sequence[SequenceResult], geometry: CacheGeometry, formats: Formats
 ) -> dict[tuple[int, TensorName], TensorSamples]:
     """Return the results of some sequences, tensor by tensor."""
-    columns = iter(zip(*(result.losses for result in results), strict=True))
-    # Six digits tell all that was measured, and keep a file of half a million numbers small.
-    losses = {
-        key: {form.name: [float(f"{loss:.6g}") for loss in next(columns)] for form in forms}
-        for key, forms in formats.items()
-    }
+    columns = iter(zip(*(result.effects for result in results), strict=True))
+    effects = {key: {form.name: next(columns) for form in forms} for key, forms in formats.items()}
     return {
         (shape.layer, tensor): TensorSamples(
-            [result.norms[row][place] for result in results], losses.get((shape.layer, tensor), {})
+            [result.norms[row][place] for result in results], effects.get((shape.layer, tensor), {})
         )
         for row, shape in enumerate(geometry.scored)
         for place, tensor in enumerate(TENSORS)
@@ -153,7 +163,13 @@ def _halved(size: int, too_large: Sequence[_TooLarge]) -> int:
 
 
 def _measure_if_it_fits(
-    model: PreTrainedModel, geometry: CacheGeometry, formats: Formats, decoder: Decoder, seed: int, batch: Batch | None
+    model: PreTrainedModel,
+    geometry: CacheGeometry,
+    formats: Formats,
+    decoder: Decoder,
+    seed: int,
+    block: int,
+    batch: Batch | None,
 ) -> dict[int, SequenceResult] | _TooLarge:
     """Return the results of each sequence of a batch, by index; of no batch, none.
 
@@ -166,7 +182,7 @@ def _measure_if_it_fits(
     reason = f"out of memory on {input_device(model)} with {what} of {tokens} tokens"
     try:
         with memory_explained(reason):
-            return _measure(model, geometry, formats, decoder, seed, batch)
+            return _measure(model, geometry, formats, decoder, seed, block, batch)
     except OutOfMemory as error:
         if rows > 1:
             return _TooLarge(rows, reason)
@@ -175,20 +191,29 @@ def _measure_if_it_fits(
 
 
 def _measure(
-    model: PreTrainedModel, geometry: CacheGeometry, formats: Formats, decoder: Decoder, seed: int, batch: Batch
+    model: PreTrainedModel,
+    geometry: CacheGeometry,
+    formats: Formats,
+    decoder: Decoder,
+    seed: int,
+    block: int,
+    batch: Batch,
 ) -> dict[int, SequenceResult]:
     batch = padded_on_the_right(batch)
     norms = gradient_norms(model, geometry, batch)
-    losses = (
-        loss_increases(model, batch, formats, decoder.window, decoder.quantizer, decoder.suffix_fraction, seed)
-        if formats
-        else {}
-    )
+    how = (decoder.window, decoder.quantizer, decoder.suffix_fraction, seed)
+    effects = loss_effects(model, batch, formats, *how) if formats else {}
     keys = [(layer, tensor, form.name) for (layer, tensor), forms in formats.items() for form in forms]
     return {
-        index: SequenceResult(tuple(norms[index]), tuple(float(losses[key][row]) for key in keys))
+        index: SequenceResult(tuple(norms[index]), tuple(_encoded(effects[key][row], block) for key in keys))
         for row, index in enumerate(batch.indices)
     }
+
+
+def _encoded(effects: Tensor, block: int) -> str:
+    """Return the text of one sequence's effects, (N,), summed over blocks of so many positions."""
+    sums = torch.nn.functional.pad(effects, (0, -len(effects) % block)).view(-1, block).sum(1)
+    return encode(float(effects.square().sum()), sums.tolist())
 
 
 def _stages(number: int) -> Iterator[int]:

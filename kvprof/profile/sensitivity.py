@@ -27,6 +27,7 @@ from kvprof.profile.decoder import Formats, within_the_window
 from kvprof.profile.request import Prepared, SensitivitySettings, estimate, prepare
 from kvprof.profile.scoring import SequenceResult, measure_sensitivity, samples_of
 from kvprof.profile.team import join_team
+from kvprof.records.effects import block_tokens, decode
 from kvprof.records.estimate import Estimate
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.inventory import Inventory
@@ -77,13 +78,14 @@ def run_sensitivity(
     with contextlib.ExitStack() as stack:
         # The leading process alone keeps a journal: a run may go on as any number of processes.
         log = team.lead(lambda: stack.enter_context(Journal(folder / f"{name}.journal", own, restart)))
-        measured = team.first(lambda: _read_journal(log, loaded, chosen))
+        counted = settings.decoder.counted(text)
+        measured = team.first(lambda: _read_journal(log, loaded, chosen, counted))
         resumed = len(measured)
         progress(len(measured), len(chosen))
 
         def finished(results: Mapping[int, SequenceResult]) -> None:
             if log is not None:
-                entry = [[index, result.norms, result.losses] for index, result in results.items()]
+                entry = [[index, result.norms, result.effects] for index, result in results.items()]
                 log.add(",".join(map(str, results)), entry)  # a batch is one line: all of it, or nothing
             measured.update(results)
             progress(len(measured), len(chosen))
@@ -154,13 +156,20 @@ def _identity(prepared: Prepared, loaded: _Loaded, text: CalibrationSet) -> dict
         "formats": _in_words(loaded.formats),
         "window": decoder.window.model_dump(),
         "suffix fraction": decoder.suffix_fraction,
+        "block tokens": block_tokens(max(decoder.counted(text))),
     }
 
 
-def _read_journal(log: Journal | None, loaded: _Loaded, chosen: Sequence[int]) -> dict[int, SequenceResult]:
-    """Return the results of every sequence of a finished batch; raises InvalidFile for what no run has written."""
+def _read_journal(
+    log: Journal | None, loaded: _Loaded, chosen: Sequence[int], counted: Sequence[int]
+) -> dict[int, SequenceResult]:
+    """Return the results of every sequence of a finished batch; raises InvalidFile for what no run has written.
+
+    counted: positions that count of each sequence of the text.
+    """
     assert log is not None
-    layers, losses = len(loaded.inventory.geometry.scored), sum(map(len, loaded.formats.values()))
+    block = block_tokens(max(counted))
+    layers, effects = len(loaded.inventory.geometry.scored), sum(map(len, loaded.formats.values()))
     found: dict[int, SequenceResult] = {}
     with log.understood():
         for batch in log.done.values():
@@ -168,10 +177,12 @@ def _read_journal(log: Journal | None, loaded: _Loaded, chosen: Sequence[int]) -
                 raise ValueError(batch)
             for index, norms, own in batch:
                 result = SequenceResult(tuple((key, value) for key, value in norms), tuple(own))
-                numbers = [*itertools.chain(*result.norms), *result.losses]
-                fits = len(result.norms) == layers and len(result.losses) == losses
                 known = type(index) is int and index in chosen and index not in found
-                if not (fits and known and all(map(_is_score, numbers))):
+                fits = len(result.norms) == layers and len(result.effects) == effects
+                if not (fits and known and all(map(_is_score, itertools.chain(*result.norms)))):
+                    raise ValueError(index)
+                blocks = -(-counted[index] // block)
+                if any(len(decode(text)) != 1 + blocks for text in result.effects):
                     raise ValueError(index)
                 found[index] = result
     return found

@@ -86,7 +86,7 @@ class Explanation(Record):
     stored_bits: Number
     """Of an element, averaged over the cache."""
     loss: Number | None = None
-    """The plan's; its predicted KL where the unit is nats; null where a format was not scored."""
+    """What its tensors lose, each alone, in sum; null where a format was not scored."""
     shadow_price: Number | None = None
     """What one more stored bit an element, averaged over the cache, saves where it saves the most; null where the plan
     stores less than any plan of the scored formats."""

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from kvprof.errors import Mismatch
-from kvprof.records.document import Count, LayerIndex, ModelInfo, Positive, Record, Text
+from kvprof.records.document import Count, LayerIndex, ModelInfo, Positive, Record, Text, is_absent
 from kvprof.records.words import short_digest
 
 LayerKind = Literal["full", "sliding", "chunked", "shared", "recurrent", "hybrid", "latent", "none", "other"]
@@ -21,6 +21,9 @@ every token one compressed vector (MLA), here a head's key, and beside it what c
 no attention at all. other: a cache that kvprof does not know."""
 
 DType = Literal["float32", "float16", "bfloat16", "float64"]
+CONTEXTS = (4096, 32768, 131072)
+"""Tokens of context that the size of a cache is told at, for a model made for so many."""
+
 ELEMENT_BYTES: dict[str, int] = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -70,6 +73,8 @@ class CacheGeometry(Record):
     dtype: DType
     """The dtype of the checkpoint, which an unquantized cache would have."""
     layers: tuple[KVLayer, ...]
+    positions: Positive | None = Field(None, exclude_if=is_absent)
+    """Tokens of context that the model was made for; absent where its config sets no limit, or nobody said."""
 
     @model_validator(mode="after")
     def _layers_ascend(self) -> Self:
@@ -88,6 +93,11 @@ class CacheGeometry(Record):
                     "yet names no reason to be skipped"
                 )
         return self
+
+    @property
+    def contexts(self) -> tuple[int, ...]:
+        """CONTEXTS, none beyond what the model was made for, which then stands last."""
+        return tuple(dict.fromkeys(min(tokens, self.positions or tokens) for tokens in CONTEXTS))
 
     @property
     def num_layers(self) -> int:

@@ -10,9 +10,6 @@ from pydantic import computed_field
 from kvprof.records.document import Count, ModelInfo, Number, Record, Text
 from kvprof.records.geometry import CacheGeometry
 
-CONTEXTS = (4096, 32768, 131072)
-"""Tokens of context that the size of a cache is told at."""
-
 
 class RedFlag(Record):
     """Something in a model's attention that changes what its cache needs, or what a score of it means."""
@@ -41,4 +38,4 @@ class Inventory(Record):
     @property
     def bytes_at(self) -> dict[int, int]:
         """Bytes of the unquantized cache of one sequence, by its tokens of context."""
-        return {tokens: self.geometry.bytes_at(tokens) for tokens in CONTEXTS}
+        return {tokens: self.geometry.bytes_at(tokens) for tokens in self.geometry.contexts}

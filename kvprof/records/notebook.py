@@ -11,9 +11,9 @@ from html import escape
 
 from kvprof.records.formats import TENSORS
 from kvprof.records.geometry import bytes_text
-from kvprof.records.inventory import CONTEXTS
 from kvprof.records.plan import BitPlan, TensorPlan
 from kvprof.records.scores import LOSS_INCREASE, SCALAR_METRICS, Scores
+from kvprof.records.words import context_text
 
 _CELL = "padding:2px 6px;text-align:right;border:1px solid rgba(128,128,128,.35);color:inherit"
 _HEAD = _CELL + ";font-weight:normal;opacity:.7"
@@ -69,7 +69,7 @@ def _costs(plan: BitPlan) -> list[str]:
         if parts := [f"{number:.6g} {unit}" for number, unit in known if number is not None]:
             lines.append("costs " + ", ".join(parts))
     if plan.geometry is not None:
-        at = [f"{bytes_text(plan.bytes_at(context))} at {context // 1024}k" for context in CONTEXTS]
+        at = [f"{bytes_text(plan.bytes_at(context))} at {context_text(context)}" for context in plan.geometry.contexts]
         lines.append(f"cache of one sequence: {', '.join(at)} tokens")
     window = plan.window
     lines.append(f"in full precision: the first {window.sink_tokens} and the last {window.recent_tokens} tokens")

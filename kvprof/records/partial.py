@@ -117,6 +117,10 @@ def merge_shards(files: Mapping[Path, Scores]) -> Scores:
 def _sealed(path: Path, scores: Scores) -> Shard:
     if scores.shard is None:
         raise InvalidFile(f"{path} is no shard: its scores are whole.\n  Name only the files that --shard wrote.")
+    if any(
+        entry.tensor(tensor).loss_increase and scores.effects is None for entry in scores.layers for tensor in TENSORS
+    ):
+        raise InvalidFile(f"{path} was written by an older kvprof: it has losses, but no effects.\n  Measure it again.")
     if scores.shard.checksum != seal(scores):
         raise InvalidFile(f"{path} is not as it was written: its checksum does not fit.\n  Measure this shard again.")
     return scores.shard
@@ -125,7 +129,7 @@ def _sealed(path: Path, scores: Scores) -> Shard:
 def _shared(scores: Scores, shard: Shard) -> dict[str, Any]:
     """Return what all shards of a measurement must have alike, by name."""
     formats = {
-        (entry.layer, tensor): tuple(entry.tensor(tensor).loss_increase_samples or ())
+        (entry.layer, tensor): tuple(entry.tensor(tensor).loss_effects or ())
         for entry in scores.layers
         for tensor in TENSORS
     }
@@ -136,6 +140,7 @@ def _shared(scores: Scores, shard: Shard) -> dict[str, Any]:
         "geometry": scores.geometry,
         "decoding": decoding,
         "formats of the layers": formats,
+        "block tokens": None if scores.effects is None else scores.effects.block_tokens,
     }
     return shard.settings | text | own
 
@@ -167,7 +172,13 @@ def _whole(files: Mapping[Path, Scores], shards: Mapping[Path, Shard]) -> Scores
     if decoding is not None:
         tokens = sum(scores.decoding.tokens for scores in files.values() if scores.decoding is not None)
         decoding = decoding.model_copy(update={"tokens": tokens})
-    whole = gradient_scores(samples, text, example.model, example.geometry, decoding)
+    block_tokens = 1 if example.effects is None else example.effects.block_tokens
+    counted: dict[int, int] = {}
+    for path, scores in files.items():
+        if scores.effects is not None:
+            counted |= dict(zip(shards[path].sequences, scores.effects.tokens, strict=True))
+    in_order = [counted[index] for index in sorted(counted)]
+    whole = gradient_scores(samples, text, example.model, example.geometry, decoding, block_tokens, in_order)
     alike = all(scores.made_with == example.made_with for scores in files.values())
     return whole.model_copy(update={"made_with": example.made_with if alike else None})
 
@@ -181,14 +192,14 @@ def _entry(scores: Scores, layer: int) -> LayerScores:
 def _joined(parts: list[tuple[tuple[int, ...], LayerScores, TensorName]]) -> TensorSamples:
     """Return one tensor's numbers in the text's order."""
     norms: dict[int, float] = {}
-    losses: dict[str, dict[int, float]] = {}
+    effects: dict[str, dict[int, str]] = {}
     for indices, entry, tensor in parts:
         own = entry.tensor(tensor)
         norms |= dict(zip(indices, own.gradient_norm_samples or (), strict=True))
-        for name, numbers in (own.loss_increase_samples or {}).items():
-            losses.setdefault(name, {}).update(zip(indices, numbers, strict=True))
+        for name, texts in (own.loss_effects or {}).items():
+            effects.setdefault(name, {}).update(zip(indices, texts, strict=True))
     order = sorted(norms)
     return TensorSamples(
         [norms[index] for index in order],
-        {name: [numbers[index] for index in order] for name, numbers in losses.items()},
+        {name: [texts[index] for index in order] for name, texts in effects.items()},
     )

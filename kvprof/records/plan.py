@@ -111,6 +111,12 @@ class Solver(Record):
     """The runtime that the plan was solved for, within what it can be told."""
     predicted_kl_nats: Number | None = None
     """Of the whole plan, in nats a token, a decoding model's KL divergence from full precision."""
+    selection_nats: Number | None = Field(None, exclude_if=is_absent)
+    """What of it was added because the plan was chosen by the same sequences that predict it."""
+    kl_factor: Number | None = Field(None, exclude_if=is_absent)
+    """What was multiplied in: measured over predicted KL of whole plans, from `kvprof calibrate`."""
+    lower_bound: Number | None = Field(None, exclude_if=is_absent)
+    """No plan within the budget has a smaller objective than this."""
     predicted_kl_stderr_nats: Number | None = Field(None, exclude_if=is_absent)
     """Its standard error over the calibration sequences."""
 

@@ -1,6 +1,8 @@
 """Each sequence's own numbers -> the Scores that they make: means, standard errors, each source's means.
 
-Plain arithmetic, the same to the last bit whoever measured a sequence, and when. Does not know how.
+Plain arithmetic, the same to the last bit whoever measured a sequence, and when. Does not know how. What is measured of
+a format is a series of signed effects, block by block; its loss is the series' long-run variance, whose bandwidth all
+formats share.
 """
 
 from __future__ import annotations
@@ -10,22 +12,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 
+import numpy as np
+
 from kvprof import __version__
 from kvprof.records.document import ModelInfo
 from kvprof.records.formats import TensorName
 from kvprof.records.geometry import CacheGeometry
-from kvprof.records.scores import CalibrationInfo, DecodingSetup, LayerScores, Scores, TensorScores
+from kvprof.records.long_run import Floats, bandwidth_of, blended, effects_of, loss_of
+from kvprof.records.scores import CalibrationInfo, DecodingSetup, EffectBlocks, LayerScores, Scores, TensorScores
 
 
 @dataclass(frozen=True)
 class TensorSamples:
     """What was measured of one layer's keys or values: a number for each sequence, in the text's order.
 
-    losses: by the format's name.
+    effects: by the format's name; of each sequence, a series as `effects.encode` has it.
     """
 
     gradient_norms: Sequence[float]
-    losses: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    effects: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def gradient_scores(
@@ -34,14 +39,31 @@ def gradient_scores(
     model: ModelInfo,
     geometry: CacheGeometry,
     decoding: DecodingSetup | None,
+    block_tokens: int = 1,
+    counted: Sequence[int] = (),
 ) -> Scores:
-    """Return the scores of every layer that has keys and values of its own."""
+    """Return the scores of every layer that has keys and values of its own.
+
+    block_tokens: positions of a block of the effects. counted: positions that counted, of each sequence.
+    """
+    keys = [(*key, name) for key, measured in samples.items() for name in measured.effects]
+    found = [effects_of(samples[layer, tensor].effects[name]) for layer, tensor, name in keys]
+    bandwidth = bandwidth_of([series for _, series in found])
+    loss_of_key = _losses(keys, found, bandwidth, counted)
 
     def scored(layer: int, tensor: TensorName) -> TensorScores:
-        norms, losses = samples[layer, tensor].gradient_norms, samples[layer, tensor].losses
+        norms, effects = samples[layer, tensor].gradient_norms, samples[layer, tensor].effects
         stderr = stdev(norms) / math.sqrt(len(norms)) if len(norms) > 1 else 0.0
         own = TensorScores(gradient_norm=fmean(norms), gradient_norm_stderr=stderr)
-        return own.model_copy(update=dict(loss_scores(losses, text).model_dump(exclude_none=True)))
+        losses = {
+            # Six digits tell all that was measured, and keep a file of half a million numbers small.
+            name: [float(f"{loss:.6g}") for loss in loss_of_key[layer, tensor, name]]
+            for name in effects
+        }
+        update = dict(loss_scores(losses, text).model_dump(exclude_none=True))
+        if effects:
+            update["loss_effects"] = {name: tuple(texts) for name, texts in effects.items()}
+        return own.model_copy(update=update)
 
     return Scores(
         source="gradients",
@@ -50,11 +72,32 @@ def gradient_scores(
         calibration=text,
         geometry=geometry,
         decoding=decoding,
+        effects=EffectBlocks(block_tokens=block_tokens, bandwidth_blocks=bandwidth, tokens=tuple(counted))
+        if keys
+        else None,
         layers=tuple(
             LayerScores(layer=shape.layer, key=scored(shape.layer, "key"), value=scored(shape.layer, "value"))
             for shape in geometry.scored
         ),
     )
+
+
+def _losses(
+    keys: Sequence[tuple[int, TensorName, str]],
+    effects: Sequence[tuple[Floats, list[Floats]]],
+    bandwidth: int,
+    counted: Sequence[int],
+) -> dict[tuple[int, TensorName, str], list[float]]:
+    """Return each sequence's predicted KL of every format of every tensor."""
+    if not keys:
+        return {}
+    names: dict[tuple[TensorName, str], int] = {}
+    classes = np.array([names.setdefault((tensor, name), len(names)) for _, tensor, name in keys])
+    long = [
+        [loss_of(one, bandwidth, tokens) for one, tokens in zip(series, counted, strict=True)] for _, series in effects
+    ]
+    short = [squares / (2 * np.array(counted)) for squares, _ in effects]
+    return dict(zip(keys, blended(np.array(long), np.array(short), classes).tolist(), strict=True))
 
 
 def loss_scores(samples: Mapping[str, Sequence[float]], text: CalibrationInfo) -> TensorScores:

@@ -9,6 +9,7 @@ import functools
 import math
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -28,6 +29,7 @@ from kvprof.records.document import (
     Text,
     is_absent,
 )
+from kvprof.records.effects import MOST_BLOCKS, decode
 from kvprof.records.formats import TENSORS, TensorName, format_named
 from kvprof.records.geometry import CacheGeometry, check_same_model
 from kvprof.records.losses import Losses, contradiction
@@ -82,6 +84,8 @@ class CalibrationInfo(SparseRecord):
     """Then, for each sequence, the place of its text among `sources`."""
     sequence_fingerprints: tuple[Text, ...] | None = None
     """Of each sequence's token ids: what two measurements read alike can be compared alone."""
+    begins_with: tuple[Text, ...] | None = None
+    """The tokens that every sequence begins with, as the tokenizer begins a text; empty where it adds none."""
 
     @model_validator(mode="after")
     def _each_sequence_is_known(self) -> Self:
@@ -135,6 +139,21 @@ def suffix_start(tokens: int, fraction: float) -> int:
     return tokens - max(1, round(tokens * fraction))
 
 
+class EffectBlocks(Record):
+    """How the series of `loss_effects` were added up, and over how many blocks they are taken together."""
+
+    block_tokens: Positive
+    """Positions of a block; the last one of a sequence may have fewer."""
+    bandwidth_blocks: Annotated[int, Field(strict=True, ge=1, le=MOST_BLOCKS)]
+    """Products of blocks k apart weigh 1 - k / bandwidth_blocks."""
+    tokens: tuple[Positive, ...]
+    """Positions that counted, of each sequence."""
+
+    def blocks(self, sequence: int) -> int:
+        """Return how many blocks a sequence has."""
+        return -(-self.tokens[sequence] // self.block_tokens)
+
+
 class KlCalibration(Record):
     """How the measured KL of whole plans compares with the sum of their tensors' predicted ones."""
 
@@ -175,6 +194,8 @@ class TensorScores(SparseRecord):
     """Where texts were mixed: the dataset's name to the mean over its sequences alone."""
     loss_increase_samples: dict[Text, tuple[Metric, ...]] | None = None
     """Each sequence's own number; its mean is `loss_increase`."""
+    loss_effects: dict[Text, tuple[Text, ...]] | None = None
+    """Each sequence's signed first-order effects on the loss, as `records.effects` keeps them."""
 
     def has(self, metric: str) -> bool:
         """Whether this was measured; a `loss_increase` of no format was not."""
@@ -241,6 +262,8 @@ class Scores(Document):
     geometry: CacheGeometry | None = None
     decoding: DecodingSetup | None = Field(None, exclude_if=is_absent)
     """Of `loss_increase`."""
+    effects: EffectBlocks | None = Field(None, exclude_if=is_absent)
+    """Of `loss_effects`; null where losses were taken position by position, or measured."""
     kl_calibration: KlCalibration | None = Field(None, exclude_if=is_absent)
     """What `kvprof calibrate` found; null until then."""
     shard: Shard | None = Field(None, exclude_if=is_absent)
@@ -269,7 +292,7 @@ class Scores(Document):
     def _numbers_are_finite(self) -> Self:
         for entry in self.layers:
             for tensor in TENSORS:
-                for name in TensorScores.model_fields:
+                for name in TensorScores.model_fields.keys() - {"loss_effects"}:
                     unfit = _unfit(name, getattr(entry.tensor(tensor), name))
                     if unfit is not None:
                         raise ValueError(
@@ -290,6 +313,21 @@ class Scores(Document):
                 if problem is not None:
                     raise ValueError(f"layer {entry.layer}: the {tensor} {problem}")
                 sequences = sequences or next(map(len, losses.samples.values()), None)
+        return self
+
+    @model_validator(mode="after")
+    def _effects_agree(self) -> Self:
+        sequences = None if self.calibration is None else self.calibration.sequences
+        if self.effects is not None and sequences not in (None, len(self.effects.tokens)):
+            raise ValueError(
+                f"effects.tokens has length {len(self.effects.tokens)}, but there are {sequences} sequences"
+            )
+        for entry in self.layers:
+            for tensor in TENSORS:
+                found = entry.tensor(tensor)
+                problem = _effects_problem(found.loss_effects or {}, found.loss_increase or {}, self.effects)
+                if problem is not None:
+                    raise ValueError(f"layer {entry.layer}: the {tensor} {problem}")
         return self
 
     @model_validator(mode="after")
@@ -435,6 +473,28 @@ def _can_be_stored(name: str, tensor: TensorName, head_dim: int | None) -> bool:
     except UsageError:
         return False
     return True
+
+
+def _effects_problem(
+    effects: Mapping[str, Sequence[str]], losses: Mapping[str, float], blocks: EffectBlocks | None
+) -> str | None:
+    """Return what is wrong with a tensor's effects, as the predicate of a sentence; None where nothing is."""
+    for name, texts in effects.items():
+        field = f"loss_effects[{name}]"
+        if blocks is None:
+            return f"has {field}, but the file has no effects: nothing says how it was added up; remove it"
+        if name not in losses:
+            return f"has {field} but no loss_increase[{name}]; remove the one, or add the other"
+        if len(texts) != len(blocks.tokens):
+            return f"has {field} of length {len(texts)}, but effects.tokens of {len(blocks.tokens)} sequences"
+        for sequence, text in enumerate(texts):
+            try:
+                found = len(decode(text)) - 1
+            except ValueError as error:
+                return f"has {field}[{sequence}] that cannot be read: {error}; measure again"
+            if found != blocks.blocks(sequence):
+                return f"has {field}[{sequence}] of {found} blocks, where effects says {blocks.blocks(sequence)}"
+    return None
 
 
 def _unfit(name: str, value: object) -> tuple[str, float] | None:

@@ -17,6 +17,11 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
+def context_text(tokens: int) -> str:
+    """Return tokens of context in thousands of 1,024 where they are so many: 4k, 512."""
+    return f"{tokens // 1024}k" if tokens and tokens % 1024 == 0 else str(tokens)
+
+
 def short_digest(digest: object) -> str:
     """Return the beginning of a digest or a fingerprint, which tells it from others: sha256:0123456789ab..."""
     return f"{str(digest)[:19]}..."

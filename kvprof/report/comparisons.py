@@ -12,6 +12,7 @@ from kvprof.records.comparison import Comparison, Direction, TensorChange
 from kvprof.records.formats import USUAL_AXIS, TensorName
 from kvprof.records.geometry import bytes_text
 from kvprof.records.plan import TensorPlan
+from kvprof.records.words import context_text
 from kvprof.report.console import Table, print_note, print_plain
 
 WORDS: dict[Direction, str] = {
@@ -93,7 +94,7 @@ def _cost_rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
     ]
     for context in comparison.first.bytes_at or ():
         held = [(plan.bytes_at or {}).get(context) for plan in plans]
-        rows.append(_row(f"bytes at {context // 1024}k context", held, bytes_text))
+        rows.append(_row(f"bytes at {context_text(context)} context", held, bytes_text))
     rows.append(_row("predicted KL, nats a token", [plan.predicted_kl_nats for plan in plans], "{:.4g}".format))
     errors = [*(plan.predicted_kl_stderr_nats for plan in plans), comparison.predicted_change_stderr_nats]
     if any(error is not None for error in errors):

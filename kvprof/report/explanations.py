@@ -34,7 +34,7 @@ def price_lines(explanation: Explanation) -> list[str]:
     """Return what the plan is, and what a stored bit is worth in it, in sentences."""
     unit = " nats" if _in_nats(explanation) else ""
     loss = "unknown" if explanation.loss is None else f"{explanation.loss:.4g}{unit}"
-    what = "predicted KL" if _in_nats(explanation) else "loss"
+    what = "its tensors lose, each alone, in sum" if _in_nats(explanation) else "loss"
     factor = "" if explanation.factor == 1 else f", the calibrated factor {explanation.factor:.3g} in it"
     lines = [
         f"{explanation.plan}: {explanation.stored_bits:.4f} stored bits an element; "

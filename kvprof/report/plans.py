@@ -5,17 +5,14 @@ Reads records, prints them through `console`; knows nothing of how they were mad
 
 from __future__ import annotations
 
-import math
-
 from kvprof.errors import UsageError
 from kvprof.records.foreign import FOREIGN
 from kvprof.records.formats import TENSORS, format_named
 from kvprof.records.geometry import bytes_text
-from kvprof.records.inventory import CONTEXTS
-from kvprof.records.plan import BitPlan, TensorPlan, Window
-from kvprof.records.scores import LOSS_INCREASE, Scores
+from kvprof.records.plan import BitPlan, Solver, TensorPlan, Window
+from kvprof.records.scores import LOSS_INCREASE, CalibrationInfo, Scores
 from kvprof.records.stability import Stability
-from kvprof.records.words import counted
+from kvprof.records.words import context_text, counted
 from kvprof.report.console import Table, print_plain
 from kvprof.report.sentences import score_remarks
 
@@ -64,10 +61,10 @@ def plan_lines(plan: BitPlan) -> list[str]:
     last = f"the last {window.recent_tokens}{'' if first else ' tokens'}" if window.recent_tokens else ""
     lines.append("in full precision: " + (" and ".join(part for part in (first, last) if part) or "no token"))
     if plan.geometry is not None:
-        for context in CONTEXTS:
+        for context in plan.geometry.contexts:
             planned, full = plan.bytes_at(context), plan.geometry.bytes_at(context)
             smaller = f"{full / planned:.2f} times smaller than {plan.geometry.dtype}" if planned else ""
-            lines.append(f"{context // 1024}k context: {bytes_text(planned)}, {smaller}")
+            lines.append(f"{context_text(context)} context: {bytes_text(planned)}, {smaller}")
     predicted = prediction_text(plan)
     if predicted is not None:
         lines.append(predicted)
@@ -77,7 +74,7 @@ def plan_lines(plan: BitPlan) -> list[str]:
             least = "the plan is the cheapest of all that are predicted to stay below what was asked for"
         if plan.solver.target is not None:
             least += f" that {plan.solver.target} can be told"
-        proof = least if plan.solver.optimal else "not claimed to be the least"
+        proof = least if plan.solver.optimal else _gap(plan.solver)
         lines.append(f"objective {plan.solver.objective:.6g} ({plan.solver.metric}): {proof}")
     return lines
 
@@ -89,9 +86,16 @@ def prediction_text(plan: BitPlan) -> str | None:
         return None
     kl, stderr = solver.predicted_kl_nats, solver.predicted_kl_stderr_nats
     text = f"predicted: {kl_text(kl, stderr)} nats a token of KL divergence"
-    if not solver.objective or math.isclose(kl, solver.objective, rel_tol=1e-9):
-        return f"{text} (the tensors' sum, not calibrated: kvprof calibrate measures the factor)"
-    return f"{text} (calibrated: {kl / solver.objective:.3g} times the tensors' sum)"
+    if solver.kl_factor is None:
+        return f"{text} (not fitted: kvprof calibrate measures whole plans)"
+    return f"{text} (fitted: {solver.kl_factor:.3g} times what the scores predict)"
+
+
+def _gap(solver: Solver) -> str:
+    """Return how near to the least an objective is known to be."""
+    if solver.lower_bound is None or not solver.objective or solver.lower_bound <= 0:
+        return "not claimed to be the least"
+    return f"at most {solver.objective / solver.lower_bound - 1:.1%} above the least within the budget"
 
 
 def kl_text(kl: float, stderr: float | None) -> str:
@@ -101,7 +105,13 @@ def kl_text(kl: float, stderr: float | None) -> str:
 
 def restriction_lines(plan: BitPlan, unrestricted: BitPlan) -> list[str]:
     """Return what a runtime's grammar costs: a plan within it beside the best one that stores no more bits."""
-    kl, free = (each.solver.predicted_kl_nats if each.solver else None for each in (plan, unrestricted))
+    # What the choice made of noise is known of the unrestricted plan alone.
+    kl, free = (
+        None
+        if each.solver is None or each.solver.predicted_kl_nats is None
+        else each.solver.predicted_kl_nats - (each.solver.selection_nats or 0.0)
+        for each in (plan, unrestricted)
+    )
     if kl is None or free is None or plan.solver is None or unrestricted.budget is None:
         return []
     stored = unrestricted.budget.stored_bits
@@ -117,13 +127,46 @@ def stability_lines(stability: Stability | None) -> list[str]:
     if stability is None:
         return []
     return [
-        f"predicted KL {stability.kl_nats:.4g} nats; {stability.kl_p5_nats:.4g} to {stability.kl_p95_nats:.4g} in 9 of "
-        f"10 resamples of the {stability.sequences} calibration sequences",
-        f"by such a resample {stability.changed_mean:.1f} of {stability.tensors} tensors would have another format on "
-        f"average; {stability.changed_p90:.0f} or fewer in 9 of 10",
-        f"a plan from so few sequences has about {stability.regret_mean:.1%} more KL than one from any number of such "
-        f"would; in 9 of 10 cases at most {stability.regret_p90:.1%} more",
+        f"by a resample of the {stability.sequences} calibration sequences {stability.changed_mean:.1f} of "
+        f"{stability.tensors} tensors would have another format on average; {stability.changed_p90:.0f} or fewer in 9 "
+        "of 10",
     ]
+
+
+def prediction_lines(plan: BitPlan, scores: Scores, best_pair: tuple[str, float] | None) -> list[str]:
+    """Return what a plan's predicted KL speaks of, what is in it, and what the best uniform pair would cost.
+
+    best_pair: its name and predicted KL, in nats a token.
+    """
+    solver, lines = plan.solver, []
+    if solver is None or solver.predicted_kl_nats is None:
+        return []
+    if scores.calibration is not None:
+        lines.append(
+            f"the prediction speaks of text like {text_name(scores.calibration)}; text of another kind can be twice as "
+            "hard"
+        )
+    if solver.kl_factor is not None and scores.kl_calibration is not None:
+        lines.append(
+            f"it is fitted to {counted(scores.kl_calibration.plans, 'plan')} measured on "
+            f"{counted(scores.kl_calibration.sequences, 'sequence')} of that text"
+        )
+    if solver.selection_nats is not None:
+        lines.append(
+            f"{solver.selection_nats:.3g} nats of it are for the plan having been chosen by the sequences that predict "
+            "it, found by leaving sequences out"
+        )
+    if best_pair is not None:
+        name, nats = best_pair
+        own = solver.predicted_kl_nats - (solver.selection_nats or 0.0)  # a pair is not chosen by its noise
+        times = f", {nats / own:.3g} times as much" if own > 0 else ""
+        lines.append(f"best plain pair at no more bits: {name}, predicted {nats:.3g} nats a token{times}")
+    return lines
+
+
+def text_name(text: CalibrationInfo) -> str:
+    """Return the name of a text with its split, as `builtin (calibration)`."""
+    return text.dataset + (f" ({text.split})" if text.split else "")
 
 
 def plan_remarks(plan: BitPlan, scores: Scores) -> list[str]:

@@ -11,7 +11,7 @@ from kvprof.records.formats import TENSORS
 from kvprof.records.geometry import KVLayer, bytes_text
 from kvprof.records.inventory import Inventory
 from kvprof.records.scores import SCALAR_METRICS, Scores
-from kvprof.records.words import layers_text
+from kvprof.records.words import context_text, layers_text
 from kvprof.report.audits import show_divergence
 from kvprof.report.console import Table, bar, print_flag, print_note, print_plain
 from kvprof.report.losses import show_best_losses, show_losses
@@ -38,7 +38,7 @@ def show_inventory(inventory: Inventory) -> None:
         f"each token adds {inventory.bytes_per_token} bytes ({bytes_text(inventory.bytes_per_token)}) in {where}"
     )
     print_plain(
-        "  ".join(f"{tokens // 1024}k context: {bytes_text(size)}" for tokens, size in inventory.bytes_at.items())
+        "  ".join(f"{context_text(tokens)} context: {bytes_text(size)}" for tokens, size in inventory.bytes_at.items())
     )
     reasons: dict[str, list[int]] = {}
     for layer in geometry.layers:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kvprof import BitPlan
 from kvprof.allocate.diff import compare
 from kvprof.errors import InvalidFile, Mismatch
-from kvprof.records.inventory import CONTEXTS
+from kvprof.records.geometry import CONTEXTS
 from kvprof.records.plan import TensorPlan
 
 PAIR = ("int3g64", "rot2")

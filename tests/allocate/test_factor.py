@@ -8,7 +8,7 @@ from handscored import geometry_json, plan_of, random_samples, random_scores, sc
 from kvprof import Scores
 from kvprof.allocate.budget import bit_limit
 from kvprof.allocate.factor import foretell, usual_plans
-from kvprof.allocate.measured import predict
+from kvprof.allocate.prediction import predict
 from kvprof.allocate.rules import exact
 from kvprof.errors import InvalidFile, Mismatch
 

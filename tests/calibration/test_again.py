@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from folders import save_folder, save_text
+from tokenizers import processors
 
 from kvprof.calibration.again import read_again, recognise
 from kvprof.calibration.mix import MixedText, mix_texts
 from kvprof.calibration.sequences import CalibrationSet
 from kvprof.errors import CalibrationError
 from kvprof.models.load import load_tokenizer, resolve
+from kvprof.records.scores import CalibrationInfo
 
 
 @pytest.fixture
@@ -38,6 +42,52 @@ def test_a_text_is_known_again_however_it_was_cut(
     assert same
     assert again.sequences == first.sequences
     assert again.info == first.info
+
+
+@pytest.fixture
+def begun(tokenizer: Any) -> Any:
+    """The tokenizer, with a mark that it puts before every text."""
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<unk> $A", special_tokens=[("<unk>", 0)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_text_with_a_beginning_is_known_again(begun: Any, tmp_path: Path, pack: bool) -> None:
+    text = save_text(tmp_path / "text.txt", rows=60)
+    first = complete(mix_texts([str(text), "builtin", "self"], None, begun, 5, 12, 3, pack))
+    assert first.info.begins_with == ("<unk>",)
+    again, same = recognise(first.info, read_again(first.info, begun), complete)
+    assert same
+    assert again.info == first.info
+
+
+def test_an_old_file_is_read_as_it_was_with_windows_that_begin_in_the_middle_of_the_text(
+    begun: Any, tmp_path: Path
+) -> None:
+    row = "the cat sat on a mat and another cat saw that mat at all"
+    text = tmp_path / "text.txt"
+    text.write_text(row)
+    first = mix_texts([str(text)], None, begun, 3, 5, pack=True).complete()
+    joined = begun(row)["input_ids"]  # the mark, and fourteen words
+    old = tokenize_as_before(joined, 5, 3, first.info)
+    again, same = recognise(old.info, read_again(old.info, begun), complete)
+    assert same
+    assert again.sequences == old.sequences != first.sequences
+    assert again.info.begins_with is None
+    assert list(again.remarks(3)) == []
+
+
+def tokenize_as_before(joined: list[int], length: int, count: int, info: CalibrationInfo) -> CalibrationSet:
+    windows = tuple(tuple(joined[start : start + length]) for start in range(0, length * count, length))
+    text = ";".join(",".join(map(str, window)) for window in windows)
+    fields = {
+        "fingerprint": "sha256:" + hashlib.sha256(text.encode()).hexdigest(),
+        "begins_with": None,
+        "sequences": count,
+    }
+    return CalibrationSet(windows, info.model_copy(update=fields), 0)
 
 
 def test_a_text_that_has_changed_is_read_but_not_taken_for_the_same(tokenizer: object, tmp_path: Path) -> None:

@@ -219,6 +219,7 @@ def test_a_mix_says_what_it_is_made_of(in_tmp: Path) -> None:
         "seed": 4,
         "fingerprint": info.fingerprint,
         "sequence_fingerprints": info.sequence_fingerprints,
+        "begins_with": (),
         "sources": (
             {"dataset": "a.txt", "split": "held-out", "weight": 1.0, "sequences": 2, "tokens": 8},
             {"dataset": "self", "split": "held-out", "weight": 0.5, "sequences": 1, "tokens": 8},

@@ -13,12 +13,20 @@ from tiny import tiny_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvprof.calibration.sampling import sample_tokens
+from kvprof.calibration.sampling import sample_documents
 from kvprof.errors import CalibrationError
 
 
 def uniform(rows: int, steps: int, seed: int = 0) -> Tensor:
     return torch.rand(rows, steps, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def sample_tokens(model: object, first: list[int], draws: Tensor) -> Tensor:
+    """Continue each first token by one token for each of its draws."""
+    rows, steps = draws.shape
+    numbers = [iter(row.tolist()).__next__ for row in draws]
+    written = sample_documents(model, [[token] for token in first], [1 + steps] * rows, numbers)  # type: ignore[arg-type]
+    return torch.tensor(written)
 
 
 class Fixed(nn.Module):
@@ -129,12 +137,40 @@ def test_the_model_is_left_as_it_was() -> None:
     model(input_ids=torch.tensor([[1, 2]]), labels=torch.tensor([[1, 2]]))  # no inference tensor is left inside
 
 
-def test_an_end_of_text_is_followed_by_the_next_text() -> None:
-    model = Fixed([0.0, 9.0, 0.0])
-    model.config.get_text_config(decoder=True).eos_token_id = 1
-    written = sample_tokens(model, [1], uniform(1, 50))
-    assert written.shape == (1, 51)
-    assert (written == 1).sum() > 40
+def test_a_document_ends_with_the_token_that_ends_a_text_and_is_no_longer_than_its_limit() -> None:
+    model = Fixed([0.0, 9.0, 0.0])  # says 1, nearly always
+    draws = uniform(3, 60).tolist()
+    numbers = [iter(row).__next__ for row in draws]
+    found = sample_documents(model, [[2]] * 3, [60, 60, 5], numbers, ends={0})
+    for row, document in enumerate(found):
+        assert 0 not in document[1:-1]
+        assert document[-1] == 0 or len(document) == (5 if row == 2 else 60)
+    assert sample_documents(model, [[2]] * 2, [60, 60], [lambda: 0.0, lambda: 0.5], ends=[0]) == [
+        [2, 0],
+        [2] + [1] * 59,
+    ]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-sliding", "falcon-h1"])
+def test_rows_that_have_ended_change_nothing_in_the_others(name: str) -> None:
+    model = tiny_model(name)
+    draws = uniform(5, 50, seed=3)
+    whole = sample_tokens(model, [5] * 5, draws).tolist()
+    ends = {whole[0][4], whole[2][20]}
+    found = sample_documents(model, [[5]] * 5, [51] * 5, [iter(row.tolist()).__next__ for row in draws], ends)
+    for row, document in zip(whole, found, strict=True):
+        stop = next((place for place, token in enumerate(row) if place and token in ends), 50)
+        assert document == row[: stop + 1]
+
+
+def test_an_opening_of_several_tokens_is_read_whole() -> None:
+    model = tiny_model("llama")
+    draws = uniform(1, 20)[0].tolist()
+    (found,) = sample_documents(model, [[5, 17, 60]], [13], [iter(draws).__next__])
+    with torch.no_grad():
+        sums = model(input_ids=torch.tensor([found]), use_cache=False).logits[0, 2:-1].double().softmax(-1).cumsum(-1)
+    expected = torch.searchsorted(sums, torch.tensor(draws[:10], dtype=torch.float64)[:, None], right=True)[:, 0]
+    assert found == [5, 17, 60, *expected.tolist()]
 
 
 def test_a_head_wider_than_the_vocabulary_writes_only_what_can_be_read() -> None:
@@ -144,10 +180,10 @@ def test_a_head_wider_than_the_vocabulary_writes_only_what_can_be_read() -> None
 
 
 def test_every_token_is_counted() -> None:
-    steps = []
-    sample_tokens(Fixed([0.0, 0.0]), [1, 1], uniform(2, 7), lambda: steps.append(1))
-    assert len(steps) == 7
-    assert sample_tokens(Fixed([0.0, 0.0]), [1, 0], uniform(2, 0)).tolist() == [[1], [0]]
+    steps: list[int] = []
+    sample_documents(Fixed([0.0, 0.0]), [[1], [1]], [8, 3], [lambda: 0.0] * 2, step=steps.append)
+    assert steps == [2, 2, 1, 1, 1, 1, 1]
+    assert sample_documents(Fixed([0.0, 0.0]), [[1], [0]], [1, 1], [lambda: 0.0] * 2) == [[1], [0]]
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])

@@ -6,23 +6,28 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tiny import tiny_model
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvprof.calibration import self_text
 from kvprof.calibration.mix import mix_texts
-from kvprof.calibration.self_text import ROWS, fill, first_token, write_text
+from kvprof.calibration.sampling import sample_documents
+from kvprof.calibration.self_text import end_tokens, fill, first_token, streamable, write_text
 from kvprof.errors import CalibrationError
 from kvprof.models.load import load_model, load_tokenizer, resolve
 from kvprof.records.runs import cache_folder
 
 LENGTH = 12
-TOKENIZER = SimpleNamespace(bos_token_id=1, eos_token_id=2)
+ROWS = 4
+"""Sequences of each of the first two batches; the third has twice as many, all others four times."""
+TOKENIZER = SimpleNamespace(bos_token_id=1, eos_token_id=None)
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +38,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def model() -> PreTrainedModel:
-    return tiny_model("llama")
+    """A model whose documents never end, so that a batch takes a forward for each token."""
+    return endless()
+
+
+def endless(name: str = "llama") -> PreTrainedModel:
+    model = tiny_model(name)
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    return model
 
 
 def written(model: PreTrainedModel, sequences: int = 3, **how: Any) -> list[tuple[int, ...]]:
@@ -70,10 +82,10 @@ def test_a_text_is_as_long_as_asked_and_begins_where_texts_begin(model: PreTrain
 def test_a_text_is_written_once_and_found_again(model: PreTrainedModel, cache: Path) -> None:
     forwards = Forwards(model)
     first = written(model, 5)
-    assert forwards.number == LENGTH - 1  # one batch
+    assert forwards.number == 2 * (LENGTH - 1)  # two batches
     assert written(model, 5) == first
-    assert written(model, ROWS) == [*first, *written(model, ROWS)[5:]]
-    assert forwards.number == LENGTH - 1
+    assert written(model, 2 * ROWS) == [*first, *written(model, 2 * ROWS)[5:]]
+    assert forwards.number == 2 * (LENGTH - 1)
     assert len(list(cache.iterdir())) == 1
 
 
@@ -83,24 +95,24 @@ def test_the_same_text_is_written_without_the_kept_one(
     first = written(model, 5)
     elsewhere(monkeypatch, tmp_path / "elsewhere")
     torch.manual_seed(77)
-    assert written(tiny_model("llama"), 5) == first
+    assert written(endless(), 5) == first
 
 
 def test_more_of_a_text_changes_nothing_before(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
     forwards = Forwards(model)
-    steps = [written(model, number) for number in (1, ROWS, ROWS + 1, 2 * ROWS + 3)]
-    assert forwards.number == 3 * (LENGTH - 1)
+    steps = [written(model, number) for number in (1, ROWS, ROWS + 1, 2 * ROWS + 3, 40)]
+    assert forwards.number == 5 * (LENGTH - 1)  # of 4, 4, 8, 16 and 16
     assert len(list(cache.iterdir())) == 1
     elsewhere(monkeypatch, tmp_path / "elsewhere")
-    whole = written(model, 2 * ROWS + 3)
+    whole = written(model, 40)
     assert steps == [whole[: len(step)] for step in steps]
 
 
 def test_a_batch_of_another_size_writes_the_same(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     first = written(model, 6)
-    monkeypatch.setattr(self_text, "ROWS", 2)
+    monkeypatch.setattr(self_text, "ROWS", (2,))
     forwards = Forwards(model)
     assert written(model, 6) == first
     assert forwards.number == 3 * (LENGTH - 1)
@@ -193,8 +205,7 @@ def shortened(path: Path) -> None:
 
 
 def anothers(path: Path) -> None:
-    model = tiny_model("llama")
-    written(model, seed=5)
+    written(endless(), 5, seed=5)
     (other,) = (file for file in path.parent.iterdir() if file != path)
     other.replace(path)
 
@@ -224,10 +235,10 @@ def test_a_damaged_file_is_written_anew(
     with caplog.at_level(logging.INFO, "kvprof"):
         assert written(model, 5) == first
     assert "damaged" in caplog.text
-    assert forwards.number == LENGTH - 1
+    assert forwards.number == 2 * (LENGTH - 1)
     assert path.read_bytes() == whole
     assert written(model, 5) == first
-    assert forwards.number == LENGTH - 1
+    assert forwards.number == 2 * (LENGTH - 1)
 
 
 def test_a_run_that_is_stopped_keeps_its_finished_batches(model: PreTrainedModel, cache: Path) -> None:
@@ -320,11 +331,132 @@ def test_a_text_begins_with_the_first_mark_that_the_model_knows(
     assert first_token(tokenizer, model) == expected  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("tokenizer", "config", "generation", "expected"),
+    [
+        (owner(eos=4), owner(eos=[5, 6]), owner(eos=[7]), {4, 5, 6, 7}),
+        (owner(), owner(eos=None), owner(eos=3), {3}),
+        (owner(eos=None), owner(eos=96), None, set()),  # the vocabulary has 96
+    ],
+)
+def test_a_text_ends_at_every_token_that_somebody_says_ends_it(
+    tokenizer: object, config: SimpleNamespace, generation: object, expected: set[int]
+) -> None:
+    text = SimpleNamespace(vocab_size=96, get_text_config=lambda decoder: text, **vars(config))
+    model = SimpleNamespace(config=text, generation_config=generation)
+    assert end_tokens(tokenizer, model) == expected  # type: ignore[arg-type]
+
+
+def documents_of(ids: tuple[int, ...], opening: list[int], end: int) -> list[list[int]]:
+    """Cut a sequence where a document ends; each must begin with the opening, but for what the cut at the end took."""
+    documents: list[list[int]] = []
+    rest = list(ids)
+    while rest:
+        stop = next((n for n, token in enumerate(rest) if n >= len(opening) and token == end), len(rest) - 1)
+        documents.append(rest[: stop + 1])
+        rest = rest[stop + 1 :]
+        assert documents[-1][: len(opening)] == opening[: len(documents[-1])]
+    return documents
+
+
+def test_after_the_end_of_a_text_a_document_begins_that_has_not_read_the_one_before(model: PreTrainedModel) -> None:
+    end = written(model, 1, length=40)[0][9]  # a token that it writes
+    ending = SimpleNamespace(bos_token_id=1, eos_token_id=end)
+    found = written(model, 3, length=40, tokenizer=ending, opening=(1, 7))
+    assert [len(ids) for ids in found] == [40] * 3
+    several = 0
+    for number, ids in enumerate(found):
+        documents = documents_of(ids, [1, 7], end)
+        several += len(documents) > 1
+        for place, document in enumerate(documents):
+            draws = Random(f"0/calibration/{number}/{place}")
+            with torch.no_grad():  # of the document alone
+                logits = model(input_ids=torch.tensor([document]), use_cache=False).logits[0].double()
+            sums = logits.softmax(-1).cumsum(-1)
+            for read, token in enumerate(document[2:], start=1):
+                assert token == int((sums[read] > draws.random()).nonzero()[0])
+    assert several
+
+
+def test_the_token_that_ends_a_text_and_begins_the_next_stands_there_once(model: PreTrainedModel) -> None:
+    end = written(model, 1, length=40)[0][9]
+    both = SimpleNamespace(bos_token_id=end, eos_token_id=end)
+    for number, ids in enumerate(written(model, 2, length=40, tokenizer=both)):
+        expected, place = [end], 0
+        while len(expected) < 40:
+            draw = Random(f"0/calibration/{number}/{place}").random
+            (document,) = sample_documents(model, [[end]], [41 - len(expected)], [draw], [end])
+            expected += document[1:]
+            place += 1
+        assert place > 1
+        assert list(ids) == expected
+
+
+class Says(nn.Module):
+    """A model that says the same token of everything."""
+
+    def __init__(self, token: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 1)
+        self.logits = torch.full((50,), -60.0).index_fill(0, torch.tensor(token), 0.0)
+        self.dtype = torch.float32
+        config = SimpleNamespace(vocab_size=50, to_json_string=lambda use_diff: "{}")
+        config.get_text_config = lambda decoder: config
+        self.config = config
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embedding
+
+    def forward(self, input_ids: Tensor, **_: object) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.logits.expand(*input_ids.shape, -1), past_key_values=object())
+
+
+class Letters:
+    bos_token_id, eos_token_id = 1, 2
+
+    def __call__(self, row: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [3 + ord(letter) % 40 for letter in row]}
+
+
+@pytest.mark.parametrize("token", [2, 9], ids=["empty documents", "one token for ever"])
+def test_text_that_holds_nothing_is_refused_where_it_was_asked_for(token: int) -> None:
+    mix = mix_texts(["self"], None, Letters(), 4, 32)
+    with pytest.raises(CalibrationError, match=r"of 128 tokens, .*\n.*Leave `self` out of --data"):
+        fill(mix, Says(token), Letters(), "sha256:a")  # type: ignore[arg-type]
+    weighted = mix_texts(["builtin", "self:2"], None, Letters(), 9, 32)
+    with pytest.raises(CalibrationError, match="Leave `self` out of --data"):
+        fill(weighted, Says(token), Letters(), "sha256:a")  # type: ignore[arg-type]
+
+
+def test_text_that_holds_nothing_is_left_out_of_the_usual_texts_with_a_note() -> None:
+    usual = mix_texts(["builtin", "self"], None, Letters(), 8, 32, seed=3)
+    text = fill(usual, Says(9), Letters(), "sha256:a")  # type: ignore[arg-type]
+    alone = mix_texts(["builtin"], None, Letters(), 8, 32, seed=3).complete()
+    assert text.sequences == alone.sequences
+    assert text.info == alone.info
+    (remark,) = text.remarks(8)
+    assert remark.startswith("self is left out: ")
+    assert "of 128 tokens, 97% are one and the same" in remark
+
+
+def test_what_a_random_model_writes_is_text_like_any_other(model: PreTrainedModel) -> None:
+    mix = mix_texts(["self"], None, Letters(), 4, 64)
+    assert fill(mix, model, Letters(), "sha256:a").notes == ()
+
+
+def test_of_a_model_whose_weights_are_read_for_each_token_batches_are_counted_as_they_are_written() -> None:
+    usual = ("builtin", "self")
+    for sequences, batches in ((4, 1), (5, 2), (9, 3), (17, 4), (33, 5)):
+        most = int(self_text.STREAMED_BYTES) // (batches * 64)
+        assert streamable(usual, sequences, 64, most) == usual
+        assert streamable(usual, sequences, 64, most + 1) == ("builtin",)
+
+
 def test_where_no_mark_begins_a_text_each_begins_with_a_token_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny_model("gpt2")
-    model.config.bos_token_id = model.config.eos_token_id = None
+    model = endless("gpt2")
+    model.config.bos_token_id = None
     first = written(model, 24, tokenizer=owner())
     assert len({ids[0] for ids in first}) > 12
     elsewhere(monkeypatch, tmp_path / "elsewhere")

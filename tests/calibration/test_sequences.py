@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from kvprof.calibration.sequences import IGNORED, PIECE_CHARACTERS, CalibrationSet, batches, tokenize
 from kvprof.calibration.text import TextSource, open_text
 from kvprof.errors import CalibrationError, UsageError
+from kvprof.models.load import load_tokenizer, resolve
 
 WORDS = [f"w{number}" for number in range(50)]
 BOS, EOS = 1, 2
@@ -98,6 +100,72 @@ def test_packing_joins_rows_and_cuts_windows_of_the_full_length(pack: bool) -> N
 def test_packing_puts_no_second_mark_where_the_tokenizer_ends_a_row_itself() -> None:
     found = tokenize(source(words(0, 3), words(3, 6)), a_tokenizer(appends_eos=True), 8, 4, pack=True)
     assert found.sequences == ((*ids(0, 3), EOS), (*ids(3, 6), EOS))
+
+
+def test_every_window_begins_as_the_tokenizer_begins_a_text_and_no_token_is_lost() -> None:
+    found = tokenize(source(words(0, 3), words(3, 9), words(9, 16)), a_tokenizer(bos=True), 9, 5, pack=True)
+    # <s> w0 w1 w2 </s> <s> w3 ... w8 </s> <s> w9 ... w15 </s>, cut: each window has <s> once at its beginning.
+    assert found.sequences == (
+        (BOS, *ids(0, 3), EOS),
+        (BOS, *ids(3, 7)),
+        (BOS, *ids(7, 9), EOS, BOS),  # the <s> of the third row: the next window has its own
+        (BOS, *ids(9, 13)),
+        (BOS, *ids(13, 16), EOS),
+    )
+    assert found.info.begins_with == ("<s>",)
+    assert list(found.remarks(5)) == ["every sequence begins with <s>, as the tokenizer begins a text"]
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("appends_eos", [False, True])
+def test_windows_hold_the_text_once_and_in_order(appends_eos: bool, pack: bool) -> None:
+    rows = [words(0, 40), words(2, 9), words(5, 50)]
+    found = tokenize(source(*rows, packed=not pack), a_tokenizer(bos=True, appends_eos=appends_eos), 99, 7, pack=pack)
+    assert {(len(window), window[0]) for window in found.sequences} == {(7, BOS)}
+    read = [token for window in found.sequences for token in window if token not in (BOS, EOS)]
+    text = [*ids(0, 40), *ids(2, 9), *ids(5, 50)]
+    assert read == text[: len(read)]
+    assert len(text) - len(read) < 7
+
+
+def test_a_tokenizer_that_adds_nothing_gives_the_windows_of_the_joined_rows_alone() -> None:
+    rows = [words(0, 13), words(13, 30)]
+    joined = [*ids(0, 13), EOS, *ids(13, 30), EOS]
+    found = tokenize(source(*rows, packed=True), a_tokenizer(), 9, 6)
+    assert found.sequences == tuple(tuple(joined[start : start + 6]) for start in range(0, 27, 6))
+    expected = ";".join(",".join(map(str, window)) for window in found.sequences)
+    assert found.info.fingerprint == "sha256:" + hashlib.sha256(expected.encode()).hexdigest()
+    assert found.info.begins_with == ()
+    assert list(found.remarks(5)) == []
+    assert "beginning of every sequence" not in found.identity
+
+
+@pytest.mark.demo
+def test_the_demo_models_text_is_what_it_was_before_windows_had_a_beginning() -> None:
+    tokenizer = load_tokenizer(resolve("demo"))
+    joined: list[int] = []
+    for row in open_text("builtin").rows:
+        joined += [*tokenizer(row)["input_ids"], tokenizer.eos_token_id]
+        if len(joined) > 5 * 300:
+            break
+    found = tokenize(open_text("builtin"), tokenizer, 5, 300)
+    assert found.sequences == tuple(tuple(joined[start : start + 300]) for start in range(0, 1500, 300))
+    assert found.info.begins_with == ()
+
+
+def test_a_resumed_run_must_begin_its_sequences_alike() -> None:
+    one, other = (tokenize(source(words(0, 30)), a_tokenizer(bos=bos), 2, 7, pack=True) for bos in (True, False))
+    assert one.identity["beginning of every sequence"] == ["<s>"]
+    assert "beginning of every sequence" not in other.identity
+    assert one.taken([0]).info.begins_with == ("<s>",)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("length", [1, 2])
+def test_a_length_with_no_room_behind_the_beginning_is_a_usage_error(length: int, pack: bool) -> None:
+    with pytest.raises(UsageError, match=f"--sequence-length {length}: "):
+        tokenize(source(words(0, 30)), a_tokenizer(bos=True), 1, length, pack=pack)
+    assert tokenize(source(words(0, 30)), a_tokenizer(bos=True), 1, 3, pack=pack).sequences == ((BOS, *ids(0, 2)),)
 
 
 def test_packing_needs_no_mark_of_ending() -> None:

@@ -64,7 +64,7 @@ def test_norms_says_that_the_disparity_is_not_universal(in_tmp: Path) -> None:
 def test_inspect_tells_bytes_per_token_and_per_context(in_tmp: Path) -> None:
     output = run("inspect").output
     assert "46080 bytes" in output  # 30 layers x (192 + 192) x 4 bytes
-    assert "32k context: 1.41 GiB" in output
+    assert "4k context: 180.00 MiB  8k context: 360.00 MiB\n" in output  # and no more: it was made for 8,192
     inventory = json.loads(run("inspect", "--json").output)
     assert len(inventory["geometry"]["layers"]) == 30
     assert inventory["geometry"]["layers"][7]["key_head_dim"] == 64

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from folders import save_folder
+from folders import break_tokenizer, save_folder
 from typer.testing import CliRunner, Result
 
 from kvprof.cli.app import app
@@ -85,6 +85,17 @@ def test_mistakes_are_one_message_and_the_right_code(model: Path, plan: Path, in
         assert result.exit_code == code, result.output
         assert says in result.output
         assert "Traceback" not in result.output
+
+
+def test_a_tokenizer_that_fails_on_the_prompt_is_one_message(model: Path, plan: Path) -> None:
+    break_tokenizer(model)
+    result = generate("--plan", plan, "--model", model, "--max-new-tokens", "8", "the cat sat")
+    assert result.exit_code == 0, result.output
+    result = generate("--plan", plan, "--model", model, "the dog sat")
+    assert result.exit_code == 1
+    assert "the tokenizer (" in result.output
+    assert "fails on text: " in result.output
+    assert "Check the tokenizer files of the model" in " ".join(result.output.split())
 
 
 def test_another_models_plan_exits_with_4(model: Path, plan: Path) -> None:

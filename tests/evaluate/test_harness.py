@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from folders import save_folder
+from folders import break_tokenizer, save_folder
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,7 +23,7 @@ from lm_eval.models.huggingface import HFLM
 
 import kvprof
 from kvprof import BitPlan, PlanCache
-from kvprof.errors import Mismatch, ModelError, UsageError
+from kvprof.errors import CalibrationError, Mismatch, ModelError, UsageError
 from kvprof.evaluate.harness import MODEL, register
 from kvprof.evaluate.harness_model import HarnessModel
 
@@ -105,6 +105,15 @@ def test_log_likelihoods_are_those_of_decoding_token_by_token(folder: Path, exac
         assert number == pytest.approx(expected[0], abs=1e-4)
         assert likeliest == expected[1]
     assert max(abs(one[0] - other[0]) for one, other in zip(found, full, strict=True)) > 0.01
+
+
+def test_a_tokenizer_that_fails_is_one_message(folder: Path) -> None:
+    break_tokenizer(folder / "model")
+    model = HarnessModel("model", "plan.json", device="cpu")
+    for ask in (model.tok_encode, lambda text: model.tok_batch_encode([text])):
+        ask("the cat")
+        with pytest.raises(CalibrationError, match=r"fails on text: .*\n.*tokenizer files of the model"):
+            ask("the dog")
 
 
 def test_a_rolling_log_likelihood_begins_a_cache_with_each_window(folder: Path) -> None:

@@ -252,6 +252,12 @@ def test_latent_attention_is_skipped_with_its_name(name: str) -> None:
 @pytest.mark.parametrize(("name", "limit"), [("llama", 64), ("mpt", 64), ("gpt2", 64), ("opt", 64), ("bloom", None)])
 def test_the_positions_that_a_model_was_made_for(name: str, limit: int | None) -> None:
     assert position_limit(TINY[name]()) == limit
+    assert take_inventory(TINY[name]()).geometry.positions == limit
+
+
+def test_a_limit_that_is_none_is_not_written_down() -> None:
+    for limit in (0, 2**60):
+        assert take_inventory(config("Llama", max_position_embeddings=limit)).geometry.positions is None
 
 
 def test_keys_and_values_may_be_of_two_widths() -> None:
@@ -329,7 +335,7 @@ def test_inspecting_needs_a_config_and_nothing_else(in_tmp: Path, monkeypatch: p
     assert printed["geometry"]["layers"][0]["window"] == 16
     per_token = 2 * (16 + 16) * 4  # of four layers two grow; float32
     assert printed["bytes_per_token"] == per_token
-    assert printed["bytes_at"]["4096"] == per_token * (4096 + 16)
+    assert printed["bytes_at"] == {"64": per_token * (64 + 16)}  # the model was made for 64 positions
     assert CliRunner().invoke(app, ["inspect", "bare"]).exit_code == 0
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from kvprof.records.geometry import CacheGeometry, KVLayer
+from kvprof.records.geometry import CacheGeometry, KVLayer, check_same_model
 
 
 @pytest.fixture
@@ -38,6 +38,31 @@ def test_an_unquantized_cache_grows_with_full_layers_and_stops_growing_with_slid
 def test_layers_without_keys_and_values_of_their_own_add_no_bytes(hybrid: CacheGeometry) -> None:
     for layer in (2, 3):
         assert hybrid.layers[layer].tokens_kept(1000) == hybrid.bytes_per_token(hybrid.layers[layer]) == 0
+
+
+@pytest.mark.parametrize(
+    ("positions", "contexts"),
+    [
+        (None, (4096, 32768, 131072)),
+        (512, (512,)),
+        (4096, (4096,)),
+        (8192, (4096, 8192)),
+        (131072, (4096, 32768, 131072)),
+        (2**20, (4096, 32768, 131072)),
+    ],
+)
+def test_contexts_end_at_what_the_model_was_made_for(
+    hybrid: CacheGeometry, positions: int | None, contexts: tuple[int, ...]
+) -> None:
+    assert hybrid.model_copy(update={"positions": positions}).contexts == contexts
+
+
+def test_a_limit_of_positions_is_optional_and_makes_no_other_model(hybrid: CacheGeometry) -> None:
+    assert "positions" not in hybrid.model_dump(mode="json")
+    limited = CacheGeometry.model_validate(hybrid.model_dump(mode="json") | {"positions": 512})
+    assert limited.model_dump(mode="json")["positions"] == 512
+    check_same_model("plan", None, hybrid, limited)
+    check_same_model("plan", None, limited, hybrid)
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float64", 8), ("float32", 4), ("float16", 2), ("bfloat16", 2)])

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvprof.records.benchmark import AttentionRun, Benchmark, BenchmarkCase
-from kvprof.records.words import counted
+from kvprof.records.words import context_text, counted
 from kvprof.report.plots.layers import light_grid
 from kvprof.report.plots.legends import legend_at_side, legend_height
 from kvprof.report.plots.style import (
@@ -127,7 +127,7 @@ def _panel(
                 label=label,
                 zorder=2,
             )
-    axes.set_xticks(contexts, [_tokens(context) for context in contexts])
+    axes.set_xticks(contexts, [context_text(context) for context in contexts])
     axes.minorticks_off()
     axes.set_xlabel("context (tokens)")
     light_grid(axes, "both")
@@ -141,7 +141,3 @@ def _plain_numbers(axes: Axes) -> None:
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
     axes.yaxis.set_major_formatter("{x:g}")
-
-
-def _tokens(context: int) -> str:
-    return f"{context // 1024}k" if context >= 1024 and context % 1024 == 0 else str(context)

@@ -9,8 +9,8 @@ from itertools import groupby
 
 from kvprof.records.gathered import ReportFiles
 from kvprof.records.geometry import CacheGeometry, KVLayer, bytes_text
-from kvprof.records.inventory import CONTEXTS, Inventory
-from kvprof.records.words import layers_text
+from kvprof.records.inventory import Inventory
+from kvprof.records.words import context_text, layers_text
 from kvprof.report.page import Block, Paragraph, Section, Table, missing
 
 UNCOUNTED = ("recurrent", "hybrid", "other")
@@ -52,7 +52,7 @@ def cache_section(files: ReportFiles, command: str) -> Section:
             ("tokens of context", "bytes", "in words"),
             [
                 (str(tokens), str(geometry.bytes_at(tokens)), bytes_text(geometry.bytes_at(tokens)))
-                for tokens in CONTEXTS
+                for tokens in geometry.contexts
             ],
             left=(2,),
         ),
@@ -65,9 +65,10 @@ def cache_section(files: ReportFiles, command: str) -> Section:
 
 
 def _means(geometry: CacheGeometry, grows: int) -> str:
+    longest = geometry.contexts[-1]
     text = (
         f"Each token adds {grows} bytes ({bytes_text(grows)}) in {len(geometry.growing)} of {geometry.num_layers} "
-        f"layers: {bytes_text(geometry.bytes_at(CONTEXTS[-1]))} for one sequence of {CONTEXTS[-1] // 1024}k tokens."
+        f"layers: {bytes_text(geometry.bytes_at(longest))} for one sequence of {context_text(longest)} tokens."
     )
     skipped = [layer.layer for layer in geometry.layers if layer.skipped is not None]
     if skipped:
