@@ -27,6 +27,9 @@ def main() -> None:
 
 def _run() -> None:
     from kvprof.cli.app import QUICK, app_for  # here, where a Ctrl-C is heeded
+    from kvprof.models.quiet import silence_process
+
+    silence_process()
 
     if sys.argv[1:2] == ["help"]:  # as it is typed for other tools
         sys.argv[1:] = [*sys.argv[2:3], "--help"]

@@ -135,7 +135,7 @@ def _kvmix(contest: _Contest, gradients: Scores) -> BitPlan:
     def bits(plan: BitPlan) -> Fraction:
         return contest.bits_of(contest.formats_of(plan))
 
-    plans = []
+    plans: list[BitPlan] = []
     for group_size in (*GROUP_SIZES, *WIDER_GROUPS):  # each top layer adds bits
         if group_size in WIDER_GROUPS and (
             min(map(bits, plans)) <= contest.allowed_bits or bits(made(0, group_size)) > contest.allowed_bits

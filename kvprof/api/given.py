@@ -45,9 +45,10 @@ def borrowed(
 
     from kvprof.models.lent import as_found
     from kvprof.models.load import lend, resolve
+    from kvprof.models.quiet import quiet
 
     if isinstance(model, PreTrainedModel):
-        with as_found(model):
+        with quiet(), as_found(model):
             yield lend(model, tokenizer)
         return
     if model is not None and not isinstance(model, str | Path):
@@ -57,7 +58,8 @@ def borrowed(
         )
     if tokenizer is not None:
         raise UsageError("tokenizer= goes with a loaded model; one that is named has its own. Leave it out.")
-    yield resolve(None if model is None else str(model), trust_remote_code)
+    with quiet():
+        yield resolve(None if model is None else str(model), trust_remote_code)
 
 
 @contextlib.contextmanager

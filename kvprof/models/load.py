@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -41,6 +40,7 @@ from kvprof.models.memory import free_bytes
 from kvprof.models.names import DEMO, nearest_path
 from kvprof.models.opening import check_config, check_loadable, read_headers
 from kvprof.models.own_code import check_code, find_code, refused_code
+from kvprof.models.quiet import quiet
 from kvprof.models.shelf import Shelf
 from kvprof.models.streaming import stream_weights
 from kvprof.records.geometry import bytes_text
@@ -479,18 +479,9 @@ def _explained(source: ModelSource, what: str = "model") -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' bars and advice off the screen; its errors still come through."""
-    verbosity = transformers.logging.get_verbosity()
-    bar = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader's bar has no switch
-            yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        if bar:
-            transformers.logging.enable_progress_bar()
+    """Keep all that loading prints off the screen: the GGUF reader's bar has no switch."""
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
