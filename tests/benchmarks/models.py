@@ -276,68 +276,65 @@ def tables(of: Measurements) -> str:
         for budget in BUDGETS
         if (evaluation := of.evaluation(text, budget)) is not None
     }
-    parts = [*_setup(of, list(found.values()))]
+    parts = [_setup(of, list(found.values()))]
     if found:
         parts += ["", *_quality(found), "", *_predictions(of, found)]
     parts += ["", *_singles(of)]
     return "\n".join(parts)
 
 
-def _setup(of: Measurements, evaluations: list[Evaluation]) -> Iterator[str]:
-    case, scores = of.case, of.scores
-    assert scores.calibration is not None
+def _setup(of: Measurements, evaluations: list[Evaluation]) -> str:
+    case, scores, read = of.case, of.scores, of.scores.calibration
+    assert read is not None
     assert scores.geometry is not None
     planned, layers = len(scores.geometry.planned), scores.geometry.num_layers
     made = evaluations[0].made_with if evaluations else scores.made_with
-    versions = ", ".join(f"{name} {made.versions[name]}" for name in ("torch", "transformers")) if made else ""
-    yield f"{', '.join(f'`{package}`' for package in case.packages)}; {planned} of {layers} layers planned."
-    yield (
-        f"Scores: {scores.calibration.sequences} sequences of {case.length} tokens of {scores.calibration.dataset}, "
-        f"seed {scores.calibration.seed}; {SINKS} sinks, window {case.recent}."
-    )
-    if evaluations:
-        texts = {evaluation.text.dataset: evaluation.text for evaluation in evaluations}
-        yield (
-            "Measured: "
-            + "; ".join(
-                f"{info.sequences} sequences of {Path(name).name}"
-                f"{f' ({info.split})' if info.split else ''}, seed {info.seed}"
-                for name, info in texts.items()
-            )
-            + f", from position {evaluations[0].measured_from}, in {evaluations[0].dtype}."
-        )
+    versions = "".join(f", {name} {made.versions[name]}" for name in ("torch", "transformers")) if made else ""
     commit = of.folder / "commit.txt"
-    scored = f", scores by commit {commit.read_text()}" if commit.exists() else ""
-    yield f"kvprof {__version__}{scored}; {versions}."
+    by = f" by commit {commit.read_text()}" if commit.exists() else ""
+    said = [
+        f"{', '.join(f'`{package}`' for package in case.packages)}; {planned} of {layers} layers are planned.",
+        f"Scores{by}: {read.sequences} sequences of {case.length} tokens of {read.dataset}, seed {read.seed}; "
+        f"{SINKS} sinks, window {case.recent}.",
+    ]
+    if evaluations:
+        texts = {Path(evaluation.text.dataset).name: evaluation.text for evaluation in evaluations}
+        measured = [
+            f"{info.sequences} sequences of {name}{f' ({info.split})' if info.split else ''}, seed {info.seed}"
+            for name, info in texts.items()
+        ]
+        said.append(f"Measured on {'; '.join(measured)}; from position {evaluations[0].measured_from}.")
+    said.append(f"kvprof {__version__}{versions}, {evaluations[0].dtype if evaluations else 'float32'}.")
+    return " ".join(said)
 
 
 def _quality(found: dict[tuple[str, str], Evaluation]) -> Iterator[str]:
-    yield "KL in nats a token, with its standard error over sequences; pair / plan is a ratio of KL.\n"
-    yield f"| text | stored bits | plan | best plain pair | pair / plan | {' | '.join(RULES)} | `--check` |"
-    yield "| --- | --- | --- | --- | --- |" + " --- |" * (len(RULES) + 1)
+    yield _row(
+        "text",
+        "stored bits",
+        "plan",
+        "best plain pair",
+        "pair / plan",
+        *RULES,
+        *(f"{rule} (stored bits)" for rule in PUBLISHED),
+        "`--check`",
+    )
+    yield "| --- | --- | --- | --- | --- |" + " --- |" * (len(RULES) + len(PUBLISHED) + 1)
     for (text, _), evaluation in found.items():
         plan = evaluation.plan
         pair = _rival(evaluation, "uniform")
-        pair_name = pair.name.removeprefix("uniform ") if pair else ""
-        rules = [_kl(_rival(evaluation, name)) for name in RULES]
-        ratio = f"{pair.kl_nats / plan.kl_nats:.2f}" if pair else ""
+        published = [_rival(evaluation, name) for name in PUBLISHED]
         unbeaten = ", ".join(result.name for result in evaluation.unbeaten)
         yield _row(
             text,
             f"{plan.stored_bits:.3f}",
             _kl(plan),
-            f"{_kl(pair)} `{pair_name}`",
-            ratio,
-            *rules,
+            f"{_kl(pair)} `{pair.name.removeprefix('uniform ')}`" if pair else "",
+            f"{pair.kl_nats / plan.kl_nats:.2f}" if pair else "",
+            *(_kl(_rival(evaluation, name)) for name in RULES),
+            *(f"{_kl(rival)} ({rival.stored_bits:.2f})" if rival else "" for rival in published),
             f"no: {unbeaten}" if unbeaten else "passes",
         )
-    yield "\nThe published rules as published, without sinks; in brackets the stored bits.\n"
-    yield f"| text | stored bits of the plan | {' | '.join(PUBLISHED)} |"
-    yield "| --- | --- |" + " --- |" * len(PUBLISHED)
-    for (text, _), evaluation in found.items():
-        rivals = [_rival(evaluation, name) for name in PUBLISHED]
-        cells = [f"{_kl(rival)} ({rival.stored_bits:.2f})" if rival else "" for rival in rivals]
-        yield _row(text, f"{evaluation.plan.stored_bits:.3f}", *cells)
 
 
 def _predictions(of: Measurements, found: dict[tuple[str, str], Evaluation]) -> Iterator[str]:
@@ -353,11 +350,12 @@ def _predictions(of: Measurements, found: dict[tuple[str, str], Evaluation]) -> 
         for name, (plan, result) in results.items():
             predicted[name] = predicted_kl(plan, of.scores) or 0.0
             ratios[text][name] = predicted[name] / result.kl_nats
-    yield (
-        f"Predicted over measured KL; `kvprof calibrate` finds the factor {factor:.3f}.\n"
-        if factor
-        else ("Predicted over measured KL.\n")
+    constants = (
+        f"for {text}, one constant, {_middle(own):.2f}, is off by a factor of at most {_spread(own):.2f}"
+        for text, own in ((text, list(ratios[text].values())) for text in texts)
     )
+    fitting = f"; `kvprof calibrate` finds the factor {factor:.3f}" if factor else ""
+    yield f"Predicted over measured KL: {'; '.join(constants)}{fitting}.\n"
     heads = [head for text in texts for head in (f"{text}", *([f"{text}, fitted"] if factor else []))]
     yield _row("formats", "predicted", *heads)
     yield "| --- | --- |" + " --- |" * len(heads)
@@ -369,9 +367,6 @@ def _predictions(of: Measurements, found: dict[tuple[str, str], Evaluation]) -> 
             if factor:
                 cells.append("" if ratio is None else f"{factor * ratio:.2f}")
         yield _row(name if name.startswith("plan") else f"`{name}`", f"{predicted[name]:.5f}", *cells)
-    for text in texts:
-        own = list(ratios[text].values())
-        yield f"\n{text}: one constant, {_middle(own):.2f}, is off by a factor of at most {_spread(own):.2f}."
 
 
 def _singles(of: Measurements) -> Iterator[str]:
