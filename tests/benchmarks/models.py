@@ -126,12 +126,12 @@ CASES = (
         small_models.GEMMA_PACKAGES,
         small_models.gemma,
         BOTH,
-        data=("builtin", "self"),
+        data=("builtin",),
         length=1024,
         recent=128,
         sequences=8,
         evaluated=6,
-        singles=4,
+        singles=2,
     ),
 )
 
