@@ -384,9 +384,12 @@ def _singles(of: Measurements) -> Iterator[str]:
                     same = fmean(samples[: measured.calibration.sequences])
                     points.append((f"{name} {form}", predicted, same, loss))
     rank = spearman([point[1] for point in points], [point[3] for point in points])
+    number = measured.calibration.sequences
+    layers = f" of layers {of.case.layers}" if of.case.layers else ""
     yield (
-        f"Single tensors at 2 bits, {len(points)} of them, measured on the first {measured.calibration.sequences} "
-        f"sequences of the scores: Spearman {rank:.3f}. Sum of predicted over sum of measured, on the same sequences:\n"
+        f"Single tensors{layers} at 2 bits, {len(points)} numbers, measured on the first "
+        f"{'sequence' if number == 1 else f'{number} sequences'} of the scores: Spearman "
+        f"{'none' if rank is None else f'{rank:.3f}'}. Sum of predicted over sum of measured, on the same text:\n"
     )
     names = list(dict.fromkeys(point[0] for point in points))
     kinds = {name: [point for point in points if point[0] == name] for name in names}
