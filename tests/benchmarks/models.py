@@ -42,6 +42,9 @@ from kvprof.records.plan import Window
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "kvprof/evaluate/README.md"
+GIT = ["git", "-C", str(ROOT), "rev-parse", "--short=8", "HEAD"]
+COMMIT = subprocess.run(GIT, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+"""Of the code that measures; asked at the start, as it may move on meanwhile."""
 BUDGETS = ("2.5", "3", "4")
 SINKS = 4
 RULES = ("kvmix", "norm-greedy spectral", "norm-greedy frobenius")
@@ -167,7 +170,7 @@ class Measurements:
                     recent_tokens=case.recent,
                     out=self.folder,
                 )
-                (self.folder / "commit.txt").write_text(_commit())
+                (self.folder / "commit.txt").write_text(COMMIT)
         return Scores.load(self.folder / "gradients.json")
 
     def plan(self, budget: str) -> BitPlan:
@@ -428,11 +431,6 @@ def _middle(ratios: list[float]) -> float:
 
 def _spread(ratios: list[float]) -> float:
     return exp((log(max(ratios)) - log(min(ratios))) / 2)
-
-
-def _commit() -> str:
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short=8", "HEAD"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 def begin(name: str) -> str:
