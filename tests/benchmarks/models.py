@@ -42,6 +42,9 @@ from kvprof.records.plan import Window
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "kvprof/evaluate/README.md"
+GIT = ["git", "-C", str(ROOT), "rev-parse", "--short=8", "HEAD"]
+COMMIT = subprocess.run(GIT, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+"""Of the code that measures; asked at the start, as it may move on meanwhile."""
 BUDGETS = ("2.5", "3", "4")
 SINKS = 4
 RULES = ("kvmix", "norm-greedy spectral", "norm-greedy frobenius")
@@ -126,12 +129,12 @@ CASES = (
         small_models.GEMMA_PACKAGES,
         small_models.gemma,
         BOTH,
-        data=("builtin", "self"),
+        data=("builtin",),
         length=1024,
         recent=128,
         sequences=8,
         evaluated=6,
-        singles=4,
+        singles=2,
     ),
 )
 
@@ -167,7 +170,7 @@ class Measurements:
                     recent_tokens=case.recent,
                     out=self.folder,
                 )
-                (self.folder / "commit.txt").write_text(_commit())
+                (self.folder / "commit.txt").write_text(COMMIT)
         return Scores.load(self.folder / "gradients.json")
 
     def plan(self, budget: str) -> BitPlan:
@@ -384,9 +387,12 @@ def _singles(of: Measurements) -> Iterator[str]:
                     same = fmean(samples[: measured.calibration.sequences])
                     points.append((f"{name} {form}", predicted, same, loss))
     rank = spearman([point[1] for point in points], [point[3] for point in points])
+    number = measured.calibration.sequences
+    layers = f" of layers {of.case.layers}" if of.case.layers else ""
     yield (
-        f"Single tensors at 2 bits, {len(points)} of them, measured on the first {measured.calibration.sequences} "
-        f"sequences of the scores: Spearman {rank:.3f}. Sum of predicted over sum of measured, on the same sequences:\n"
+        f"Single tensors{layers} at 2 bits, {len(points)} numbers, measured on the first "
+        f"{'sequence' if number == 1 else f'{number} sequences'} of the scores: Spearman "
+        f"{'none' if rank is None else f'{rank:.3f}'}. Sum of predicted over sum of measured, on the same text:\n"
     )
     names = list(dict.fromkeys(point[0] for point in points))
     kinds = {name: [point for point in points if point[0] == name] for name in names}
@@ -425,11 +431,6 @@ def _middle(ratios: list[float]) -> float:
 
 def _spread(ratios: list[float]) -> float:
     return exp((log(max(ratios)) - log(min(ratios))) / 2)
-
-
-def _commit() -> str:
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short=8", "HEAD"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 def begin(name: str) -> str:
