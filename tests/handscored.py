@@ -6,9 +6,19 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvprof import BitPlan, Scores
-from kvprof.records.formats import TENSORS, TensorName, format_named
+import numpy as np
+from numpy.typing import NDArray
 
+from kvprof import BitPlan, Scores
+from kvprof.records.document import ModelInfo
+from kvprof.records.effects import encode
+from kvprof.records.formats import TENSORS, TensorName, format_named
+from kvprof.records.geometry import CacheGeometry
+from kvprof.records.plan import USUAL_WINDOW
+from kvprof.records.sampled import TensorSamples, gradient_scores
+from kvprof.records.scores import CalibrationInfo, DecodingSetup
+
+Floats = NDArray[np.float64]
 Samples = Mapping[str, Sequence[float]]
 """Format name to one loss a sequence."""
 
@@ -83,6 +93,100 @@ def scores_of(
     if factor is not None:
         value["kl_calibration"] = {"factor": factor, "plans": 4, "sequences": 8, "spread": 1.1}
     return Scores.from_json(value, "handmade")
+
+
+def encoded(series_N: Floats, block_tokens: int = 1) -> str:
+    """Return one sequence's effects as a measurement writes them."""
+    sums = [float(series_N[at : at + block_tokens].sum()) for at in range(0, len(series_N), block_tokens)]
+    return encode(float(np.square(series_N).sum()), sums)
+
+
+def scores_of_effects(
+    effects: Sequence[Mapping[TensorName, Mapping[str, Sequence[Floats]]]],
+    *,
+    block_tokens: int = 1,
+    sources: Sequence[int] | None = None,
+    factor: float | None = None,
+) -> Scores:
+    """Scores as a measurement makes them of layers 0, 1, ... in heads of 64.
+
+    effects: of each layer and tensor, a format's name to each sequence's effects, position by position.
+    sources: for each sequence the place of its text among several.
+    """
+    rows = next(iter(effects[0]["key"].values()))
+    counted = [len(row) for row in rows]
+    text = CalibrationInfo(
+        dataset="handmade",
+        sequences=len(rows),
+        sequence_length=2 * max(counted),
+        tokens=2 * sum(counted),
+        seed=0,
+        **(
+            {}
+            if sources is None
+            else {
+                "source_of": tuple(sources),
+                "sources": tuple(
+                    {"dataset": f"text {of}", "sequences": list(sources).count(of), "tokens": 1}
+                    for of in sorted(set(sources))
+                ),
+            }
+        ),
+    )
+    samples = {
+        (layer, tensor): TensorSamples(
+            [1.0] * len(rows),
+            {name: [encoded(row, block_tokens) for row in series] for name, series in entry[tensor].items()},
+        )
+        for layer, entry in enumerate(effects)
+        for tensor in TENSORS
+    }
+    scores = gradient_scores(
+        samples,
+        text,
+        ModelInfo(**model_json(len(effects))),
+        CacheGeometry.model_validate(geometry_json(len(effects))),
+        DecodingSetup(window=USUAL_WINDOW, suffix_fraction=0.5, tokens=sum(counted)),
+        block_tokens,
+        counted,
+    )
+    value = scores.model_dump(mode="json", by_alias=True)
+    if factor is not None:
+        value["kl_calibration"] = {"factor": factor, "plans": 4, "sequences": 8, "spread": 1.1}
+    return Scores.from_json(value, "handmade")
+
+
+def random_effects(
+    layers: int,
+    sequences: int,
+    counted: int,
+    seed: int = 0,
+    *,
+    names: Mapping[TensorName, Sequence[str]] = FORMATS,
+    spread: float = 1.2,
+    common: float = 0.0,
+) -> list[dict[TensorName, dict[str, list[Floats]]]]:
+    """Effects of independent positions; each tensor's scale is log-normal, and more stored bits have smaller ones.
+
+    common: the share of the variance of 2-bit formats of values that all layers have alike.
+    """
+    draw = np.random.default_rng(seed)
+    shared = [draw.standard_normal(counted) for _ in range(sequences)]
+    found: list[dict[TensorName, dict[str, list[Floats]]]] = []
+    for _ in range(layers):
+        entry: dict[TensorName, dict[str, list[Floats]]] = {}
+        for tensor in TENSORS:
+            scale = 0.3 * np.exp(spread / 2 * draw.standard_normal())
+            entry[tensor] = {}
+            for name in names[tensor]:
+                form = format_named(name, tensor, HEAD_DIM)
+                size = scale * 2.0 ** -float(form.stored_bits(HEAD_DIM)) * np.exp(0.1 * draw.standard_normal())
+                share = common if tensor == "value" and form.bits == 2 else 0.0
+                entry[tensor][name] = [
+                    size * (np.sqrt(1 - share) * draw.standard_normal(counted) + np.sqrt(share) * one) for one in shared
+                ]
+        found.append(entry)
+    return found
 
 
 def random_samples(layers: int, sequences: int, seed: int = 0, noise: float = 0.5) -> list[dict[TensorName, Samples]]:

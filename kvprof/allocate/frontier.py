@@ -84,7 +84,9 @@ def frontier(
         if solution.choices not in plans:
             plans[solution.choices] = problem.plan(solution, None)
         found.append(_point(limit, solution, plans[solution.choices], context, batch or 1))
-    places = set(knees([(_spent(point, measure), point.predicted_kl_nats) for point in found]))
+    # By what the plans are chosen by: what each is predicted to lose has the noise of its own sum of effects.
+    curve = [(_spent(point, measure), solution.loss) for point, solution in zip(found, solutions, strict=True)]
+    places = set(knees(curve))
     return Frontier(
         kvprof_version=__version__,
         model=scores.model,

@@ -63,23 +63,17 @@ def stability(
     Raises Mismatch for scores of another model, and as `ExactProblem` does.
     """
     check_scores_fit(plan, scores)
-    samples = None if why_unknown(scores) else predict(plan, scores).samples
-    if samples is None:
+    if why_unknown(scores) or predict(plan, scores).unscored:
         return None
     losses = with_samples(problem or problem_of(plan, scores, tie, allowed), scores)
     weights = losses.drawn(resamples, seed)
     changed, regret = _against_all(losses, weights)
-    predicted = weights @ np.array(samples)
     return Stability(
         resamples=resamples,
         sequences=losses.sequences,
         tensors=2 * len(plan.layers),
         changed_mean=float(changed.mean()),
         changed_p90=_quantile(changed, 0.9),
-        kl_nats=float(np.mean(samples)),
-        kl_p5_nats=_quantile(predicted, 0.05),
-        kl_p95_nats=_quantile(predicted, 0.95),
-        regret_mean=float(regret.mean()),
         regret_p90=_quantile(regret, 0.9),
     )
 

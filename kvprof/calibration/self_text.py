@@ -98,7 +98,6 @@ def fill(
                 f"the model's own text holds nothing to measure on: {found}.\n"
                 "  Leave `self` out of --data, and name text of your own."
             )
-        logger.warning("the model's own text holds nothing to measure on (%s): it is left out", found)
         return mix.without_own(
             tokenizer, f"{SELF} is left out: the model's own text holds nothing to measure on, {found}"
         )

@@ -22,6 +22,9 @@ from kvprof.records.effects import decode
 
 Floats = NDArray[np.float64]
 
+ROUNDING = 1e-10
+"""The share of the largest sum of squares below which effects may be rounding alone, and decide nothing of others."""
+
 
 def effects_of(texts: Sequence[str]) -> tuple[Floats, list[Floats]]:
     """Return the sum of squares of each sequence, (sequences,), and its block sums, (blocks,) each."""
@@ -60,7 +63,7 @@ def blended(long: Floats, short: Floats, classes: NDArray[np.int64]) -> Floats:
     """
     number = long.shape[1]
     least = short.mean(axis=1)
-    known = least > 0
+    known = least > ROUNDING * least.max(initial=0.0)
     scale = np.where(known, least, 1.0)
     ratios = np.where(known, long.mean(axis=1) / scale, 1.0)
     counts = np.bincount(classes, weights=known)
@@ -83,7 +86,7 @@ def bandwidth_of(series: Sequence[Sequence[Floats]]) -> int:
     """Return the bandwidth, in blocks, that suits these series: at least 1.
 
     series: for each format of each tensor its series of every sequence. All share one bandwidth, since products of two
-    tensors need the same as their squares; each counts alike, whatever its size.
+    tensors need the same as their squares; each counts alike, whatever its size, but for those left out by ROUNDING.
     Source: W. K. Newey and K. D. West, Review of Economic Studies 61 (1994), the plug-in rule for Bartlett's kernel, of
     the mean autocovariance.
     """
@@ -91,7 +94,8 @@ def bandwidth_of(series: Sequence[Sequence[Floats]]) -> int:
     blocks = sum(len(one) for one in series[0]) if series else 0
     most = min(longest - 1, int(4 * (blocks / 100) ** (2 / 9)))
     energies = [sum(float(one @ one) for one in every) for every in series]
-    known = [(every, energy) for every, energy in zip(series, energies, strict=True) if energy > 0]
+    floor = ROUNDING * max(energies, default=0.0)
+    known = [(every, energy) for every, energy in zip(series, energies, strict=True) if energy > floor]
     if most < 1 or not known:
         return 1
     lags = np.arange(1, most + 1)

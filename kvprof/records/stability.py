@@ -26,14 +26,6 @@ class Stability(Record):
     """Tensors that a resample gives another format, on average."""
     changed_p90: Amount
     """What 90 % of the resamples stay within."""
-    kl_nats: Amount
-    """The plan's predicted KL."""
-    kl_p5_nats: Amount
-    """What it is on resamples: 5 % of them predict less than this,"""
-    kl_p95_nats: Amount
-    """and 5 % more than this."""
-    regret_mean: Amount
-    """What the plan loses by being made from so few sequences, as a share of its predicted KL: the mean over resamples
-    of how much more the resample's plan loses, by all sequences, than theirs does."""
     regret_p90: Amount
-    """What 90 % of the resamples stay within."""
+    """How much more a resample's plan loses than theirs does, by all sequences, as a share of it: what 90 % of the
+    resamples stay within."""

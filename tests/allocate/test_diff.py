@@ -178,8 +178,14 @@ def test_predictions_from_different_scores_are_said_to_be_so() -> None:
 
 def test_predictions_with_different_factors_are_said_to_be_so() -> None:
     solvers = [
-        {"method": "exact", "metric": "loss_increase", "objective": 0.01, "predicted_kl_nats": 0.01 * factor}
-        for factor in (1, 1.5)
+        {
+            "method": "exact",
+            "metric": "loss_increase",
+            "objective": 0.01,
+            "predicted_kl_nats": 0.012 * (factor or 1),
+            "kl_factor": factor,
+        }
+        for factor in (None, 1.5)
     ]
     before, after = (plan_of([PAIR] * 2, geometry=geometry_json(2), solver=solver) for solver in solvers)
     (remark,) = compare(before, after).remarks

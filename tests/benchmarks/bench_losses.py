@@ -24,7 +24,7 @@ from kvprof.models.inventory import take_inventory
 from kvprof.models.load import load_model, load_tokenizer, resolve
 from kvprof.profile import losses
 from kvprof.profile.decoder import usual_formats
-from kvprof.profile.losses import loss_increases
+from kvprof.profile.losses import loss_effects
 from kvprof.records.plan import USUAL_WINDOW, Quantizer, head_dim_of
 from kvprof.runtime import attention
 
@@ -54,7 +54,7 @@ def main() -> int:
     ours, plain, parts = [], [], Counter[str]()
     for _ in range(ROUNDS):
         spent.clear()
-        ours.append(timed(lambda: loss_increases(model, batch, formats, USUAL_WINDOW, Quantizer(), 0.5, seed=0)))
+        ours.append(timed(lambda: loss_effects(model, batch, formats, USUAL_WINDOW, Quantizer(), 0.5, seed=0)))
         if ours[-1] == min(ours):
             parts = Counter(spent)
         plain.append(timed(lambda: forward_and_backward(model, batch)))

@@ -3,7 +3,7 @@
 python tests/benchmarks/bench_text.py FOLDER [FILE ...]
 
 Measures the demo model once on sequences of the built-in text and of its own, of 512 and of 1,024 tokens, into FOLDER:
-stopped, it goes on from there. Since scores keep each sequence's own losses, every mix of the two and every number of
+stopped, it goes on from there. Since scores keep each sequence's own effects, every mix of the two and every number of
 sequences is then a choice of rows. Plans of 2.5 and 3 stored bits are made from each, and their KL measured on held-out
 text of both kinds and on each FILE (rows are packed; texts.py writes some): 1,024 tokens of which the last 512 count.
 An hour on two cores. Prints nothing that holds or does not, since it decides nothing.
@@ -26,8 +26,9 @@ from kvprof.evaluate.metrics import token_kl
 from kvprof.models.load import load_model, load_tokenizer, resolve
 from kvprof.profile.request import SensitivitySettings
 from kvprof.profile.sensitivity import run_sensitivity
-from kvprof.records.formats import TENSORS
-from kvprof.records.scores import LayerScores, TensorScores
+from kvprof.records.formats import TENSORS, TensorName
+from kvprof.records.sampled import TensorSamples, gradient_scores
+from kvprof.records.scores import CalibrationInfo
 
 BUDGETS = (2.5, 3)
 KINDS = ("builtin", "self")
@@ -90,20 +91,32 @@ def measured(folder: Path, data: str, length: int, number: int) -> Scores:
 
 def of_sequences(kinds: Sequence[Scores], numbers: Sequence[int]) -> Scores:
     """Return scores of the first sequences of each kind, as if only these had been measured."""
+    (block_tokens,) = {scores.effects.block_tokens for scores in kinds}
+    taken = list(zip(kinds, numbers, strict=True))
 
-    def tensor(layer: int, name: str) -> TensorScores:
-        found = [scores.layers[layer].tensor(name).loss_increase_samples for scores in kinds]
-        rows = {
-            form: [loss for losses, number in zip(found, numbers, strict=True) for loss in losses[form][:number]]
-            for form in found[0]
-        }
-        return TensorScores(loss_increase={form: fmean(losses) for form, losses in rows.items()})
+    def samples(layer: int, name: TensorName) -> TensorSamples:
+        found = [(scores.layers[layer].tensor(name), number) for scores, number in taken]
+        return TensorSamples(
+            [own.gradient_norm for own, number in found for _ in range(number)],  # plans here are made by losses
+            {
+                form: [text for own, number in found for text in own.loss_effects[form][:number]]
+                for form in found[0][0].loss_effects
+            },
+        )
 
-    layers = tuple(
-        LayerScores(layer=entry.layer, **{name: tensor(entry.layer, name) for name in TENSORS})
-        for entry in kinds[0].layers
+    example = kinds[0]
+    counted = [tokens for scores, number in taken for tokens in scores.effects.tokens[:number]]
+    text = CalibrationInfo(
+        dataset="a mix",
+        sequences=len(counted),
+        sequence_length=example.calibration.sequence_length,
+        tokens=sum(counted),
+        seed=0,
     )
-    return Scores(model=kinds[0].model, geometry=kinds[0].geometry, decoding=kinds[0].decoding, layers=layers)
+    every = {
+        (entry.layer, name): samples(place, name) for place, entry in enumerate(example.layers) for name in TENSORS
+    }
+    return gradient_scores(every, text, example.model, example.geometry, example.decoding, block_tokens, counted)
 
 
 def planned(model: object, plan: BitPlan, ids: Sequence[int]) -> object:

@@ -34,7 +34,7 @@ def test_a_budget_alone_is_enough(outputs: Path) -> None:
     assert (plan.budget.unit, plan.solver.metric) == ("stored", "loss_increase")
     said = " ".join(result.output.split())
     assert "asked for: 2.5 stored bits an element" in said
-    assert "nats a token of KL divergence (calibrated: 1.5 times the tensors' sum)" in said
+    assert "nats a token of KL divergence (fitted: 1.5 times what the scores predict)" in said
     assert f"± {plan.solver.predicted_kl_stderr_nats:#.2g}" in said
 
 
@@ -59,7 +59,7 @@ def test_no_command_writes_over_the_measurement_that_it_reads(outputs: Path) -> 
 def test_scores_that_were_not_calibrated_are_said_to_be(in_tmp: Path) -> None:
     random_scores(2).save("mine.json")
     said = " ".join(run("allocate", "--budget", "2.5", "--scores", "mine.json", "--out", "p").output.split())
-    assert "not calibrated: kvprof calibrate measures the factor" in said
+    assert "not fitted: kvprof calibrate measures whole plans" in said
 
 
 def test_every_option_reaches_the_plan(outputs: Path) -> None:

@@ -198,14 +198,12 @@ def test_every_table_fits_eighty_columns(folder: Path) -> None:
     assert max(map(len, rows)) <= 80
 
 
-def test_stability_is_told_in_three_sentences_where_it_is_known(folder: Path) -> None:
+def test_stability_is_told_in_a_sentence_where_it_is_known(folder: Path) -> None:
     scores = random_scores(LAYERS, 4, factor=1.5)
     found = stability(scores, exact(scores, bit_limit("3", "stored")))
     assert found is not None
-    lines = stability_lines(found)
-    assert f"{found.kl_nats:.4g} nats" in lines[0]
-    assert f"of {2 * LAYERS} tensors" in lines[1]
-    assert f"at most {found.regret_p90:.1%} more" in lines[2]
+    (line,) = stability_lines(found)
+    assert f"of {2 * LAYERS} tensors" in line
     assert stability_lines(None) == []
 
 

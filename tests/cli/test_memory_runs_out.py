@@ -84,13 +84,13 @@ def test_the_file_is_that_of_the_size_that_fits(
     size: int, fits: int, same: int, room: Callable[..., list[int]]
 ) -> None:
     expected = measured("small", "--batch-size", str(same))
-    room(fits, step="loss_increases")
+    room(fits, step="loss_effects")
     assert measured("large", "--batch-size", str(size)) == expected
 
 
 def test_a_streamed_model_is_halved_too(room: Callable[..., list[int]]) -> None:
     expected = measured("one", "--batch-size", "1")
-    room(1, step="loss_increases")
+    room(1, step="loss_effects")
     assert measured("streamed", "--batch-size", "2", "--stream") == expected
 
 

@@ -9,18 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvprof.allocate.budget import bit_limit
+from kvprof.allocate.rules import exact
 from kvprof.errors import KvprofError
 from kvprof.export.kvtuner import kvtuner_plan, read_kvtuner
 from kvprof.models.gguf_header import read_gguf_header
 from kvprof.models.own_code import find_code
 from kvprof.models.shards import LENGTH_BYTES, find_shards, header_bytes, parse_header
+from kvprof.records.effects import encode
 from kvprof.records.history import History, StepTaken
 from kvprof.records.kinds import load_any
 from kvprof.records.partial import merge_shards, seal
 from kvprof.records.plan import BitPlan
 from kvprof.records.recipe import read_recipe
 from kvprof.records.runs import Journal, _line
-from kvprof.records.scores import Scores
+from kvprof.records.scores import LOSS_INCREASE, Scores
 
 CORPUS = Path(__file__).parent.parent / "data" / "fuzz"
 """A folder for each reader: inputs that a defect was found with, and are read again by each run of the tests."""
@@ -68,14 +71,28 @@ def _scores() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _scores_with_effects() -> dict[str, Any]:
+    value = _scores()
+    value["effects"] = {"block_tokens": 2, "bandwidth_blocks": 2, "tokens": [4, 3]}
+    for entry in value["layers"]:
+        for tensor in ("key", "value"):
+            entry[tensor] = {
+                "loss_increase": {"int2g32": 0.01, "int4g32": 0.001},
+                "loss_effects": {"int2g32": [encode(0.08, [0.2, -0.1])] * 2, "int4g32": [encode(0, [0, -0.0])] * 2},
+            }
+    return value
+
+
 def _shard() -> dict[str, Any]:
     value = _scores()
     text = value["calibration"] | {"sequences": 1, "tokens": 8}
     for entry in value["layers"]:
         for tensor in ("key", "value"):
             entry[tensor] = {"gradient_norm": 0.1, "gradient_norm_samples": [0.1], "loss_increase": {"int2g32": 0.01},
-                             "loss_increase_samples": {"int2g32": [0.01]}}  # fmt: skip
+                             "loss_increase_samples": {"int2g32": [0.01]},
+                             "loss_effects": {"int2g32": [encode(0.08, [0.2, -0.1])]}}  # fmt: skip
     value["calibration"] = text
+    value["effects"] = {"block_tokens": 3, "bandwidth_blocks": 1, "tokens": [4]}
     value["shard"] = {"number": 1, "of": 1, "sequences": [0], "text": text, "settings": {"seed": 0}, "checksum": ""}
     value["shard"]["checksum"] = seal(Scores.from_json(value, "shard"))
     return value
@@ -170,6 +187,8 @@ def _read_scores(path: Path) -> None:
     scores = Scores.load(path)
     assert Scores.from_json(json.loads(scores.to_text()), "again") == scores
     assert isinstance(scores.metrics, tuple)
+    if scores.effects is not None and LOSS_INCREASE in scores.metrics:
+        assert exact(scores, bit_limit(4, "stored")).solver is not None
 
 
 def _read_plan(path: Path) -> None:
@@ -216,7 +235,11 @@ def _read_config(path: Path) -> None:
 
 
 READERS: dict[str, Reader] = {
-    "scores": Reader(_read_scores, (_json(_scores()),), (b"NaN", b"1e999", b"-0.0", b'"layer"', b"9" * 5_000)),
+    "scores": Reader(
+        _read_scores,
+        (_json(_scores()), _json(_scores_with_effects())),
+        (b"NaN", b"1e999", b"-0.0", b'"layer"', b"9" * 5_000, b"f38=", b"AACAfw==", b'"bandwidth_blocks"'),
+    ),
     "plan": Reader(_read_plan, (_json(_plan()),), (b"NaN", b"16", b'"rotated"', b'"axis"', b"9" * 5_000)),
     "shard": Reader(_read_shard, (_json(_shard()),), (b"[0]", b"null", b'"sequences"')),
     "history": Reader(lambda path: _ignore(History.load(path)), (_history(),), (b"null", b'"steps"')),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from folders import edit_weights, save_folder
+from mean_squares import mean_squares
 from tiny import TINY, tiny_model
 from transformers import AutoModelForImageTextToText, Gemma3nTextConfig, LlavaConfig, PreTrainedModel
 
@@ -21,7 +22,7 @@ from kvprof.models.load import ModelSource, input_device, load_model
 from kvprof.models.shelf import Shelf
 from kvprof.profile.decoder import Decoder, formats_of
 from kvprof.profile.gradients import gradient_norms
-from kvprof.profile.losses import Losses, loss_increases
+from kvprof.profile.losses import loss_effects
 from kvprof.records.plan import Quantizer, Window
 
 WINDOW = Window(sink_tokens=2, recent_tokens=4)
@@ -56,9 +57,11 @@ def ragged(vocabulary: int = 96) -> Batch:
     return next(batches(rows, 3))
 
 
-def losses_of(model: PreTrainedModel, batch: Batch) -> Losses:
+def losses_of(model: PreTrainedModel, batch: Batch) -> dict[tuple[int, str, str], torch.Tensor]:
     formats = formats_of(take_inventory(model.config).geometry, Decoder(FORMATS, WINDOW))
-    return loss_increases(model, batch, formats, WINDOW, Quantizer(), 0.5, seed=0) if formats else {}
+    if not formats:
+        return {}
+    return mean_squares(loss_effects(model, batch, formats, WINDOW, Quantizer(), 0.5, seed=0))
 
 
 def assert_same_gradients(found: PreTrainedModel, whole: PreTrainedModel, batch: Batch) -> None:

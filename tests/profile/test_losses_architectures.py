@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from mean_squares import mean_squares
 from runtime.reference import rounded, tokens_in_codes
 from tiny import tiny_model
 from torch import Tensor, nn
@@ -80,7 +81,7 @@ def test_every_architecture_s_losses_are_those_of_its_own_attention(
     assert {layer for layer, _ in formats} == layers
     monkeypatch.setattr(losses, "_sampled_labels", lambda *_: labels)
     batch = next(batches([ids.tolist()], 1))
-    found = losses.loss_increases(model, batch, formats, WINDOW, Quantizer(), 0.5, seed=0)
+    found = mean_squares(losses.loss_effects(model, batch, formats, WINDOW, Quantizer(), 0.5, seed=0))
     expected = eagerly(model, ids, labels, formats, monkeypatch)
     assert set(found) == set(expected)
     assert min(expected.values()) > 0
@@ -136,7 +137,8 @@ def test_losses_of_attention_that_is_written_out_are_those_of_decoding(
     decoder = Decoder({"key": ("int2g4",), "value": ("rot2",)}, WINDOW)
     formats = formats_of(take_inventory(model.config).geometry, decoder)
     monkeypatch.setattr(losses, "_sampled_labels", lambda *_: labels)
-    found = losses.loss_increases(model, next(batches([ids.tolist()], 1)), formats, WINDOW, Quantizer(), 0.5, seed=0)
+    batch = next(batches([ids.tolist()], 1))
+    found = mean_squares(losses.loss_effects(model, batch, formats, WINDOW, Quantizer(), 0.5, seed=0))
 
     seen: list[Tensor] = []
     for module in outputs_of(model, projection):

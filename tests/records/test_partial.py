@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from kvprof.errors import InvalidFile, KvprofError, Mismatch, UsageError
 from kvprof.records.document import ModelInfo
+from kvprof.records.effects import encode
 from kvprof.records.geometry import CacheGeometry, KVLayer
 from kvprof.records.partial import Share, as_shard, merge_shards, read_share, seal
 from kvprof.records.plan import Window
@@ -33,12 +34,22 @@ def text(sequences: int) -> CalibrationInfo:
     return CalibrationInfo(dataset="t", sequences=sequences, sequence_length=4, tokens=4 * sequences, seed=0)
 
 
+def effects(layer: int, tensor: str, index: int) -> str:
+    """Two blocks of two positions, and a last one of one where the sequence is longer."""
+    number = 1 / (7 + index * index + layer + 3 * (tensor == "key"))
+    return encode(number, [number * (1 + index % 3), -number / 2, *[number / 5] * (counted(index) - 4)])
+
+
+def counted(index: int) -> int:
+    return 4 + index % 2
+
+
 def samples(indices: Sequence[int]) -> dict[Any, TensorSamples]:
     """A number of each tensor and sequence that no other has."""
     return {
         (layer, tensor): TensorSamples(
             [1 / (3 + index + layer) for index in indices],
-            {"int2g8": [1 / (7 + index * index + (tensor == "key")) for index in indices]},
+            {"int2g8": [effects(layer, tensor, index) for index in indices]},
         )
         for layer in range(2)
         for tensor in ("key", "value")
@@ -49,7 +60,8 @@ def scores(indices: Sequence[int]) -> Scores:
     decoding = DecodingSetup(
         window=Window(sink_tokens=1, recent_tokens=2), suffix_fraction=0.5, tokens=2 * len(indices)
     )
-    return gradient_scores(samples(indices), text(len(indices)), MODEL, GEOMETRY, decoding)
+    positions = [counted(index) for index in indices]
+    return gradient_scores(samples(indices), text(len(indices)), MODEL, GEOMETRY, decoding, 2, positions)
 
 
 def shard(share: Share, sequences: int, **changed: object) -> Scores:
@@ -196,7 +208,7 @@ def test_a_shard_whose_other_fields_differ_is_refused_even_when_sealed(field: st
 
 def test_a_shard_without_one_of_the_formats_is_refused() -> None:
     one, other = shard(Share(1, 2), 6), shard(Share(2, 2), 6)
-    bare = dict.fromkeys(("loss_increase", "loss_increase_stderr", "loss_increase_samples"))
+    bare = dict.fromkeys(("loss_increase", "loss_increase_stderr", "loss_increase_samples", "loss_effects"))
     entry = other.layers[0].model_copy(update={"key": other.layers[0].key.model_copy(update=bare)})
     with pytest.raises(Mismatch, match="differ in formats of the layers"):
         merge_shards({Path("a"): one, Path("b"): resealed(other, layers=(entry, *other.layers[1:]))})
