@@ -127,7 +127,7 @@ class Run:
     """A run over sequences of these lengths.
 
     dtype: that the model is loaded in. device: where it computes. written: of text that the model writes itself, the
-    sequences of each batch, each as long as the longest.
+    sequences of each batch, each as long as the longest. stored: the checkpoint's own dtype.
     """
 
     lengths: Sequence[int]
@@ -137,6 +137,7 @@ class Run:
     stream: bool
     batch_size: int
     written: Sequence[int] = ()
+    stored: torch.dtype | None = None
 
     @property
     def computes_in(self) -> torch.dtype:
@@ -167,7 +168,8 @@ def estimate_run(
     hub brings first is added. written: as `Run` has it. Raises UsageError for an unknown dtype or device.
     """
     check_dtype(dtype)
-    run = Run(lengths, passes, dtype_of(config, dtype), usable_device(device), stream, batch_size, written)
+    own, target = dtype_of(config, "auto"), usable_device(device)
+    run = Run(lengths, passes, dtype_of(config, dtype), target, stream, batch_size, written, own)
     return reckon(costs_of(config), run, written_bytes + bytes_to_download(source))
 
 
@@ -189,8 +191,10 @@ def reckon(costs: Costs, run: Run, written_bytes: int = 0) -> Estimate:
         memory = max(memory + working, costs.block * size + writing)
         written_bytes += max(0, inputs - HELD_BYTES)
     else:
-        # While a checkpoint is loaded on a CPU, its file is in memory beside what is made of it.
-        loading = costs.weights * size * (2 if device.type == "cpu" else 1)
+        # A file of the same dtype is mapped, and is the weights; one that is cast stands beside what is made of it.
+        loading = costs.weights * size
+        if device.type == "cpu" and run.stored is not None and run.stored != run.dtype:
+            loading += costs.weights * run.stored.itemsize
         running = costs.block * cast + kept + inputs if run.goes_twice else costs.layers * kept
         memory = max(loading, costs.weights * size + max(running + working, writing))
     return Estimate(

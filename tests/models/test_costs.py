@@ -61,6 +61,17 @@ def test_the_logits_of_two_forwards_stand_in_memory_while_they_are_compared() ->
     assert two - one == 512 * 50257 * 4
 
 
+def test_a_checkpoint_of_another_dtype_stands_beside_what_is_made_of_it() -> None:
+    counted = costs.costs_of(GPT2Config(n_embd=256, n_layer=2, n_head=2))
+    passes, short = costs.Passes(1), (8,)
+    cast, mapped = (
+        costs.reckon(counted, costs.Run(short, passes, torch.bfloat16, CPU, False, 1, stored=stored)).memory_bytes
+        for stored in (torch.float32, torch.bfloat16)
+    )
+    assert cast == counted.weights * (2 + 4) + costs.LIBRARY_BYTES
+    assert counted.weights * 2 + costs.LIBRARY_BYTES <= mapped < cast
+
+
 def test_the_cache_of_the_rows_is_counted_where_it_is_the_most() -> None:
     config = GPT2Config(n_embd=1024, n_layer=24, n_head=16, vocab_size=96, n_positions=2048)
     counted = costs.costs_of(config)
