@@ -65,6 +65,14 @@ def streamable(data: Sequence[str], sequences: int, length: int, weight_bytes: i
     return rest
 
 
+def batches_of(mix: MixedText) -> list[int]:
+    """Return the sequences of each batch that the model writes for a mix, where none of its text is kept."""
+    own = [mix.to_write]
+    if mix.split == "all":  # as `write_text` divides them
+        own = [mix.to_write - mix.to_write // 4, mix.to_write // 4]
+    return [rows for sequences in own for rows in _batches(0, sequences, mix.sequence_length)]
+
+
 def fill(
     mix: MixedText,
     model: PreTrainedModel,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
+    from kvprof.models.memory import Peak
     from kvprof.records.estimate import Estimate
 
 
@@ -19,6 +20,8 @@ class Watch:
     def __init__(self, dry_run: bool) -> None:
         self._dry_run = dry_run
         self._estimate: Estimate | None = None
+        self._start = 0.0
+        self._peak: Peak | None = None
 
     def __call__(self, estimate: Estimate) -> None:
         """Say what a step will take, and stop there where that was all that was asked."""
@@ -30,6 +33,10 @@ class Watch:
             print_result(estimate)
             raise typer.Exit
         self._estimate = estimate
+        # What libraries, config and text took is over, and no part of what was estimated.
+        self._start = time.monotonic()
+        if self._peak is not None:
+            self._peak.restart()
 
     @contextlib.contextmanager
     def over(self, device: str) -> Iterator[None]:
@@ -38,8 +45,7 @@ class Watch:
         from kvprof.models.memory import peak_memory, resident_bytes
         from kvprof.report.estimates import show_taken
 
-        start = time.monotonic()
-        with peak_memory(usable_device(device), resident_bytes()) as peak:
+        with peak_memory(usable_device(device), resident_bytes()) as self._peak:
             yield
         if self._estimate is not None:
-            show_taken(peak.bytes, time.monotonic() - start, self._estimate)
+            show_taken(self._peak.bytes, time.monotonic() - self._start, self._estimate)

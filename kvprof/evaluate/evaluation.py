@@ -16,12 +16,12 @@ from transformers import PretrainedConfig
 
 from kvprof import __version__
 from kvprof.calibration.mix import MixedText, mix_texts
-from kvprof.calibration.self_text import fill, streamable
+from kvprof.calibration.self_text import batches_of, fill, streamable
 from kvprof.calibration.sequences import CalibrationSet, choose_length
 from kvprof.calibration.text import BUILTIN
 from kvprof.errors import CalibrationError, Mismatch, UsageError
 from kvprof.evaluate.logits import choose_route
-from kvprof.evaluate.metrics import LOGIT_ROUNDING_NATS
+from kvprof.evaluate.metrics import LOGIT_ROUNDING_NATS, SOFTMAXES
 from kvprof.evaluate.pieces import Pieces
 from kvprof.evaluate.summary import perplexity, summarise
 from kvprof.models.costs import Passes, estimate_run
@@ -155,7 +155,8 @@ def run_evaluation(
     _check_fit(plans, geometry)  # shapes differ without a look at the weights
     mix, tokenizer = _read_text(source, settings, config.get_text_config(decoder=True))
     chosen = _long_enough(mix.lengths, settings.measure_from)
-    announce(_estimate(source, config, settings, [mix.lengths[index] for index in chosen], entrants))
+    lengths = [mix.lengths[index] for index in chosen]
+    announce(_estimate(source, config, settings, lengths, entrants, batches_of(mix)))
     model = load_model(source, settings.dtype, settings.device, settings.stream)
     fingerprint = fingerprint_of(model, geometry, source)
     _check_fit(plans, geometry, fingerprint)
@@ -202,8 +203,12 @@ def _estimate(
     settings: EvaluationSettings,
     lengths: Sequence[int],
     entrants: Sequence[_Entrant],
+    written: Sequence[int],
 ) -> Estimate:
-    """Return what a run will take: a forward in full precision, and one for each plan that is not left out before."""
+    """Return what a run will take: a forward in full precision, and one for each plan that is not left out before.
+
+    written: of text that the model writes itself, the sequences of each batch.
+    """
     usual = 1 + sum(min(len(entrant.candidates), FINALISTS) for entrant in entrants)
     first = 1 + sum(len(entrant.candidates) for entrant in entrants)
     forwards = usual + (first - usual) / len(lengths)
@@ -211,11 +216,16 @@ def _estimate(
         source,
         config,
         lengths,
-        Passes(forwards=forwards * (max(lengths) if settings.exact and settings.stream else 1)),
+        Passes(
+            forwards=forwards * (max(lengths) if settings.exact and settings.stream else 1),
+            softmaxes=SOFTMAXES * (forwards - 1),
+            held=2,
+        ),
         settings.dtype,
         settings.device,
         settings.stream,
         written_bytes=round(BYTES_A_PIECE * forwards * len(lengths)),
+        written=written,
     )
 
 

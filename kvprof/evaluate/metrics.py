@@ -12,6 +12,8 @@ from torch import Tensor
 
 CHUNK_ELEMENTS = 2**22
 """Logits taken at a time: 85 tokens of a vocabulary of 49,152, 16 MiB in float32."""
+SOFTMAXES = 12
+"""As long as which comparing the logits of two forwards takes: divergence, agreement and likelihood."""
 
 LOGIT_ROUNDING_NATS = {"bfloat16": 1e-3, "float16": 1.6e-5}
 """Nats a token that rounding both logits to a dtype can add to a KL: the demo model's reach 44, where the numbers of

@@ -374,7 +374,7 @@ def _kept(source: ModelSource, gguf: Path, part: Literal["tokenizer", "weights"]
     """
     need_gguf()
     check_gguf(gguf)
-    cache = cache_folder() / "gguf"
+    cache = gguf_folder()
     make, is_whole = (_keep_tokenizer, _has_tokenizer) if part == "tokenizer" else (_keep_weights, _has_weights)
     try:
         folder = cache / f"{content_name(gguf)}-{part}"
@@ -394,6 +394,11 @@ def _kept(source: ModelSource, gguf: Path, part: Literal["tokenizer", "weights"]
     except Exception as error:  # a full disk, or one that cannot be written: it is only a pity
         logger.warning("what %s holds cannot be kept in %s: %s", gguf.name, cache, first_line(error))
         return None
+
+
+def gguf_folder() -> Path:
+    """Return the folder for what GGUF files are converted to."""
+    return cache_folder() / "gguf"
 
 
 def _free_disk(folder: Path) -> int:

@@ -48,9 +48,15 @@ def memory_explained(message: str) -> Iterator[None]:
 
 @dataclass
 class Peak:
-    """The most memory that was taken while a `with` lasted."""
+    """The most memory that was taken while a `with` lasted, or since `restart`."""
 
     bytes: int | None = None
+    most: int = 0
+    baseline: int = 0
+
+    def restart(self) -> None:
+        """Forget what was taken so far: of a CPU, what the process has now is not counted any more."""
+        self.baseline = self.most = resident_bytes()
 
 
 @contextlib.contextmanager
@@ -59,7 +65,7 @@ def peak_memory(device: torch.device, baseline: int = 0) -> Iterator[Peak]:
 
     baseline: of a CPU, what the process had before, and is not counted. On a GPU all that is allocated is counted.
     """
-    peak = Peak()
+    peak = Peak(most=resident_bytes(), baseline=baseline)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield peak
@@ -69,12 +75,11 @@ def peak_memory(device: torch.device, baseline: int = 0) -> Iterator[Peak]:
     if device.type != "cpu":
         yield peak
         return
-    most = [resident_bytes()]
     stop = threading.Event()
 
     def watch() -> None:
         while not stop.wait(SAMPLE_SECONDS):
-            most.append(max(most.pop(), resident_bytes()))
+            peak.most = max(peak.most, resident_bytes())
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -83,7 +88,7 @@ def peak_memory(device: torch.device, baseline: int = 0) -> Iterator[Peak]:
     finally:
         stop.set()
         watcher.join()
-    peak.bytes = max(0, max(most[-1], resident_bytes()) - baseline)
+    peak.bytes = max(0, max(peak.most, resident_bytes()) - peak.baseline)
 
 
 def settled_bytes(device: torch.device) -> int:

@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvprof import __version__
-from kvprof.calibration.self_text import fill
+from kvprof.calibration.self_text import batches_of, fill
 from kvprof.calibration.sequences import CalibrationSet
 from kvprof.errors import KvprofError, UsageError
-from kvprof.evaluate.metrics import LOGIT_ROUNDING_NATS, token_kl
+from kvprof.evaluate.metrics import LOGIT_ROUNDING_NATS, SOFTMAXES, token_kl
 from kvprof.models.costs import Passes, estimate_run
 from kvprof.models.identity import fingerprint_of, made_with
 from kvprof.models.inventory import take_inventory
@@ -107,9 +107,14 @@ def run_divergence(
     probes = choose_probes(geometry, settings.layers, settings.tensors, settings.formats)
     mix, tokenizer = read_text(source, whole_config, settings)
     check_something_is_read(probes, settings.window, max(mix.lengths))
-    passes, written_bytes = Passes(forwards=1 + len(probes)), BYTES_A_NUMBER * len(mix.lengths) * len(probes)
+    passes = Passes(forwards=1 + len(probes), softmaxes=SOFTMAXES * settings.suffix_fraction * len(probes), held=2)
+    written_bytes = BYTES_A_NUMBER * len(mix.lengths) * len(probes)
     how = (settings.dtype, settings.device, settings.stream)
-    announce(estimate_run(source, whole_config, mix.lengths, passes, *how, written_bytes=written_bytes))
+    announce(
+        estimate_run(
+            source, whole_config, mix.lengths, passes, *how, written_bytes=written_bytes, written=batches_of(mix)
+        )
+    )
     model = load_model(source, *how)
     fingerprint = fingerprint_of(model, geometry, source)
     inventory = inventory.model_copy(update={"model": inventory.model.model_copy(update={"fingerprint": fingerprint})})

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from kvprof.calibration.mix import MixedText
+from kvprof.calibration.self_text import batches_of
 from kvprof.errors import UsageError
 from kvprof.models.costs import Passes, estimate_run
 from kvprof.models.inventory import take_inventory
@@ -110,4 +111,5 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
         settings.stream,
         settings.batch_size,
         written_bytes=BYTES_A_NUMBER * numbers,
+        written=batches_of(prepared.mix),
     )

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvprof import __version__
-from kvprof.calibration.self_text import fill
+from kvprof.calibration.self_text import batches_of, fill
 from kvprof.calibration.sequences import CalibrationSet
 from kvprof.models.costs import Passes, estimate_run
 from kvprof.models.identity import fingerprint_of, made_with
@@ -73,7 +73,17 @@ def run_spectra(
     )
     how = (settings.dtype, settings.device, settings.stream)
     passes = Passes(forwards=1)
-    announce(estimate_run(source, whole_config, mix.lengths, passes, *how, written_bytes=BYTES_A_NUMBER * numbers))
+    announce(
+        estimate_run(
+            source,
+            whole_config,
+            mix.lengths,
+            passes,
+            *how,
+            written_bytes=BYTES_A_NUMBER * numbers,
+            written=batches_of(mix),
+        )
+    )
     model = load_model(source, *how)
     fingerprint = fingerprint_of(model, geometry, source)
     inventory = inventory.model_copy(update={"model": inventory.model.model_copy(update={"fingerprint": fingerprint})})

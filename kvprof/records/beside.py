@@ -14,7 +14,7 @@ from kvprof.records.evaluation import Evaluation
 from kvprof.records.files import newest_first, short_names
 from kvprof.records.kinds import load_any
 from kvprof.records.plan import BitPlan
-from kvprof.records.runs import OUTPUTS
+from kvprof.records.runs import OUTPUTS, slug
 from kvprof.records.scores import Scores
 
 OTHERS = ("gradients.json", "norms.json")
@@ -44,7 +44,8 @@ def find_audit_files(
     """Read a divergence and what is to be held against it.
 
     divergence: a file, or a folder that holds divergence.json; the newest in the output folders where none is named.
-    scores: by default OTHERS beside it. evaluations, plans: these, and every other one that lies beside the divergence.
+    scores: by default OTHERS beside it, else those of the same model where its results go. evaluations, plans: these,
+    and every other one that lies beside the divergence.
     A file that nobody named and that cannot be read is passed over with a remark.
     Raises InvalidFile where a named file, or the divergence, cannot be read, or there is nothing to compare it with.
     """
@@ -56,14 +57,21 @@ def find_audit_files(
     for file, name in zip(scores, short_names(scores), strict=True):
         found_scores[name] = Scores.load(file)
     if not scores:
-        for file in filter(Path.is_file, (folder / name for name in OTHERS)):
-            try:
-                found_scores[file.stem] = Scores.load(file)
-            except InvalidFile as error:
-                remarks.append(f"passed over: {first_line(error)}")
+        own = None if measured.model is None or measured.model.id is None else outputs / slug(measured.model.id)
+        for name in OTHERS:
+            places = [folder, *([] if own is None else [own])]
+            for file in filter(Path.is_file, dict.fromkeys(place / name for place in places)):
+                try:
+                    read = Scores.load(file)
+                except InvalidFile as error:
+                    remarks.append(f"passed over: {first_line(error)}")
+                    continue
+                if file.parent == folder or _is_of(read, measured):
+                    found_scores[file.stem] = read
+                    break
     if not found_scores:
         raise InvalidFile(
-            f"there is nothing to hold {path} against: no {' or '.join(OTHERS)} beside it.\n"
+            f"there is nothing to hold {path} against: no {' or '.join(OTHERS)} of its model.\n"
             "  Run `kvprof gradients` or `kvprof norms` first, or name files with --scores."
         )
     listed_plans = {file: BitPlan.load(file) for file in plans}
@@ -90,6 +98,12 @@ def find_audit_files(
         evaluations=tuple(listed_evaluations.values()),
         remarks=tuple(remarks),
     )
+
+
+def _is_of(scores: Scores, measured: Scores) -> bool:
+    """Whether scores say that they are of the model that was measured."""
+    prints = [each.model.fingerprint if each.model is not None else None for each in (scores, measured)]
+    return None not in prints and prints[0] == prints[1]
 
 
 def _divergence(path: Path | None, outputs: Path) -> Path:

@@ -23,6 +23,8 @@ class Estimate(Record):
     """Of a checkpoint, where only parts of it are read."""
     seconds: Number | None = None
     """None where nobody can say."""
+    writing_seconds: Number | None = None
+    """Added where text that the model writes itself is not kept from an earlier run; None where none is wanted."""
 
     @property
     def fits(self) -> bool:

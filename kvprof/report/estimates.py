@@ -17,6 +17,8 @@ def show_estimate(estimate: Estimate, is_result: bool) -> None:
         parts.append(f"{bytes_text(estimate.read_bytes)} of weights to read")
     if estimate.seconds is not None:
         parts.append(f"about {duration(estimate.seconds)}")
+    if estimate.writing_seconds is not None:
+        parts.append(f"{duration(estimate.writing_seconds)} more where the text that the model writes is not kept yet")
     parts.append(f"{bytes_text(estimate.memory_bytes)} of memory ({bytes_text(estimate.free_bytes)} free)")
     parts.append(f"{bytes_text(estimate.disk_bytes)} on disk")
     (print_plain if is_result else print_note)("estimate: " + "; ".join(parts))
@@ -31,6 +33,8 @@ def show_taken(peak_bytes: int | None, seconds: float, estimate: Estimate) -> No
     """Say what a step took, beside its estimate."""
     memory = "" if peak_bytes is None else f" and {bytes_text(peak_bytes)} of memory"
     expected = "" if estimate.seconds is None else f"{duration(estimate.seconds)} and "
+    if estimate.writing_seconds is not None:
+        expected = f"{expected.removesuffix(' and ')}, {duration(estimate.writing_seconds)} for writing text, and "
     print_note(f"took {duration(seconds)}{memory}; estimated were {expected}{bytes_text(estimate.memory_bytes)}")
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from kvprof.calibration import self_text
 from kvprof.calibration.mix import mix_texts
 from kvprof.calibration.sampling import sample_documents
-from kvprof.calibration.self_text import end_tokens, fill, first_token, streamable, write_text
+from kvprof.calibration.self_text import batches_of, end_tokens, fill, first_token, streamable, write_text
 from kvprof.errors import CalibrationError
 from kvprof.models.load import load_model, load_tokenizer, resolve
 from kvprof.records.runs import cache_folder
@@ -507,3 +507,13 @@ def test_the_demo_models_own_text_surprises_it_by_as_much_as_it_expects() -> Non
     # Drawn from its own distribution, a token surprises on average by the entropy.
     spread = (surprise - entropy).std() / surprise.numel() ** 0.5
     assert abs((surprise - entropy).mean()) < 4 * spread
+
+
+@pytest.mark.parametrize(("split", "sequences"), [("calibration", 1), ("calibration", 9), ("all", 3), ("all", 21)])
+def test_the_batches_that_are_reckoned_are_those_that_are_written(
+    split: str, sequences: int, model: PreTrainedModel
+) -> None:
+    mix = mix_texts(["self"], split, Letters(), sequences, LENGTH, 0)
+    told: list[tuple[int, int]] = []
+    written(model, sequences, split=split, progress=lambda done, total: told.append((done, total)))
+    assert sum(batches_of(mix)) * LENGTH == told[0][1]

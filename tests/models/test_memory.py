@@ -32,3 +32,13 @@ def test_the_peak_is_of_what_was_freed_too() -> None:
         memory.threading.Event().wait(5 * memory.SAMPLE_SECONDS)
         del block
     assert peak.bytes >= 2**25
+
+
+def test_what_was_taken_before_a_restart_is_not_counted() -> None:
+    with memory.peak_memory(CPU, 0) as peak:
+        block = torch.ones(2**27, dtype=torch.uint8)
+        memory.threading.Event().wait(5 * memory.SAMPLE_SECONDS)
+        peak.restart()
+        memory.threading.Event().wait(5 * memory.SAMPLE_SECONDS)
+        del block
+    assert peak.bytes < 2**26

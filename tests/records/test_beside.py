@@ -106,3 +106,16 @@ def test_a_divergence_alone_has_nothing_to_be_held_against(in_tmp: Path) -> None
 def test_names_are_stems_unless_two_are_alike() -> None:
     assert short_names([Path("a/x.json"), Path("b/y.json")]) == ["x", "y"]
     assert short_names([Path("a/x.json"), Path("b/x.json")]) == ["a/x.json", "b/x.json"]
+
+
+def test_scores_of_the_model_are_found_where_its_results_go_when_none_lie_beside(in_tmp: Path) -> None:
+    def stamp(path: Path, fingerprint: str) -> Path:
+        scores = json.loads(path.read_text())
+        info = {"id": "org/model", "fingerprint": fingerprint, "num_layers": 1}
+        path.write_text(json.dumps(scores | {"model": info}))
+        return path
+
+    divergence = stamp(save_scores(in_tmp / "elsewhere" / "divergence.json", "divergence"), "sha256:a")
+    stamp(save_scores(in_tmp / "outputs" / "org--model" / "gradients.json"), "sha256:a")
+    stamp(save_scores(in_tmp / "outputs" / "org--model" / "norms.json", "norms", spectral_norm=1.0), "sha256:b")
+    assert list(find_audit_files(divergence).scores) == ["gradients"]
