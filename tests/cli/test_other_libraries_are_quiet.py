@@ -76,8 +76,10 @@ def test_only_kvprof_speaks(model: str) -> None:
 
 
 def test_a_caller_hears_nothing_either_and_finds_logging_as_it_was(
-    model: str, capfd: pytest.CaptureFixture[str]
+    model: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(logging.getLogger("kvprof"), "handlers", [])  # a command that ran in this process left one
+
     def state() -> tuple[object, ...]:
         loggers = [logging.getLogger(name) for name in ("transformers", "transformers.modeling_utils", "py.warnings")]
         shown = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
