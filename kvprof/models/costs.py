@@ -217,9 +217,12 @@ def _writing_bytes(costs: Costs, run: Run) -> int:
 def _writing_seconds(costs: Costs, run: Run) -> float:
     """Return what writing text takes: for each token of a batch, one forward and one draw from each distribution."""
     seconds = 0.0
+    # At each token the cache is copied to be longer by one, and spread over the query heads; on average, half of it.
+    spread = costs.attention // 2 * costs.layers
+    moved = (2 * costs.cached + 2 * spread) * max(run.lengths) / 2 * _seconds_a_weight(1, run.dtype, run.device)
     for rows in set(run.written):
         step = costs.active * _seconds_a_weight(rows, run.dtype, run.device)
-        step += costs.modules * CALLS_A_MODULE * _seconds_a_call(run.device)
+        step += rows * moved + costs.modules * CALLS_A_MODULE * _seconds_a_call(run.device)
         step += SOFTMAXES_A_DRAW * rows * costs.vocabulary * _seconds_a_logit(run.device)
         step += costs.weights * run.dtype.itemsize / BYTES_A_SECOND if run.stream else 0
         seconds += run.written.count(rows) * max(run.lengths) * step

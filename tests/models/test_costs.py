@@ -30,7 +30,9 @@ def test_text_costs_a_reading_of_the_weights_and_a_draw_for_each_token_of_a_batc
     estimate = costs.reckon(counted, run(written=(4, 4, 8)))
     read = 3 * 512 * counted.active * 1e-9
     drawn = (4 + 4 + 8) * 512 * 50257 * 7 * 1e-9
-    assert estimate.writing_seconds == pytest.approx(read + drawn)
+    cached, spread = 8 * 2 * 256, 8 * 2 * 256  # elements a token; each head has keys of its own
+    moved = (4 + 4 + 8) * 512 * 256 * (2 * cached + 2 * spread) * 1e-9
+    assert estimate.writing_seconds == pytest.approx(read + drawn + moved)
     assert costs.reckon(counted, run()).writing_seconds is None
 
 
