@@ -5,6 +5,8 @@ Reads Scores and a KL divergence; writes a BitPlan. Does not know how the knapsa
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from decimal import ROUND_CEILING, Decimal, InvalidOperation
 
 from typing_extensions import Unpack
@@ -48,14 +50,16 @@ def cheapest(
     knapsack = Knapsack(problem.items, problem.dearest)
 
     def within(nats: float) -> tuple[Solution, bool] | None:
-        return knapsack.least_capacity(lambda solution: problem.predicted(solution) <= nats)
+        return _least(problem, knapsack, lambda solution: problem.predicted(solution) <= nats)
 
     aim, found = most, within(most)
     while found is not None and (nats := _whole(problem, found[0])) > most:
         aim *= min(0.99, most / nats)  # what the choice made of noise is known of a plan once it is chosen
         found = within(aim)
+    if found is None and aim < most:  # what one plan's choice made of noise may be too much to ask of all others
+        found = _least(problem, knapsack, lambda solution: _whole(problem, solution) <= most)
     if found is None:
-        best, least = (knapsack.solve(capacity) for capacity in (problem.dearest, problem.cheapest))
+        best, least = (problem.best(capacity) for capacity in (problem.dearest, problem.cheapest))
         reached = [_whole(problem, best), _whole(problem, least)]
         costs = [written(problem.prices.amount(solution.cost), measure.unit, round) for solution in (best, least)]
         of = "of cache" if measure.unit == "bytes" else f"{measure.unit} bits"
@@ -68,6 +72,35 @@ def cheapest(
         )
     solution, proven = found
     return problem.plan(solution, None, proven and problem.adds_up)
+
+
+def _least(
+    problem: ExactProblem, knapsack: Knapsack, serves: Callable[[Solution], bool]
+) -> tuple[Solution, bool] | None:
+    """Return the cheapest solution found that serves, and whether none that is cheaper does; None where none serves.
+
+    serves: as `Knapsack.least_capacity` has it. Where losses do not add up, choices that no sum of losses would take
+    count too, so that capacities reach up to the dearest of all.
+    """
+    if problem.adds_up:
+        return knapsack.least_capacity(serves)
+
+    def at(capacity: int) -> Solution:
+        return problem.improved(knapsack.solve(capacity), capacity)
+
+    first = problem.cheapest
+    unit = math.gcd(*(cost - min(item)[0] for item in problem.items for cost, _ in item)) or 1
+    best, fails = at(problem.dearest), -1
+    if not serves(best):
+        return None
+    while (works := (best.cost - first) // unit) - fails > 1:
+        middle = (fails + works) // 2
+        found = at(first + unit * middle)
+        if serves(found):
+            best = found
+        else:
+            fails = middle
+    return best, False
 
 
 def _whole(problem: ExactProblem, solution: Solution) -> float:
