@@ -219,3 +219,49 @@ def test_a_text_said_to_be_endless_is_not_counted_through() -> None:
     endless = part.shard.model_copy(update={"text": part.shard.text.model_copy(update={"sequences": 10**12})})
     with pytest.raises(InvalidFile, match="sequence 1 of 1000000000000 is in none"):
         merge_shards({Path("a"): resealed(part, shard=endless)})
+
+
+def without_effects(scores: Scores) -> Scores:
+    """Return scores as an older kvprof wrote them: losses of each sequence, and no effects."""
+    value = scores.model_dump(mode="json", by_alias=True, exclude={"effects"})
+    for entry in value["layers"]:
+        for tensor in ("key", "value"):
+            entry[tensor].pop("loss_effects", None)
+    return Scores.from_json(value, "old")
+
+
+def test_a_shard_of_an_older_kvprof_is_refused_with_what_it_lacks() -> None:
+    old = resealed(without_effects(shard(Share(1, 2), 6)))
+    for parts in ({Path("a"): old}, {Path("b"): shard(Share(2, 2), 6), Path("a"): old}):
+        with pytest.raises(InvalidFile, match=r"a was written by an older kvprof: .* no effects\.\n  Measure it again"):
+            merge_shards(parts)
+
+
+def test_shards_of_another_block_do_not_fit() -> None:
+    other = shard(Share(2, 2), 6)
+    # Three positions a block, of as many blocks: nothing but the field tells.
+    effects = other.effects.model_copy(update={"block_tokens": 3, "tokens": (6,) * 3})
+    parts = {Path("a"): shard(Share(1, 2), 6), Path("b"): resealed(other, effects=effects)}
+    with pytest.raises(Mismatch, match="differ in block tokens, 3 and 2"):
+        merge_shards(parts)
+
+
+def test_shards_of_norms_alone_have_no_effects_and_make_none() -> None:
+    def bare(share: Share) -> Scores:
+        indices = share.indices(5)
+        norms = {key: TensorSamples(found.gradient_norms) for key, found in samples(indices).items()}
+        whole = gradient_scores(norms, text(len(indices)), MODEL, GEOMETRY, None)
+        return as_shard(whole, norms, share, indices, text(5), SETTINGS)
+
+    merged = merge_shards({Path(str(number)): bare(Share(number, 2)) for number in (1, 2)})
+    assert merged.effects is None
+    assert merged.metrics == ("gradient_norm",)
+
+
+def test_a_merged_file_keeps_effects_and_positions_in_the_order_of_the_text() -> None:
+    merged = merge_shards({Path(str(number)): shard(Share(number, 3), 7) for number in (3, 1, 2)})
+    assert merged.effects.tokens == tuple(counted(index) for index in range(7))
+    for layer, entry in enumerate(merged.layers):
+        for tensor in ("key", "value"):
+            expected = tuple(effects(layer, tensor, index) for index in range(7))
+            assert entry.tensor(tensor).loss_effects == {"int2g8": expected}
