@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from kvprof.profile.decoder import Decoder
 from kvprof.profile.request import SensitivitySettings
 from kvprof.profile.sensitivity import run_sensitivity
 from kvprof.records import runs
+from kvprof.records.effects import encode
 from kvprof.records.plan import Window
 from kvprof.records.scores import KlCalibration, Scores
 
@@ -284,21 +286,28 @@ def test_a_run_that_failed_at_its_first_sequence_forbids_no_other_settings(
     run_sensitivity(source, replace(SETTINGS, sequence_length=20), tmp_path / "out")
 
 
+SOUND = "the effects that were measured"
+"""In an entry below: what the run wrote of its first sequence."""
+
+
 @pytest.mark.parametrize(
     "entry",
     [
         "words",
         True,
-        [[0, [[1.0, 1.0]], []]],  # one layer of two
-        [[0, [[1.0, 1.0], [1.0, 1.0]], []]],  # no losses
-        [[9, [[1.0, 1.0], [1.0, 1.0]], [1.0] * 6]],  # a sequence that the text has not
-        [[0, [[1.0, float("nan")], [1.0, 1.0]], [1.0] * 6]],
-        [[0, [[1.0, -1.0], [1.0, 1.0]], [1.0] * 6]],
-        [[[], [[1.0, 1.0], [1.0, 1.0]], [1.0] * 6]],
-        [[True, [[1.0, 1.0], [1.0, 1.0]], [1.0] * 6]],
-        [[0, [["1.0", 1.0], [1.0, 1.0]], [1.0] * 6]],
-        [[0, [[10**400, 1.0], [1.0, 1.0]], [1.0] * 6]],
-        [[0, [[1.0, 1.0], [1.0, 1.0]], [1.0] * 6]] * 2,  # one sequence twice
+        [[0, [[1.0, 1.0]], SOUND]],  # one layer of two
+        [[0, [[1.0, 1.0], [1.0, 1.0]], []]],  # no effects
+        [[9, [[1.0, 1.0], [1.0, 1.0]], SOUND]],  # a sequence that the text has not
+        [[0, [[1.0, float("nan")], [1.0, 1.0]], SOUND]],
+        [[0, [[1.0, -1.0], [1.0, 1.0]], SOUND]],
+        [[[], [[1.0, 1.0], [1.0, 1.0]], SOUND]],
+        [[True, [[1.0, 1.0], [1.0, 1.0]], SOUND]],
+        [[0, [["1.0", 1.0], [1.0, 1.0]], SOUND]],
+        [[0, [[10**400, 1.0], [1.0, 1.0]], SOUND]],
+        [[0, [[1.0, 1.0], [1.0, 1.0]], SOUND]] * 2,  # one sequence twice
+        [[0, [[1.0, 1.0], [1.0, 1.0]], [1.0] * 6]],  # the losses of an older kvprof
+        [[0, [[1.0, 1.0], [1.0, 1.0]], ["?"] * 6]],
+        [[0, [[1.0, 1.0], [1.0, 1.0]], [encode(1.0, [0.5])] * 6]],  # too few blocks
     ],
 )
 def test_a_journal_whole_but_of_nothing_that_was_measured_is_refused(
@@ -306,8 +315,11 @@ def test_a_journal_whole_but_of_nothing_that_was_measured_is_refused(
 ) -> None:
     stopped(source, SETTINGS, tmp_path / "out", 1)
     journal = tmp_path / "out" / "gradients.journal"
-    settings = journal.read_text().splitlines(keepends=True)[0]
-    journal.write_text(settings + runs._line("0", entry))
+    settings, written = journal.read_text().splitlines(keepends=True)[:2]
+    sound = json.loads(written.split(" ", 1)[1])[1][0][2]
+    assert len(sound) == 6
+    changed = json.loads(json.dumps(entry).replace(json.dumps(SOUND), json.dumps(sound)))
+    journal.write_text(settings + runs._line("0", changed))
     with pytest.raises(InvalidFile, match=r"does not hold what this command measures.*\n.*--restart"):
         run_sensitivity(source, SETTINGS, tmp_path / "out")
     assert not (tmp_path / "out" / "gradients.json").exists()
