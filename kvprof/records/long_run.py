@@ -24,6 +24,7 @@ Floats = NDArray[np.float64]
 
 ROUNDING = 1e-10
 """The share of the largest sum of squares below which effects may be rounding alone, and decide nothing of others."""
+TINY = float(np.finfo(np.float64).tiny)
 
 
 def effects_of(texts: Sequence[str]) -> tuple[Floats, list[Floats]]:
@@ -54,27 +55,46 @@ def blended(long: Floats, short: Floats, classes: NDArray[np.int64]) -> Floats:
     """Return the KL divergence of single formats of single tensors, of less noise than their long-run variance.
 
     What a format's long-run variance is of the sum of its squares differs little between tensors, and the latter is the
-    less noisy by far. So the ratio of each is shrunk towards the mean ratio of its class, as far as the spread of a
-    class is noise; that is told from how much single sequences differ.
+    less noisy by far. So the ratio of each is shrunk towards its class, as far as the spread of a class is noise; the
+    jackknife over sequences tells that. Ratios are skewed, so it is their logarithms that are shrunk; a class keeps its
+    mean ratio.
 
     long, short: (F, sequences), by the long-run variance and by squares of single positions alone. classes: (F,), equal
-    for equal formats of keys, or of values. Returns (F, sequences), whose mean over sequences is the estimate.
+    for equal formats of keys, or of values. Returns (F, sequences), whose mean over sequences is the estimate, and
+    whose spread is that of the estimate to first order.
     Source: B. Efron and C. Morris, J. Am. Stat. Assoc. 70 (1975), on shrinking many means at once.
     """
     number = long.shape[1]
-    least = short.mean(axis=1)
-    known = least > ROUNDING * least.max(initial=0.0)
-    scale = np.where(known, least, 1.0)
-    ratios = np.where(known, long.mean(axis=1) / scale, 1.0)
-    counts = np.bincount(classes, weights=known)
-    means = np.bincount(classes, weights=np.where(known, ratios, 0.0)) / np.maximum(counts, 1)
-    towards = np.where(known, means[classes], 1.0)
+    largest = short.mean(axis=1).max(initial=0.0)
+    known = (short.mean(axis=1) > ROUNDING * largest) & (long.mean(axis=1) > ROUNDING * largest)
+    long, base = np.where(known[:, None], long, 1.0), np.where(known[:, None], short, 1.0)
+    ratios = long.mean(axis=1) / base.mean(axis=1)
+    logs = np.log(ratios)
+    towards = _class_means(logs, known, classes)
     own = 0.0
     if number > 1:
-        noise = np.square(long - ratios[:, None] * short).sum(axis=1) / (number * (number - 1)) / scale**2
-        own = 1 - share_of(float(noise[known].sum()), float(np.square(ratios - towards)[known].sum()))
-    mixed: Floats = own * long + (1 - own) * towards[:, None] * short
+        left_out = np.log(np.maximum(_without_each(long), TINY)) - np.log(np.maximum(_without_each(base), TINY))
+        noise = np.square(left_out - left_out.mean(axis=1, keepdims=True)).sum(axis=1) * (number - 1) / number
+        own = 1 - share_of(float(noise[known].sum()), float(np.square(logs - towards)[known].sum()))
+    shrunk = np.exp(own * logs + (1 - own) * towards)
+    shrunk *= _class_means(ratios, known, classes) / _class_means(shrunk, known, classes)
+    mixed: Floats = np.where(known[:, None], shrunk[:, None] * (own * long / ratios[:, None] + (1 - own) * base), short)
     return mixed
+
+
+def _class_means(numbers: Floats, known: NDArray[np.bool_], classes: NDArray[np.int64]) -> Floats:
+    """Return for each number the mean of the known ones of its class; 1 where none is known."""
+    counts = np.bincount(classes, weights=known)
+    means = np.bincount(classes, weights=np.where(known, numbers, 0.0)) / np.maximum(counts, 1)
+    of_each: Floats = np.where(counts > 0, means, 1.0)[classes]
+    return of_each
+
+
+def _without_each(samples: Floats) -> Floats:
+    """Return the mean of all sequences but one, for each one: (F, sequences)."""
+    number = samples.shape[1]
+    means: Floats = (samples.sum(axis=1, keepdims=True) - samples) / (number - 1)
+    return means
 
 
 def share_of(noise: float, spread: float) -> float:

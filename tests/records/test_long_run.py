@@ -164,23 +164,23 @@ positive = arrays(np.float64, st.tuples(st.integers(1, 5), st.integers(1, 6)), e
 
 
 @given(positive, st.data())
-def test_the_mean_of_blended_samples_is_the_blended_mean(short: Floats, data: st.DataObject) -> None:
-    """The mean lies between the mean by the long run alone and the one by the ratio of the class."""
+def test_blended_ratios_keep_the_mean_of_their_class_and_one_share_of_their_distances(
+    short: Floats, data: st.DataObject
+) -> None:
     long = short * data.draw(arrays(np.float64, short.shape, elements=st.floats(0.1, 10)))
     classes = np.array(data.draw(st.lists(st.integers(0, 2), min_size=len(short), max_size=len(short))))
     found = blended(long, short, classes)
     assert found.shape == short.shape
     assert (found >= 0).all()
-    ratios = long.mean(axis=1) / short.mean(axis=1)
-    by_class = np.array([ratios[classes == own].mean() for own in classes])
-    ends = np.stack([ratios, by_class]) * short.mean(axis=1)
-    means = found.mean(axis=1)
-    assert (means >= ends.min(axis=0) * (1 - 1e-9)).all()
-    assert (means <= ends.max(axis=0) * (1 + 1e-9)).all()
-    own = [
-        (mean - end) / (one - end) for mean, one, end in zip(means, *ends, strict=True) if abs(one - end) > 1e-6 * end
-    ]
-    assert own == pytest.approx([own[0]] * len(own), abs=1e-4) if own else True  # one share of all
+    ratios, blends = (one.mean(axis=1) / short.mean(axis=1) for one in (long, found))
+    shares = []
+    for own in set(classes):
+        assert blends[classes == own].mean() == pytest.approx(ratios[classes == own].mean())
+        raw, new = np.log(ratios[classes == own]), np.log(blends[classes == own])
+        if np.ptp(raw) > 1e-3:
+            shares.append(np.ptp(new) / np.ptp(raw))
+            np.testing.assert_allclose(new - new.mean(), shares[0] * (raw - raw.mean()), atol=1e-9)
+    assert all(-1e-9 < share < 1 + 1e-9 for share in shares)
 
 
 def test_a_single_sequence_believes_the_class_alone() -> None:
