@@ -66,7 +66,7 @@ def test_plans_lose_a_fraction_of_what_the_best_uniform_pairs_lose(scores: Score
         assert result[budget].kl_nats < bound
         assert result[budget].kl_nats < 0.4 * result[pair].kl_nats
         assert 0.4 < _predicted(plans[budget]) / result[budget].kl_nats < 0.9  # by about 1.6, before any calibration
-    assert result["2.5"].top1_agreement > 0.91  # of 512 tokens, so within 0.012; 0.924 was seen
+    assert result["2.5"].top1_agreement > 0.91  # of 512 tokens, so within 0.012; 0.940 of six such sequences
 
 
 def _predicted(plan: BitPlan) -> float:
