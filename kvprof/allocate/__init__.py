@@ -60,13 +60,13 @@ from kvprof.allocate.candidates import USUAL_GROUP_SIZE, Allowed
 from kvprof.allocate.cheapest import cheapest, parse_kl
 from kvprof.allocate.pins import check_pins
 from kvprof.allocate.rules import GREEDY_METRICS, KVMIX_FRACTION, default_metric, exact, kvmix, norm_greedy, uniform
-from kvprof.allocate.targets import target_named
+from kvprof.allocate.targets import layer_choice, target_named
 from kvprof.allocate.task import usual_window, without_sinks
 from kvprof.allocate.within import plan_within
 from kvprof.callables import make_callable
 from kvprof.errors import UsageError, did_you_mean
 from kvprof.records.formats import TensorName, parse_formats
-from kvprof.records.plan import BitPlan, Window
+from kvprof.records.plan import BitPlan, Window, layers_left_alone
 from kvprof.records.scores import LOSS_INCREASE, METRICS, Scores, default_unit
 
 __all__ = ["RULES", "allocate", "check_request", "metric_needed"]
@@ -128,6 +128,7 @@ def allocate(
     group_size: int | None = None,
     pins: Sequence[str] = (),
     window: Window | None = None,
+    layers: str | None = None,
     command: str | None = None,
 ) -> BitPlan:
     """Return the plan of a rule, named as in RULES.
@@ -140,7 +141,8 @@ def allocate(
     for `kvmix`. as_published: `norm-greedy` and `kvmix` as their papers have them, without sinks, and KVmix with the
     groups of its kernels. bits_key, bits_value, or formats as "key:rot3,value:rot2": for `uniform`. group_size: of
     scored formats, all by default; else USUAL_GROUP_SIZE. pins: see pins.py. window: by default the scores' own, or the
-    target's. command: for the plan's provenance.
+    target's. layers: `full` leaves sliding layers alone, `all` (the default) only where a plan would save nothing of
+    them, in `context` tokens where these are given. command: for the plan's provenance.
     Raises UsageError for an unknown rule, an option that the rule would ignore or lacks, or options that contradict
     each other; and whatever the rule raises.
     """
@@ -165,9 +167,14 @@ def allocate(
             "--bits-value": bits_value,
         },
     )
-    usual_group = USUAL_GROUP_SIZE if group_size is None else group_size
+    runtime = None if target is None else target_named(target)
+    window = window or usual_window(scores, own=None if runtime is None else runtime.window)
     if as_published:
-        window = without_sinks(window or usual_window(scores))
+        window = without_sinks(window)
+    if scores.geometry is not None:
+        choice = layer_choice(layers, runtime, scores.geometry)
+        scores = scores.leaving(layers_left_alone(scores.geometry, choice, window, context))
+    usual_group = USUAL_GROUP_SIZE if group_size is None else group_size
     if rule == "kvmix":
         return kvmix(
             scores,
@@ -184,13 +191,13 @@ def allocate(
             scores, key, value, metric=metric, group_size=usual_group, pins=pins, window=window, command=command
         )
     allowed = Allowed(bits=bits, formats=formats, group_size=group_size, min_key_bits=min_key_bits, pins=pins)
-    if target is not None:
+    if runtime is not None:
         if max_kl is not None or tie is not None:
             raise UsageError("--target takes a --budget or --memory; leave out --max-kl and --tie.")
         if metric not in (None, LOSS_INCREASE):
             raise UsageError(f"--target needs {LOSS_INCREASE}: {metric} knows no formats.")
         limit = _limit(rule, LOSS_INCREASE, budget, unit, memory, context, batch)
-        return plan_within(scores, target_named(target), limit, window=window, command=command, **allowed)
+        return plan_within(scores, runtime, limit, window=window, command=command, **allowed)
     if max_kl is not None:
         _check_inverse(metric, budget, memory)
         measure = _measure(unit, context, batch)

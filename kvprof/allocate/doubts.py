@@ -37,6 +37,7 @@ def doubts(scores: Scores, plan: BitPlan, *, tie: str | None = None, **allowed: 
     solver = plan.solver
     if solver is None or solver.method != "exact" or solver.metric != LOSS_INCREASE or solver.target is not None:
         return Doubts()  # resampling solves without a runtime's grammar
+    scores = scores.leaving(plan.reasons)
     unknown = why_unknown(scores)
     problem = problem_of(plan, scores, tie, allowed)
     return Doubts(

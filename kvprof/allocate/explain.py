@@ -18,7 +18,7 @@ from kvprof.allocate.cases import Case, cases_of
 from kvprof.allocate.hull import corners, shadow_price
 from kvprof.allocate.measured import (
     Measured,
-    check_scores_fit,
+    fitting_scores,
     kl_factor,
     stderr_of_mean,
     window_remark,
@@ -54,7 +54,7 @@ def explain(
     Raises UsageError for a layer, tensor, metric or format that there is not, Mismatch for scores of another model,
     InvalidFile for scores that lack the metric.
     """
-    check_scores_fit(plan, scores)
+    scores = fitting_scores(plan, scores)
     asked = parse_layers(layers, plan)
     wanted = _tensors_named(tensor)
     metric = metric or _metric_of(plan, scores)

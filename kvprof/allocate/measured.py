@@ -130,12 +130,12 @@ def measured_of(scores: Scores, tensor: CachedTensor, entry: TensorPlan) -> Meas
     return measured_as(tensor, entry, measured_formats(scores, tensor, head_dim))
 
 
-def check_scores_fit(plan: BitPlan, scores: Scores) -> None:
-    """Raise Mismatch, saying how they differ, where the scores are not of the plan's model."""
+def fitting_scores(plan: BitPlan, scores: Scores) -> Scores:
+    """Return scores for the layers that a plan covers; raise Mismatch, saying how, where they are of another model."""
     fingerprint = None if scores.model is None else scores.model.fingerprint
     if scores.geometry is not None:
         plan.check_fits(scores.geometry, fingerprint)
-        return
+        return scores.leaving(plan.reasons)
     if plan.geometry is not None:
         check_same_model("scores", scores.model, None, plan.geometry, plan.model.fingerprint)
     scored = {entry.layer for entry in scores.layers}
@@ -149,6 +149,7 @@ def check_scores_fit(plan: BitPlan, scores: Scores) -> None:
         problem = f"their fingerprint is {short_digest(fingerprint)}, the plan's {short_digest(plan.model.fingerprint)}"
     if problem is not None:
         raise Mismatch(f"the scores are of another model: {problem}.\n  Name scores of the plan's own model.")
+    return scores
 
 
 def window_remark(name: str, plan: BitPlan, scores: Scores) -> str | None:

@@ -13,8 +13,8 @@ from statistics import fmean
 from kvprof.allocate.budget import CachedTensor
 from kvprof.allocate.measured import (
     Measured,
-    check_scores_fit,
     entries_of,
+    fitting_scores,
     kl_factor,
     measured_of,
     planned_tensors,
@@ -48,9 +48,9 @@ def predict(plan: BitPlan, scores: Scores) -> Prediction:
 
     Effects of tensors are summed with their signs where the scores know them; else the tensors' losses are. Of a plan
     that was chosen by these very scores, this leaves out what the choice made of their noise (`Solver.selection_nats`).
-    Raises as `check_scores_fit` and `measured_formats` do.
+    Raises as `fitting_scores` and `measured_formats` do.
     """
-    check_scores_fit(plan, scores)
+    scores = fitting_scores(plan, scores)
     tensors = planned_tensors(plan, scores.geometry)
     found = [
         (tensor, entry, measured_of(scores, tensor, entry))

@@ -68,7 +68,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 _LINE: dict[str, Callable[[str], Any]] = {
-    **dict.fromkeys(("budget", "unit", "memory", "max_kl", "rule", "metric", "formats", "tie", "target"), str),
+    **dict.fromkeys(
+        ("budget", "unit", "memory", "max_kl", "rule", "metric", "formats", "tie", "target", "layers"), str
+    ),
     **dict.fromkeys(("context", "batch", "group_size", "min_key_bits", "recent_tokens", "sink_tokens"), int),
     **dict.fromkeys(("bits_key", "bits_value"), int),
     "top_fraction": str,

@@ -17,7 +17,7 @@ import numpy as np
 from typing_extensions import Unpack
 
 from kvprof.allocate.candidates import Allowed
-from kvprof.allocate.measured import Measured, check_scores_fit
+from kvprof.allocate.measured import Measured, fitting_scores
 from kvprof.allocate.problem import ExactProblem
 from kvprof.allocate.relaxed import Floats, Ints, relax
 from kvprof.allocate.sampled import arrays, problem_of, why_unknown
@@ -45,7 +45,7 @@ def disagreements(
     Nothing where there is one source, or the scores do not hold what each of them loses.
     Raises Mismatch for scores of another model, and as `ExactProblem` does.
     """
-    check_scores_fit(plan, scores)
+    scores = fitting_scores(plan, scores)
     names = _names(scores)
     if len(names) < 2:
         return []

@@ -21,7 +21,7 @@ from typing_extensions import Unpack
 from kvprof.allocate.assemble import tensors_of
 from kvprof.allocate.budget import Limit, bit_limit
 from kvprof.allocate.candidates import Allowed
-from kvprof.allocate.measured import check_scores_fit
+from kvprof.allocate.measured import fitting_scores
 from kvprof.allocate.prediction import predict
 from kvprof.allocate.pricing import price, written
 from kvprof.allocate.problem import ExactProblem
@@ -62,7 +62,7 @@ def stability(
     None where `why_unknown` has a reason, or a format of the plan was not scored.
     Raises Mismatch for scores of another model, and as `ExactProblem` does.
     """
-    check_scores_fit(plan, scores)
+    scores = fitting_scores(plan, scores)
     if why_unknown(scores) or predict(plan, scores).unscored:
         return None
     losses = with_samples(problem or problem_of(plan, scores, tie, allowed), scores)

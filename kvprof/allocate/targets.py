@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from typing import Literal
 
 from kvprof.allocate.budget import CachedTensor
 from kvprof.allocate.grammars import (
@@ -22,7 +23,8 @@ from kvprof.allocate.grammars import (
 from kvprof.errors import UsageError, did_you_mean
 from kvprof.records.foreign import EXL3, FOREIGN, GGML, MLX
 from kvprof.records.formats import TENSORS, Format, TensorName, format_named
-from kvprof.records.plan import USUAL_WINDOW, Window
+from kvprof.records.geometry import CacheGeometry
+from kvprof.records.plan import LAYER_CHOICES, USUAL_WINDOW, LayerChoice, Window
 
 WHOLE_CACHE = Window(sink_tokens=0, recent_tokens=0)
 """Every token is quantized as it comes."""
@@ -34,7 +36,8 @@ class Target:
 
     grammar: what it can be told; None where it obeys any plan of kvprof's own formats. artefact: what `kvprof export`
     writes. since: the version that understands it. checked: what was held against what. window: what it keeps in full
-    precision. full: its own word for 16 bits.
+    precision. full: its own word for 16 bits. sliding: what it does with layers of a sliding window: as they are told
+    one by one, quantizes them like the others, or keeps them in 16 bits.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Target:
     checked: str
     window: Window = WHOLE_CACHE
     full: str = FULL
+    sliding: Literal["as told", "quantized", "full"] = "quantized"
 
     def formats_of(self, tensor: TensorName) -> tuple[str, ...]:
         """Return the formats, by name, that keys or values can have; none where any of kvprof's own will do."""
@@ -91,6 +95,26 @@ def target_named(name: str) -> Target:
     return TARGETS[name]
 
 
+def layer_choice(layers: str | None, target: Target | None, geometry: CacheGeometry | None = None) -> LayerChoice:
+    """Return whether plans cover sliding layers: as is asked for, else as the runtime does, else they do.
+
+    Raises UsageError for another word, or one that the runtime cannot be told of a model that has such layers.
+    """
+    if layers is None:
+        return "full" if target is not None and target.sliding == "full" else "all"
+    if layers not in LAYER_CHOICES:
+        raise UsageError(f"--layers {layers!r}: {did_you_mean(layers, LAYER_CHOICES)}")
+    if target is not None and geometry is not None and geometry.sliding:
+        fixed = {"quantized": "all", "full": "full"}.get(target.sliding, layers)
+        if layers != fixed:
+            does = "keeps them in 16 bits" if fixed == "full" else "quantizes them like the others"
+            raise UsageError(
+                f"--layers {layers}: {target.name} cannot be told so of layers of a sliding window; it {does}.\n"
+                f"  Leave out --layers, or give --layers {fixed}."
+            )
+    return "full" if layers == "full" else "all"
+
+
 def _stored_bits(name: str) -> str:
     """Return the stored bits of a format by name, in words: `4.5`, `4 + 32/D`."""
     foreign = FOREIGN.get(name)
@@ -122,6 +146,7 @@ _ALL = (
         name="transformers",
         grammar=None,
         window=USUAL_WINDOW,
+        sliding="as told",
         artefact="a Python script that generates through PlanCache",
         since="transformers 5.23",
         checked="run by the tests, tokens compared with PlanCache's",
@@ -148,6 +173,7 @@ _ALL = (
     Target(
         name="vllm",
         grammar=SomeInFull(_VLLM, dict.fromkeys(_TURBO, 2)),
+        sliding="as told",
         artefact="flags: --kv-cache-dtype X --kv-cache-dtype-skip-layers ...",
         since="the release that has --kv-cache-dtype-skip-layers (pull requests 33695, 38479)",
         checked="flags against vllm/config/cache.py, TurboQuant's bytes against its config.py; not run",
@@ -155,6 +181,7 @@ _ALL = (
     Target(
         name="modelopt",
         grammar=EachLayer(_MODELOPT),
+        sliding="as told",
         artefact="hf_quant_config.json, schema version 1",
         since="Model-Optimizer with pull request 2272; vLLM reads it with pull request 56116, open when checked",
         checked="fields against Model-Optimizer's own unit tests; not run",
@@ -183,6 +210,7 @@ _ALL = (
     Target(
         name="mlx-vlm",
         grammar=OneOfAll(_MLX),
+        sliding="full",
         artefact="flags: --kv-bits B --kv-group-size G --quantized-kv-start 0",
         since="the release that has --quantized-kv-start",
         checked="flags against docs/cli/generate.md; not run",
@@ -190,6 +218,7 @@ _ALL = (
     Target(
         name="mlx-lm",
         grammar=EachLayer(_MLX | {FULL: _AUTO}),
+        sliding="full",
         artefact="a Python snippet that builds the prompt cache",
         since="the release that has QuantizedKVCache",
         checked="names and arguments against mlx_lm/models/cache.py, rounding against mlx's CPU source; not run",

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from kvprof import __version__
 from kvprof.allocate import allocate
 from kvprof.allocate.budget import CachedTensor, spent
-from kvprof.allocate.measured import check_scores_fit, entries_of, planned_tensors
+from kvprof.allocate.measured import entries_of, fitting_scores, planned_tensors
 from kvprof.allocate.recorded import Request, read_request
 from kvprof.allocate.targets import target_named
 from kvprof.allocate.task import PlanTask, usual_window
@@ -64,7 +64,7 @@ def verify_solution(plan: BitPlan, scores: Scores) -> Iterator[Check]:
     yield compared("scores", plan.scores_digest, scores.digest)
     yield from _model(plan, scores)
     try:
-        check_scores_fit(plan, scores)
+        scores = fitting_scores(plan, scores)
         own = _as_the_plan_knew_them(plan, scores)
         task = PlanTask(own, plan.window)
         if {tensor.layer for tensor in task.tensors} != {entry.layer for entry in plan.layers}:

@@ -83,7 +83,7 @@ def unrestricted(scores: Scores, plan: BitPlan, pins: Sequence[str] = (), min_ke
     tensors = planned_tensors(plan, scores.geometry)
     same = Limit(stored_bits_per_element(tensors, entries_of(plan, tensors)), "stored")
     return exact(
-        scores,
+        scores.leaving(plan.reasons),
         same,
         metric=LOSS_INCREASE,
         window=plan.window,

@@ -78,6 +78,7 @@ def gradients(
     sequence_length: int | None = None,
     formats: str | Sequence[str] | None = None,
     target: str | None = None,
+    layers: str | None = None,
     recent_tokens: int | None = None,
     sink_tokens: int | None = None,
     suffix_fraction: float = 0.5,
@@ -101,9 +102,10 @@ def gradients(
     has, and given back as it was. data: `builtin`, `self`, files or hub datasets, as NAME or NAME:WEIGHT; builtin and
     self by default. sequences: 8 by default, 32 with until_stable. sequence_length: tokens; 1024 by default, or the
     model's own limit. formats: whose loss to predict, such as "int3g64,value:rot2"; "none" for gradient norms alone.
-    target: score another runtime's formats instead. sink_tokens, recent_tokens: kept in full precision. The rest is
-    named as the command's options are. out: a folder for gradients.json and its journal; without it, no file is written
-    but what the model writes for `self`, in the user's cache folder. progress: called with (sequences done, in all).
+    target: score another runtime's formats instead. layers: whether those of a sliding window are scored too, `all`
+    (the default), or left alone, `full`. sink_tokens, recent_tokens: kept in full precision. The rest is named as the
+    command's options are. out: a folder for gradients.json and its journal; without it, no file is written but what the
+    model writes for `self`, in the user's cache folder. progress: called with (sequences done, in all).
     Returns Scores: of each layer's K and V `gradient_norm`, the mean over sequences of the L2 norm of dLoss/dW (nats a
     token, by the weights' units), and `loss_increase`, by format, in nats a token; with standard errors.
     Raises UsageError for options that do not go together or a loaded model without a tokenizer, CalibrationError for
@@ -129,7 +131,7 @@ def gradients(
     check_range("suffix_fraction", suffix_fraction, 0.01, 1)
     check_range("seed", seed, 0, LARGEST_SEED)
     runtime = None if target is None else target_named(target)
-    decoder = decoder_asked(joined(formats), runtime, sink_tokens, recent_tokens, suffix_fraction)
+    decoder = decoder_asked(joined(formats), runtime, sink_tokens, recent_tokens, suffix_fraction, layers)
     if sequences is None:
         sequences = SEQUENCES_UNTIL_STABLE if until_stable else USUAL_SEQUENCES
     settings = SensitivitySettings(
@@ -168,11 +170,14 @@ def decoder_asked(
     sink_tokens: int | None,
     recent_tokens: int | None,
     suffix_fraction: float,
+    layers: str | None = None,
 ) -> Decoder:
     """Return whose losses are predicted: of the formats that are named, else those of a runtime, else kvprof's own.
 
-    sink_tokens, recent_tokens: instead of the runtime's window, or of the usual one.
+    sink_tokens, recent_tokens: instead of the runtime's window, or of the usual one. layers: `all` or `full`, by
+    default as the runtime does. Raises UsageError for another word.
     """
+    from kvprof.allocate.targets import layer_choice
     from kvprof.profile.decoder import Decoder, read_formats
     from kvprof.records.plan import USUAL_WINDOW
 
@@ -182,6 +187,7 @@ def decoder_asked(
         window.with_tokens(sink_tokens, recent_tokens),
         suffix_fraction,
         passes_over=formats is None,
+        layers=layer_choice(layers, runtime),
     )
 
 

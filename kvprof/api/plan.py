@@ -52,6 +52,7 @@ def allocate(
     recent_tokens: int | None = None,
     sink_tokens: int | None = None,
     target: str | None = None,
+    layers: str | None = None,
     top_fraction: str | float | None = None,
     as_published: bool = False,
     bits_key: int | None = None,
@@ -65,15 +66,16 @@ def allocate(
     loss_increase) or "nominal" (codes alone; the default by a norm). memory, context, batch: bytes of cache instead, or
     a text such as "1.5GiB", for `batch` sequences of `context` tokens. max_kl: the cheapest plan predicted to stay at
     or below so many nats a token. bits, formats, group_size, min_key_bits: what the plan may choose from; pin: tensors
-    set by hand, such as "key:0=8". sink_tokens, recent_tokens: the window in full precision. The rest is named as the
-    command's options are. out: a folder for the plan, or its file that ends in .json; without it nothing is written.
+    set by hand, such as "key:0=8". layers: `all` or `full`: whether those of a sliding window are planned. sink_tokens,
+    recent_tokens: the window in full precision. The rest is named as the command's options are. out: a folder for the
+    plan, or its file that ends in .json; without it nothing is written.
     Returns the BitPlan, the best one there is where `solver.optimal`; it never costs more than the budget.
     Raises InfeasibleBudget, with the range that can be reached; UsageError for options that do not go together;
     InvalidFile for scores that cannot be read, or lack what the rule needs.
     """
     if as_published and sink_tokens:
         raise UsageError(f"as_published has no sinks, sink_tokens asks for {sink_tokens}; leave out one of them.")
-    check_words(unit=unit, rule=rule, metric=metric, tie=tie, target=target)
+    check_words(unit=unit, rule=rule, metric=metric, tie=tie, target=target, layers=layers)
     check_flags(as_published=as_published)
     check_around(out)
     check_window(sink_tokens, recent_tokens)
@@ -104,6 +106,7 @@ def allocate(
         "tie": tie,
         "min_key_bits": min_key_bits,
         "target": target,
+        "layers": layers,
         "top_fraction": top_fraction,
         "as_published": as_published,
         "bits_key": bits_key,

@@ -9,7 +9,18 @@ from typing import Annotated
 import typer
 
 from kvprof.cli import completion
-from kvprof.cli.allowed import Bits, Formats, GroupSize, MinKeyBits, Pin, RecentTokens, ScoresFile, SinkTokens, Tie
+from kvprof.cli.allowed import (
+    Bits,
+    Formats,
+    GroupSize,
+    Layers,
+    MinKeyBits,
+    Pin,
+    RecentTokens,
+    ScoresFile,
+    SinkTokens,
+    Tie,
+)
 
 
 def allocate(
@@ -61,6 +72,7 @@ def allocate(
     formats: Formats = None,
     group_size: GroupSize = None,
     pin: Pin = None,
+    layers: Layers = None,
     tie: Tie = None,
     min_key_bits: MinKeyBits = None,
     recent_tokens: RecentTokens = None,
@@ -146,6 +158,7 @@ def allocate(
         bits_key=bits_key,
         bits_value=bits_value,
         window=usual_window(found, sink_tokens, recent_tokens, None if runtime is None else runtime.window),
+        layers=layers,
         command=typed,
         **allowed,
     )

@@ -39,6 +39,13 @@ Pin = Annotated[
         show_default=False,
     ),
 ]
+Layers = Annotated[
+    str | None,
+    typer.Option(
+        help="Layers of a sliding window: `all` quantizes them too, `full` leaves them in 16 bits.",
+        show_default="all, where that saves memory",
+    ),
+]
 Tie = Annotated[
     str | None,
     typer.Option(help="`key-value`: codes of equal width for a layer's keys and values.", show_default="none"),

@@ -51,6 +51,7 @@ def frontier(
     from kvprof.allocate.frontier import frontier as find_frontier
     from kvprof.allocate.task import usual_window
     from kvprof.records.files import frontier_path, newest_scores
+    from kvprof.records.plan import layers_left_alone
     from kvprof.records.scores import LOSS_INCREASE, Scores
     from kvprof.report.console import print_note, print_plain, print_result, print_written
     from kvprof.report.frontiers import show_frontier
@@ -59,6 +60,9 @@ def frontier(
     from kvprof.report.plots.style import MissingMatplotlib, NothingToDraw, save_figure
 
     path, found = newest_scores(LOSS_INCREASE) if scores is None else (scores, Scores.load(scores))
+    window = usual_window(found, sink_tokens, recent_tokens)
+    if found.geometry is not None:
+        found = found.leaving(layers_left_alone(found.geometry, "all", window, context))
     result = find_frontier(
         found,
         low=low,
@@ -68,7 +72,7 @@ def frontier(
         context=context,
         batch=batch,
         tie=tie,
-        window=usual_window(found, sink_tokens, recent_tokens),
+        window=window,
         command=shlex.join(["kvprof", *sys.argv[1:]]),
         bits=None if bits is None else parse_bits(bits),
         formats=formats,

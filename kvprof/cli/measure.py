@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from kvprof.cli import completion
+from kvprof.cli.allowed import Layers
 from kvprof.cli.options import (
     CalibrationLength,
     Device,
@@ -97,6 +98,7 @@ def gradients(
             autocompletion=completion.targets,
         ),
     ] = None,
+    layers: Layers = None,
     recent_tokens: Annotated[
         int | None,
         typer.Option(min=0, max=2**31, help="Last tokens kept in full precision.", show_default="128; a target's own"),
@@ -149,7 +151,7 @@ def gradients(
         raise UsageError("--stable-at says what --until-stable looks at, which is not there.\n  Add --until-stable.")
     source = resolve(model, trust_remote_code)
     runtime = None if target is None else target_named(target)
-    decoder = decoder_asked(formats, runtime, sink_tokens, recent_tokens, suffix_fraction)
+    decoder = decoder_asked(formats, runtime, sink_tokens, recent_tokens, suffix_fraction, layers)
     if sequences is None:
         sequences = SEQUENCES_UNTIL_STABLE if until_stable else USUAL_SEQUENCES
     settings = SensitivitySettings(

@@ -198,8 +198,8 @@ def _kind(config: PretrainedConfig, cache_layer: Any, layer_type: str) -> tuple[
         if window >= getattr(config, "max_position_embeddings", window + 1) and not recurrent:
             return "full", None, None  # the window never moves within the context that the model was made for
         kind: LayerKind = "chunked" if layer_type == "chunked_attention" else "sliding"
-        name = "attention chunk" if kind == "chunked" else "sliding window"
-        return kind, window, f"{name} of {window} tokens"
+        beside = f"window of {window} tokens, with a recurrent state beside it" if recurrent else None
+        return kind, window, beside
     if recurrent:
         return "hybrid", None, None
     is_latent = getattr(config, "kv_lora_rank", None) is not None

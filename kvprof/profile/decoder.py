@@ -12,7 +12,15 @@ from kvprof.calibration.sequences import CalibrationSet
 from kvprof.errors import UsageError
 from kvprof.records.formats import TENSORS, Format, TensorName, format_named, parse_formats
 from kvprof.records.geometry import CacheGeometry
-from kvprof.records.plan import USUAL_WINDOW, Quantizer, Window, head_dim_of, quantized_tokens
+from kvprof.records.plan import (
+    USUAL_WINDOW,
+    LayerChoice,
+    Quantizer,
+    Window,
+    head_dim_of,
+    layers_left_alone,
+    quantized_tokens,
+)
 from kvprof.records.scores import DecodingSetup, suffix_start
 
 Formats = Mapping[tuple[int, TensorName], Sequence[Format]]
@@ -43,7 +51,8 @@ class Decoder:
 
     formats: names by tensor; None: those of `usual_formats`; none at all: no losses are predicted. passes_over: whether
     a format that heads cannot have is left out of these, instead of refused.
-    suffix_fraction: the share of each sequence, at its end, whose loss counts.
+    suffix_fraction: the share of each sequence, at its end, whose loss counts. layers: whether layers that slide are
+    asked too.
     """
 
     formats: Mapping[TensorName, Sequence[str]] | None = None
@@ -51,6 +60,11 @@ class Decoder:
     suffix_fraction: float = 0.5
     quantizer: Quantizer = field(default_factory=Quantizer)
     passes_over: bool = False
+    layers: LayerChoice = "all"
+
+    def covers(self, geometry: CacheGeometry) -> CacheGeometry:
+        """Return the geometry of plans for this decoder: what its window holds of sliding layers is left alone."""
+        return geometry.leaving(layers_left_alone(geometry, self.layers, self.window))
 
     def counted(self, text: CalibrationSet) -> list[int]:
         """Return how many positions of each sequence count."""

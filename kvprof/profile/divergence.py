@@ -47,6 +47,7 @@ from kvprof.records.plan import (
     SkippedLayer,
     TensorPlan,
     Window,
+    layers_left_alone,
 )
 from kvprof.records.runs import Journal
 from kvprof.records.sampled import loss_scores
@@ -103,7 +104,9 @@ def run_divergence(
         raise UsageError(f"--suffix-fraction {settings.suffix_fraction:g}: a share above 0 and up to 1 is needed.")
     whole_config = load_config(source)
     inventory = take_inventory(whole_config, source.id)
-    geometry = inventory.geometry
+    whole = inventory.geometry
+    geometry = whole.leaving(layers_left_alone(whole, "all", settings.window))
+    inventory = inventory.model_copy(update={"geometry": geometry})
     probes = choose_probes(geometry, settings.layers, settings.tensors, settings.formats)
     mix, tokenizer = read_text(source, whole_config, settings)
     check_something_is_read(probes, settings.window, max(mix.lengths))

@@ -79,6 +79,7 @@ def prepare(
         raise UsageError("--until-stable needs all sequences in one run.\n  Leave it out, or --shard.")
     config = load_config(source)
     inventory = take_inventory(config, source.id)
+    inventory = inventory.model_copy(update={"geometry": settings.decoder.covers(inventory.geometry)})
     check_projects(inventory.geometry)
     formats = formats_of(inventory.geometry, settings.decoder)
     wanted = settings.decoder.formats is None or any(settings.decoder.formats.values())

@@ -147,6 +147,7 @@ def _load(prepared: Prepared, device: str) -> _Loaded:
 def _identity(prepared: Prepared, loaded: _Loaded, text: CalibrationSet) -> dict[str, Any]:
     """Return what a run that goes on with this one, or shards of it, must share."""
     decoder = prepared.settings.decoder
+    sliding = any(shape.window is not None for shape in prepared.inventory.geometry.layers)
     return {
         "model": prepared.source.id,
         "model fingerprint": loaded.fingerprint,
@@ -154,6 +155,7 @@ def _identity(prepared: Prepared, loaded: _Loaded, text: CalibrationSet) -> dict
         "kvprof version": __version__,
         **text.identity,
         "formats": _in_words(loaded.formats),
+        **({"layers": decoder.layers} if sliding else {}),
         "window": decoder.window.model_dump(),
         "suffix fraction": decoder.suffix_fraction,
         "block tokens": block_tokens(max(decoder.counted(text))),

@@ -123,6 +123,15 @@ class Format(Record):
             return f"rot{self.bits}"
         return f"int{self.bits}g{self.group_size}" + ("c" if self.clip == "mse" else "")
 
+    @property
+    def unit_tokens(self) -> int:
+        """Tokens that are quantized at once: a group along axis `channel`, else one."""
+        return 1 if self.axis == "token" or self.is_full else self.group_size
+
+    def fills_bytes(self, head_dim: int) -> bool:
+        """Whether the codes of a token and head fill whole bytes, so that they are packed by themselves."""
+        return head_dim * self.bits % 8 == 0
+
     def stored_bits(self, head_dim: int | None = None) -> Fraction:
         """Bits an element takes with its share of scale and zero point, exactly.
 

@@ -5,6 +5,7 @@ Holds shapes only: no weights, no bits. Made by `models.inventory`; carried insi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -38,7 +39,7 @@ class KVLayer(Record):
     window: Positive | None = None
     """Tokens that a sliding or chunked layer keeps at most."""
     skipped: Text | None = None
-    """Why no plan gives this layer bits; null for a layer that every plan must cover."""
+    """Why no plan gives this layer bits; null for a layer that plans cover, if they do not leave it, as it slides."""
 
     @property
     def key_width(self) -> int:
@@ -49,6 +50,11 @@ class KVLayer(Record):
     def value_width(self) -> int:
         """Cached value elements a token: kv_heads * value_head_dim."""
         return self.kv_heads * self.value_head_dim
+
+    @property
+    def window_text(self) -> str:
+        """What a layer that slides is called: `sliding window of 512 tokens`."""
+        return f"{'attention chunk' if self.kind == 'chunked' else 'sliding window'} of {self.window} tokens"
 
     @property
     def has_projections(self) -> bool:
@@ -87,12 +93,29 @@ class CacheGeometry(Record):
                 continue
             if 0 in (layer.key_width, layer.value_width):
                 raise ValueError(f"geometry layer {layer.layer} caches nothing, yet names no reason to be skipped")
-            if not layer.has_projections or layer.window is not None:
+            if not layer.has_projections:
                 raise ValueError(
-                    f"geometry layer {layer.layer} ({layer.kind}) does not keep every token's own keys and values, "
+                    f"geometry layer {layer.layer} ({layer.kind}) keeps no tokens' own keys and values, "
                     "yet names no reason to be skipped"
                 )
         return self
+
+    def leaving(self, reasons: Mapping[int, str]) -> CacheGeometry:
+        """Return the geometry of a plan that leaves some of the sliding layers alone.
+
+        reasons: why, by layer; those of layers that do not slide change nothing.
+        """
+        left = {layer.layer for layer in self.sliding if layer.layer in reasons}
+        layers = (
+            layer.model_copy(update={"skipped": reasons[layer.layer]}) if layer.layer in left else layer
+            for layer in self.layers
+        )
+        return self.model_copy(update={"layers": tuple(layers)}) if left else self
+
+    @property
+    def sliding(self) -> tuple[KVLayer, ...]:
+        """The layers that a plan may cover, or leave alone: they keep a window of tokens only."""
+        return tuple(layer for layer in self.planned if layer.window is not None)
 
     @property
     def contexts(self) -> tuple[int, ...]:
@@ -106,7 +129,7 @@ class CacheGeometry(Record):
 
     @property
     def planned(self) -> tuple[KVLayer, ...]:
-        """The layers that a plan must cover."""
+        """The layers that a plan covers; it may leave alone those that slide."""
         return tuple(layer for layer in self.layers if layer.skipped is None)
 
     @property

@@ -176,6 +176,11 @@ class BitPlan(Document):
         return "sha256:" + hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     @property
+    def reasons(self) -> dict[int, str]:
+        """Why layers are left alone, by layer."""
+        return {entry.layer: entry.reason for entry in self.skipped or ()}
+
+    @property
     def scores_digest(self) -> str | None:
         """The digest of the scores that the plan says it was made from."""
         return None if self.provenance is None else self.provenance.scores
@@ -206,7 +211,8 @@ class BitPlan(Document):
                         f"layer {entry.layer} stores its {tensor} as {form.name}, in blocks of {form.group_size}, "
                         f"but the head dimension is {head_dim}"
                     )
-        missing = sorted(set(planned) - {entry.layer for entry in self.layers})
+        free = {layer.layer for layer in geometry.sliding} & {entry.layer for entry in self.skipped or ()}
+        missing = sorted(set(planned) - {entry.layer for entry in self.layers} - free)
         return f"it gives no bits to layer {missing[0]}" if missing else None
 
     def check_fits(self, geometry: CacheGeometry, fingerprint: str | None = None) -> None:
@@ -222,7 +228,8 @@ class BitPlan(Document):
     def bytes_at(self, context: int, batch: int = 1) -> int:
         """Bytes of the cache of `batch` sequences of `context` tokens: codes, scales, window, sinks, skipped layers.
 
-        A skipped sliding layer counts its own window in the model's dtype; recurrent states are not counted.
+        A sliding layer counts its own window, in the model's dtype where it is skipped; recurrent states are not
+        counted.
         Raises KvprofError where the plan carries no geometry, or for a negative context or batch.
         """
         if self.geometry is None:
@@ -245,6 +252,30 @@ class BitPlan(Document):
         return batch * total
 
 
+LayerChoice = Literal["all", "full"]
+LAYER_CHOICES: tuple[LayerChoice, ...] = ("all", "full")
+
+
+def layers_left_alone(
+    geometry: CacheGeometry, choice: LayerChoice, window: Window, context: int | None = None
+) -> dict[int, str]:
+    """Return the sliding layers that a plan leaves alone, and why.
+
+    choice: `full` leaves all of them, `all` those of which nothing would be quantized in `context` tokens, by default
+    in any number of them: the plan's own window holds all that their queries see.
+    """
+    left = {}
+    for layer in geometry.sliding:
+        assert layer.window is not None
+        seen = layer.window if context is None else min(context, layer.window)
+        sinks = window.sink_tokens if seen == context else 0  # of a longer text they are no longer seen
+        if choice == "full":
+            left[layer.layer] = layer.window_text
+        elif seen <= sinks + window.recent_tokens:
+            left[layer.layer] = f"{layer.window_text}, no more than stay in full precision"
+    return left
+
+
 def head_dim_of(layer: KVLayer, tensor: TensorName) -> int:
     """Return the head dimension of a layer's keys or values."""
     return layer.key_head_dim if tensor == "key" else layer.value_head_dim
@@ -262,7 +293,21 @@ def quantized_tokens(form: Format, window: Window, context: int, recent_fraction
     if recent_fraction:  # asked for every token of every layer, so spared the fractions where there are none
         recent = max(recent, math.ceil(Fraction(str(recent_fraction)) * context))
     left = max(0, context - window.sink_tokens - recent)
-    return left if form.axis == "token" else left // form.group_size * form.group_size
+    return left // form.unit_tokens * form.unit_tokens
+
+
+def oldest_held(form: Format, window: Window, span: int | None, context: int, head_dim: int) -> int:
+    """Position of the oldest token that is held once `context` tokens are in the cache.
+
+    span: how many tokens a query of the layer sees; None for all, and then it is 0. What no query will see again is let
+    go: sinks token by token, what is behind them in whole units, in eights where only these fill whole bytes.
+    """
+    unseen = 0 if span is None else max(0, context - span)
+    sinks = 0 if form.is_full else window.sink_tokens
+    if unseen <= sinks:
+        return unseen
+    step = form.unit_tokens if form.is_full or form.fills_bytes(head_dim) else 8 * form.unit_tokens
+    return sinks + (unseen - sinks) // step * step
 
 
 def tensor_bytes(
@@ -274,11 +319,16 @@ def tensor_bytes(
     context: int,
     recent_fraction: float = 0.0,
 ) -> int:
-    """Bytes of one tensor of one layer, of one sequence of `context` tokens: codes, scales and window."""
+    """Bytes of one tensor of one layer, of one sequence of `context` tokens: codes, scales and window.
+
+    Of a layer that slides, those of the tokens that are held: its window, and what is left of the unit before it.
+    """
     head_dim = head_dim_of(layer, tensor)
     width = layer.kv_heads * head_dim
-    tokens = quantized_tokens(form, window, context, recent_fraction)
-    full_bytes = (context - tokens) * width * element_bytes
+    oldest = oldest_held(form, window, layer.window, context, head_dim)
+    gone = max(0, oldest - window.sink_tokens)  # behind the sinks, of which codes come first
+    tokens = max(0, quantized_tokens(form, window, context, recent_fraction) - gone)
+    full_bytes = (context - oldest - tokens) * width * element_bytes
     if tokens == 0:
         return full_bytes
     if form.axis == "channel":

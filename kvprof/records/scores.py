@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 from typing_extensions import Self
 
 from kvprof.errors import InvalidFile, KvprofError, UsageError, did_you_mean
@@ -270,6 +270,7 @@ class Scores(Document):
     """Of partial scores, which `kvprof merge` adds up; null of whole ones."""
     made_with: MadeWith | None = Field(None, exclude_if=is_absent)
     layers: tuple[LayerScores, ...]
+    _digest: str | None = PrivateAttr(None)
 
     @model_validator(mode="after")
     def _shard_has_its_numbers(self) -> Self:
@@ -359,6 +360,8 @@ class Scores(Document):
     @property
     def digest(self) -> str:
         """`sha256:...` of the file's text but for `kl_calibration`: calibrated, they are still the same scores."""
+        if self._digest is not None:
+            return self._digest
         plain = self if self.kl_calibration is None else self.model_copy(update={"kl_calibration": None})
         return super(Scores, plain).digest
 
@@ -377,6 +380,18 @@ class Scores(Document):
         if before.kl_calibration is None or before.digest != self.digest:
             return self
         return self.model_copy(update={"kl_calibration": before.kl_calibration})
+
+    def leaving(self, reasons: Mapping[int, str]) -> Scores:
+        """Return these scores for plans that leave some sliding layers alone, as `CacheGeometry.leaving` has it.
+
+        They are still the same scores: their digest is that of these.
+        """
+        geometry = None if self.geometry is None else self.geometry.leaving(reasons)
+        if geometry == self.geometry:
+            return self
+        found = self.model_copy(update={"geometry": geometry})
+        found._digest = self.digest
+        return found
 
     def entry(self, layer: int) -> LayerScores | None:
         """Return what was measured of a layer; None where it was not."""

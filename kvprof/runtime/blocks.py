@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from kvprof.records.plan import Quantizer, TensorPlan
-from kvprof.runtime.history import PAGE_TOKENS, CodeBlock, rows_fill_bytes, tokens_in, units_in
+from kvprof.runtime.history import PAGE_TOKENS, CodeBlock, tokens_in, units_in
 from kvprof.runtime.kernels import TORCH, Kernels
-from kvprof.runtime.quantizer import unit_tokens
 from kvprof.runtime.torch_kernels import packed_rows, unpacked_rows
 
 
@@ -59,6 +58,14 @@ class FullTokens:
             tokens -= taken[-1].shape[2]
         return torch.cat(taken, dim=2) if len(taken) > 1 else taken[0]
 
+    def let_go(self, tokens: int) -> None:
+        """Forget the oldest tokens, of which there are so many; nothing of them stays in memory."""
+        while tokens > 0 and self.blocks:
+            block = self.blocks.pop(0)
+            if tokens < block.shape[2]:
+                self.blocks.insert(0, _copy(block[:, :, tokens:]))
+            tokens -= min(tokens, block.shape[2])
+
     def truncate(self, tokens: int) -> None:
         """Keep the oldest tokens only."""
         kept: list[Tensor] = []
@@ -70,9 +77,10 @@ class FullTokens:
 
 
 class CodeTokens:
-    """Tokens in codes, oldest first; only ever added to or cut off at the end.
+    """Tokens in codes, oldest first; added to at the end, let go at the front, cut off at the end.
 
-    blocks: pages of as many units each, which nothing changes any more, and the rest, which grows.
+    blocks: pages of as many units each, which nothing changes any more, and the rest, which grows. Of the first, units
+    may have been let go.
     """
 
     def __init__(
@@ -83,9 +91,9 @@ class CodeTokens:
         self.heads = heads
         self.head_dim = head_dim
         self.kernels = kernels
-        self.unit_tokens = unit_tokens(form)
+        self.unit_tokens = form.unit_tokens
         self.page_units = -(-PAGE_TOKENS // self.unit_tokens)
-        if not rows_fill_bytes(form, head_dim):
+        if not form.fills_bytes(head_dim):
             self.page_units = -(-self.page_units // 8) * 8  # so that a page ends with a byte
         self.blocks: list[CodeBlock] = []
 
@@ -106,6 +114,15 @@ class CodeTokens:
             else:
                 self.blocks[-1] = self._joined(rest, added)
 
+    def let_go(self, tokens: int) -> None:
+        """Forget the oldest tokens, whole units of them, and in eights where only these fill whole bytes."""
+        units = tokens // self.unit_tokens
+        while units > 0 and self.blocks:
+            block = self.blocks.pop(0)
+            if units < block.units:
+                self.blocks.insert(0, self._cut(block, units, block.units))
+            units -= min(units, block.units)
+
     def truncate(self, tokens: int) -> None:
         """Keep the oldest tokens, whole units of them, only."""
         left, blocks, self.blocks = tokens // self.unit_tokens, self.blocks, []
@@ -113,25 +130,26 @@ class CodeTokens:
             if block.units <= left:
                 self.blocks.append(block)
             elif left > 0:
-                self.blocks.append(self._cut(block, left))
+                self.blocks.append(self._cut(block, 0, left))
             left -= min(left, block.units)
 
     def _joined(self, rest: CodeBlock, added: CodeBlock) -> CodeBlock:
-        if rows_fill_bytes(self.form, self.head_dim):
+        if self.form.fills_bytes(self.head_dim):
             codes = torch.cat([rest.codes, added.codes], dim=2)
         else:
             codes = packed_rows(torch.cat([self._codes(rest), self._codes(added)], dim=2), self.form)
         zero = None if rest.zero is None or added.zero is None else torch.cat([rest.zero, added.zero], dim=2)
         return CodeBlock(codes, torch.cat([rest.scale, added.scale], dim=2), zero)
 
-    def _cut(self, block: CodeBlock, units: int) -> CodeBlock:
-        """Keep the oldest units of a block."""
-        if rows_fill_bytes(self.form, self.head_dim):
-            codes = _copy(block.codes[:, :, : units * self.unit_tokens])
+    def _cut(self, block: CodeBlock, first: int, last: int) -> CodeBlock:
+        """Keep some units of a block."""
+        rows = slice(first * self.unit_tokens, last * self.unit_tokens)
+        if self.form.fills_bytes(self.head_dim):
+            codes = _copy(block.codes[:, :, rows])
         else:
-            codes = packed_rows(self._codes(block)[:, :, : units * self.unit_tokens], self.form)
-        zero = None if block.zero is None else _copy(block.zero[:, :, :units])
-        return CodeBlock(codes, _copy(block.scale[:, :, :units]), zero)
+            codes = packed_rows(self._codes(block)[:, :, rows], self.form)
+        zero = None if block.zero is None else _copy(block.zero[:, :, first:last])
+        return CodeBlock(codes, _copy(block.scale[:, :, first:last]), zero)
 
     def _codes(self, block: CodeBlock) -> Tensor:
         return unpacked_rows(block, self.form, self.heads, self.head_dim)

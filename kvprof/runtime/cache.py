@@ -35,9 +35,10 @@ class PlanCache(Cache):  # type: ignore[misc]
         cache = PlanCache.from_plan(BitPlan.load("plan.json"), model)
         model.generate(**inputs, past_key_values=cache)
 
-    A query that arrives alone reads the cache as it stands, with its own key and value unrounded; a block of queries
-    (a prompt) reads the block itself unrounded. Layers that the plan skips (sliding window, shared, recurrent) are
-    transformers' own. Positions are those of the tensors: in a left-padded batch the padding counts as tokens.
+    A query that arrives alone reads the cache as it stands, with its own key and value unrounded; a block of queries (a
+    prompt) reads the block itself unrounded. Layers that the plan skips (shared, recurrent, and those of a sliding
+    window that it leaves alone) are transformers' own. Positions are those of the tensors: in a left-padded batch the
+    padding counts as tokens.
 
     Assisted decoding verifies a block of tokens at once, and so reads some of them unrounded that decoding one by one
     would read rounded: its text is as good, and need not be the same.
@@ -71,7 +72,7 @@ class PlanCache(Cache):  # type: ignore[misc]
                     "  kvprof evaluate measures such a plan, kvprof export writes it for its runtime; a plan for this "
                     "cache is one that allocate makes without --target."
                 )
-        geometry = take_inventory(model.config).geometry
+        geometry = take_inventory(model.config).geometry.leaving(plan.reasons)
         plan.check_fits(geometry)  # shapes differ without a look at the weights
         if plan.model.fingerprint is not None:
             plan.check_fits(geometry, live_fingerprint(model, geometry))

@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvprof.records.formats import Format
 from kvprof.records.plan import Quantizer, TensorPlan
-from kvprof.runtime.quantizer import unit_tokens
 
 PAGE_TOKENS = 512
 """A block of tokens takes no more once it has so many: then it is a page, and stays where it is."""
@@ -43,11 +41,6 @@ class CodeBlock:
     def tensors(self) -> tuple[Tensor, ...]:
         """All that the block holds."""
         return (self.codes, self.scale) if self.zero is None else (self.codes, self.scale, self.zero)
-
-
-def rows_fill_bytes(form: Format, head_dim: int) -> bool:
-    """Whether the codes of a token and head fill whole bytes, so that they are packed by themselves."""
-    return head_dim * form.bits % 8 == 0
 
 
 class Addresses:
@@ -89,8 +82,9 @@ def tokens_in(blocks: Sequence[Tensor]) -> int:
 
 
 def units_in(blocks: Sequence[CodeBlock]) -> int:
-    """Return the units in blocks of codes, of which all but the last are pages of as many each."""
-    return (len(blocks) - 1) * blocks[0].units + blocks[-1].units if blocks else 0
+    """Return the units in blocks of codes, of which all but the first and the last are pages of as many each."""
+    inner = (len(blocks) - 2) * blocks[1].units if len(blocks) > 2 else 0
+    return inner + sum(block.units for block in (*blocks[:1], *blocks[max(1, len(blocks) - 1) :]))
 
 
 @dataclass(frozen=True)
@@ -118,7 +112,7 @@ class StoredTensor:
     @property
     def unit_tokens(self) -> int:
         """Tokens that are quantized at once."""
-        return unit_tokens(self.form)
+        return self.form.unit_tokens
 
     @property
     def sink_tokens(self) -> int:

@@ -30,9 +30,9 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer's keys and values, each in the format that the plan gives it.
 
     Between two steps nothing of the history exists unpacked: `update` returns plain tensors and keeps no hold of them.
+    Of a layer that slides, or attends by chunks, the tokens that no query sees again are let go.
     """
 
-    is_sliding = False
     is_compileable = False
     is_croppable = True
 
@@ -46,11 +46,14 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self.shape = shape
-        self.hook = hook
+        self.is_sliding = shape.window is not None
         self.record_past = False
-        heads, (window, quantizer) = shape.kv_heads, (plan.window, plan.quantizer)
-        self.key = TensorStore(entry.key, window, quantizer, heads, shape.key_head_dim, kernels)
-        self.value = TensorStore(entry.value, window, quantizer, heads, shape.value_head_dim, kernels)
+        if self.is_sliding:  # the GPU's kernels take a history that begins with a page; a window's is short
+            kernels, hook = TORCH, None
+        self.hook = hook
+        heads, (window, quantizer), span = shape.kv_heads, (plan.window, plan.quantizer), shape.window
+        self.key = TensorStore(entry.key, window, quantizer, heads, shape.key_head_dim, kernels, span)
+        self.value = TensorStore(entry.value, window, quantizer, heads, shape.value_head_dim, kernels, span)
         self.stores = (self.key, self.value)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -124,16 +127,18 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
         return History(self.key.stored(self._distinct(key_states)), self.value.stored(self._distinct(value_states)))
 
     def get_seq_length(self) -> int:
-        """Tokens of one sequence held."""
+        """Tokens of one sequence seen."""
         return self.key.tokens
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the keys that a query of this length will see, and where they begin."""
-        return self.get_seq_length() + query_length, 0
+        seen = self.get_seq_length()
+        read = seen if self.shape.window is None else min(seen, self.shape.window - 1)
+        return read + query_length, seen - read
 
     def get_max_length(self) -> int:
-        """Return -1: there is no limit."""
-        return -1
+        """Return the tokens that a query sees, -1 where there is no limit."""
+        return -1 if self.shape.window is None else self.shape.window
 
     def activate_past_recording(self) -> None:
         """Hold tokens in full precision until `crop` says how many of them stay."""

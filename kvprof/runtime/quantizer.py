@@ -38,11 +38,6 @@ class Encoded:
     zero: Tensor | None
 
 
-def unit_tokens(form: Format) -> int:
-    """Return how many tokens are quantized together."""
-    return form.group_size if form.axis == "channel" else 1
-
-
 def fake_quantize(x_BHTD: Tensor, form: Format, quantizer: Quantizer = USUAL) -> Tensor:
     """Return what a cache that stores keys or values in this format gives back.
 
@@ -62,7 +57,7 @@ def encode(x_BHTD: Tensor, form: Format, quantizer: Quantizer = USUAL) -> Encode
     """Return the codes of keys or values, (B, H, T, D), T a multiple of the tokens in a unit."""
     if form.scheme == "rotated":
         return _encode_rotated(x_BHTD, form, quantizer)
-    units = torch.unflatten(x_BHTD.to(_arithmetic(x_BHTD.dtype)), 2, (-1, unit_tokens(form)))
+    units = torch.unflatten(x_BHTD.to(_arithmetic(x_BHTD.dtype)), 2, (-1, form.unit_tokens))
     if form.axis == "channel":
         codes, scale, zero = _encode_groups(units, 3, form, quantizer)
         return Encoded(codes, scale.squeeze(3), zero.squeeze(3))

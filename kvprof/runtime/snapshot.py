@@ -22,7 +22,7 @@ from kvprof import __version__
 from kvprof.errors import CacheError, InvalidFile, Mismatch, OutputError, first_line
 from kvprof.records.document import Count, Positive, Record
 from kvprof.records.geometry import CacheGeometry, KVLayer
-from kvprof.records.plan import BitPlan, quantized_tokens
+from kvprof.records.plan import BitPlan, oldest_held, quantized_tokens
 from kvprof.records.runs import replaced_when_whole
 from kvprof.runtime.cache import PlanCache
 from kvprof.runtime.layers import PlannedLayer, planned_layer
@@ -209,18 +209,24 @@ def _give_planned(planned: PlannedLayer, tensors: dict[str, Tensor], fact: Layer
     for name, store in zip(("key", "value"), planned.stores, strict=True):
         names = [part for part in tensors if part.startswith(f"{name}.")]
         store.restore({part.removeprefix(f"{name}."): tensors.pop(part) for part in names}, fact.batch, model.dtype)
+        store.oldest = fact.tokens - store.held
         if not _obeys(store, fact):
             raise ValueError(f"the {name}s of layer {planned.shape.layer} are not cut as the plan says")
     planned.is_initialized = True
 
 
 def _obeys(store: TensorStore, fact: LayerFacts) -> bool:
-    """Whether sinks, codes and window are as long as the plan says of so many tokens."""
+    """Whether sinks, codes and window are as long as the plan says of so many tokens, and none is held too few."""
     assert fact.tokens is not None
-    sinks = 0 if store.form.is_full else min(store.window.sink_tokens, fact.tokens)
+    oldest = oldest_held(store.form, store.window, store.span, fact.tokens, store.codes.head_dim)
+    sinks = 0 if store.form.is_full else store.window.sink_tokens
     coded = quantized_tokens(store.form, store.window, fact.tokens, store.form.recent_fraction)
-    late = fact.recording and store.codes.tokens < coded
-    return store.tokens == fact.tokens and store.sinks.tokens == sinks and (store.codes.tokens == coded or late)
+    coded = max(0, coded - max(0, store.oldest - sinks))
+    return (
+        (store.oldest == oldest or (fact.recording and 0 <= store.oldest < oldest))
+        and store.sinks.tokens == max(0, min(sinks, fact.tokens) - store.oldest)
+        and (store.codes.tokens == coded or (fact.recording and store.codes.tokens < coded))
+    )
 
 
 def _give_states(layer: Any, tensors: dict[str, Tensor], fact: LayerFacts, model: PreTrainedModel) -> None:

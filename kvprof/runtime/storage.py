@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from kvprof.errors import CacheError
-from kvprof.records.plan import Quantizer, TensorPlan, Window, quantized_tokens
+from kvprof.records.plan import Quantizer, TensorPlan, Window, oldest_held, quantized_tokens
 from kvprof.runtime.blocks import CodeTokens, FullTokens
-from kvprof.runtime.history import PAGE_TOKENS, Addresses, CodeBlock, StoredTensor, rows_fill_bytes
+from kvprof.runtime.history import PAGE_TOKENS, Addresses, CodeBlock, StoredTensor
 from kvprof.runtime.kernels import TORCH, Kernels
 from kvprof.runtime.packing import packed_bytes
 from kvprof.runtime.torch_kernels import restored
@@ -24,7 +24,8 @@ class TensorStore:
     """One layer's keys, or values: the sinks, the codes, and the window behind them.
 
     A token, or the group of tokens that shares its scale, is quantized once, from its full-precision numbers, when the
-    window has left it behind: the rule of `records.plan.quantized_tokens`.
+    window has left it behind: the rule of `records.plan.quantized_tokens`. Where queries see the last `span` tokens
+    only, those before are let go by the rule of `records.plan.oldest_held`, and all positions count on.
     """
 
     def __init__(
@@ -35,9 +36,13 @@ class TensorStore:
         heads: int,
         head_dim: int,
         kernels: Kernels = TORCH,
+        span: int | None = None,
     ) -> None:
         self.form = form
         self.window = window
+        self.span = span
+        self.oldest = 0
+        """Position of the first token held: how many were let go."""
         self.kernels = kernels
         self.sinks = FullTokens()
         self.codes = CodeTokens(form, quantizer, heads, head_dim, kernels)
@@ -45,9 +50,24 @@ class TensorStore:
         self._addresses = Addresses()
 
     @property
-    def tokens(self) -> int:
-        """Tokens of one sequence."""
+    def held(self) -> int:
+        """Tokens of one sequence that are held."""
         return self.sinks.tokens + self.codes.tokens + self.recent.tokens
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one sequence that were added, those let go included."""
+        return self.oldest + self.held
+
+    @property
+    def _sink_tokens(self) -> int:
+        """How many of the first tokens are kept apart; of a tensor of 16 bits none are."""
+        return 0 if self.form.is_full else self.window.sink_tokens
+
+    @property
+    def _behind_sinks(self) -> int:
+        """Tokens behind the sinks that are codes or were let go: where, counted from the sinks, `recent` begins."""
+        return max(0, self.tokens - self.recent.tokens - self._sink_tokens)
 
     def append(self, x_BHTD: Tensor) -> None:
         """Add tokens in full precision; nothing is quantized before `settle`."""
@@ -56,31 +76,51 @@ class TensorStore:
         self.recent.append(recent)
 
     def settle(self, tokens: int | None = None) -> None:
-        """Quantize what the window has left behind, or what it would have of fewer tokens than are held."""
-        due = self._rule(self.tokens if tokens is None else max(0, tokens)) - self.codes.tokens
+        """Let go what no query sees again, and quantize what the window has left behind.
+
+        tokens: how many there would be, where fewer than were added are to count.
+        """
+        tokens = self.tokens if tokens is None else max(0, tokens)
+        self._let_go(self._oldest_at(tokens))
+        due = self._rule(tokens) - self._behind_sinks
         if due > 0:
             self.codes.append(self.recent.pop_front(due))
+
+    def _let_go(self, oldest: int) -> None:
+        """Forget the tokens before a position; not quantized first, if they were not yet."""
+        if oldest <= self.oldest:
+            return
+        for part in (self.sinks, self.codes, self.recent):
+            going = min(oldest - self.oldest, part.tokens)
+            part.let_go(going)
+            self.oldest += going
 
     def stored(self, new_BHTD: Tensor) -> StoredTensor:
         """Return what a query reads, in blocks: everything held, and the new tokens behind it."""
         sinks, recent = self._split(new_BHTD)
-        tokens = self.tokens + new_BHTD.shape[2]
+        tokens = self.held + new_BHTD.shape[2]
         return self._as_stored(self.sinks.blocks_with(sinks), self.recent.blocks_with(recent), tokens)
 
     def append_and_store(self, new_BHTD: Tensor) -> StoredTensor:
         """Add tokens, and return what their query reads: before `settle` rounds any of it."""
         self.append(new_BHTD)
-        return self._as_stored(self.sinks.blocks, self.recent.blocks, self.tokens)
+        return self._as_stored(self.sinks.blocks, self.recent.blocks, self.held)
 
     def read(self, new_BHTD: Tensor) -> Tensor:
-        """Return what a query reads, unpacked: (B, H, tokens + new, D)."""
+        """Return what queries read, unpacked: (B, H, tokens + new, D), of a span the first of them sees all.
+
+        Of a span there are span - 1 tokens before the new ones at most, as transformers' masks have it.
+        """
         blocks = [*self.recent.blocks, new_BHTD]  # not appended: nothing is copied, and a gradient passes
-        stored = self._as_stored(self.sinks.blocks, blocks, self.tokens + new_BHTD.shape[2])
-        return restored(stored, self.kernels.unpack_tokens)
+        stored = self._as_stored(self.sinks.blocks, blocks, self.held + new_BHTD.shape[2])
+        tokens = restored(stored, self.kernels.unpack_tokens)
+        if self.span is not None and self.held >= self.span:
+            tokens = tokens[:, :, self.held - self.span + 1 :]
+        return tokens
 
     def _split(self, x_BHTD: Tensor) -> tuple[Tensor, Tensor]:
         """Return the tokens that are sinks, and the others."""
-        room = 0 if self.form.is_full else max(0, self.window.sink_tokens - self.sinks.tokens)
+        room = max(0, self._sink_tokens - self.tokens)
         return x_BHTD[:, :, :room], x_BHTD[:, :, room:]
 
     def _as_stored(self, sinks: list[Tensor], recent: list[Tensor], tokens: int) -> StoredTensor:
@@ -97,7 +137,13 @@ class TensorStore:
 
     def check_crop(self, tokens: int) -> None:
         """Raise CacheError where keeping only so many tokens would need numbers that were rounded away."""
-        kept = min(self.codes.tokens, max(0, tokens - self.sinks.tokens))
+        if tokens and self._oldest_at(tokens) < self.oldest:
+            raise CacheError(
+                f"the cache cannot go back from {self.tokens} to {tokens} tokens: a layer of a sliding window has let "
+                "go what it held then.\n"
+                "  Call cache.activate_past_recording() before the tokens that may be taken back; nothing was changed."
+            )
+        kept = min(self._behind_sinks, max(0, tokens - self._sink_tokens)) if self.codes.tokens else 0
         if kept > self._rule(tokens):
             raise CacheError(
                 f"the cache cannot go back from {self.tokens} to {tokens} tokens: of those that stay, "
@@ -108,14 +154,19 @@ class TensorStore:
 
     def crop(self, tokens: int) -> None:
         """Keep the oldest tokens only, as a cache that never saw the others; `check_crop` says whether that can be."""
-        sinks, coded = self.sinks.tokens, self.codes.tokens
-        self.sinks.truncate(tokens)
-        self.codes.truncate(max(0, min(coded, tokens - sinks)))
-        self.recent.truncate(max(0, tokens - sinks - coded))
+        if tokens == 0:
+            self.clear()
+            return
+        left = tokens - self.oldest
+        for part in (self.sinks, self.codes, self.recent):
+            there = part.tokens
+            part.truncate(max(0, min(left, there)))
+            left -= there
 
     def clear(self) -> None:
         """Forget every token."""
         self.sinks.blocks, self.codes.blocks, self.recent.blocks = [], [], []
+        self.oldest = 0
 
     def change_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a change of the batch, dimension 0, to every tensor."""
@@ -138,6 +189,8 @@ class TensorStore:
     def restore(self, tensors: dict[str, Tensor], batch: int, dtype: torch.dtype) -> None:
         """Take over what `named_tensors` gave; raises KeyError or ValueError where that is not a cache of this form.
 
+        How many tokens were let go, `oldest`, is for the caller to say.
+
         batch, dtype: sequences held, and the dtype of what is in full precision.
         """
         codes, heads, head_dim = self.codes, self.codes.heads, self.codes.head_dim
@@ -155,7 +208,7 @@ class TensorStore:
             if not 0 < units <= codes.page_units:
                 raise ValueError(f"a block of {units} units, where a page takes {codes.page_units}")
             tokens, bits = units * codes.unit_tokens, self.form.bits
-            if rows_fill_bytes(self.form, head_dim):
+            if self.form.fills_bytes(head_dim):
                 _expect("codes", packed, (batch, heads, tokens, packed_bytes(head_dim, bits)), torch.uint8)
             else:
                 run = packed_bytes(heads * tokens * head_dim, bits)
@@ -168,10 +221,14 @@ class TensorStore:
                 if tensor is not None:
                     _expect(name, tensor, (batch, heads, units, channels), getattr(torch, stored))
             codes.blocks.append(CodeBlock(packed, scale, zero))
-        if any(block.units != codes.page_units for block in codes.blocks[:-1]):
+        whole = codes.blocks[:-1] if self.span is None else codes.blocks[1:-1]
+        if any(block.units != codes.page_units for block in whole):
             raise ValueError("a page before the last is not full")
         if tensors:
             raise ValueError(f"{next(iter(tensors))} belongs to no cache of this form")
+
+    def _oldest_at(self, tokens: int) -> int:
+        return oldest_held(self.form, self.window, self.span, tokens, self.codes.head_dim)
 
     def _rule(self, tokens: int) -> int:
         return quantized_tokens(self.form, self.window, tokens, self.form.recent_fraction)

@@ -14,9 +14,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kvprof.records.formats import Format
 from kvprof.records.plan import Quantizer
-from kvprof.runtime.history import CodeBlock, History, StoredTensor, rows_fill_bytes
+from kvprof.runtime.history import CodeBlock, History, StoredTensor
 from kvprof.runtime.packing import pack, unpack
-from kvprof.runtime.quantizer import Encoded, decode, encode, unit_tokens
+from kvprof.runtime.quantizer import Encoded, decode, encode
 
 Unpack = Callable[[StoredTensor, Tensor], None]
 
@@ -30,15 +30,15 @@ def pack_tokens(x_BHTD: Tensor, form: Format, quantizer: Quantizer) -> CodeBlock
 
 def packed_rows(codes_BHTD: Tensor, form: Format) -> Tensor:
     """Pack codes token by token and head by head; where these fill no whole bytes, each sequence in one run."""
-    if rows_fill_bytes(form, codes_BHTD.shape[3]):
+    if form.fills_bytes(codes_BHTD.shape[3]):
         return pack(codes_BHTD, form.bits)
     return pack(codes_BHTD.flatten(1), form.bits)[:, None, None]
 
 
 def unpacked_rows(block: CodeBlock, form: Format, heads: int, head_dim: int) -> Tensor:
     """Return a block's codes, (B, H, T, D), uint8."""
-    tokens = block.units * unit_tokens(form)
-    if rows_fill_bytes(form, head_dim):
+    tokens = block.units * form.unit_tokens
+    if form.fills_bytes(head_dim):
         return unpack(block.codes, form.bits, head_dim)
     codes = unpack(block.codes.flatten(1), form.bits, heads * tokens * head_dim)
     return codes.view(-1, heads, tokens, head_dim)

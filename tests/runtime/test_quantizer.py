@@ -17,7 +17,7 @@ from scipy.stats import norm
 
 from kvprof.records.formats import CODE_BITS, Format
 from kvprof.records.plan import Quantizer
-from kvprof.runtime.quantizer import decode, encode, fake_quantize, unit_tokens
+from kvprof.runtime.quantizer import decode, encode, fake_quantize
 from kvprof.runtime.rotation import lloyd_max_levels
 
 HEAD_DIM = 16
@@ -285,7 +285,7 @@ def test_a_token_changes_none_outside_its_group(form: Format) -> None:
     other = x.clone()
     other[0, 0, 25, 3] += 50
     changed = (fake_quantize(x, form) != fake_quantize(other, form)).nonzero()
-    size, token = unit_tokens(form), 25
+    size, token = form.unit_tokens, 25
     assert set(changed[:, 1].tolist()) <= {0}
     assert set(changed[:, 2].tolist()) <= set(range(token // size * size, token // size * size + size))
     if form.scheme == "asymmetric":
@@ -305,7 +305,7 @@ def test_encoding_at_once_or_unit_by_unit_gives_the_same_bits(name: str, head_di
     x = numbers(2, 3, tokens, head_dim, dtype=dtype)
     whole, decoded = encode(x, form), fake_quantize(x, form)
     transposed = x.transpose(1, 2).contiguous().transpose(1, 2)  # as a model brings them
-    for pieces in (torch.split(x, unit_tokens(form), 2), torch.split(transposed, 32, 2), [transposed]):
+    for pieces in (torch.split(x, form.unit_tokens, 2), torch.split(transposed, 32, 2), [transposed]):
         parts = [encode(piece, form) for piece in pieces]
         assert torch.equal(torch.cat([part.codes for part in parts], 2), whole.codes)
         assert torch.equal(torch.cat([part.scale for part in parts], 2), whole.scale)

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer
 from kvprof.models.identity import live_fingerprint
 from kvprof.models.inventory import take_inventory
 from kvprof.records.document import ModelInfo
-from kvprof.records.plan import BitPlan, LayerPlan, Quantizer, SkippedLayer, Window
+from kvprof.records.plan import BitPlan, LayerChoice, LayerPlan, Quantizer, SkippedLayer, Window
 from kvprof.runtime.layers import RECORDED_TOKENS
 from kvprof.runtime.quantizer import fake_quantize
 
@@ -43,9 +43,15 @@ def plan_for(
     window: tuple[int, int] = (2, 6),
     fraction: float = 0.0,
     fingerprint: bool = False,
+    layers: LayerChoice = "all",
 ) -> BitPlan:
-    """Return a plan for a model. window: (sink tokens, recent tokens); fraction: the recent fraction of keys."""
+    """Return a plan for a model. window: (sink tokens, recent tokens); fraction: the recent fraction of keys.
+
+    layers: whether it covers those that slide.
+    """
     geometry = take_inventory(model.config).geometry
+    if layers == "full":
+        geometry = geometry.leaving({layer.layer: "sliding" for layer in geometry.sliding})
     entries = []
     for number, layer in enumerate(geometry.planned):
         key, value = formats[number % len(formats)]
@@ -85,9 +91,11 @@ def step(model: PreTrainedModel, ids: Tensor, cache: Cache, **settings: Tensor) 
 class NaiveLayer(DynamicLayer):
     """Everything in full precision; what the plan would have rounded is rounded on the way out."""
 
-    def __init__(self, plan: BitPlan, entry: LayerPlan) -> None:
+    def __init__(self, plan: BitPlan, entry: LayerPlan, span: int | None) -> None:
         super().__init__()
         self.plan = plan
+        self.span = span
+        self.is_sliding = span is not None
         self.forms = (entry.key, entry.value)
         self.coded = [0, 0]
         self.record_past = False
@@ -98,9 +106,15 @@ class NaiveLayer(DynamicLayer):
             torch.cat([self.rounded(states, number), new], dim=2)
             for number, (states, new) in enumerate(zip(past, (key_states, value_states), strict=True))
         ]
+        seen = self.get_mask_sizes(key_states.shape[2])[0]
         super().update(key_states, value_states)
         self.settle(RECORDED_TOKENS if self.record_past else 0)
-        return read[0], read[1]
+        return read[0][:, :, -seen:], read[1][:, :, -seen:]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        past = self.get_seq_length()
+        hidden = 0 if self.span is None else max(0, past - self.span + 1)
+        return past - hidden + query_length, hidden
 
     def rounded(self, states: Tensor, number: int) -> Tensor:
         first, coded = self.plan.window.sink_tokens, self.coded[number]
@@ -124,7 +138,8 @@ class NaiveLayer(DynamicLayer):
 
 def naive_cache(plan: BitPlan, model: PreTrainedModel) -> Cache:
     """Return the slow cache of a plan, for a model whose cache grows layer by layer."""
+    assert plan.geometry is not None
     layers = list(DynamicCache(config=model.config).layers)
     for entry in plan.layers:
-        layers[entry.layer] = NaiveLayer(plan, entry)
+        layers[entry.layer] = NaiveLayer(plan, entry, plan.geometry.layers[entry.layer].window)
     return Cache(layers=layers)

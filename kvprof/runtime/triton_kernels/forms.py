@@ -14,7 +14,6 @@ from torch import Tensor
 
 from kvprof.records.formats import Format
 from kvprof.runtime.history import PAGE_TOKENS, CodeBlock, StoredTensor
-from kvprof.runtime.quantizer import unit_tokens
 from kvprof.runtime.rotation import exact_levels, level_edges, rotation_signs
 from kvprof.runtime.triton_kernels.arithmetic import CHANNEL, FULL, ROTATED, TOKEN
 
@@ -65,7 +64,7 @@ class Pages:
 
 def page_tokens(form: Format) -> int:
     """Return the tokens of a page of codes."""
-    unit = unit_tokens(form)
+    unit = form.unit_tokens
     return ceil_div(PAGE_TOKENS, unit) * unit
 
 
