@@ -117,7 +117,7 @@ def layer_choice(layers: str | None, target: Target | None, geometry: CacheGeome
 
 
 def sliding_remark(plan: BitPlan, target: Target) -> str | None:
-    """Return what a plan leaves out that a runtime will do all the same to layers of a sliding window; None for none."""
+    """Return that a runtime quantizes the sliding layers that a plan leaves alone, where it does; else None."""
     skipped = [] if plan.geometry is None else [plan.geometry.layers[layer] for layer in plan.reasons]
     if target.sliding != "quantized" or not any(shape.window for shape in skipped):
         return None

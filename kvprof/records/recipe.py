@@ -25,6 +25,7 @@ from kvprof.records.document import Count, Number, Positive, Record, Text, expla
 from kvprof.records.formats import TENSORS, parse_formats
 from kvprof.records.runs import RESERVED_ON_WINDOWS
 from kvprof.records.scores import METRICS
+from kvprof.records.plan import LayerChoice
 from kvprof.records.words import read_layers
 
 if sys.version_info >= (3, 11):
@@ -134,6 +135,8 @@ class Decoding(Reading):
 class Gradients(Decoding):
     """`kvprof gradients`."""
 
+    layers: LayerChoice | None = None
+    """Whether layers of a sliding window are scored too."""
     until_stable: Flag | None = None
     stable_at: Several[Number] | None = None
     """Budgets in stored bits."""
@@ -214,6 +217,7 @@ class Plans(Windowed, Budgets):
     rule: Word | None = None
     metric: Metric | None = None
     max_kl: Number | None = None
+    layers: LayerChoice | None = None
     top_fraction: Share | None = None
     as_published: Flag | None = None
     bits_key: Positive | None = None
