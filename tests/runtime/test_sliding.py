@@ -1,7 +1,7 @@
 """Layers of a sliding window, or of attention chunks, in a PlanCache.
 
-The truth is an attention of this file's own: it keeps every token in full precision, rounds by `reference.py`, and hides
-by position itself what the window does not show. It is given the very numbers that the cache was given to round.
+The truth is an attention of this file's own: it keeps every token in full precision, rounds by `reference.py`, and
+hides by position itself what the window does not show. It is given the very numbers that the cache was given to round.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def plan_of(
 class Attention:
     """Attends in float64 to every token ever seen, rounded as the plan says, those that a query does not see hidden."""
 
-    def __init__(self, plan: BitPlan, spans: list[int | None], chunked: bool, padding: Tensor | None) -> None:
+    def __init__(self, plan: BitPlan, spans: list[int | None], chunked: bool, padding: Tensor) -> None:
         self.plan = plan
         self.spans = spans
         self.chunked = chunked
@@ -120,12 +120,14 @@ class Attention:
         return x
 
     def hidden(self, layer: int, new: int, tokens: int) -> np.ndarray:
-        """Return which keys, (new, tokens), the queries do not see."""
-        key, query = np.arange(tokens)[None, :], self.past + np.arange(new)[:, None]
-        hidden = key > query
+        """Return which keys, (B, 1, new, tokens), the queries do not see; chunks begin behind a sequence's padding."""
+        padding = self.padding.numpy()[:, None, None, None]
+        key = np.arange(tokens)[None, :] - padding
+        query = self.past + np.arange(new)[:, None] - padding
+        hidden = (key > query) | (key < 0)
         span = self.spans[layer]
         if span is not None:
-            hidden = hidden | (key // span != query // span if self.chunked else key <= query - span)
+            hidden |= key // span != query // span if self.chunked else key <= query - span
         return hidden
 
     def __call__(
@@ -143,9 +145,10 @@ class Attention:
         layer, new = module.layer_idx, query.shape[2]
         entry, (keys, values) = self.plan.layers[layer], self.given[layer]
         behind = slice(self.past, self.past + new)
-        # The key and value that this run made itself are those of the other run, up to the last bits.
+        # The key and value that this run made itself are those of the other run, up to the last bits; padding aside.
+        there = (torch.arange(self.past, self.past + new) >= self.padding[:, None])[:, None, :, None]
         for own, other in ((key, keys), (value, values)):
-            self.farthest = max(self.farthest, float((own[:, :, -new:] - other[:, :, behind]).abs().max()))
+            self.farthest = max(self.farthest, float(((own[:, :, -new:] - other[:, :, behind]) * there).abs().max()))
         k, v = (
             np.concatenate([self.history(exact, form), own[:, :, -new:].numpy()], axis=2).repeat(
                 query.shape[1] // key.shape[1], axis=1
@@ -156,9 +159,6 @@ class Attention:
         if softcap is not None:
             scores = np.tanh(scores / softcap) * softcap
         scores = np.where(self.hidden(layer, new, k.shape[2]), -np.inf, scores)
-        if self.padding is not None:
-            padded = np.arange(k.shape[2])[None, :] < self.padding.numpy()[:, None]
-            scores = np.where(padded[:, None, None, :], -np.inf, scores)
         if s_aux is not None:  # a logit beside those of the tokens, of nothing
             extra = np.broadcast_to(s_aux.numpy()[None, :, None, None], (*scores.shape[:3], 1))
             scores = np.concatenate([scores, extra], axis=-1)
@@ -197,18 +197,18 @@ def compare(
     """Read a text in pieces both ways; return the largest difference of any logit of a token that is no padding."""
     cache = Recording(plan, PlanCache.from_plan(plan, model).layers)
     cache.given = {}
-    pieces = torch.split(ids, lengths, dim=1)
-    seen = torch.ones_like(ids) if padding is None else (torch.arange(ids.shape[1]) >= padding[:, None]).long()
+    padding = torch.zeros(len(ids), dtype=torch.long) if padding is None else padding
+    seen = (torch.arange(ids.shape[1]) >= padding[:, None]).long()
     own = Attention(plan, spans(model), "Llama4" in type(model).__name__, padding)
     past, found, wanted, tokens = DynamicCache(), [], [], 0
-    for piece in pieces:
+    for piece in torch.split(ids, lengths, dim=1):
         tokens += piece.shape[1]
-        mask = None if padding is None else seen[:, :tokens]
-        found.append(model(piece, past_key_values=cache, attention_mask=mask).logits)
+        position = (seen.cumsum(1) - 1).clamp(min=0)[:, tokens - piece.shape[1] : tokens]
+        mask = seen[:, :tokens] if bool(padding.any()) else None
+        found.append(model(piece, past_key_values=cache, attention_mask=mask, position_ids=position).logits)
         assert cache.nbytes() == plan.bytes_at(tokens, ids.shape[0])
         own.given = cache.given
         with attending(model, own):
-            position = (seen.cumsum(1) - 1).clamp(min=0)[:, tokens - piece.shape[1] : tokens]
             wanted.append(model(piece, past_key_values=past, position_ids=position).logits)
         own.past = tokens
     assert cache.nbytes() == sum(bytes_within(layer) for layer in cache.layers)
@@ -232,7 +232,7 @@ def random_forms(rng: random.Random, head_dim: int) -> list[tuple[TensorPlan, Te
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_decoding_reads_what_an_attention_that_keeps_everything_reads(name: str, seed: int) -> None:
     rng = random.Random(f"{name} {seed}")
     head_dim = rng.choice([8, 6, 4, 16])  # codes of 6 or 4 channels seldom fill bytes
@@ -244,7 +244,7 @@ def test_decoding_reads_what_an_attention_that_keeps_everything_reads(name: str,
     assert compare(model, plan, ids, lengths) < 1e-3
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["Mistral", "Llama4Text"])
 @pytest.mark.parametrize("span", [5, 12, 13, 14, 15, 16, 17, 20])
 def test_windows_about_as_long_as_what_stays_in_full_precision(name: str, span: int) -> None:
     """Sinks, recent tokens and a group of keys are 2 + 6 + 8 = 16 tokens; every one of them is met alone."""
@@ -310,7 +310,7 @@ def test_one_forward_reads_what_decoding_through_the_cache_reads(name: str) -> N
     """In float64, so that no code is a toss-up between two ways to add."""
     model = build(name, 16, dtype=torch.float64)
     ids = prompt(70)
-    for window in ((2, 5), (0, 0), (4, 20)):
+    for window in ((4, 20), (0, 0), (2, 5)):
         plan = plan_for(model, MIXED, window, fraction=0.1)
         cache = PlanCache.from_plan(plan, model)
         alone = torch.cat([model(piece, past_key_values=cache).logits for piece in ids.split(1, dim=1)], dim=1)
@@ -328,14 +328,14 @@ def test_tokens_that_left_the_window_free_their_bytes() -> None:
     model = build("Mistral", 16)
     cache = PlanCache.from_plan(plan_for(model, [("int2g8", "int2g8")], (2, 6)), model)
     sizes = set()
-    for ids in prompt(400).split(1, dim=1):
+    for ids in prompt(120).split(1, dim=1):
         model(ids, past_key_values=cache)
         if cache.get_seq_length() > 24:
             sizes.add(cache.nbytes())
             assert max(layer.key.held for layer in cache.layers) <= 16 + 7
             assert max(layer.value.held for layer in cache.layers) == 16
     assert len(sizes) <= 8
-    assert cache.get_seq_length() == 400
+    assert cache.get_seq_length() == 120
 
 
 def test_no_query_reads_a_sink_that_has_left_the_window() -> None:
