@@ -78,28 +78,27 @@ def test_a_norm_without_gains_is_flagged_too() -> None:
     assert kinds(inventory) == ["full", "full", "full", "full"]  # chunks of 8192 never end within 64 tokens
 
 
-def test_chunked_layers_are_skipped_with_the_chunk_as_the_reason() -> None:
+def test_chunked_layers_are_planned_with_their_chunk_as_a_window() -> None:
     inventory = take_inventory(
         config("Llama4Text", head_dim=8, no_rope_layers=[1, 1, 1, 0], attention_chunk_size=16, intermediate_size_mlp=48)
     )
     assert kinds(inventory) == ["chunked"] * 3 + ["full"]
-    assert inventory.geometry.layers[0].skipped == "attention chunk of 16 tokens"
+    assert [layer.window for layer in inventory.geometry.planned] == [16, 16, 16, None]
 
 
 def test_gemma_2_alternates_windows_and_caps_its_logits() -> None:
     inventory = take_inventory(config("Gemma2", head_dim=8, sliding_window=16))
     assert kinds(inventory) == ["sliding", "full"] * 2
-    assert inventory.geometry.layers[0].skipped == "sliding window of 16 tokens"
-    assert inventory.geometry.layers[0].window == 16
-    assert [layer.layer for layer in inventory.geometry.planned] == [1, 3]
+    assert [layer.window for layer in inventory.geometry.planned] == [16, None, 16, None]
+    assert [layer.layer for layer in inventory.geometry.sliding] == [0, 2]
     assert flags(inventory) == {"softcap": (0, 1, 2, 3)}
     assert flags(take_inventory(config("Gemma2", head_dim=8, attn_logit_softcapping=None))) == {}
 
 
-def test_every_layer_of_a_sliding_mistral_is_skipped() -> None:
+def test_every_layer_of_a_sliding_mistral_can_be_planned() -> None:
     inventory = take_inventory(config("Mistral", sliding_window=16))
     assert kinds(inventory) == ["sliding"] * 4
-    assert inventory.geometry.planned == ()
+    assert inventory.geometry.planned == inventory.geometry.sliding == inventory.geometry.layers
     assert kinds(take_inventory(config("Mistral", sliding_window=None))) == ["full"] * 4
 
 

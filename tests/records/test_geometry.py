@@ -22,6 +22,31 @@ def test_a_plan_covers_the_layers_that_give_no_reason_to_be_skipped(hybrid: Cach
 
 def test_a_sliding_layer_is_scored_although_no_plan_covers_it(hybrid: CacheGeometry) -> None:
     assert [layer.layer for layer in hybrid.scored] == [0, 1, 4]
+    assert hybrid.sliding == ()
+
+
+def test_a_sliding_layer_with_no_reason_to_be_skipped_is_planned_until_a_plan_leaves_it(
+    hybrid_geometry_json: dict[str, Any],
+) -> None:
+    hybrid_geometry_json["layers"][1]["skipped"] = None
+    geometry = CacheGeometry.model_validate(hybrid_geometry_json)
+    assert [layer.layer for layer in geometry.planned] == [0, 1, 4]
+    assert [layer.layer for layer in geometry.sliding] == [1]
+    left = geometry.leaving({1: "it is short", 0: "it is full, and stays", 2: "another word for recurrent"})
+    assert [layer.layer for layer in left.planned] == [0, 4]
+    assert left.layers[1].skipped == "it is short"
+    assert left.layers[2] == geometry.layers[2]
+    assert [layer.layer for layer in left.scored] == [0, 1, 4]
+    assert geometry.leaving({0: "it is full"}) == geometry
+    assert left.leaving({1: "another word"}) == left
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"), [("sliding", "sliding window of 512 tokens"), ("chunked", "attention chunk of 512 tokens")]
+)
+def test_a_window_is_named_by_its_kind(kind: str, text: str) -> None:
+    shape = {"layer": 0, "kv_heads": 1, "key_head_dim": 8, "value_head_dim": 8}
+    assert KVLayer.model_validate({**shape, "kind": kind, "window": 512}).window_text == text
 
 
 def test_keys_and_values_of_one_layer_may_differ_in_width(hybrid: CacheGeometry) -> None:
@@ -78,9 +103,8 @@ def test_an_element_has_the_bytes_of_its_dtype(hybrid_geometry_json: dict[str, A
         (0, {"layer": 9}, "without a gap"),
         (0, {"kv_heads": 0}, "layer 0 caches nothing"),
         (0, {"value_head_dim": 0}, "layer 0 caches nothing"),
-        (0, {"kind": "recurrent"}, "layer 0 .recurrent. does not keep"),
-        (0, {"kind": "latent"}, "layer 0 .latent. does not keep"),
-        (1, {"skipped": None}, "layer 1 .sliding. does not keep"),
+        (0, {"kind": "recurrent"}, "layer 0 .recurrent. keeps no tokens' own keys"),
+        (0, {"kind": "latent"}, "layer 0 .latent. keeps no tokens' own keys"),
         (0, {"window": 0}, "window"),
         (0, {"kv_heads": -1}, "kv_heads"),
         (0, {"kv_heads": 2.0}, "kv_heads"),

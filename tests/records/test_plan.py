@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from kvprof.errors import InvalidFile, KvprofError, Mismatch
 from kvprof.records.formats import CODE_BITS
 from kvprof.records.geometry import CacheGeometry
-from kvprof.records.plan import BitPlan
+from kvprof.records.plan import BitPlan, TensorPlan, Window, layers_left_alone, oldest_held
 
 
 def read(value: dict[str, Any]) -> BitPlan:
@@ -316,6 +316,73 @@ def test_a_handwritten_plan_that_gives_bits_to_a_skipped_layer_does_not_fit(
     assert "sliding window of 512 tokens" in message
 
 
+@pytest.fixture
+def sliding_geometry_json(hybrid_geometry_json: dict[str, Any]) -> dict[str, Any]:
+    """Return the hybrid geometry, of which a plan may cover the sliding layer too."""
+    hybrid_geometry_json["layers"][1]["skipped"] = None
+    return hybrid_geometry_json
+
+
+def test_a_plan_may_cover_a_sliding_layer_or_leave_it_alone(
+    hybrid_plan_json: dict[str, Any], sliding_geometry_json: dict[str, Any]
+) -> None:
+    geometry = geometry_of(sliding_geometry_json)
+    read(hybrid_plan_json).check_fits(geometry, None)
+    covering = copy.deepcopy(hybrid_plan_json)
+    covering["layers"].insert(1, {**covering["layers"][0], "layer": 1})
+    del covering["skipped"][0]
+    read(covering).check_fits(geometry, None)
+    read({**covering, "geometry": sliding_geometry_json}).check_fits(geometry, None)
+
+
+def test_a_plan_cannot_leave_a_full_layer_alone(
+    hybrid_plan_json: dict[str, Any], sliding_geometry_json: dict[str, Any]
+) -> None:
+    del hybrid_plan_json["layers"][1]
+    hybrid_plan_json["skipped"].append({"layer": 4, "reason": "not planned"})
+    assert "no bits to layer 4" in mismatch(read(hybrid_plan_json), geometry_of(sliding_geometry_json))
+
+
+def test_sliding_layers_are_left_alone_where_their_window_is_all_in_full_precision(
+    sliding_geometry_json: dict[str, Any],
+) -> None:
+    geometry = geometry_of(sliding_geometry_json)
+
+    def left(recent: int, context: int | None = None, sinks: int = 4) -> list[int]:
+        return list(layers_left_alone(geometry, "all", Window(sink_tokens=sinks, recent_tokens=recent), context))
+
+    assert left(511) == []
+    assert left(512) == [1]
+    assert left(508) == left(508, 513) == []  # of a longer text the sinks are out of sight
+    assert left(508, 512) == [1]
+    assert left(507, 512) == []
+    assert left(100, 104) == left(100, 50) == [1]
+    assert left(100, 105) == []
+    window = Window(sink_tokens=4, recent_tokens=512)
+    reasons = layers_left_alone(geometry, "all", window)
+    assert reasons == {1: "sliding window of 512 tokens, no more than stay in full precision"}
+    assert layers_left_alone(geometry, "full", Window(sink_tokens=0, recent_tokens=0)) == {
+        1: "sliding window of 512 tokens"
+    }
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 9), st.integers(0, 40), st.integers(1, 50), st.integers(0, 130))
+def test_what_is_left_alone_is_that_of_which_nothing_would_be_quantized(
+    sinks: int, recent: int, span: int, context: int
+) -> None:
+    """In the finest format there is: a token by itself, in whole bytes."""
+    form = {"bits": 8, "group_size": 8, "axis": "token", "recent_fraction": 0.0, "scheme": "asymmetric"}
+    by_hand = TensorByHand(form, {"sink_tokens": sinks, "recent_tokens": recent}, 1, 8, 16, span)
+    for _ in range(context):
+        by_hand.append()
+    coded = {token for unit in by_hand.quantized_units for token in unit} - by_hand.gone()
+    shape = {"layer": 0, "kind": "sliding", "kv_heads": 1, "key_head_dim": 8, "value_head_dim": 8, "window": span}
+    geometry = CacheGeometry.model_validate({"dtype": "float16", "layers": [shape]})
+    left = layers_left_alone(geometry, "all", Window(sink_tokens=sinks, recent_tokens=recent), context)
+    assert bool(left) == (not coded)
+
+
 def test_a_rotated_tensor_fits_heads_of_its_group_size_alone(
     plan_json: dict[str, Any], small_geometry_json: dict[str, Any]
 ) -> None:
@@ -385,11 +452,21 @@ class TensorByHand:
 
     Section 3 of the design: groups start after the sinks; a token (axis `token`) or a group of tokens (axis `channel`)
     is quantized exactly when at least `recent_tokens` tokens follow it; with a recent fraction, that part of all
-    tokens seen so far must follow it too.
+    tokens seen so far must follow it too. Of a span, what the newest query did not see is let go: a sink alone, a unit
+    as a whole, and eight units together where the codes of a token and head fill no whole bytes.
     """
 
-    def __init__(self, form: dict[str, Any], window: dict[str, int], heads: int, head_dim: int, full_bits: int) -> None:
+    def __init__(
+        self,
+        form: dict[str, Any],
+        window: dict[str, int],
+        heads: int,
+        head_dim: int,
+        full_bits: int,
+        span: int | None = None,
+    ) -> None:
         self.form, self.window, self.heads, self.head_dim, self.full_bits = form, window, heads, head_dim, full_bits
+        self.span = span
         self.full_tokens: set[int] = set()
         self.quantized_units: list[list[int]] = []
         self.seen = 0
@@ -413,9 +490,25 @@ class TensorByHand:
             self.full_tokens -= set(tokens)
             self.quantized_units.append(tokens)
 
+    def gone(self) -> set[int]:
+        """Return the positions that were let go."""
+        if self.span is None:
+            return set()
+        is_full = self.form["bits"] == 16
+        sinks = 0 if is_full else self.window["sink_tokens"]
+        size = 1 if is_full or self.form["axis"] == "token" else self.form["group_size"]
+        if not is_full and self.head_dim * self.form["bits"] % 8:
+            size *= 8
+        together = [[sink] for sink in range(sinks)]
+        together += [list(range(first, first + size)) for first in range(sinks, self.seen, size)]
+        unseen = set(range(self.seen - self.span))
+        return {token for tokens in together if unseen.issuperset(tokens) for token in tokens}
+
     def bytes(self) -> int:
-        bits = 0
+        bits, gone = 0, self.gone()
         for tokens in self.quantized_units:
+            if tokens[0] in gone:
+                continue
             for _ in range(self.heads):
                 bits += len(tokens) * self.head_dim * self.form["bits"]
                 if self.form["scheme"] == "rotated":
@@ -424,7 +517,8 @@ class TensorByHand:
                     bits += sum(16 + 16 for _ in range(self.head_dim))
                 else:
                     bits += sum(16 + 16 for _ in range(0, self.head_dim, self.form["group_size"]))
-        return math.ceil(bits / 8) + len(self.full_tokens) * self.heads * self.head_dim * self.full_bits // 8
+        full = len(self.full_tokens - gone)
+        return math.ceil(bits / 8) + full * self.heads * self.head_dim * self.full_bits // 8
 
 
 HEAD_DIMS = st.sampled_from([1, 5, 16, 64, 80])
@@ -450,8 +544,8 @@ def forms(draw: st.DrawFn, head_dim: int) -> dict[str, Any]:
 
 @st.composite
 def plans(draw: st.DrawFn) -> dict[str, Any]:
-    """Draw a plan with its geometry: one to three layers, some of them sliding and skipped."""
-    kinds = ["full", *draw(st.lists(st.sampled_from(["full", "sliding", "none"]), max_size=2))]
+    """Draw a plan with its geometry: one to three layers, some of them sliding, and of these some skipped."""
+    kinds = ["full", *draw(st.lists(st.sampled_from(["full", "sliding", "chunked", "none"]), max_size=2))]
     layers, geometry_layers, skipped = [], [], []
     for index, kind in enumerate(kinds):
         shape = {
@@ -459,13 +553,14 @@ def plans(draw: st.DrawFn) -> dict[str, Any]:
             "key_head_dim": draw(HEAD_DIMS),
             "value_head_dim": draw(HEAD_DIMS),
         }
+        slides = kind in ("sliding", "chunked")
         geometry_layers.append({"layer": index, "kind": kind, **shape})
-        if kind == "full":
+        geometry_layers[-1]["window"] = draw(st.integers(1, 50)) if slides else None
+        if kind == "full" or (slides and draw(st.booleans())):
             key, value = draw(forms(shape["key_head_dim"])), draw(forms(shape["value_head_dim"]))
             layers.append({"layer": index, "key": key, "value": value})
         else:
             geometry_layers[-1]["skipped"] = kind
-            geometry_layers[-1]["window"] = draw(st.integers(1, 50)) if kind == "sliding" else None
             skipped.append({"layer": index, "reason": kind})
     return {
         "schema": "kvprof.plan/1",
@@ -484,22 +579,48 @@ def test_bytes_at_every_context_are_those_of_a_cache_filled_token_by_token(value
     plan = read(value)
     full_bits = 32 if value["geometry"]["dtype"] == "float32" else 16
     tensors = [
-        TensorByHand(entry[tensor], value["window"], layer["kv_heads"], layer[f"{tensor}_head_dim"], full_bits)
+        TensorByHand(
+            entry[tensor],
+            value["window"],
+            layer["kv_heads"],
+            layer[f"{tensor}_head_dim"],
+            full_bits,
+            layer["window"],
+        )
         for entry in value["layers"]
         for layer in [value["geometry"]["layers"][entry["layer"]]]
         for tensor in ("key", "value")
     ]
-    sliding = [layer for layer in value["geometry"]["layers"] if layer["kind"] == "sliding"]
+    planned = [entry["layer"] for entry in value["layers"]]
+    sliding = [layer for layer in value["geometry"]["layers"] if layer["window"] and layer["layer"] not in planned]
     for context in range(130):
         by_hand = sum(tensor.bytes() for tensor in tensors)
         for layer in sliding:
-            last = list(range(context))[-layer["window"] :]
+            last = range(context)[-layer["window"] :]
             by_hand += (
                 len(last) * layer["kv_heads"] * (layer["key_head_dim"] + layer["value_head_dim"]) * full_bits // 8
             )
         assert plan.bytes_at(context, batch) == batch * by_hand, context
         for tensor in tensors:
             tensor.append()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), HEAD_DIMS, st.integers(0, 9), st.integers(1, 60))
+def test_the_oldest_token_held_is_the_first_that_was_not_let_go(
+    data: st.DataObject, head_dim: int, sinks: int, span: int
+) -> None:
+    form = data.draw(forms(head_dim))
+    window = {"sink_tokens": sinks, "recent_tokens": data.draw(st.integers(0, 60))}
+    by_hand = TensorByHand(form, window, 1, head_dim, 16, span)
+    read_form, read_window = TensorPlan.model_validate(form), Window.model_validate(window)
+    for context in range(400):
+        held = set(range(context)) - by_hand.gone()
+        assert held == set(range(min(held, default=0), context))  # without a gap
+        assert oldest_held(read_form, read_window, span, context, head_dim) == min(held, default=0), context
+        assert oldest_held(read_form, read_window, None, context, head_dim) == 0
+        assert held.issuperset(range(max(0, context - span), context))  # all that the newest query saw
+        by_hand.seen += 1
 
 
 def test_a_recent_fraction_of_one_quantizes_nothing(

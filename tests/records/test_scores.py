@@ -260,6 +260,22 @@ def test_losses_count_as_a_metric_where_every_tensor_that_a_plan_covers_has_them
     assert [entry.layer for entry in scores.planned] == [0]
 
 
+def test_scores_that_leave_sliding_layers_are_still_the_same_scores(tmp_path: Path) -> None:
+    losses = {"int2g8": 0.1}
+    shape = {"kind": "full", "kv_heads": 1, "key_head_dim": 8, "value_head_dim": 8}
+    layers = [{"layer": 0, **shape}, {"layer": 1, **shape, "kind": "sliding", "window": 8}]
+    scores = with_losses((losses, losses), (losses, losses), geometry={"dtype": "float16", "layers": layers})
+    before = scores.digest
+    left = scores.leaving({0: "full", 1: "too short"})
+    assert [entry.layer for entry in scores.planned] == [0, 1]
+    assert [entry.layer for entry in left.planned] == [0]
+    assert left.digest == scores.digest == before
+    assert left.leaving({1: "too short"}).digest == before
+    assert scores.leaving({0: "full"}) is scores
+    scores.save(tmp_path / "scores.json")
+    assert Scores.load(tmp_path / "scores.json").leaving({1: "too short"}).digest == before
+
+
 def test_losses_are_no_number_a_tensor() -> None:
     with pytest.raises(UsageError, match="loss_increase is a number for each format"):
         with_losses(({"int2g64": 0.1}, {"int2g64": 0.1})).metric("loss_increase")

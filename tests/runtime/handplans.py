@@ -34,11 +34,19 @@ def hand_plan(
     window: tuple[int, int] = (0, 0),
     dtype: str = "float32",
     quantizer: Quantizer | None = None,
+    spans: Sequence[int | None] | None = None,
 ) -> BitPlan:
-    """Return a plan for layers of one shape. window: (sink tokens, recent tokens)."""
+    """Return a plan for layers of one shape. window: (sink tokens, recent tokens); spans: of the layers that slide."""
     shapes = tuple(
-        KVLayer(layer=layer, kind="full", kv_heads=kv_heads, key_head_dim=head_dims[0], value_head_dim=head_dims[1])
-        for layer in range(len(layers))
+        KVLayer(
+            layer=layer,
+            kind="full" if span is None else "sliding",
+            kv_heads=kv_heads,
+            key_head_dim=head_dims[0],
+            value_head_dim=head_dims[1],
+            window=span,
+        )
+        for layer, span in enumerate(spans or [None] * len(layers))
     )
     return BitPlan(
         model=ModelInfo(num_layers=len(layers)),

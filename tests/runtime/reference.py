@@ -113,3 +113,20 @@ def tokens_in_codes(tokens: int, form: TensorPlan, window: Window) -> int:
     while tokens - (window.sink_tokens + coded + group) >= needed:
         coded += group
     return coded
+
+
+def first_held(tokens: int, form: TensorPlan, window: Window, span: int | None, head_dim: int) -> int:
+    """Return the position of the first token that is kept, where queries see the last `span` tokens only.
+
+    What the newest query did not see goes: a sink by itself, what is behind the sinks by groups, and by eight groups
+    where the codes of a token and head end within a byte.
+    """
+    unseen = 0 if span is None else tokens - span
+    sinks = 0 if form.is_full else window.sink_tokens
+    together = 1 if form.is_full or form.axis == "token" else form.group_size
+    if not form.is_full and head_dim * form.bits % 8:
+        together *= 8
+    first = 0
+    while first + (step := 1 if first < sinks else together) <= unseen:
+        first += step
+    return first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from kvprof.runtime.cache import PlanCache
 from kvprof.runtime.layers import RECORDED_TOKENS, planned_layer
 
 
-def filled(model: PreTrainedModel, tokens: int = 40, batch: int = 1, **settings: tuple[int, int]) -> PlanCache:
+def filled(model: PreTrainedModel, tokens: int = 40, batch: int = 1, **settings: Any) -> PlanCache:
     cache = PlanCache.from_plan(plan_for(model, **settings), model)
     step(model, prompt(tokens, batch), cache)
     return cache
@@ -122,15 +123,24 @@ OWN = {
 @pytest.mark.parametrize("name", OWN)
 def test_layers_that_the_plan_skips_are_those_of_transformers(name: str) -> None:
     model = build(name)
-    cache = PlanCache.from_plan(plan_for(model), model)
+    cache = PlanCache.from_plan(plan_for(model, layers="full"), model)
     assert [type(layer).__name__ for layer in cache.layers] == [kind + "Layer" for kind in OWN[name]]
     for layer, own in zip(cache.layers, DynamicCache(config=model.config).layers, strict=True):
         assert planned_layer(layer) is not None or type(layer) is type(own)
 
 
-def test_a_model_that_a_plan_can_give_nothing_has_no_plan() -> None:
+@pytest.mark.parametrize("name", OWN)
+def test_layers_that_slide_are_the_plans_own_where_it_covers_them(name: str) -> None:
+    model = build(name)
+    cache = PlanCache.from_plan(plan_for(model), model)
+    expected = [kind.replace("DynamicSlidingWindow", "Planned") + "Layer" for kind in OWN[name]]
+    assert [type(layer).__name__ for layer in cache.layers] == expected
+    assert cache.is_sliding == DynamicCache(config=model.config).is_sliding
+
+
+def test_a_model_of_sliding_layers_alone_has_no_plan_of_full_ones() -> None:
     with pytest.raises(ValueError, match="layers is empty"):
-        plan_for(build("mistral-sliding"))
+        plan_for(build("mistral-sliding"), layers="full")
 
 
 @pytest.mark.parametrize("name", sorted(UNUSUAL))
@@ -165,9 +175,9 @@ def test_the_bytes_are_those_of_the_plan_after_every_token(fraction: float) -> N
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 40])
-def test_a_sliding_layer_counts_the_window_that_its_last_query_read(tokens: int) -> None:
+def test_a_sliding_layer_left_alone_counts_the_window_that_its_last_query_read(tokens: int) -> None:
     model = build("gemma3")
-    cache = filled(model, tokens)
+    cache = filled(model, tokens, layers="full")
     assert cache.nbytes() == cache.plan.bytes_at(tokens)
     held = sum(bytes_within(layer) for layer in cache.layers if not layer.is_sliding)
     held += sum(x.numel() * x.element_size() for x in (cache.layers[0].keys, cache.layers[0].values))

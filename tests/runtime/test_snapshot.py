@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvprof.errors import CacheError, InvalidFile, Mismatch, OutputError
+from kvprof.records.plan import LayerChoice
 from kvprof.runtime import snapshot
 from kvprof.runtime.cache import PlanCache
 
@@ -25,8 +26,8 @@ Header = dict[str, str]
 Tensors = dict[str, Tensor]
 
 
-def filled(model: PreTrainedModel, tokens: int = 40, batch: int = 2) -> PlanCache:
-    cache = PlanCache.from_plan(plan_for(model, fraction=0.1, fingerprint=True), model)
+def filled(model: PreTrainedModel, tokens: int = 40, batch: int = 2, layers: LayerChoice = "all") -> PlanCache:
+    cache = PlanCache.from_plan(plan_for(model, fraction=0.1, fingerprint=True, layers=layers), model)
     if tokens:
         step(model, prompt(tokens, batch), cache)
     return cache
@@ -266,7 +267,7 @@ OWN_DAMAGE: dict[str, tuple[str, Callable[[Header, Tensors], object]]] = {
 def test_a_file_altered_in_transformers_own_layers_is_refused(damage: str, tmp_path: Path) -> None:
     name, alter = OWN_DAMAGE[damage]
     model = build(name)
-    path = filled(model).save(tmp_path / "cache.safetensors")
+    path = filled(model, layers="full").save(tmp_path / "cache.safetensors")
     header, tensors = read(path)
     alter(header, tensors)
     save_file(tensors, path, metadata=header)
