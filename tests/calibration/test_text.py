@@ -20,7 +20,6 @@ import pytest
 from kvprof.calibration.text import SPLITS, open_text
 from kvprof.errors import CalibrationError, UsageError
 
-
 ROWS = [f"row {number}: the quick brown fox, the lazy dog" for number in range(40)]
 
 
