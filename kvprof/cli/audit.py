@@ -10,6 +10,8 @@ import typer
 from kvprof.cli.measure import Model
 from kvprof.cli.options import (
     CalibrationLength,
+    Column,
+    Config,
     Device,
     DryRun,
     Dtype,
@@ -43,6 +45,8 @@ def divergence(
     recent_tokens: RecentTokens = 128,
     data: Texts = None,
     split: Split = None,
+    column: Column = None,
+    config: Config = None,
     sequences: Annotated[int, typer.Option(help="Calibration sequences. Time grows with them.")] = 2,
     sequence_length: CalibrationLength = None,
     seed: Seed = 0,
@@ -74,6 +78,8 @@ def divergence(
         suffix_fraction=suffix_fraction,
         data=data or USUAL_DATA,
         split=split,
+        column=column,
+        config=config,
         sequences=sequences,
         sequence_length=sequence_length,
         seed=seed,

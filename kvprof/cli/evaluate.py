@@ -9,6 +9,8 @@ import typer
 from typer.core import TyperCommand
 
 from kvprof.cli.options import (
+    Column,
+    Config,
     Device,
     DryRun,
     Dtype,
@@ -61,6 +63,8 @@ def evaluate(
     ] = False,
     data: HeldOutTexts = None,
     split: HeldOutSplit = None,
+    column: Column = None,
+    config: Config = None,
     sequences: Annotated[int, typer.Option(help="Sequences of text. Time grows with them; the error shrinks.")] = 12,
     sequence_length: SequenceLength = None,
     measure_from: Annotated[
@@ -108,6 +112,8 @@ def evaluate(
         device,
         exact,
         stream,
+        column,
+        config,
     )
     if rivals or check:  # run_evaluation asks the same, but after what the rivals need
         check_request(source, [(name, found), *further], settings, compares=check)

@@ -10,6 +10,8 @@ from kvprof.cli import completion
 from kvprof.cli.allowed import Layers
 from kvprof.cli.options import (
     CalibrationLength,
+    Column,
+    Config,
     Device,
     DryRun,
     Dtype,
@@ -78,6 +80,8 @@ def gradients(
     out: Out = None,
     data: Texts = None,
     split: Split = None,
+    column: Column = None,
+    config: Config = None,
     sequences: Annotated[
         int | None,
         typer.Option(help="Calibration sequences. Time grows with them.", show_default="8; 32 with --until-stable"),
@@ -157,6 +161,8 @@ def gradients(
     settings = SensitivitySettings(
         data=tuple(data or USUAL_DATA),
         split=split,
+        column=column,
+        config=config,
         sequences=sequences,
         sequence_length=sequence_length,
         batch_size=batch_size,

@@ -9,6 +9,8 @@ import typer
 from kvprof.cli.measure import Model
 from kvprof.cli.options import (
     CalibrationLength,
+    Column,
+    Config,
     Device,
     DryRun,
     Dtype,
@@ -29,6 +31,8 @@ def spectra(
     out: Out = None,
     data: Texts = None,
     split: Split = None,
+    column: Column = None,
+    config: Config = None,
     sequences: Annotated[int, typer.Option(help="Calibration sequences. Time grows with them.")] = 8,
     sequence_length: CalibrationLength = None,
     seed: Seed = 0,
@@ -54,6 +58,8 @@ def spectra(
     settings = TextSettings(
         data=data or USUAL_DATA,
         split=split,
+        column=column,
+        config=config,
         sequences=sequences,
         sequence_length=sequence_length,
         seed=seed,

@@ -106,8 +106,12 @@ class Reading(Record):
     """Which text is read, and how much of it."""
 
     data: Several[Word] | None = None
-    """`builtin`, `self`, a .txt, .jsonl, .parquet or .csv file, a hub dataset; NAME:2 takes twice as much."""
+    """`builtin`, `self`, a file, a folder or a pattern of files, a hub dataset; NAME:2 takes twice as much."""
     split: Word | None = None
+    column: Word | None = None
+    """What of a row is text: a column, or a template of columns."""
+    config: Word | None = None
+    """Of a dataset that has several."""
     sequences: Positive | None = None
     sequence_length: Annotated[Positive, Field(ge=2)] | None = None
     """Tokens at most."""
