@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from kvprof.errors import ModelError
-from kvprof.models.gguf_header import GGUFTensor, check_gguf
-from kvprof.models.load import need_gguf
+from kvprof.models.gguf_header import GGUFTensor, check_gguf, need_gguf
 from kvprof.models.opening import read_headers
 
 Runs = Sequence[tuple[int, int]]

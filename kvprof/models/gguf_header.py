@@ -87,6 +87,16 @@ class GGUFHeader:
         return None if field is None else field.length
 
 
+def need_gguf() -> None:
+    """Raise ModelError, saying what to install, where the package that reads GGUF files is missing."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise ModelError(
+            "reading a .gguf file needs the package gguf.\n  Install it: pip install 'kvprof-bits[gguf]'"
+        ) from None
+
+
 def check_gguf(path: Path) -> GGUFHeader:
     """Return what a file's header says; raises ModelError, saying what is wrong, where it is not sound."""
     try:

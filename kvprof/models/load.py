@@ -31,9 +31,9 @@ from transformers import (
 )
 
 from kvprof.errors import KvprofError, ModelError, UsageError, did_you_mean, first_line, is_out_of_memory
-from kvprof.models.gguf_header import STAND_IN, check_gguf, write_without_vocabulary
+from kvprof.models.gguf_header import STAND_IN, check_gguf, need_gguf, write_without_vocabulary
 from kvprof.models.hub import fetch_from_hub
-from kvprof.models.inventory import build_skeleton, is_causal
+from kvprof.models.inventory import ASSUMED_DTYPE, build_skeleton, is_causal, own_dtype
 from kvprof.models.kept import content_name, made_once
 from kvprof.models.lent import check_lent, live_config
 from kvprof.models.memory import free_bytes
@@ -42,6 +42,7 @@ from kvprof.models.opening import check_config, check_loadable, read_headers
 from kvprof.models.own_code import check_code, find_code, refused_code
 from kvprof.models.quiet import quiet
 from kvprof.models.shelf import Shelf
+from kvprof.models.stored_dtype import stored_dtype
 from kvprof.models.streaming import stream_weights
 from kvprof.records.geometry import bytes_text
 from kvprof.records.runs import cache_folder
@@ -129,7 +130,16 @@ def load_config(source: ModelSource) -> PretrainedConfig:
         return _gguf_config(source, place)
     arguments = loading_arguments(source, place)
     with _explained(source, "config"), _quiet():
-        return AutoConfig.from_pretrained(**arguments)
+        config: PretrainedConfig = AutoConfig.from_pretrained(**arguments)
+    if config.dtype is None and (dtype := stored_dtype(place, source.hub_id)) is not None:
+        _set_dtype(config, dtype)
+    return config
+
+
+def _set_dtype(config: PretrainedConfig, dtype: torch.dtype) -> None:
+    """Let a config name the dtype that transformers will load all of the model in, as transformers then does itself."""
+    for part in {id(part): part for part in (config, config.get_text_config(decoder=True))}.values():
+        part.dtype = dtype
 
 
 def _gguf_config(source: ModelSource, gguf: Path) -> PretrainedConfig:
@@ -140,6 +150,7 @@ def _gguf_config(source: ModelSource, gguf: Path) -> PretrainedConfig:
         write_without_vocabulary(gguf, header, Path(folder) / gguf.name, weights=False)
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, gguf_file=gguf.name, trust_remote_code=False)
     config.name_or_path = str(gguf.parent)
+    _set_dtype(config, torch.float32)  # which transformers dequantizes to
     if header.vocabulary is not None and config.vocab_size == STAND_IN:  # counted, where no field says it
         config.vocab_size = header.vocabulary
     return config
@@ -230,8 +241,7 @@ def _and_others(names: Sequence[str]) -> str:
 
 def dtype_of(config: PretrainedConfig, dtype: str) -> torch.dtype:
     """Return the dtype that a model will be loaded in."""
-    own = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
-    return DTYPES.get(dtype, own)
+    return DTYPES.get(dtype) or own_dtype(config) or ASSUMED_DTYPE
 
 
 def check_dtype(dtype: str) -> None:
@@ -243,16 +253,6 @@ def check_dtype(dtype: str) -> None:
 def lend(model: PreTrainedModel, tokenizer: Any = None) -> ModelSource:
     """Return a loaded model as a source like any other: its id is where it was loaded from, else its class."""
     return ModelSource(model.name_or_path or type(model).__name__, "loaded", live=model, tokenizer=tokenizer)
-
-
-def need_gguf() -> None:
-    """Raise ModelError, saying what to install, where the package that reads GGUF files is missing."""
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise ModelError(
-            "reading a .gguf file needs the package gguf.\n  Install it: pip install 'kvprof-bits[gguf]'"
-        ) from None
 
 
 def _placement(device: str, config: PretrainedConfig, dtype: str) -> torch.device | None:
@@ -301,7 +301,7 @@ def weight_bytes(config: PretrainedConfig, dtype: str = "auto") -> int:
     modules = build_skeleton(config).modules.values()
     parameters = [parameter for module in modules for parameter in module.parameters(recurse=False)]
     elements = sum({id(parameter): parameter.numel() for parameter in parameters}.values())  # tied ones are one
-    return elements * DTYPES.get(dtype, config.dtype or torch.float32).itemsize
+    return elements * dtype_of(config, dtype).itemsize
 
 
 def loading_arguments(source: ModelSource, place: Path, tokenizer: bool = False) -> dict[str, Any]:

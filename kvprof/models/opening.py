@@ -103,10 +103,12 @@ def read_headers(folder: Path) -> dict[str, tuple[str, StoredTensor]]:
     Raises ModelError as `check_weights` does, and for a file that is truncated, corrupt or not what the index says.
     """
     shards = check_weights(folder)
-    return shards.places(_header(folder / shard) for shard in shards.files)
+    return shards.places(read_header(folder, shard) for shard in shards.files)
 
 
-def _header(shard: Path) -> dict[str, StoredTensor]:
+def read_header(folder: Path, name: str) -> dict[str, StoredTensor]:
+    """Return the tensors that a safetensors file names; raises ModelError where it is truncated or corrupt."""
+    shard = folder / name
     try:
         file_bytes = shard.stat().st_size
         with shard.open("rb") as file:

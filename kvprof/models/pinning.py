@@ -14,11 +14,11 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from kvprof.models.checkpoints import Checkpoint, LiveCheckpoint, SafetensorsCheckpoint, open_checkpoint
-from kvprof.models.hub import HubModel, find_on_hub, refuse_pickles
+from kvprof.models.hub import HubModel, find_on_hub
 from kvprof.models.lent import check_in_memory
 from kvprof.models.load import ModelSource
-from kvprof.models.remote import RemoteCheckpoint
-from kvprof.models.shards import SAFETENSORS_INDEX, find_shards, read_index
+from kvprof.models.remote import RemoteCheckpoint, shards_on_hub
+from kvprof.models.shards import SAFETENSORS_INDEX
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,10 @@ def _open_hub(hub: HubModel) -> Checkpoint:
     """Open the files in the hub's cache, where it has them all, or those on the hub."""
     if hub.weight_bytes is None:
         return SafetensorsCheckpoint(hub.folder)
-    where = f"{hub.id} on the hub"
-    index = hub.folder / SAFETENSORS_INDEX
-    names = [*hub.weight_bytes, *([index.name] if index.is_file() else [])]
-    shards = find_shards(names, lambda: read_index(index), where)
-    refuse_pickles(shards.files, where)  # there may be safetensors of a second name alone
+    shards = shards_on_hub(hub)
     if all((hub.folder / name).is_file() for name in shards.files):
         return SafetensorsCheckpoint(hub.folder)
-    return RemoteCheckpoint(hub, hub.weight_bytes, shards)
+    return RemoteCheckpoint(hub, shards)
 
 
 def _identity(place: Path) -> str:

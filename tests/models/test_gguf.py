@@ -27,7 +27,7 @@ from kvprof.models.checkpoints import open_checkpoint
 from kvprof.models.gguf_header import check_gguf, write_without_vocabulary
 from kvprof.models.identity import Fingerprint, live_fingerprint
 from kvprof.models.inventory import take_inventory
-from kvprof.models.load import ModelSource, load_config, load_model, resolve
+from kvprof.models.load import ModelSource, dtype_of, load_config, load_model, resolve
 from kvprof.models.weights import LayerWeights, stream_projections
 from kvprof.profile.norms import measure_norms
 
@@ -145,6 +145,11 @@ def test_the_inventory_of_a_gguf_file_is_its_checkpoints(tmp_path: Path) -> None
     inventory = take_inventory(load_config(resolve(str(write_gguf(tmp_path / "tiny.gguf", model)))))
     assert inventory.geometry.layers == take_inventory(model.config).geometry.layers
     assert inventory.model.architecture == "LlamaForCausalLM"
+
+
+def test_the_dtype_of_a_gguf_file_is_what_it_is_dequantized_to(tmp_path: Path) -> None:
+    source = resolve(str(write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), Type.F16)))
+    assert dtype_of(load_config(source), "auto") == load_model(source).dtype == torch.float32
 
 
 def test_norms_take_a_gguf_file(in_tmp: Path) -> None:
