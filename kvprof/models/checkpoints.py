@@ -41,6 +41,9 @@ class Checkpoint(Protocol):
     def stored_bytes(self, name: str, rows: Runs | None = None) -> int:
         """Return how many bytes of the checkpoint reading a tensor, or some of its rows, takes."""
 
+    def held_bytes(self, name: str, rows: Runs | None = None) -> int:
+        """Return how many bytes of memory reading a tensor, or some of its rows, takes."""
+
     def read(self, name: str, rows: Runs | None = None) -> Tensor:
         """Read a tensor, or some of its rows joined; nobody else keeps it."""
 
@@ -73,6 +76,10 @@ class SafetensorsCheckpoint:
         """Return how many bytes of a shard a tensor, or some of its rows, takes."""
         tensor = self._places[name][1]
         return share_of_rows(tensor.stop_byte - tensor.start_byte, self, name, rows)
+
+    def held_bytes(self, name: str, rows: Runs | None = None) -> int:
+        """Return how many bytes of memory a tensor, or some of its rows, takes as it is read."""
+        return plain_bytes(self, name, rows)
 
     def read(self, name: str, rows: Runs | None = None) -> Tensor:
         """Read one tensor. The shard is mapped for this read alone, so that its pages leave memory with the tensor."""
@@ -117,6 +124,10 @@ class GGUFCheckpoint:
         """Return how many bytes of the file a tensor, or some of its rows, takes as it is stored."""
         tensor = self._tensors[name]
         return share_of_rows(tensor.stop_byte - tensor.start_byte, self, name, rows)
+
+    def held_bytes(self, name: str, rows: Runs | None = None) -> int:
+        """Return how many bytes of memory a tensor, or some of its rows, takes as it is read."""
+        return plain_bytes(self, name, rows)
 
     def read(self, name: str, rows: Runs | None = None) -> Tensor:
         """Read one tensor, or some of its rows, as float32."""
@@ -173,6 +184,10 @@ class LiveCheckpoint:
         """Return how many bytes of memory a tensor, or some of its rows, takes."""
         return share_of_rows(self._parameters[name].nbytes, self, name, rows)
 
+    def held_bytes(self, name: str, rows: Runs | None = None) -> int:
+        """Return how many bytes of memory a tensor, or some of its rows, takes as it is read."""
+        return plain_bytes(self, name, rows)
+
     def read(self, name: str, rows: Runs | None = None) -> Tensor:
         """Return one tensor, not a copy; of some rows that are several runs, one."""
         tensor = self._parameters[name].detach()
@@ -182,16 +197,17 @@ class LiveCheckpoint:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def open_checkpoint(place: Path, config: PretrainedConfig) -> Checkpoint:
-    """Open a folder of safetensors or a GGUF file."""
-    return GGUFCheckpoint(place, config) if place.is_file() else SafetensorsCheckpoint(place)
-
-
 def share_of_rows(whole_bytes: int, checkpoint: Checkpoint, name: str, rows: Runs | None) -> int:
     """Return how many of a tensor's bytes some of its rows are; of all rows, `whole_bytes`."""
     if rows is None:
         return whole_bytes
     return whole_bytes * sum(stop - start for start, stop in rows) // max(1, checkpoint.shape(name)[0])
+
+
+def plain_bytes(checkpoint: Checkpoint, name: str, rows: Runs | None) -> int:
+    """Return how many bytes a tensor, or some of its rows, takes in the dtype that it is read in."""
+    itemsize: int = getattr(torch, checkpoint.dtype(name)).itemsize
+    return share_of_rows(math.prod(checkpoint.shape(name)) * itemsize, checkpoint, name, rows)
 
 
 @contextlib.contextmanager

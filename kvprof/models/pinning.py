@@ -13,10 +13,12 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from kvprof.models.checkpoints import Checkpoint, LiveCheckpoint, SafetensorsCheckpoint, open_checkpoint
+from kvprof.models.checkpoints import Checkpoint, GGUFCheckpoint, SafetensorsCheckpoint
 from kvprof.models.hub import HubModel, find_on_hub
 from kvprof.models.lent import check_in_memory
 from kvprof.models.load import ModelSource
+from kvprof.models.quantized.checkpoint import dequantized
+from kvprof.models.quantized.settings import open_live, settings_in
 from kvprof.models.remote import RemoteCheckpoint, shards_on_hub
 from kvprof.models.shards import SAFETENSORS_INDEX
 
@@ -42,14 +44,16 @@ class PinnedModel:
     def open(self, config: PretrainedConfig) -> Checkpoint:
         """Open the checkpoint: a loaded model's own, local files where they are, else the hub's.
 
-        config: the text decoder's. Raises ModelError as the checkpoints do.
+        config: the text decoder's. Quantized matrices are dequantized as they are read.
+        Raises ModelError as the checkpoints do.
         """
         if self.source.live is not None:
-            return LiveCheckpoint(self.source.live)
-        if self.hub is not None:
-            return _open_hub(self.hub)
+            return open_live(self.source.live)
         assert self.path is not None
-        return open_checkpoint(self.path, config)
+        if self.path.is_file():
+            return GGUFCheckpoint(self.path, config)
+        stored = SafetensorsCheckpoint(self.path) if self.hub is None else _open_hub(self.hub)
+        return dequantized(stored, settings_in(self.path))
 
 
 def pin(source: ModelSource) -> PinnedModel:

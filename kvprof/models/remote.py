@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvprof.errors import ModelError
-from kvprof.models.checkpoints import Runs, share_of_rows
+from kvprof.models.checkpoints import Runs, plain_bytes, share_of_rows
 from kvprof.models.hub import HubModel, refuse_pickles
 from kvprof.models.ranges import RangeReader
 from kvprof.models.shards import (
@@ -85,6 +85,10 @@ class RemoteCheckpoint:
         """Return how many bytes of a shard a tensor, or some of its rows, takes."""
         tensor = self._places[name][1]
         return share_of_rows(tensor.stop_byte - tensor.start_byte, self, name, rows)
+
+    def held_bytes(self, name: str, rows: Runs | None = None) -> int:
+        """Return how many bytes of memory a tensor, or some of its rows, takes as it is read."""
+        return plain_bytes(self, name, rows)
 
     def read(self, name: str, rows: Runs | None = None) -> Tensor:
         """Fetch one tensor, or some of its rows, a request a run. Its dtype must be one that torch has."""
