@@ -31,7 +31,8 @@ from transformers import (
 )
 
 from kvprof.errors import KvprofError, ModelError, UsageError, did_you_mean, first_line, is_out_of_memory
-from kvprof.models.gguf_header import STAND_IN, check_gguf, need_gguf, write_without_vocabulary
+from kvprof.models.gguf_header import STAND_IN
+from kvprof.models.gguf_model import first_part, models_in, open_gguf, write_without_vocabulary
 from kvprof.models.hub import fetch_from_hub
 from kvprof.models.inventory import ASSUMED_DTYPE, build_skeleton, is_causal, own_dtype
 from kvprof.models.kept import content_name, made_once
@@ -102,23 +103,30 @@ def resolve(model: str | None, trust_remote_code: bool = False) -> ModelSource:
     path = Path(os.path.expanduser(model))
     if os.path.isdir(path):  # unlike Path.is_dir, no name is too long for it
         if not (path / "config.json").is_file():
-            ggufs = sorted(file.name for file in path.glob("*.gguf"))
-            advice = (
-                f"Name a file in it: {path / ggufs[0]}"
-                if ggufs
-                else "A model folder holds config.json and *.safetensors."
-            )
-            raise ModelError(f"the folder {path} has no config.json.\n  {advice}")
+            gguf = _only_gguf(path)
+            return ModelSource(str(gguf), "gguf", gguf)
         return ModelSource(str(path.resolve()), "folder", path.resolve(), trusts_code=trust_remote_code)
     if os.path.isfile(path):
         if path.suffix != ".gguf":
             raise ModelError(f"{path} is a file, but not a .gguf one.\n  Name the folder that holds its config.json.")
-        return ModelSource(str(path.resolve()), "gguf", path.resolve())
+        gguf = first_part(path.resolve())
+        return ModelSource(str(gguf), "gguf", gguf)
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or path.suffix == ".gguf":
         raise ModelError(f"there is no model at {model}: no such folder or file.\n  {nearest_path(path)}".rstrip())
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model, re.ASCII):
         raise UsageError(f"{model!r} is neither a folder, a .gguf file nor a hub id such as org/name.")
     return ModelSource(model, "hub", hub_id=model, trusts_code=trust_remote_code)
+
+
+def _only_gguf(folder: Path) -> Path:
+    """Return the GGUF model of a folder that has no config.json; raises ModelError where there is none, or several."""
+    found = models_in(folder)
+    if len(found) == 1:
+        return found[0].resolve()
+    advice = "A model folder holds config.json and *.safetensors, or one GGUF model."
+    if found:
+        advice = f"Name one of the GGUF models in it: {', '.join(str(folder / file.name) for file in found)}"
+    raise ModelError(f"the folder {folder} has no config.json.\n  {advice}")
 
 
 def load_config(source: ModelSource) -> PretrainedConfig:
@@ -144,15 +152,17 @@ def _set_dtype(config: PretrainedConfig, dtype: torch.dtype) -> None:
 
 def _gguf_config(source: ModelSource, gguf: Path) -> PretrainedConfig:
     """Load the config that a GGUF file's metadata describes, without the time that its vocabulary takes."""
-    need_gguf()
-    header = check_gguf(gguf)
+    model = open_gguf(gguf)
     with _explained(source, "config"), _quiet(), tempfile.TemporaryDirectory() as folder:
-        write_without_vocabulary(gguf, header, Path(folder) / gguf.name, weights=False)
+        write_without_vocabulary(model, Path(folder) / gguf.name, weights=False)
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, gguf_file=gguf.name, trust_remote_code=False)
     config.name_or_path = str(gguf.parent)
     _set_dtype(config, torch.float32)  # which transformers dequantizes to
-    if header.vocabulary is not None and config.vocab_size == STAND_IN:  # counted, where no field says it
-        config.vocab_size = header.vocabulary
+    vocabulary = model.headers[0].vocabulary
+    if vocabulary is not None and config.vocab_size == STAND_IN:  # counted, where no field says it
+        config.vocab_size = vocabulary
+    if f"{model.architecture}.attention.head_count_kv" not in model.fields and hasattr(config, "num_key_value_heads"):
+        config.num_key_value_heads = config.num_attention_heads  # so says the format; a class may have another default
     return config
 
 
@@ -198,6 +208,12 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto", s
         place = kept
     if place.is_dir():
         check_loadable(place, config)
+    elif len(open_gguf(place).paths) > 1:
+        raise ModelError(
+            f"{place.name} is one of several parts, which have to be joined first, and cannot be here: "
+            f"{gguf_folder()} has no space for that, or cannot be written.\n"
+            "  Name another folder in KVPROF_CACHE, or join them yourself: llama-gguf-split --merge"
+        )
     elif stream:
         raise UsageError(
             "--stream reads safetensors, and this .gguf file could not be converted into them.\n"
@@ -310,7 +326,6 @@ def loading_arguments(source: ModelSource, place: Path, tokenizer: bool = False)
     Nothing from a checkpoint is run, but for code that it cannot do without and that the user trusts.
     """
     if place.is_file():
-        need_gguf()
         check_config(place)
         given = {"pretrained_model_name_or_path": str(place.parent), "gguf_file": place.name}
         return given | {"trust_remote_code": False}  # else transformers asks, about files beside it
@@ -372,17 +387,16 @@ def _kept(source: ModelSource, gguf: Path, part: Literal["tokenizer", "weights"]
     They lie in the user's cache folder, under a hash over the file: reading them again takes a second instead of half a
     minute, mostly of the vocabulary.
     """
-    need_gguf()
-    check_gguf(gguf)
+    model = open_gguf(gguf)
     cache = gguf_folder()
     make, is_whole = (_keep_tokenizer, _has_tokenizer) if part == "tokenizer" else (_keep_weights, _has_weights)
     try:
-        folder = cache / f"{content_name(gguf)}-{part}"
+        folder = cache / f"{content_name(model.paths)}-{part}"
         if part == "weights" and not is_whole(folder):
             # Beside them, for a while, a copy of the file without its vocabulary.
             needed = weight_bytes(load_config(source), "float32")
             free = _free_disk(cache)
-            if free < needed + gguf.stat().st_size + SPARED_BYTES:
+            if free < needed + model.file_bytes + SPARED_BYTES:
                 logger.info(
                     "%s is not kept as safetensors: %s on the disk of %s", gguf.name, f"{bytes_text(free)} free", cache
                 )
@@ -438,7 +452,7 @@ def _keep_weights(source: ModelSource, gguf: Path, folder: Path) -> None:
 
     config = _gguf_config(source, gguf)
     copy = folder / gguf.name
-    write_without_vocabulary(gguf, check_gguf(gguf), copy, weights=True)
+    write_without_vocabulary(open_gguf(gguf), copy, weights=True)
     model = _from_pretrained(
         source,
         config,

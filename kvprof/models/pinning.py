@@ -14,6 +14,7 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from kvprof.models.checkpoints import Checkpoint, GGUFCheckpoint, SafetensorsCheckpoint
+from kvprof.models.gguf_model import open_gguf
 from kvprof.models.hub import HubModel, find_on_hub
 from kvprof.models.lent import check_in_memory
 from kvprof.models.load import ModelSource
@@ -87,8 +88,9 @@ def _open_hub(hub: HubModel) -> Checkpoint:
 
 
 def _identity(place: Path) -> str:
-    """Hash the names, sizes and times of a GGUF file, or of a folder's config, index and shards."""
+    """Hash the names, sizes and times of GGUF files, or of a folder's config, index and shards."""
     others = [place / "config.json", place / SAFETENSORS_INDEX]
-    files = [place] if place.is_file() else [*place.glob("*.safetensors"), *filter(Path.is_file, others)]
+    is_gguf = place.is_file()
+    files = open_gguf(place).paths if is_gguf else [*place.glob("*.safetensors"), *filter(Path.is_file, others)]
     described = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
     return "sha256:" + hashlib.sha256(repr(described).encode()).hexdigest()

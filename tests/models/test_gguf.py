@@ -24,7 +24,8 @@ from kvprof import Scores
 from kvprof.cli.app import app
 from kvprof.errors import ModelError, UsageError
 from kvprof.models.checkpoints import GGUFCheckpoint
-from kvprof.models.gguf_header import check_gguf, write_without_vocabulary
+from kvprof.models.gguf_header import check_gguf
+from kvprof.models.gguf_model import open_gguf, write_without_vocabulary
 from kvprof.models.identity import Fingerprint, live_fingerprint
 from kvprof.models.inventory import take_inventory
 from kvprof.models.load import ModelSource, dtype_of, load_config, load_model, resolve
@@ -51,9 +52,10 @@ def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path: Path, model: PreTrainedModel, kind: Type = Type.F32) -> Path:
+def write_gguf(path: Path, model: PreTrainedModel, kind: Type = Type.F32, **split: int | bool) -> Path:
+    """Write a model as llama.cpp's converter does. split: into parts, as GGUFWriter takes it."""
     config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "llama", **split)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -240,7 +242,7 @@ def test_a_copy_without_the_vocabulary_holds_every_other_field_and_tensor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = with_vocabulary(tmp_path / "whole.gguf", tiny_model("llama"), monkeypatch, tokens=96)
-    write_without_vocabulary(path, check_gguf(path), tmp_path / "copy.gguf", weights=True)
+    write_without_vocabulary(open_gguf(path), tmp_path / "copy.gguf", weights=True)
     whole, copy = gguf.GGUFReader(path), gguf.GGUFReader(tmp_path / "copy.gguf")
     arrays = {"tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges"}
     assert arrays <= set(whole.fields)
