@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from kvprof.errors import KvprofError, ModelError, UsageError, did_you_mean, first_line, is_out_of_memory
-from kvprof.models.gguf_header import STAND_IN
+from kvprof.models.gguf_header import STAND_IN, TOKENS
 from kvprof.models.gguf_model import first_part, models_in, open_gguf, write_without_vocabulary
 from kvprof.models.hub import fetch_from_hub
 from kvprof.models.inventory import ASSUMED_DTYPE, build_skeleton, is_causal, own_dtype
@@ -56,6 +56,13 @@ DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken", "tekken*.json")
+
+NAME_A_TOKENIZER = (
+    "Say whose to take: --tokenizer NAME (a hub id, a folder or a .gguf file; in Python tokenizer=NAME), or copy its "
+    "files there."
+)
+
 GPU_SHARE = 0.7
 """Of a GPU's free memory, what the weights may fill; the rest is for activations and gradients."""
 
@@ -70,7 +77,8 @@ class ModelSource:
 
     path: a folder with config.json, or a .gguf file; None for a hub id, whose files `fetch` brings. live: of the kind
     `loaded`, the model itself and its tokenizer; such a model is lent, and not moved, cast or changed.
-    trusts_code: whether the user lets Python code that comes with it run.
+    trusts_code: whether the user lets Python code that comes with it run. tokenizer_source: whose tokenizer is taken
+    instead of its own.
     """
 
     id: str
@@ -80,6 +88,7 @@ class ModelSource:
     live: PreTrainedModel | None = field(default=None, repr=False, compare=False)
     tokenizer: Any = field(default=None, repr=False, compare=False)
     trusts_code: bool = False
+    tokenizer_source: ModelSource | None = field(default=None, repr=False)
 
     def fetch(self, weights: bool) -> Path:
         """Return a local folder (or GGUF file) with the config and tokenizer, and the weights where asked.
@@ -92,12 +101,30 @@ class ModelSource:
         return fetch_from_hub(self.hub_id, weights, self.trusts_code)
 
 
-def resolve(model: str | None, trust_remote_code: bool = False) -> ModelSource:
+def resolve(model: str | None, trust_remote_code: bool = False, tokenizer: str | None = None) -> ModelSource:
     """Find out what a MODEL argument names: nothing or `demo`, a folder, a .gguf file, else a hub id.
 
     trust_remote_code: whether Python code that a folder or a hub id brings may run, where transformers has none.
+    tokenizer: what holds the tokenizer, named as a model is; a folder needs no config. The model itself by default.
     Raises ModelError for a path that holds no model, UsageError for a word that can be none of these.
     """
+    source = _resolved(model, trust_remote_code)
+    if tokenizer is None:
+        return source
+    return replace(source, tokenizer_source=resolve_tokenizer(tokenizer, trust_remote_code))
+
+
+def resolve_tokenizer(tokenizer: str, trust_remote_code: bool = False) -> ModelSource:
+    """Find out what --tokenizer names: a folder with or without a model, else whatever `resolve` knows."""
+    path = Path(os.path.expanduser(tokenizer))
+    if path.name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json") and path.is_file():
+        path = path.parent
+    if os.path.isdir(path) and has_tokenizer(path):
+        return ModelSource(str(path.resolve()), "folder", path.resolve(), trusts_code=trust_remote_code)
+    return _resolved(tokenizer, trust_remote_code)
+
+
+def _resolved(model: str | None, trust_remote_code: bool) -> ModelSource:
     if model is None or model == DEMO:
         return _demo_source()
     path = Path(os.path.expanduser(model))
@@ -167,7 +194,12 @@ def _gguf_config(source: ModelSource, gguf: Path) -> PretrainedConfig:
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """Load a model's tokenizer. Raises UsageError for a model that was lent without one."""
+    """Load a model's tokenizer, or the one that was named instead.
+
+    Raises UsageError for a model that was lent without one, ModelError where there is none.
+    """
+    if source.tokenizer_source is not None:
+        return load_tokenizer(source.tokenizer_source)
     if source.live is not None:
         if source.tokenizer is None:
             raise UsageError(
@@ -176,6 +208,7 @@ def load_tokenizer(source: ModelSource) -> Any:
             )
         return source.tokenizer
     place = source.fetch(weights=False)
+    _check_has_tokenizer(source, place)
     if place.is_file() and (kept := _kept(source, place, "tokenizer")) is not None:
         place = kept
     arguments = loading_arguments(source, place, tokenizer=True)
@@ -184,6 +217,25 @@ def load_tokenizer(source: ModelSource) -> Any:
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ModelError(f"the tokenizer of {source.id} is a {type(tokenizer).__name__}, which is none.")
     return tokenizer
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has any of the files that tokenizers are saved in."""
+    return any(next(folder.glob(pattern), None) is not None for pattern in _TOKENIZER_FILES)
+
+
+def _check_has_tokenizer(source: ModelSource, place: Path) -> None:
+    """Raise ModelError where a model comes without a tokenizer, saying how to name another's."""
+    if place.is_dir():
+        if has_tokenizer(place):
+            return
+        where = str(place) if source.hub_id is None else f"{source.hub_id} on the hub"
+        what = "none of tokenizer.json, tokenizer.model and vocab.json is there"
+    else:
+        if TOKENS in open_gguf(place).fields:
+            return
+        where, what = str(place), f"its metadata have no {TOKENS}"
+    raise ModelError(f"no tokenizer in {where}: {what}.\n  {NAME_A_TOKENIZER}")
 
 
 def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto", stream: bool = False) -> PreTrainedModel:
@@ -267,8 +319,18 @@ def check_dtype(dtype: str) -> None:
 
 
 def lend(model: PreTrainedModel, tokenizer: Any = None) -> ModelSource:
-    """Return a loaded model as a source like any other: its id is where it was loaded from, else its class."""
-    return ModelSource(model.name_or_path or type(model).__name__, "loaded", live=model, tokenizer=tokenizer)
+    """Return a loaded model as a source like any other: its id is where it was loaded from, else its class.
+
+    tokenizer: loaded too, or the name of what holds it.
+    """
+    named = resolve_tokenizer(str(tokenizer)) if isinstance(tokenizer, str | Path) else None
+    return ModelSource(
+        model.name_or_path or type(model).__name__,
+        "loaded",
+        live=model,
+        tokenizer=None if named else tokenizer,
+        tokenizer_source=named,
+    )
 
 
 def _placement(device: str, config: PretrainedConfig, dtype: str) -> torch.device | None:
@@ -289,7 +351,7 @@ def usable_device(device: str) -> torch.device:
         target = torch.device(device)
         torch.empty(1, device=target)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise _unusable(device, first_line(error).split(". ")[0]) from None
+        raise _unusable(device, first_line(error)) from None
     if target.type == "meta":
         raise _unusable(device, "it holds no numbers")
     return target
@@ -493,7 +555,8 @@ def _explained(source: ModelSource, what: str = "model") -> Iterator[None]:
             place = source.path
             code = find_code(place, tokenizer=what == "tokenizer") if place is not None and place.is_dir() else None
             raise refused_code(source.id, code) from None
-        raise ModelError(f"cannot load the {what} of {source.id}: {first_line(error)}") from None
+        advice = f"\n  {NAME_A_TOKENIZER}" if what == "tokenizer" else ""
+        raise ModelError(f"cannot load the {what} of {source.id}: {first_line(error)}{advice}") from None
 
 
 @contextlib.contextmanager
