@@ -23,6 +23,7 @@ from kvprof.cli.options import (
     Seed,
     SequenceLength,
     Stream,
+    TokenizerName,
     TrustRemoteCode,
 )
 from kvprof.cli.watching import Watch
@@ -75,6 +76,7 @@ def evaluate(
     dtype: Dtype = "auto",
     device: Device = "auto",
     stream: Stream = False,
+    tokenizer: TokenizerName = None,
     trust_remote_code: TrustRemoteCode = False,
     out: Out = None,
     dry_run: DryRun = False,
@@ -98,7 +100,7 @@ def evaluate(
     found = BitPlan.load(plan)
     name, *others = short_names([plan, *(against or ())])
     further = [(other, BitPlan.load(path)) for other, path in zip(others, against or (), strict=True)]
-    source = resolve(model or found.model.id, trust_remote_code)
+    source = resolve(model or found.model.id, trust_remote_code, tokenizer)
     folder = output_folder(source.id, out)
     settings = EvaluationSettings(
         tuple(data or (BUILTIN,)),

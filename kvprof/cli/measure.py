@@ -23,6 +23,7 @@ from kvprof.cli.options import (
     Stream,
     SuffixFraction,
     Texts,
+    TokenizerName,
     TrustRemoteCode,
 )
 from kvprof.cli.watching import Watch
@@ -128,6 +129,7 @@ def gradients(
     dtype: Dtype = "auto",
     device: Device = "auto",
     stream: Stream = False,
+    tokenizer: TokenizerName = None,
     trust_remote_code: TrustRemoteCode = False,
     shard: Annotated[
         str | None,
@@ -153,7 +155,7 @@ def gradients(
 
     if stable_at and not until_stable:
         raise UsageError("--stable-at says what --until-stable looks at, which is not there.\n  Add --until-stable.")
-    source = resolve(model, trust_remote_code)
+    source = resolve(model, trust_remote_code, tokenizer)
     runtime = None if target is None else target_named(target)
     decoder = decoder_asked(formats, runtime, sink_tokens, recent_tokens, suffix_fraction, layers)
     if sequences is None:

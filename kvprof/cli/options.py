@@ -63,6 +63,14 @@ TrustRemoteCode = Annotated[
         help="Let Python code run that comes with the model, where transformers has none for it. Its files are named.",
     ),
 ]
+TokenizerName = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer",
+        help="Whose tokenizer to take: a hub id, a folder or a .gguf file. For weights that were saved without one.",
+        show_default="the model's own",
+    ),
+]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what it would take in tokens, memory, time and disk, and stop there.")
 ]

@@ -21,6 +21,7 @@ from kvprof.cli.options import (
     Split,
     Stream,
     Texts,
+    TokenizerName,
     TrustRemoteCode,
 )
 from kvprof.cli.watching import Watch
@@ -40,6 +41,7 @@ def spectra(
     dtype: Dtype = "auto",
     device: Device = "auto",
     stream: Stream = False,
+    tokenizer: TokenizerName = None,
     trust_remote_code: TrustRemoteCode = False,
     dry_run: DryRun = False,
     restart: Restart = False,
@@ -53,7 +55,7 @@ def spectra(
     from kvprof.report.console import print_note, print_result, print_written, progress
     from kvprof.report.spectra import show_spectra
 
-    source = resolve(model, trust_remote_code)
+    source = resolve(model, trust_remote_code, tokenizer)
     folder = output_folder(source.id, out)
     settings = TextSettings(
         data=data or USUAL_DATA,

@@ -42,6 +42,9 @@ PROJECTING = ("full", "sliding", "chunked", "hybrid")
 WIDEST = 2**22
 """Numbers that a layer may cache of a token: a hundred times those of the largest models."""
 
+ASSUMED_DTYPE = torch.bfloat16
+"""Where neither the config nor a checkpoint says: nobody publishes a language model's weights wider by now."""
+
 WHY = {
     "key_norm": "keys are normalised after k_proj: the weight norm says nothing about the cache's scale",
     "key_bias": "k_proj has a bias: where it is large, low-bit keys collapse unless each channel has its own scale",
@@ -148,6 +151,7 @@ def take_inventory(config: PretrainedConfig, model_id: str | None = None) -> Inv
         model=ModelInfo(id=model_id, architecture=_architecture(config), num_layers=len(layers)),
         geometry=geometry,
         red_flags=_red_flags(skeleton, geometry),
+        dtype_assumed=own_dtype(config) is None,
         key_norm_offset=_key_norm_offset(skeleton, geometry),
     )
 
@@ -319,7 +323,15 @@ def _key_norm_offset(skeleton: Skeleton, geometry: CacheGeometry) -> float | Non
     return None
 
 
+def own_dtype(config: PretrainedConfig) -> torch.dtype | None:
+    """Return the dtype that a config, or the text decoder's in it, names; None where it names none that can compute."""
+    for part in (config, config.get_text_config(decoder=True)):
+        name = str(getattr(part, "dtype", None)).removeprefix("torch.")
+        if name in ELEMENT_BYTES:
+            found: torch.dtype = getattr(torch, name)
+            return found
+    return None
+
+
 def _dtype(config: PretrainedConfig) -> DType:
-    dtype = getattr(config, "dtype", None) or config.get_text_config(decoder=True).dtype
-    name = str(dtype or "float32").removeprefix("torch.")
-    return name if name in ELEMENT_BYTES else "float32"  # type: ignore[return-value]
+    return str(own_dtype(config) or ASSUMED_DTYPE).removeprefix("torch.")  # type: ignore[return-value]

@@ -24,6 +24,7 @@ from kvprof.models.inventory import take_inventory
 from kvprof.models.load import ModelSource, load_config
 from kvprof.models.memory import free_bytes
 from kvprof.models.pinning import pin
+from kvprof.models.quantized.checkpoint import as_stored
 from kvprof.models.remote import Fetched, RemoteCheckpoint
 from kvprof.models.weights import LayerReads, LayerWeights, Projections
 from kvprof.profile.matrix_norms import CHUNK_BYTES, matrix_norms
@@ -81,9 +82,12 @@ def run_norms(
             raise
         path = scores.save(folder / "norms.json")
         log.remove()
-    resumption = f"went on with a stopped run: {resumed} of {len(scores.layers)} layers were measured before"
-    fetched = subject.checkpoint.fetched if isinstance(subject.checkpoint, RemoteCheckpoint) else None
-    return NormsRun(scores, subject.inventory, path, (resumption,) if resumed else (), fetched)
+    remarks = [f"W_k and W_v are quantized: {kind}; measured as dequantized" for kind in subject.projections.kinds]
+    if resumed:
+        remarks.append(f"went on with a stopped run: {resumed} of {len(scores.layers)} layers were measured before")
+    stored = as_stored(subject.checkpoint)
+    fetched = stored.fetched if isinstance(stored, RemoteCheckpoint) else None
+    return NormsRun(scores, subject.inventory, path, tuple(remarks), fetched)
 
 
 def measure_norms(

@@ -34,6 +34,8 @@ _TAKEN: dict[str, tuple[str, ...]] = {
     "benchmark": ("dtype", "device"),
 }
 """Which commands load a model, and what they can be told about that."""
+_READING = ("spectra", "gradients", "divergence", "calibrate", "evaluate")
+"""Which commands read text."""
 _DECODING = ("formats", "sink_tokens", "recent_tokens")
 """What a runtime that plans are made for has its own of."""
 
@@ -54,6 +56,10 @@ class Step:
     def trusting(self) -> Step:
         """Return the step with the user's word that code of the model's may run, where it reads the model."""
         return replace(self, words=(*self.words, "--trust-remote-code")) if self.of_model else self
+
+    def reading_with(self, tokenizer: str) -> Step:
+        """Return the step with another tokenizer than the model's own, where it reads text."""
+        return replace(self, words=(*self.words, "--tokenizer", tokenizer)) if self.command in _READING else self
 
     @property
     def command(self) -> str:

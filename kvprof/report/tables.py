@@ -33,6 +33,8 @@ def show_inventory(inventory: Inventory) -> None:
         style = "" if layer.skipped is None else "dim"
         table.add(*_shape_cells(layer), str(geometry.bytes_per_token(layer)), style=style)
     table.print()
+    if inventory.dtype_assumed:
+        print_plain(f"the config names no dtype, and no weights are here to tell it: {geometry.dtype} is assumed")
     where = f"{len(geometry.growing)} of {geometry.num_layers} layers"
     print_plain(
         f"each token adds {inventory.bytes_per_token} bytes ({bytes_text(inventory.bytes_per_token)}) in {where}"

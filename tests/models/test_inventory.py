@@ -318,9 +318,12 @@ def test_every_architecture_that_transformers_can_build_gives_an_inventory_or_on
 @pytest.mark.parametrize("name", sorted(TINY))
 def test_the_dtype_is_the_configs(name: str) -> None:
     made = TINY[name]()
-    assert take_inventory(made).geometry.dtype == "float32"
-    made.dtype = torch.bfloat16
-    assert take_inventory(made).geometry.dtype == "bfloat16"
+    assert take_inventory(made).geometry.dtype == "bfloat16"  # nothing says so: 16 bits are assumed
+    assert take_inventory(made).dtype_assumed
+    for dtype in (torch.float32, torch.float16):
+        made.dtype = dtype
+        assert take_inventory(made).geometry.dtype == str(dtype).removeprefix("torch.")
+        assert not take_inventory(made).dtype_assumed
 
 
 def test_inspecting_needs_a_config_and_nothing_else(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +335,7 @@ def test_inspecting_needs_a_config_and_nothing_else(in_tmp: Path, monkeypatch: p
     assert result.exit_code == 0, result.output
     printed = json.loads(result.output)
     assert printed["geometry"]["layers"][0]["window"] == 16
-    per_token = 2 * (16 + 16) * 4  # of four layers two grow; float32
+    per_token = 2 * (16 + 16) * 2  # of four layers two grow; 16 bits, where nothing says more
     assert printed["bytes_per_token"] == per_token
     assert printed["bytes_at"] == {"64": per_token * (64 + 16)}  # the model was made for 64 positions
     assert CliRunner().invoke(app, ["inspect", "bare"]).exit_code == 0
