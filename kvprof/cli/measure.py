@@ -59,7 +59,7 @@ def norms(
     from kvprof.profile.norms import run_norms
     from kvprof.records.runs import output_folder
     from kvprof.report.console import print_fetched, print_note, print_result, print_written, progress
-    from kvprof.report.tables import show_red_flags, show_scores
+    from kvprof.report.tables import show_red_flags, show_scores, show_weight_sharing
 
     source = resolve(model, trust_remote_code)
     folder = output_folder(source.id, out)
@@ -67,6 +67,7 @@ def norms(
     with watch.over("cpu"), progress("norms", "bytes") as advance:
         run = run_norms(source, folder, restart, advance, watch)
     show_scores(run.scores)
+    show_weight_sharing(run.inventory.geometry)
     show_red_flags(run.inventory)
     for remark in run.remarks:
         print_note(remark)

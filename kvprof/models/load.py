@@ -22,8 +22,6 @@ from typing import Any, Literal
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -31,10 +29,11 @@ from transformers import (
 )
 
 from kvprof.errors import KvprofError, ModelError, UsageError, did_you_mean, first_line, is_out_of_memory
+from kvprof.models.decoder import check_reads_text, loading_class
 from kvprof.models.gguf_header import STAND_IN, TOKENS
 from kvprof.models.gguf_model import first_part, models_in, open_gguf, write_without_vocabulary
 from kvprof.models.hub import fetch_from_hub
-from kvprof.models.inventory import ASSUMED_DTYPE, build_skeleton, is_causal, own_dtype
+from kvprof.models.inventory import ASSUMED_DTYPE, build_skeleton, own_dtype
 from kvprof.models.kept import content_name, made_once
 from kvprof.models.lent import check_lent, live_config
 from kvprof.models.memory import free_bytes
@@ -285,15 +284,18 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto", s
             stream_weights(model, shelf, target)
         elif target is not None:
             model = model.to(target)
+        if not stream:
+            check_reads_text(model)
     return model
 
 
 def _from_pretrained(source: ModelSource, config: PretrainedConfig, arguments: dict[str, Any]) -> PreTrainedModel:
     """Let transformers load a model. Raises ModelError where it cannot, or would make weights up."""
     with _explained(source), _quiet():
-        # The text decoder of most multimodal models is no causal language model of its own.
-        auto = AutoModelForCausalLM if is_causal(config) else AutoModelForImageTextToText
-        model, told = auto.from_pretrained(**arguments, output_loading_info=True)
+        kind, part = loading_class(config)
+        if part is not config:
+            arguments = arguments | {"config": part}
+        model, told = kind.from_pretrained(**arguments, output_loading_info=True)
     if missing := sorted(told["missing_keys"]):
         raise ModelError(
             f"the checkpoint of {source.id} lacks {missing[0]}{_and_others(missing)}: transformers would make up "

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from kvprof.errors import ModelError, NonFiniteWeight
 from kvprof.models.checkpoints import Checkpoint, Runs
+from kvprof.models.decoder import other_parts, text_config
 from kvprof.models.inventory import NORM_ON_KEYS
 from kvprof.models.layouts import Projection, Rows, choose_layout, cut_rows, find_projections
 from kvprof.models.quantized.checkpoint import stored_kinds
@@ -75,7 +76,7 @@ class LayerReads:
 class Projections:
     """Every scored layer's W_k and W_v in a checkpoint, ascending by layer: found by the headers, read one by one.
 
-    config: the text decoder's. Raises UnknownLayout where the tensors cannot be cut, ModelError for quantized weights
+    config: the model's. Raises UnknownLayout where the tensors cannot be cut, ModelError for quantized weights
     and for a shape that is not what the config says; all of it before anything is read.
     """
 
@@ -83,8 +84,9 @@ class Projections:
         self._checkpoint = checkpoint
         self._names = set(checkpoint.names)
         modules = {name.removesuffix(".weight") for name in self._names if name.endswith(".weight")}
-        found = find_projections(modules, geometry)
-        query_heads = int(config.num_attention_heads) if any(each.is_fused for each in found.values()) else 0
+        found = find_projections(modules, geometry, beside=other_parts(config))
+        fused = any(each.is_fused for each in found.values())
+        query_heads = int(text_config(config).num_attention_heads) if fused else 0
         self.layers = tuple(self._reads(layer, found[layer.layer], query_heads) for layer in geometry.scored)
 
     @property
@@ -93,7 +95,9 @@ class Projections:
         return stored_kinds(self._checkpoint, [name for reads in self.layers for name in (reads.key, reads.value)])
 
     def stored_bytes(self, reads: LayerReads) -> int:
-        """Return how many bytes of the checkpoint reading a layer takes."""
+        """Return how many bytes of the checkpoint reading a layer takes: none where an earlier one runs its block."""
+        if reads.layer.block_of is not None:
+            return 0
         return sum(self._checkpoint.stored_bytes(name, rows) for name, rows in reads.tensors.items())
 
     def held_bytes(self, reads: LayerReads) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor
 from kvprof import __version__
 from kvprof.errors import NonFiniteWeight
 from kvprof.models.checkpoints import Checkpoint
+from kvprof.models.decoder import text_config
 from kvprof.models.identity import Fingerprint, layer_digest, made_with
 from kvprof.models.inventory import take_inventory
 from kvprof.models.load import ModelSource, load_config
@@ -132,9 +133,8 @@ def _open(source: ModelSource) -> _Subject:
     pinned = pin(source)
     whole_config = load_config(pinned.source)
     inventory = take_inventory(whole_config, source.id)
-    config = whole_config.get_text_config(decoder=True)
-    checkpoint = pinned.open(config)
-    projections = Projections(checkpoint, inventory.geometry, config)
+    checkpoint = pinned.open(text_config(whole_config))
+    projections = Projections(checkpoint, inventory.geometry, whole_config)
     # llama.cpp stores whole gains
     gain_offset = 0.0 if pinned.is_gguf else inventory.key_norm_offset or 0.0
     return _Subject(inventory, pinned.identity, checkpoint, projections, gain_offset)
@@ -166,7 +166,12 @@ def _measure(
     progress(sum(bytes_of[layer] for layer in results), sum(bytes_of.values()))
     for reads in subject.projections.layers:
         if (layer := str(reads.layer.layer)) not in results:
-            results[layer] = _measure_layer(subject, reads)
+            first = reads.layer.block_of
+            if first is None:
+                results[layer] = _measure_layer(subject, reads)
+            else:
+                measured = results[str(first)]
+                results[layer] = measured | {"scores": measured["scores"] | {"layer": reads.layer.layer}}
             finished(layer, results[layer])
             progress(sum(bytes_of[layer] for layer in results), sum(bytes_of.values()))
     fingerprint = Fingerprint()

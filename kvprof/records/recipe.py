@@ -23,9 +23,9 @@ from typing_extensions import Self
 from kvprof.errors import InvalidFile, UsageError, did_you_mean
 from kvprof.records.document import Count, Number, Positive, Record, Text, explain_invalid, read_at_most
 from kvprof.records.formats import TENSORS, parse_formats
+from kvprof.records.plan import LayerChoice
 from kvprof.records.runs import RESERVED_ON_WINDOWS
 from kvprof.records.scores import METRICS
-from kvprof.records.plan import LayerChoice
 from kvprof.records.words import read_layers
 
 if sys.version_info >= (3, 11):
