@@ -158,7 +158,7 @@ def test_a_layer_whose_values_are_made_of_its_keys_matrix_caches_both() -> None:
         )
     ).geometry
     assert [layer.values_of_key_projection for layer in geometry.layers] == [False, True, False, True]
-    assert [(layer.key_width, layer.value_width) for layer in geometry.planned] == [(16, 16)] * 2
+    assert [(layer.key_width, layer.value_width) for layer in geometry.planned] == [(16, 16)] * 4
 
 
 RECURRENT = {
