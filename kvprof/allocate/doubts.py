@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing_extensions import Unpack
 
 from kvprof.allocate.candidates import Allowed
+from kvprof.allocate.measured import kl_factor
 from kvprof.allocate.sampled import problem_of, why_unknown
 from kvprof.allocate.sources import disagreements
 from kvprof.allocate.stability import stability
@@ -29,22 +30,32 @@ class Doubts:
     """The best uniform pair that stores no more, as `int3g64/rot2`, and its predicted KL, in nats a token."""
 
 
-def doubts(scores: Scores, plan: BitPlan, *, tie: str | None = None, **allowed: Unpack[Allowed]) -> Doubts:
+def doubts(
+    scores: Scores,
+    plan: BitPlan,
+    *,
+    tie: str | None = None,
+    context: int | None = None,
+    batch: int = 1,
+    **allowed: Unpack[Allowed],
+) -> Doubts:
     """Return what to doubt of a plan that was just made from scores.
 
-    tie, allowed: what it was made with, as `rules.exact` takes them. Raises as `ExactProblem` does.
+    tie, allowed: what it was made with, as `rules.exact` takes them. context, batch: where it had bytes to spend.
+    Raises as `ExactProblem` does.
     """
     solver = plan.solver
     if solver is None or solver.method != "exact" or solver.metric != LOSS_INCREASE or solver.target is not None:
         return Doubts()  # resampling solves without a runtime's grammar
     scores = scores.leaving(plan.reasons)
     unknown = why_unknown(scores)
-    problem = problem_of(plan, scores, tie, allowed)
+    problem = problem_of(plan, scores, tie, allowed, context, batch)
+    pair = problem.best_pair(problem.capacity(problem.limit))
     return Doubts(
         stability=None if unknown else stability(scores, plan, problem=problem),
         remarks=(
             *([f"how stable the plan is cannot be told: {unknown}"] if unknown else []),
             *disagreements(scores, plan, problem=problem, tie=tie, **allowed),
         ),
-        best_pair=problem.best_pair(problem.capacity(problem.limit)),
+        best_pair=None if pair is None else (pair[0], kl_factor(scores) * pair[1]),
     )

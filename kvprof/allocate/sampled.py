@@ -101,22 +101,30 @@ def with_samples(problem: ExactProblem, scores: Scores) -> Sampled:
     return Sampled(losses, costs, problem.capacity(problem.limit), candidates, _strata(scores, len(losses)))
 
 
-def stored_problem(
-    scores: Scores, amount: Fraction, window: Window | None, tie: str | None, allowed: Allowed
+def plain_problem(
+    scores: Scores, limit: Limit, window: Window | None, tie: str | None, allowed: Allowed
 ) -> ExactProblem:
-    """Return the problem of spending `amount` stored bits an element, by losses without the calibrated factor.
+    """Return the problem of spending as much as a limit says, by losses without the calibrated factor.
 
     tie, allowed: as `rules.exact` takes them. Raises as `ExactProblem` does.
     """
     plain = scores.model_copy(update={"kl_calibration": None})
-    return ExactProblem(plain, Limit(amount, "stored"), LOSS_INCREASE, allowed, tie, window)
+    return ExactProblem(plain, limit, LOSS_INCREASE, allowed, tie, window)
 
 
-def problem_of(plan: BitPlan, scores: Scores, tie: str | None, allowed: Allowed) -> ExactProblem:
-    """Return the problem that a plan solves, in the bits that it stores; raises as `stored_problem` does."""
-    tensors = planned_tensors(plan, scores.geometry)
-    amount = stored_bits_per_element(tensors, entries_of(plan, tensors))
-    return stored_problem(scores, amount, plan.window, tie, allowed)
+def problem_of(
+    plan: BitPlan, scores: Scores, tie: str | None, allowed: Allowed, context: int | None = None, batch: int = 1
+) -> ExactProblem:
+    """Return the problem that a plan solves: of the bits that it stores, or of its bytes at a context.
+
+    The two differ where layers slide: at a long context their bits cost little. Raises as `plain_problem` does.
+    """
+    if context is not None:
+        limit = Limit(Fraction(plan.bytes_at(context, batch)), "bytes", context, batch)
+    else:
+        tensors = planned_tensors(plan, scores.geometry)
+        limit = Limit(stored_bits_per_element(tensors, entries_of(plan, tensors)), "stored")
+    return plain_problem(scores, limit, plan.window, tie, allowed)
 
 
 def arrays(problem: ExactProblem, rows: Sequence[Sequence[Sequence[float]]]) -> tuple[Floats, Floats, Ints]:

@@ -26,7 +26,7 @@ from kvprof.allocate.prediction import predict
 from kvprof.allocate.pricing import price, written
 from kvprof.allocate.problem import ExactProblem
 from kvprof.allocate.relaxed import Floats, relax
-from kvprof.allocate.sampled import Sampled, problem_of, stored_problem, why_unknown, with_samples
+from kvprof.allocate.sampled import Sampled, plain_problem, problem_of, why_unknown, with_samples
 from kvprof.errors import InfeasibleBudget, UsageError
 from kvprof.records.formats import Format, TensorName
 from kvprof.records.geometry import CacheGeometry
@@ -97,7 +97,7 @@ def stable_at(scores: Scores, limit: Limit | None = None, *, seed: int = 0) -> b
     if why_unknown(scores) is not None or _fewest(scores) < FEWEST_SEQUENCES:
         return False
     for amount in _reachable(scores) if limit is None else [limit.amount]:
-        losses = with_samples(stored_problem(scores, amount, None, None, {}), scores)
+        losses = with_samples(plain_problem(scores, Limit(amount, "stored"), None, None, {}), scores)
         _, regret = _against_all(losses, losses.drawn(RESAMPLES, seed))
         if _quantile(regret, 0.9) > STABLE_REGRET:
             return False

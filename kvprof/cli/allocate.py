@@ -172,7 +172,7 @@ def allocate(
     print_plain(f"from {path}")
     for line in [] if free is None else restriction_lines(plan, free):
         print_plain(line)
-    doubted = doubts(found, plan, tie=tie, **allowed)
+    doubted = doubts(found, plan, tie=tie, context=context, batch=batch or 1, **allowed)
     for line in (*prediction_lines(plan, found, doubted.best_pair), *stability_lines(doubted.stability)):
         print_plain(line)
     sliding = None if runtime is None else sliding_remark(plan, runtime)

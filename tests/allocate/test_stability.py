@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from kvprof import Scores
-from kvprof.allocate.budget import bit_limit
+from kvprof.allocate.budget import bit_limit, memory_limit
 from kvprof.allocate.doubts import doubts
 from kvprof.allocate.relaxed import relax, total
 from kvprof.allocate.rules import exact, uniform
-from kvprof.allocate.sampled import Sampled, stored_problem, why_unknown, with_samples
+from kvprof.allocate.sampled import Sampled, plain_problem, why_unknown, with_samples
 from kvprof.allocate.sources import disagreements
 from kvprof.allocate.stability import STABLE_REGRET, StableAt, is_stable, stability, stable_at
 from kvprof.errors import InfeasibleBudget, Mismatch, UsageError
@@ -63,7 +63,7 @@ def test_a_mixture_is_the_best_that_linear_programming_finds(problem: tuple[np.n
 
 def test_losses_of_any_scale_are_relaxed_alike() -> None:
     scores = random_scores(6, 4)
-    sampled = with_samples(stored_problem(scores, THREE.amount, None, None, {}), scores)
+    sampled = with_samples(plain_problem(scores, THREE, None, None, {}), scores)
     losses = sampled.mean(sampled.even)
     mixtures = [relax(losses * factor, sampled.costs, sampled.capacity) for factor in (1.0, 1e-200, 1e200)]
     assert all((other.picks == mixtures[0].picks).all() for other in mixtures)
@@ -162,7 +162,7 @@ def test_the_regret_is_what_more_sequences_would_really_save() -> None:
             for entry in population
         ]
         drawn = scores_of(few, geometry=geometry_json(20))
-        return with_samples(stored_problem(drawn, THREE.amount, None, None, {}), drawn)
+        return with_samples(plain_problem(drawn, THREE, None, None, {}), drawn)
 
     everything = sampled(list(range(1200)))
     truth = everything.mean(everything.even)
@@ -429,6 +429,27 @@ def test_a_new_plan_comes_with_its_stability_and_what_the_texts_say() -> None:
     blind = doubts(mixed(keep_samples=False), exact(mixed(keep_samples=False), THREE))
     assert blind.stability is None
     assert "cannot be told: the scores do not hold" in blind.remarks[0]
+
+
+@pytest.mark.parametrize("factor", [None, 1.7])
+def test_the_best_pair_of_a_plan_of_bytes_takes_no_more_bytes(factor: float | None) -> None:
+    """Two layers of four slide, so that their bits cost next to nothing: by bits, another pair would be the best."""
+    geometry = geometry_json(4)
+    for layer in (0, 2):
+        geometry["layers"][layer] |= {"kind": "sliding", "window": 512}
+    scores = scores_of(random_samples(4, 8, 3), geometry=geometry, factor=factor)
+    plan = exact(scores, memory_limit("10MB", 32768))
+    losses = {}
+    for pair in itertools.product(FORMATS["key"], FORMATS["value"]):
+        one = uniform(scores, *pair)
+        assert one.solver is not None
+        if one.bytes_at(32768) <= plan.bytes_at(32768):
+            losses["/".join(pair)] = one.solver.predicted_kl_nats
+    found = doubts(scores, plan, context=32768).best_pair
+    assert found is not None
+    assert found[0] == min(losses, key=losses.__getitem__)
+    assert found[1] == pytest.approx(losses[found[0]])
+    assert doubts(scores, plan).best_pair != found
 
 
 def test_nothing_is_doubted_of_a_plan_that_losses_did_not_choose() -> None:
