@@ -111,6 +111,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the part of a library's error message that fits on a line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[: 1 + lines[0].endswith(":")])[:300]
+    """Return what an error says, on one line: of kvprof's own what went wrong, of a library's all of it.
+
+    The first line of an error of kvprof's is whole by itself; a library's may say what matters in its last one.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, KvprofError) and lines:
+        return lines[0]
+    told = " ".join(lines)
+    if " " in told:
+        return told
+    return f"{type(error).__name__}: {told}" if told else type(error).__name__  # a KeyError tells the key alone

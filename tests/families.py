@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +88,16 @@ def see(name: str) -> dict[str, Any]:
     Layers are listed by number where a command reached them; where it refused, `refused` is its exit code and the first
     line of what it said.
     """
+    return see_folder(lambda folder: save_folder(folder, name))
+
+
+def see_folder(save: Callable[[Path], object]) -> dict[str, Any]:
+    """Do as `see` does with the model that `save` puts into a folder."""
     here = Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:
-            save_folder(Path("model"), name)
+            save(Path("model"))
             save_text(Path("text.txt"))
             return _see()
         finally:

@@ -18,11 +18,16 @@ WORDS = "the cat sat on a mat and saw another cat that sat on no mat at all".spl
 def save_folder(folder: Path, name: str = "llama", **arguments: object) -> Path:
     """Save a tiny model and a tokenizer of a few words; arguments go to save_pretrained."""
     tiny_model(name).save_pretrained(folder, **arguments)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Save a tokenizer of a few words."""
     vocabulary = {"<unk>": 0} | {word: number for number, word in enumerate(sorted(set(WORDS)), start=3)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
-    return folder
 
 
 def begin_texts(folder: Path, mark: str = "<unk>") -> Path:

@@ -24,7 +24,7 @@ from kvprof.errors import UsageError, did_you_mean
 from kvprof.records.foreign import EXL3, FOREIGN, GGML, MLX
 from kvprof.records.formats import TENSORS, Format, TensorName, format_named
 from kvprof.records.geometry import CacheGeometry
-from kvprof.records.plan import LAYER_CHOICES, USUAL_WINDOW, LayerChoice, Window
+from kvprof.records.plan import LAYER_CHOICES, USUAL_WINDOW, BitPlan, LayerChoice, Window
 
 WHOLE_CACHE = Window(sink_tokens=0, recent_tokens=0)
 """Every token is quantized as it comes."""
@@ -98,13 +98,14 @@ def target_named(name: str) -> Target:
 def layer_choice(layers: str | None, target: Target | None, geometry: CacheGeometry | None = None) -> LayerChoice:
     """Return whether plans cover sliding layers: as is asked for, else as the runtime does, else they do.
 
-    Raises UsageError for another word, or one that the runtime cannot be told of a model that has such layers.
+    geometry: None where it is not known whether there are any.
+    Raises UsageError for another word, or one that the runtime cannot be told.
     """
     if layers is None:
         return "full" if target is not None and target.sliding == "full" else "all"
     if layers not in LAYER_CHOICES:
         raise UsageError(f"--layers {layers!r}: {did_you_mean(layers, LAYER_CHOICES)}")
-    if target is not None and geometry is not None and geometry.sliding:
+    if target is not None and (geometry is None or geometry.sliding):
         fixed = {"quantized": "all", "full": "full"}.get(target.sliding, layers)
         if layers != fixed:
             does = "keeps them in 16 bits" if fixed == "full" else "quantizes them like the others"
@@ -113,6 +114,17 @@ def layer_choice(layers: str | None, target: Target | None, geometry: CacheGeome
                 f"  Leave out --layers, or give --layers {fixed}."
             )
     return "full" if layers == "full" else "all"
+
+
+def sliding_remark(plan: BitPlan, target: Target) -> str | None:
+    """Return that a runtime quantizes the sliding layers that a plan leaves alone, where it does; else None."""
+    skipped = [] if plan.geometry is None else [plan.geometry.layers[layer] for layer in plan.reasons]
+    if target.sliding != "quantized" or not any(shape.window for shape in skipped):
+        return None
+    return (
+        f"{target.name} quantizes layers of a sliding window like the others: neither its KL nor its bytes are what "
+        f"the plan says; `kvprof gradients --target {target.name}` scores them too"
+    )
 
 
 def _stored_bits(name: str) -> str:

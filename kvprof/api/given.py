@@ -56,10 +56,15 @@ def borrowed(
             f"{_kind(model)} is no model that kvprof can read.\n"
             "  Give a hub id, a folder, a .gguf file, 'demo', or a loaded transformers model."
         )
-    if tokenizer is not None:
-        raise UsageError("tokenizer= goes with a loaded model; one that is named has its own. Leave it out.")
+    if tokenizer is not None and not isinstance(tokenizer, str | Path):
+        raise UsageError(
+            "a loaded tokenizer= goes with a loaded model.\n"
+            "  For a model that is named, name the tokenizer too, or leave it out: the model has its own."
+        )
     with quiet():
-        yield resolve(None if model is None else str(model), trust_remote_code)
+        yield resolve(
+            None if model is None else str(model), trust_remote_code, None if tokenizer is None else str(tokenizer)
+        )
 
 
 @contextlib.contextmanager

@@ -74,6 +74,8 @@ def gradients(
     tokenizer: Any = None,
     data: str | Path | Sequence[str | Path] | None = None,
     split: str | None = None,
+    column: str | None = None,
+    config: str | None = None,
     sequences: int | None = None,
     sequence_length: int | None = None,
     formats: str | Sequence[str] | None = None,
@@ -121,7 +123,7 @@ def gradients(
 
     if stable_at is not None and not until_stable:
         raise UsageError("stable_at says what until_stable looks at, which is not asked for.\n  Add until_stable=True.")
-    check_words(split=split, target=target, shard=shard)
+    check_words(split=split, column=column, config=config, target=target, shard=shard)
     check_flags(until_stable=until_stable, pack=pack, stream=stream, trust_remote_code=trust_remote_code)
     check_flags(restart=restart)
     check_around(out, progress)
@@ -137,6 +139,8 @@ def gradients(
     settings = SensitivitySettings(
         data=USUAL_DATA if data is None else several(data),
         split=split,
+        column=column,
+        config=config,
         sequences=sequences,
         sequence_length=sequence_length,
         batch_size=batch_size,
@@ -197,6 +201,8 @@ def spectra(
     tokenizer: Any = None,
     data: str | Path | Sequence[str | Path] | None = None,
     split: str | None = None,
+    column: str | None = None,
+    config: str | None = None,
     sequences: int = 8,
     sequence_length: int | None = None,
     seed: int = 0,
@@ -220,7 +226,7 @@ def spectra(
     from kvprof.profile.reading import TextSettings
     from kvprof.profile.spectra import run_spectra
 
-    check_words(split=split)
+    check_words(split=split, column=column, config=config)
     check_flags(pack=pack, stream=stream, trust_remote_code=trust_remote_code, restart=restart)
     check_around(out, progress)
     check_whole(sequence_length=sequence_length)
@@ -229,6 +235,8 @@ def spectra(
     settings = TextSettings(
         data=USUAL_DATA if data is None else several(data),
         split=split,
+        column=column,
+        config=config,
         sequences=sequences,
         sequence_length=sequence_length,
         seed=seed,

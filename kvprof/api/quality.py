@@ -56,6 +56,8 @@ def evaluate(
     exact: bool = False,
     data: str | Path | Sequence[str | Path] | None = None,
     split: str | None = None,
+    column: str | None = None,
+    config: str | None = None,
     sequences: int = 12,
     sequence_length: int | None = None,
     measure_from: int = 0,
@@ -84,7 +86,7 @@ def evaluate(
     Raises Mismatch for another model's plan, UsageError for options that do not go together, CalibrationError for text
     that cannot be read, ModelError for a model that cannot be used.
     """
-    check_words(split=split)
+    check_words(split=split, column=column, config=config)
     check_flags(check=check, rivals=rivals, exact=exact, pack=pack, stream=stream, restart=restart)
     check_flags(trust_remote_code=trust_remote_code)
     check_around(out, progress)
@@ -112,6 +114,8 @@ def evaluate(
         device,
         exact,
         stream,
+        column,
+        config,
     )
     with (
         borrowed(found.model.id if model is None else model, tokenizer, trust_remote_code) as source,

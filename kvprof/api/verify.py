@@ -45,13 +45,14 @@ def verify(
     measure: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
     trust_remote_code: bool = False,
+    tokenizer: str | None = None,
 ) -> Verified:
     """Compute again what a plan's file says, and compare; what cannot be checked is said with the reason.
 
     model: whose weights and text are to be read again; none by default. scores: the file that the plan was made from,
     found by its digest where none is named. measure: measure the scores anew, with what their file says of how they
     were measured. progress: called meanwhile with (sequences done, in all).
-    trust_remote_code: as `models.load.resolve` takes it.
+    trust_remote_code, tokenizer: as `models.load.resolve` takes them.
     Raises InvalidFile where the plan, or scores that are named, cannot be read; ModelError where the model cannot;
     UsageError for measuring without a model.
     """
@@ -70,7 +71,7 @@ def verify(
     else:
         from kvprof.models.load import resolve
 
-        checks += _of_model(read, found, resolve(model, trust_remote_code), measure, progress)
+        checks += _of_model(read, found, resolve(model, trust_remote_code, tokenizer), measure, progress)
     return Verified(file=str(plan), scores=None if path is None else str(path), model=model, checks=tuple(checks))
 
 

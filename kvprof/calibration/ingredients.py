@@ -9,12 +9,12 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from pathlib import Path
 
-from kvprof.calibration.text import BUILTIN, LOADERS, SELF, is_hub_dataset
+from kvprof.calibration.text import BUILTIN, SELF, is_hub_dataset, may_be_configured, with_config
 from kvprof.errors import UsageError
+from kvprof.records.text_files import kind_of
 
 USUAL_DATA = (BUILTIN, SELF)
 """Half and half, where nothing is named: text of one kind alone makes plans that are worse on other text."""
@@ -51,6 +51,23 @@ def parse_data(data: Sequence[str]) -> tuple[Ingredient, ...]:
     return tuple(found.values())
 
 
+def configured(ingredients: Sequence[Ingredient], config: str | None) -> tuple[Ingredient, ...]:
+    """Return texts with a configuration named behind the one that can have several, as `org/name/config` does.
+
+    Raises UsageError where none of them can, or more than one.
+    """
+    if config is None:
+        return tuple(ingredients)
+    able = [ingredient for ingredient in ingredients if may_be_configured(ingredient.name)]
+    if len(able) != 1:
+        names = ", ".join(ingredient.name for ingredient in able or ingredients)
+        why = f"{names} may each have it" if able else f"none of {names} is a dataset that lacks one"
+        raise UsageError(
+            f"--config {config}: {why}.\n  Write a dataset's configuration behind its name: --data org/name/config"
+        )
+    return tuple(replace(one, name=with_config(one.name, config)) if one is able[0] else one for one in ingredients)
+
+
 def exact_weight(number: float) -> Fraction:
     """Return a weight as it is written down, so that turns taken by it are the same on every reading."""
     return Fraction(repr(number))
@@ -60,7 +77,7 @@ def _parse(value: str) -> Ingredient:
     name, colon, tail = value.rpartition(":")
     if colon and _NUMBER.fullmatch(tail):
         ingredient = Ingredient(name, _weight(value, float(tail)))
-    elif not colon or re.search(r"[\\/]", tail) or Path(value).suffix.lower() in LOADERS or os.path.exists(value):
+    elif not colon or re.search(r"[\\/]", tail) or kind_of(value) is not None or os.path.exists(value):
         ingredient = Ingredient(value)  # a colon within a path is part of it
     else:
         raise UsageError(

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from kvprof.calibration.ingredients import USUAL_DATA, Ingredient, exact_weight, parse_data
+from kvprof.calibration.ingredients import USUAL_DATA, Ingredient, configured, exact_weight, parse_data
+from kvprof.calibration.remarks import sequence_remarks
 from kvprof.calibration.sequences import (
     CalibrationSet,
     Origin,
@@ -22,9 +23,20 @@ from kvprof.calibration.sequences import (
     check_room,
     describe,
 )
-from kvprof.calibration.text import BUILTIN, SELF, SPLITS, TextSource, check_split, is_hub_dataset, open_text, split_of
-from kvprof.calibration.tokens import UNKNOWN, Beginning, beginning_of
-from kvprof.errors import CalibrationError
+from kvprof.calibration.text import (
+    BUILTIN,
+    SELF,
+    SPLITS,
+    TextSource,
+    check_split,
+    has_columns,
+    has_own_splits,
+    in_split,
+    is_hub_dataset,
+    open_text,
+)
+from kvprof.calibration.tokens import UNKNOWN, Beginning, beginning_of, vocabulary_size
+from kvprof.errors import CalibrationError, UsageError
 from kvprof.records.scores import CalibrationInfo
 
 _OURS = (*SPLITS, "all")
@@ -38,7 +50,7 @@ class MixedText:
     """The sequences of a mix in their order, those of `self` still open.
 
     drawn: the place of each one's text among `origins`, and its tokens; None where the model has yet to write it.
-    split: of `self`. skipped, notes: as a CalibrationSet has them. beginning: of every sequence.
+    split: of `self`. skipped, notes, readings, vocabulary: as a CalibrationSet has them. beginning: of every sequence.
     """
 
     drawn: tuple[tuple[int, Tokens | None], ...]
@@ -49,6 +61,8 @@ class MixedText:
     skipped: int
     notes: tuple[str, ...]
     beginning: Beginning
+    readings: tuple[str, ...] = ()
+    vocabulary: int | None = None
 
     @property
     def to_write(self) -> int:
@@ -59,6 +73,12 @@ class MixedText:
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each sequence, those still open too."""
         return tuple(self.sequence_length if ids is None else len(ids) for _, ids in self.drawn)
+
+    def about_text(self) -> Iterator[str]:
+        """Yield what was read, and what of it misleads: of what the model has yet to write, nothing."""
+        columns = any(origin.column for origin in self.origins)
+        yield from self.readings
+        yield from sequence_remarks([ids for _, ids in self.drawn if ids is not None], self.vocabulary, columns)
 
     def check_vocabulary(self, size: int) -> None:
         """Raise CalibrationError where a model of so large a vocabulary does not know a token."""
@@ -78,6 +98,7 @@ class MixedText:
         mix = _mix(
             [Ingredient(origin.name, exact_weight(origin.weight)) for origin in others],
             [origin.split for origin in others],
+            [origin.column for origin in others],
             tokenizer,
             self.beginning,
             len(self.drawn),
@@ -103,7 +124,7 @@ class MixedText:
         source_of = [place for place, _ in self.drawn]
         begins_with = self.beginning.tokens
         info = describe(sequences, source_of, self.origins, self.sequence_length, self.seed, begins_with)
-        return CalibrationSet(tuple(sequences), info, self.skipped, self.notes)
+        return CalibrationSet(tuple(sequences), info, self.skipped, self.notes, self.readings, self.vocabulary)
 
 
 def mix_texts(
@@ -115,6 +136,8 @@ def mix_texts(
     seed: int = 0,
     pack: bool = False,
     usual_split: str = "calibration",
+    column: str | None = None,
+    config: str | None = None,
 ) -> MixedText:
     """Take at most `sequences` sequences of at most `sequence_length` tokens from several texts in turns.
 
@@ -123,22 +146,28 @@ def mix_texts(
     split: as `open_text` has it, of each text that has it: of several, a word that is no split of kvprof's goes to the
     hub datasets alone, and a split of kvprof's cuts a hub dataset's train rows by their hash.
     usual_split: of the built-in text and of `self`, where none is asked for.
+    column: of each text whose rows have columns, as `columns.choose_reading` takes it. config: the configuration of the
+    one text that has several.
     Raises CalibrationError for a text that cannot be read or holds no sequence, UsageError for what makes no sense.
     """
     check_request(sequences, sequence_length)
-    ingredients = parse_data(data)
-    if split not in (None, *_OURS) and not any(is_hub_dataset(ingredient.name) for ingredient in ingredients):
+    ingredients = configured(parse_data(data), config)
+    names = [ingredient.name for ingredient in ingredients]
+    if split not in (None, *_OURS) and not any(map(has_own_splits, names)):
         check_split(str(split))
+    if column is not None and not any(map(has_columns, names)):
+        raise UsageError(f"--column {column!r}: the rows of {', '.join(names)} have no columns.\n  Leave it out.")
 
     def split_for(name: str) -> str | None:
-        if is_hub_dataset(name):
+        if has_own_splits(name):
             return split
         return split if split in _OURS else usual_split if name in (BUILTIN, SELF) else None
 
     splits = [split_for(ingredient.name) for ingredient in ingredients]
     beginning = beginning_of(tokenizer)
     check_room(sequence_length, beginning)
-    return _mix(ingredients, splits, tokenizer, beginning, sequences, sequence_length, seed, pack)
+    columns = [column] * len(names)
+    return _mix(ingredients, splits, columns, tokenizer, beginning, sequences, sequence_length, seed, pack)
 
 
 def mix_again(info: CalibrationInfo, tokenizer: Any, pack: bool = False) -> MixedText:
@@ -149,14 +178,15 @@ def mix_again(info: CalibrationInfo, tokenizer: Any, pack: bool = False) -> Mixe
     """
     beginning = UNKNOWN if info.begins_with is None else beginning_of(tokenizer)
     if info.sources is None:
-        ingredients, splits = [Ingredient(info.dataset)], [info.split]
+        ingredients, splits, columns = [Ingredient(info.dataset)], [info.split], [info.column]
     else:
         ingredients = [Ingredient(share.dataset, exact_weight(share.weight)) for share in info.sources]
         splits = [share.split for share in info.sources]
+        columns = [share.column for share in info.sources]
     # In the order that was written down: a text whose turn never came is not, and would have moved the others' turns.
     order = info.source_of
     length = info.sequence_length
-    return _mix(ingredients, splits, tokenizer, beginning, info.sequences, length, info.seed, pack, order)
+    return _mix(ingredients, splits, columns, tokenizer, beginning, info.sequences, length, info.seed, pack, order)
 
 
 def turns(weights: Sequence[Fraction], before: Sequence[int] | None = None) -> Iterator[int]:
@@ -183,6 +213,7 @@ def turns(weights: Sequence[Fraction], before: Sequence[int] | None = None) -> I
 def _mix(
     ingredients: Sequence[Ingredient],
     splits: Sequence[str | None],
+    columns: Sequence[str | None],
     tokenizer: Any,
     beginning: Beginning,
     sequences: int,
@@ -192,27 +223,39 @@ def _mix(
     order: Sequence[int] | None = None,
 ) -> MixedText:
     readers: list[SequenceReader | None] = []
-    origins = []
     own_split = SPLITS[0]
-    for ingredient, split in zip(ingredients, splits, strict=True):
+    for ingredient, split, column in zip(ingredients, splits, columns, strict=True):
         if ingredient.name == SELF:
             readers.append(None)
             own_split = split or own_split
-            origins.append(Origin(SELF, own_split, float(ingredient.weight)))
         else:
-            source = _open(ingredient.name, split, seed, len(ingredients) > 1)
+            source = _open(ingredient.name, split, seed, column, len(ingredients) > 1)
             readers.append(SequenceReader(source, tokenizer, sequence_length, pack, beginning.ids))
-            origins.append(Origin(source.name, source.split, float(ingredient.weight)))
     drawn, notes = _draw(ingredients, readers, sequences, order)
-    skipped = sum(reader.skipped for reader in readers if reader)
-    return MixedText(tuple(drawn), tuple(origins), sequence_length, seed, own_split, skipped, tuple(notes), beginning)
+    origins = [
+        replace(Origin(SELF, own_split) if reader is None else reader.origin, weight=float(ingredient.weight))
+        for ingredient, reader in zip(ingredients, readers, strict=True)
+    ]
+    read = [remark for reader in readers if reader for remark in reader.remarks()]
+    return MixedText(
+        tuple(drawn),
+        tuple(origins),
+        sequence_length,
+        seed,
+        own_split,
+        sum(reader.skipped for reader in readers if reader),
+        tuple(notes),
+        beginning,
+        tuple(read),
+        vocabulary_size(tokenizer),
+    )
 
 
-def _open(name: str, split: str | None, seed: int, mixed: bool) -> TextSource:
+def _open(name: str, split: str | None, seed: int, column: str | None, mixed: bool) -> TextSource:
     if not (mixed and is_hub_dataset(name) and split in _OURS):
-        return open_text(name, split, seed)
-    source = open_text(name, None, seed)
-    return replace(source, split=split, rows=(row for row in source.rows if split in ("all", split_of(row))))
+        return open_text(name, split, seed, column)
+    source = open_text(name, None, seed, column)
+    return replace(source, split=split, rows=in_split(source.rows, split))
 
 
 def _draw(

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from kvprof.calibration.chat import Chat, ChatWriter
+from kvprof.calibration.remarks import reading_remark, row_remarks, sequence_remarks
 from kvprof.calibration.text import TextSource
-from kvprof.calibration.tokens import Beginning, beginning_of, token_ids
+from kvprof.calibration.tokens import Beginning, beginning_of, special_tokens, token_ids, vocabulary_size
 from kvprof.errors import CalibrationError, UsageError
 from kvprof.records.scores import CalibrationInfo, TextShare
 
@@ -35,24 +37,29 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Origin:
-    """A text by its name, which of its splits was read, and how much it weighs in a mix."""
+    """A text by its name, which of its splits was read, how much it weighs in a mix, and which column was text."""
 
     name: str
     split: str | None
     weight: float = 1.0
+    column: str | None = None
 
 
 @dataclass(frozen=True)
 class CalibrationSet:
     """Sequences of token ids, each at least two tokens long, and where they came from.
 
-    skipped: rows that were too short to have a target. notes: what befell the texts of a mix, in sentences.
+    skipped: rows that were too short to have a target. notes: what befell the texts of a mix, in sentences. readings:
+    what was read of each text, and what of its rows misleads. vocabulary: how many tokens the tokenizer has; None where
+    that is not known.
     """
 
     sequences: tuple[tuple[int, ...], ...]
     info: CalibrationInfo
     skipped: int
     notes: tuple[str, ...] = ()
+    readings: tuple[str, ...] = field(default=(), compare=False)
+    vocabulary: int | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -62,8 +69,11 @@ class CalibrationSet:
         fields = {name: value for name, value in fields.items() if name not in ("source_of", "sequence_fingerprints")}
         if not fields.get("begins_with"):
             fields.pop("begins_with", None)  # nothing is added: the text is what it was before this was written down
-        mix = {f"{name}s": [share[name] for share in shares] for name in ("weight", "split") if shares}
-        fields = {"dataset": fields.pop("dataset"), **mix, **fields}
+        mix = {f"{name}s": [share.get(name) for share in shares] for name in ("weight", "split") if shares}
+        if any(columns := [share.get("column") for share in shares]):
+            mix["columns"] = columns
+        column = {"column": fields.pop("column")} if "column" in fields else {}
+        fields = {"dataset": fields.pop("dataset"), **column, **mix, **fields}
         words = {"fingerprint": "text fingerprint", "begins_with": "beginning of every sequence"}
         return {words.get(name, name): value for name, value in fields.items()}
 
@@ -76,13 +86,13 @@ class CalibrationSet:
         if list(indices) == list(range(len(self.sequences))):
             return self
         taken, info = tuple(self.sequences[index] for index in indices), self.info
-        origins = [Origin(share.dataset, share.split, share.weight) for share in info.sources or ()]
+        origins = [Origin(share.dataset, share.split, share.weight, share.column) for share in info.sources or ()]
         every = info.source_of or (0,) * len(self.sequences)
         source_of = [every[index] for index in indices]
         described = describe(
             taken,
             source_of,
-            origins or [Origin(info.dataset, info.split)],
+            origins or [Origin(info.dataset, info.split, column=info.column)],
             info.sequence_length,
             info.seed,
             info.begins_with,
@@ -95,9 +105,16 @@ class CalibrationSet:
             yield f"every sequence begins with {' '.join(self.info.begins_with)}, as the tokenizer begins a text"
         if self.skipped:
             yield f"skipped {self.skipped} rows too short to have a target"
+        yield from self.about_text()
         yield from self.notes
         if len(self.sequences) < asked:
             yield f"the text holds only {len(self.sequences)} of the {asked} sequences asked for"
+
+    def about_text(self) -> Iterator[str]:
+        """Yield what was read, and what of it misleads."""
+        columns = [self.info.column, *(share.column for share in self.info.sources or ())]
+        yield from self.readings
+        yield from sequence_remarks(self.sequences, self.vocabulary, any(columns))
 
 
 @dataclass(frozen=True)
@@ -143,11 +160,10 @@ class SequenceReader:
         self.skipped = 0
         self.found = 0
         self._packed = pack or source.packed
-        self._cut = (
-            _windows(source.rows, tokenizer, length, list(beginning))
-            if self._packed
-            else _rows(source.rows, tokenizer, length)
-        )
+        self._tokenizer = tokenizer
+        self._beginning = list(beginning)
+        self._chats = ChatWriter(tokenizer)
+        self._cut = self._windows() if self._packed else self._rows()
 
     def __iter__(self) -> SequenceReader:
         return self
@@ -159,8 +175,109 @@ class SequenceReader:
                 return tuple(ids)
             self.skipped += 1
         if not self.found:
-            raise CalibrationError(_nothing_found(self.source, self.length, self.skipped, self._packed))
+            raise CalibrationError(self._nothing_found())
         raise StopIteration
+
+    def remarks(self) -> Iterator[str]:
+        """Yield what was read of the text, and what of its rows misleads."""
+        counts, chats = self.source.counts, self._chats
+        if counts.lengths:
+            yield reading_remark(self.source.name, counts, chats.has_template, chats.refused, chats.why)
+            yield from row_remarks(self.source.name, counts, self._packed, special_tokens(self._tokenizer))
+
+    @property
+    def origin(self) -> Origin:
+        """The text, and which column of it was read."""
+        return Origin(self.source.name, self.source.split, column=self.source.counts.column)
+
+    def _texts(self) -> Iterator[tuple[str, bool]]:
+        """Yield each row as text, and whether it has its marks of a beginning and an end by itself."""
+        for row in self.source.rows:
+            if isinstance(row, Chat):
+                self.source.counts.chats += 1
+                text = self._chats.write(row)
+                if text is not None:
+                    yield text, self._chats.has_template
+            else:
+                self.source.counts.see(row)
+                yield row, False
+
+    def _tokens(self, text: str, is_marked: bool) -> list[int]:
+        """Return the tokens of the beginning of a row, which stands there once."""
+        beginning = self._beginning
+        ids = token_ids(self._tokenizer, text, marks=not is_marked)
+        if is_marked and ids[: len(beginning)] != beginning:
+            return beginning + ids
+        if beginning and not is_marked and ids[: 2 * len(beginning)] == 2 * beginning:
+            return ids[len(beginning) :]  # the row spells out what the tokenizer puts there too
+        return ids
+
+    def _rows(self) -> Iterator[list[int]]:
+        counts = self.source.counts
+        for row, is_marked in self._texts():
+            read = PIECE_CHARACTERS
+            ids = self._tokens(row[:read], is_marked)
+            while read < len(row) and len(ids) < 2 * self.length:  # far enough from where the row was cut
+                read *= 4
+                ids = self._tokens(row[:read], is_marked)
+            counts.lengths.append(len(ids))
+            counts.cut |= read < len(row)
+            yield ids[: self.length]
+
+    def _windows(self) -> Iterator[list[int]]:
+        """Join the rows and cut windows; a tokenizer's end mark, where it has one, stands between two rows.
+
+        The beginning stands before the tokens of a window, unless they begin with it: many models lay their attention
+        sink there, and are not themselves without it.
+        """
+        beginning = self._beginning
+        buffer: list[int] = []
+        for ids in self._joined():
+            buffer += ids
+            while True:
+                added = [] if buffer[: len(beginning)] == beginning else beginning
+                taken = self.length - len(added)
+                if len(buffer) < max(taken, len(beginning)):  # too short for a window, or to know what it begins with
+                    break
+                yield added + buffer[:taken]
+                del buffer[:taken]
+
+    def _joined(self) -> Iterator[list[int]]:
+        """Yield the tokens of one row after the other, in pieces."""
+        counts, end = self.source.counts, self._tokenizer.eos_token_id
+        last: list[int] = []
+        for row, is_marked in self._texts():
+            counts.lengths.append(0)
+            for place, piece in enumerate(_pieces(row)):
+                ids = self._tokens(piece, is_marked) if place == 0 else token_ids(self._tokenizer, piece, marks=False)
+                if len(piece) < len(row) and ids[-1:] == [end] and not is_marked:
+                    ids.pop()  # the row goes on
+                last = ids[-1:] or last
+                counts.lengths[-1] += len(ids)
+                yield ids
+            if end is not None and last != [end]:
+                last = [end]
+                yield last
+
+    def _nothing_found(self) -> str:
+        where = f"{self.source.name} ({self.source.split})"
+        counts, chats = self.source.counts, self._chats
+        if chats.refused and not counts.lengths:
+            return (
+                f"{where}: the tokenizer's chat template writes none of its chats: {chats.why}.\n"
+                "  Name a column of plain text with --column, or a template of columns."
+            )
+        if self._packed and (counts.lengths or not counts.blank):
+            return (
+                f"{where} is shorter than one window of {self.length} tokens.\n  Lower --sequence-length, or add text."
+            )
+        if not self.skipped:
+            column = "" if counts.column is None else f" in the column {counts.column!r}"
+            return f"{where} holds no text{column}."
+        return (
+            f"{where} holds no sequence with a target: {self.skipped} rows were too short.\n"
+            "  Give it rows of at least 2 tokens, or add --pack to join them."
+        )
 
 
 def tokenize(
@@ -176,9 +293,8 @@ def tokenize(
     check_room(sequence_length, beginning)
     reader = SequenceReader(source, tokenizer, sequence_length, pack, beginning.ids)
     found = list(islice(reader, sequences))
-    origins = [Origin(source.name, source.split)]
-    info = describe(found, [0] * len(found), origins, sequence_length, seed, beginning.tokens)
-    return CalibrationSet(tuple(found), info, reader.skipped)
+    info = describe(found, [0] * len(found), [reader.origin], sequence_length, seed, beginning.tokens)
+    return CalibrationSet(tuple(found), info, reader.skipped, (), tuple(reader.remarks()), vocabulary_size(tokenizer))
 
 
 def check_request(sequences: int, sequence_length: int) -> None:
@@ -225,6 +341,7 @@ def describe(
             dataset=origins[place].name,
             split=origins[place].split,
             weight=origins[place].weight,
+            column=origins[place].column,
             sequences=sum(1 for source in source_of if source == place),
             tokens=sum(len(ids) for ids, source in zip(sequences, source_of, strict=True) if source == place),
         )
@@ -245,6 +362,7 @@ def describe(
         source_of=tuple(map(present.index, source_of)) if mixed else None,
         sequence_fingerprints=tuple(_sha256(text)[:16] for text in texts),
         begins_with=begins_with,
+        column=None if mixed else origins[present[0]].column,
     )
 
 
@@ -284,49 +402,6 @@ def _pad(sequences: Sequence[Sequence[int]], indices: tuple[int, ...], side: Lit
     return Batch(indices, input_ids, attention_mask, input_ids.masked_fill(attention_mask == 0, IGNORED))
 
 
-def _rows(rows: Iterator[str], tokenizer: Any, length: int) -> Iterator[list[int]]:
-    for row in rows:
-        read = PIECE_CHARACTERS
-        ids = token_ids(tokenizer, row[:read])
-        while read < len(row) and len(ids) < 2 * length:  # far enough from where the row was cut
-            read *= 4
-            ids = token_ids(tokenizer, row[:read])
-        yield ids[:length]
-
-
-def _windows(rows: Iterator[str], tokenizer: Any, length: int, beginning: list[int]) -> Iterator[list[int]]:
-    """Join the rows and cut windows; a tokenizer's end mark, where it has one, stands between two rows.
-
-    beginning: stands before the tokens of a window, unless they begin with it: many models lay their attention sink
-    there, and are not themselves without it.
-    """
-    buffer: list[int] = []
-    for ids in _joined(rows, tokenizer):
-        buffer += ids
-        while True:
-            added = [] if buffer[: len(beginning)] == beginning else beginning
-            taken = length - len(added)
-            if len(buffer) < max(taken, len(beginning)):  # too short for a window, or to know what it begins with
-                break
-            yield added + buffer[:taken]
-            del buffer[:taken]
-
-
-def _joined(rows: Iterator[str], tokenizer: Any) -> Iterator[list[int]]:
-    """Yield the tokens of one row after the other, in pieces."""
-    last: list[int] = []
-    for row in rows:
-        for place, piece in enumerate(_pieces(row)):
-            ids = token_ids(tokenizer, piece, marks=place == 0)
-            if len(piece) < len(row) and ids[-1:] == [tokenizer.eos_token_id]:
-                ids.pop()  # the row goes on
-            last = ids[-1:] or last
-            yield ids
-        if tokenizer.eos_token_id is not None and last != [tokenizer.eos_token_id]:
-            last = [tokenizer.eos_token_id]
-            yield last
-
-
 def _pieces(row: str) -> Iterator[str]:
     """Cut a row that is a book, where it has a space, so that no more of it is read than is used."""
     start = 0
@@ -336,15 +411,3 @@ def _pieces(row: str) -> Iterator[str]:
         yield row[start:stop]
         start = stop
     yield row[start:]
-
-
-def _nothing_found(source: TextSource, length: int, skipped: int, packed: bool) -> str:
-    where = f"{source.name} ({source.split})"
-    if packed:
-        return f"{where} is shorter than one window of {length} tokens.\n  Lower --sequence-length, or add text."
-    if not skipped:
-        return f"{where} holds no text."
-    return (
-        f"{where} holds no sequence with a target: {skipped} rows were too short.\n"
-        "  Give it rows of at least 2 tokens, or add --pack to join them."
-    )

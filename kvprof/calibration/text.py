@@ -1,4 +1,4 @@
-"""Where calibration text comes from: the built-in text, a file, a hub dataset -> rows of text.
+"""Where calibration text comes from: the built-in text, files, a hub dataset -> rows of text.
 
 Reads text; does not know tokens. Two splits of one source never share a row.
 """
@@ -6,30 +6,40 @@ Reads text; does not know tokens. Two splits of one source never share a row.
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import logging
 import os
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvprof.errors import CalibrationError, UsageError, did_you_mean, first_line
+from kvprof.calibration.chat import Row, text_of
+from kvprof.calibration.columns import choose_reading
+from kvprof.calibration.files import SHUFFLE_ROWS, Fields, check_columns, peeked, read_rows, shuffled
+from kvprof.calibration.remarks import RowCounts
+from kvprof.errors import CalibrationError, KvprofError, UsageError, did_you_mean, first_line
+from kvprof.records.text_files import (
+    KINDS,
+    TextFiles,
+    find_files,
+    is_on_disk,
+    is_pattern,
+    kind_of,
+    may_have_splits,
+)
 
 BUILTIN = "builtin"
 SELF = "self"
 """Text that the model writes itself: it has no rows, see `calibration.self_text`."""
 SPLITS = ("calibration", "held-out")
-LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-TEXT_COLUMNS = ("text", "content", "prompt", "document")
-SHUFFLE_ROWS = 10_000
-"""Rows of a file or dataset that are shuffled at a time."""
-MOST_COLUMNS = 1000
-"""Of a .csv or .jsonl file: datasets takes minutes for a hundred thousand."""
-_FIRST_LINE_BYTES = 2**20
+ROWS_LOOKED_AT = 100
+"""First rows that decide which column is text."""
+_CONFIGURED = re.compile(r"---\s*\n(?:(?!---).*\n)*?configs:")
+"""The beginning of a README.md that says which files are which configuration of a dataset."""
+_README_CHARACTERS = 2**20
 _HUB_SECONDS = 10.0
 """How long the hub may take to say that it knows a dataset."""
 
@@ -39,46 +49,64 @@ class TextSource:
     """Rows of text with a name.
 
     rows: in the order to use them. packed: whether rows are pieces of one text, to be joined before they are cut.
+    counts: what was read, filled in while rows are taken.
     """
 
     name: str
     split: str
-    rows: Iterator[str]
+    rows: Iterator[Row]
     packed: bool = False
+    counts: RowCounts = field(default_factory=RowCounts)
 
 
-def open_text(data: str = BUILTIN, split: str | None = None, seed: int = 0) -> TextSource:
+def open_text(data: str = BUILTIN, split: str | None = None, seed: int = 0, column: str | None = None) -> TextSource:
     """Open a source of calibration text, its rows in an order that the seed decides.
 
-    data: `builtin` (the Python language reference that ships inside the interpreter), a .txt (a line is a row), .jsonl,
-    .parquet or .csv file, or the id of a hub dataset.
+    data: `builtin` (the Python language reference that ships inside the interpreter); a file, a folder or a pattern of
+    files as `records.text_files.find_files` takes them (a line of a .txt is a row); or the id of a hub dataset, with
+    its configuration behind it where it has several (`org/name/config`).
     split: `calibration` or `held-out`, by a hash of the row (of the topic's name for the built-in text), three rows to
-    one; `all` for both; for a hub dataset, its own split. Default: calibration for the built-in text, all of a file,
-    train of a dataset.
+    one; `all` for both; of a hub dataset, or of files whose names tell splits apart, its own split. Default:
+    calibration for the built-in text, all of a file, train of what has splits of its own.
+    column: as `calibration.columns.choose_reading` takes it; left out of account where rows have no columns.
     Raises CalibrationError for text that cannot be read, UsageError for an unknown name.
     """
     if data == BUILTIN:
         return _builtin(split or "calibration", seed)
     if data == SELF:
         raise UsageError(f"{SELF} is text that the model writes; there is none to read here.\n  Try {BUILTIN}.")
-    path = Path(os.path.expanduser(data))
-    if path.suffix.lower() in LOADERS:
-        return _file(path, split or "all", seed)
-    if os.path.exists(path):  # unlike Path.exists, no name is too long for it
-        raise UsageError(f"{data} is no text that kvprof reads: name a file that ends in {', '.join(LOADERS)}.")
+    if not is_hub_dataset(data):
+        return _on_disk(data, split, seed, column)
     if "/" not in data and (nearest := did_you_mean(data, [BUILTIN, SELF])).startswith("did"):
         raise UsageError(f"unknown --data {data!r}: {nearest}")
-    return _hub(data, split or "train", seed)
+    return _hub(data, split or "train", seed, column)
 
 
 def is_hub_dataset(data: str) -> bool:
     """Whether a source that `open_text` can open would be looked for on the hub."""
-    return data not in (BUILTIN, SELF) and Path(data).suffix.lower() not in LOADERS
+    return data not in (BUILTIN, SELF) and not is_on_disk(data) and _configured(data) is None
+
+
+def has_own_splits(data: str) -> bool:
+    """Whether a source may have splits by names of its own."""
+    return data not in (BUILTIN, SELF) and (
+        is_hub_dataset(data) or may_have_splits(data) or _configured(data) is not None
+    )
+
+
+def has_columns(data: str) -> bool:
+    """Whether the rows of a source have columns, one of which can be chosen."""
+    return data not in (BUILTIN, SELF) and (is_hub_dataset(data) or _found(data).kind != "lines")
 
 
 def split_of(name: str) -> str:
     """Return the split that a row belongs to: the same in every process and on every machine."""
     return SPLITS[hashlib.sha256(name.encode()).digest()[0] % 4 == 0]
+
+
+def in_split(rows: Iterator[Row], split: str | None) -> Iterator[Row]:
+    """Yield the rows of a split of kvprof's own; all rows for `all` and for any other word."""
+    return (row for row in rows if split not in SPLITS or split == split_of(text_of(row)))
 
 
 def _builtin(split: str, seed: int) -> TextSource:
@@ -90,45 +118,94 @@ def _builtin(split: str, seed: int) -> TextSource:
     return TextSource(BUILTIN, split, (topics[name] for name in names), packed=True)
 
 
-def _file(path: Path, split: str, seed: int) -> TextSource:
-    check_split(split)
-    if not os.path.isfile(path):
-        raise CalibrationError(f"{path}: no such file.")
-    if path.stat().st_size == 0:
-        raise CalibrationError(f"{path}: the file is empty.")
-    _check_columns(path)
-    files = {"data_files": glob.escape(str(path.resolve())), "split": "train"}
-    rows = _load(LOADERS[path.suffix.lower()], files, str(path), seed)
-    return TextSource(str(path), split, (row for row in rows if split in ("all", split_of(row))))
+def _on_disk(data: str, split: str | None, seed: int, column: str | None) -> TextSource:
+    by_hash = split in (None, *SPLITS, "all")
+    if not by_hash and not has_own_splits(data):
+        check_split(str(split))
+    path = Path(os.path.expanduser(data))
+    with _explained(data):
+        found = _found(data, None if by_hash else split)
+        if all(file.stat().st_size == 0 for file in found.files):
+            raise CalibrationError(f"{found.files[0]}: the file is empty.")
+    counts = RowCounts(aside=found.aside)
+    fields = shuffled(counts.held_in(read_rows(found.kind, found.files, seed)), seed)
+    rows = _texts(fields, data, column, counts, has_columns=found.kind != "lines")
+    name = str(path) if not is_pattern(data) else data
+    own = found.split if by_hash and split is None else split
+    return TextSource(name, own or "all", in_split(rows, split), counts=counts)
 
 
-def _check_columns(path: Path) -> None:
-    """Raise CalibrationError for a first line of more columns than a table of text has."""
-    kind = LOADERS[path.suffix.lower()]
-    if kind not in ("csv", "json"):
-        return
+def _found(data: str, split: str | None = None) -> TextFiles:
+    """Return the files that a name on the disk stands for, by the list of configurations where their folder has one."""
+    configured = _configured(data)
+    if configured is None:
+        return find_files(data, split)
+    import datasets
+
+    folder, config = configured
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)
     try:
-        with open(path, "rb") as file:
-            line = file.readline(_FIRST_LINE_BYTES)
-    except OSError as error:
-        raise CalibrationError(f"cannot read {path}: {error.strerror}.") from None
-    if kind == "csv":
-        columns = line.count(b",") + 1
-    else:  # a list is of many rows
-        columns = len(re.findall(rb'(?<!\\)"\s*:', line)) if line.lstrip().startswith(b"{") else 0
-    if columns > MOST_COLUMNS:
-        raise CalibrationError(
-            f"{path}: its first line names {columns} columns or more; a table of text has {MOST_COLUMNS} at most.\n"
-            f"  Write the text alone: a .txt file, or one column {TEXT_COLUMNS[0]!r}."
-        )
+        files = datasets.load_dataset_builder(str(folder), name=config).config.data_files
+    except ValueError as error:
+        raise _of_configurations(str(folder), config, str(folder), error) from None
+    chosen = split or ("train" if "train" in files else next(iter(files)))
+    if chosen not in files:
+        raise UsageError(f"--split {split}: {data} holds other splits: {did_you_mean(chosen, map(str, files))}")
+    paths = tuple(map(Path, files[chosen]))
+    kinds = {kind_of(path) for path in paths}
+    if len(kinds) > 1 or None in kinds:
+        raise CalibrationError(f"{data} holds files of several kinds, or of one that kvprof does not read.")
+    others = tuple(f"the split {name}" for name in files if name != chosen)
+    return TextFiles(str(kinds.pop()), paths, chosen, others)
 
 
-def _hub(name: str, split: str, seed: int) -> TextSource:
+def _configured(data: str) -> tuple[Path, str | None] | None:
+    """Return the folder and the configuration that a name stands for, where its README.md lists configurations.
+
+    The name is the folder's, or goes on behind it with a slash and the configuration.
+    """
+    path = Path(os.path.expanduser(data))
+    for folder, config in ((path, None), (path.parent, path.name)):
+        if config is not None and (os.path.exists(path) or folder == Path() or kind_of(data) is not None):
+            continue
+        with contextlib.suppress(OSError, ValueError), open(folder / "README.md", encoding="utf-8") as file:
+            if _CONFIGURED.match(file.read(_README_CHARACTERS)):
+                return folder, config
+    return None
+
+
+def _hub(name: str, split: str, seed: int, column: str | None) -> TextSource:
     from huggingface_hub import HfApi
 
+    repository, config = hub_parts(name)
     with _explained(name):
-        HfApi().dataset_info(name, timeout=_HUB_SECONDS)  # asked first, because datasets tries for half a minute
-    return TextSource(name, split, _load(name, {"split": split}, name, seed))
+        HfApi().dataset_info(repository, timeout=_HUB_SECONDS)  # asked first: datasets tries for half a minute
+    counts = RowCounts()
+    arguments: dict[str, Any] = {"split": split} | ({} if config is None else {"name": config})
+    return TextSource(name, split, _load(repository, arguments, name, seed, column, counts), counts=counts)
+
+
+def hub_parts(name: str) -> tuple[str, str | None]:
+    """Return the repository and the configuration that `org/name/config` stands for, the latter None where it is not.
+
+    A dataset that belongs to no organisation has its configuration behind two slashes.
+    """
+    owner, _, rest = name.partition("/")
+    repository, _, config = rest.partition("/")
+    return (f"{owner}/{repository}" if repository else owner), config or None
+
+
+def may_be_configured(name: str) -> bool:
+    """Whether a source may have several configurations, of which its name tells none."""
+    if is_hub_dataset(name):
+        return hub_parts(name)[1] is None
+    configured = _configured(name)
+    return configured is not None and configured[1] is None
+
+
+def with_config(name: str, config: str) -> str:
+    """Return the name of one configuration of a dataset, as `hub_parts` takes it apart."""
+    return f"{name.rstrip('/')}{'/' if '/' in name else '//'}{config}"
 
 
 def check_split(split: str) -> None:
@@ -137,47 +214,82 @@ def check_split(split: str) -> None:
         raise UsageError(f"unknown --split {split!r}: {did_you_mean(split, [*SPLITS, 'all'])}")
 
 
-def _load(builder: str, arguments: dict[str, Any], name: str, seed: int) -> Iterator[str]:
-    """Stream the text column of a dataset, empty rows left out."""
+def _load(
+    repository: str,
+    arguments: dict[str, Any],
+    name: str,
+    seed: int,
+    column: str | None = None,
+    counts: RowCounts | None = None,
+) -> Iterator[Row]:
+    """Stream the text of a dataset. arguments: of `datasets.load_dataset`. name: what messages call it."""
+    return _texts(_streamed(repository, arguments, name, seed), name, column, counts or RowCounts())
+
+
+def _streamed(repository: str, arguments: dict[str, Any], name: str, seed: int) -> Iterator[Fields]:
     import datasets
 
     datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said once, below
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else every reading of a local file is told to a server
+    try:
+        stream = datasets.load_dataset(repository, streaming=True, **arguments)
+    except ValueError as error:
+        raise _of_configurations(repository, arguments.get("name"), name, error) from None
+    # A single file needs no threads, behind which datasets waits for seconds where it is Parquet.
+    shards = {"max_buffer_input_shards": 1} if stream.num_shards == 1 else {}
+    yield from stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS, **shards)
+
+
+def _of_configurations(repository: str, config: str | None, name: str, error: ValueError) -> Exception:
+    """Return what to raise for a dataset whose configuration is missing or unknown; any other error as it is."""
+    if "config" not in str(error).lower():
+        return error
+    import datasets
+
+    try:
+        known = datasets.get_dataset_config_names(repository)
+    except Exception:  # whatever it is, the first error says more
+        return error
+    if not known or config in known:
+        return error
+    missing = f"{name} has no configuration {config!r}" if config is not None else f"{name} has several configurations"
+    return CalibrationError(
+        f"{missing}: {', '.join(known)}.\n  Name one: --config {known[0]}, or --data {repository}/{known[0]}"
+    )
+
+
+def _texts(
+    rows: Iterator[Fields], name: str, column: str | None, counts: RowCounts, has_columns: bool = True
+) -> Iterator[Row]:
+    """Yield what is text of rows, rows without text left out and counted."""
     with _explained(name):
-        stream = datasets.load_dataset(builder, streaming=True, **arguments)
-        column = None
-        for row in stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS):
-            column = column or _text_column(row, name)
-            text = row[column]
-            if text is not None and not isinstance(text, str):
-                raise CalibrationError(f"{name}: the column {column!r} holds {type(text).__name__}, not text.")
-            if text and text.strip():
+        first, rows = peeked(rows, ROWS_LOOKED_AT)
+        if not first:
+            return
+        check_columns(first[0])
+        reading = choose_reading(first, column if has_columns else None)
+        if has_columns:
+            counts.column = reading.name
+            counts.aside = (*reading.aside, *counts.aside)
+        for row in rows:
+            text = reading.take(row)
+            if text is None:
+                counts.blank += 1
+            else:
                 yield text
 
 
 @contextlib.contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Turn whatever datasets and the hub raise, the errors of a dozen libraries, into one message."""
+    """Turn whatever files, datasets and the hub raise, the errors of a dozen libraries, into one message."""
     try:
         yield
-    except CalibrationError:
-        raise
+    except KvprofError as error:
+        if name in str(error):
+            raise
+        raise type(error)(f"{name}: {error}") from None
     except Exception as error:
         raise CalibrationError(
             f"cannot read calibration text from {name}: {first_line(error)}\n"
-            f"  Text is a file in UTF-8 of one of the kinds {', '.join(LOADERS)}, a hub dataset, or `builtin`."
+            f"  Text is a file in UTF-8 of one of the kinds {', '.join(KINDS)}, a hub dataset, or `builtin`."
         ) from None
-
-
-def _text_column(row: dict[str, Any], name: str) -> str:
-    """Return the column to read, by the first row: the usual name for one, else the only column of text."""
-    columns = [column for column, value in row.items() if value is None or isinstance(value, str)]
-    for usual in TEXT_COLUMNS:
-        if usual in row:
-            return usual
-    if len(columns) == 1:
-        return columns[0]
-    raise CalibrationError(
-        f"{name}: cannot tell which column is text; found {', '.join(row) or 'no columns'}.\n"
-        f"  Name one column {TEXT_COLUMNS[0]!r}."
-    )

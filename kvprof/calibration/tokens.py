@@ -68,6 +68,20 @@ def token_ids(tokenizer: Any, text: str, marks: bool = True) -> list[int]:
         return [int(token) for token in tokenizer(text, truncation=False, verbose=False, **given)["input_ids"]]
 
 
+def special_tokens(tokenizer: Any) -> set[str]:
+    """Return the tokens that a tokenizer reads as marks where they stand in a text."""
+    added = getattr(tokenizer, "get_added_vocab", dict)
+    return {*map(str, getattr(tokenizer, "all_special_tokens", ())), *map(str, added())}
+
+
+def vocabulary_size(tokenizer: Any) -> int | None:
+    """Return how many tokens a tokenizer has; None where it does not say."""
+    try:
+        return len(tokenizer)
+    except (TypeError, NotImplementedError):
+        return None
+
+
 @contextlib.contextmanager
 def tokenizer_explained(tokenizer: Any) -> Iterator[None]:
     """Turn whatever a tokenizer raises, which may be the model's own code, into one CalibrationError."""

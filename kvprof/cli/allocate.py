@@ -114,7 +114,7 @@ def allocate(
     from kvprof.allocate.budget import parse_bits
     from kvprof.allocate.candidates import Allowed
     from kvprof.allocate.doubts import doubts
-    from kvprof.allocate.targets import target_named
+    from kvprof.allocate.targets import sliding_remark, target_named
     from kvprof.allocate.task import usual_window
     from kvprof.allocate.within import unrestricted
     from kvprof.cli.typed import typed_command
@@ -175,7 +175,8 @@ def allocate(
     doubted = doubts(found, plan, tie=tie, **allowed)
     for line in (*prediction_lines(plan, found, doubted.best_pair), *stability_lines(doubted.stability)):
         print_plain(line)
-    for remark in (*plan_remarks(plan, found), *doubted.remarks):
+    sliding = None if runtime is None else sliding_remark(plan, runtime)
+    for remark in (*plan_remarks(plan, found), *doubted.remarks, *filter(None, [sliding])):
         print_note(remark)
     print_written(written)
     print_result(plan)

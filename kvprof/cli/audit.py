@@ -10,6 +10,8 @@ import typer
 from kvprof.cli.measure import Model
 from kvprof.cli.options import (
     CalibrationLength,
+    Column,
+    Config,
     Device,
     DryRun,
     Dtype,
@@ -24,6 +26,7 @@ from kvprof.cli.options import (
     Stream,
     SuffixFraction,
     Texts,
+    TokenizerName,
     TrustRemoteCode,
 )
 from kvprof.cli.watching import Watch
@@ -43,6 +46,8 @@ def divergence(
     recent_tokens: RecentTokens = 128,
     data: Texts = None,
     split: Split = None,
+    column: Column = None,
+    config: Config = None,
     sequences: Annotated[int, typer.Option(help="Calibration sequences. Time grows with them.")] = 2,
     sequence_length: CalibrationLength = None,
     seed: Seed = 0,
@@ -50,6 +55,7 @@ def divergence(
     dtype: Dtype = "auto",
     device: Device = "auto",
     stream: Stream = False,
+    tokenizer: TokenizerName = None,
     trust_remote_code: TrustRemoteCode = False,
     out: Out = None,
     dry_run: DryRun = False,
@@ -64,7 +70,7 @@ def divergence(
     from kvprof.report.audits import show_divergence
     from kvprof.report.console import print_note, print_result, print_written, progress
 
-    source = resolve(model, trust_remote_code)
+    source = resolve(model, trust_remote_code, tokenizer)
     folder = output_folder(source.id, out)
     settings = DivergenceSettings(
         layers=layers,
@@ -74,6 +80,8 @@ def divergence(
         suffix_fraction=suffix_fraction,
         data=data or USUAL_DATA,
         split=split,
+        column=column,
+        config=config,
         sequences=sequences,
         sequence_length=sequence_length,
         seed=seed,
@@ -111,6 +119,7 @@ def calibrate(
     sequences: Annotated[int, typer.Option(help="Sequences to measure on, of those that the scores read.")] = 4,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    tokenizer: TokenizerName = None,
     trust_remote_code: TrustRemoteCode = False,
     restart: Restart = False,
 ) -> None:
@@ -133,7 +142,7 @@ def calibrate(
     from kvprof.report.audits import show_calibration
     from kvprof.report.console import print_note, print_result, print_written, progress
 
-    source = resolve(model or foretold[0].plan.model.id, trust_remote_code)
+    source = resolve(model or foretold[0].plan.model.id, trust_remote_code, tokenizer)
     folder = output_folder(source.id, path.parent)
     settings = CalibrateSettings(sequences, dtype, device)
     with progress("calibrate", "forwards") as advance:

@@ -9,6 +9,8 @@ import typer
 from typer.core import TyperCommand
 
 from kvprof.cli.options import (
+    Column,
+    Config,
     Device,
     DryRun,
     Dtype,
@@ -21,6 +23,7 @@ from kvprof.cli.options import (
     Seed,
     SequenceLength,
     Stream,
+    TokenizerName,
     TrustRemoteCode,
 )
 from kvprof.cli.watching import Watch
@@ -61,6 +64,8 @@ def evaluate(
     ] = False,
     data: HeldOutTexts = None,
     split: HeldOutSplit = None,
+    column: Column = None,
+    config: Config = None,
     sequences: Annotated[int, typer.Option(help="Sequences of text. Time grows with them; the error shrinks.")] = 12,
     sequence_length: SequenceLength = None,
     measure_from: Annotated[
@@ -71,6 +76,7 @@ def evaluate(
     dtype: Dtype = "auto",
     device: Device = "auto",
     stream: Stream = False,
+    tokenizer: TokenizerName = None,
     trust_remote_code: TrustRemoteCode = False,
     out: Out = None,
     dry_run: DryRun = False,
@@ -94,7 +100,7 @@ def evaluate(
     found = BitPlan.load(plan)
     name, *others = short_names([plan, *(against or ())])
     further = [(other, BitPlan.load(path)) for other, path in zip(others, against or (), strict=True)]
-    source = resolve(model or found.model.id, trust_remote_code)
+    source = resolve(model or found.model.id, trust_remote_code, tokenizer)
     folder = output_folder(source.id, out)
     settings = EvaluationSettings(
         tuple(data or (BUILTIN,)),
@@ -108,6 +114,8 @@ def evaluate(
         device,
         exact,
         stream,
+        column,
+        config,
     )
     if rivals or check:  # run_evaluation asks the same, but after what the rivals need
         check_request(source, [(name, found), *further], settings, compares=check)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kvprof.cli.options import Dtype, PlannedModel, TrustRemoteCode
+from kvprof.cli.options import Dtype, PlannedModel, TokenizerName, TrustRemoteCode
 
 
 def generate(
@@ -22,6 +22,7 @@ def generate(
     ] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     dtype: Dtype = "auto",
+    tokenizer: TokenizerName = None,
     trust_remote_code: TrustRemoteCode = False,
     device: Annotated[str, typer.Option(help="auto (the GPU, else the CPU), cpu, cuda:1.")] = "auto",
 ) -> None:
@@ -39,7 +40,7 @@ def generate(
     settings = GenerationSettings(max_new_tokens, temperature, seed, chat, dtype, device)
     with progress("generate", "tokens") as advance:
         found = compare_continuations(
-            resolve(model or obeyed.model.id, trust_remote_code), obeyed, text, settings, advance
+            resolve(model or obeyed.model.id, trust_remote_code, tokenizer), obeyed, text, settings, advance
         )
     show_continuations(found, plan.stem)
     if found.is_vacuous:

@@ -10,6 +10,8 @@ from kvprof.cli import completion
 from kvprof.cli.allowed import Layers
 from kvprof.cli.options import (
     CalibrationLength,
+    Column,
+    Config,
     Device,
     DryRun,
     Dtype,
@@ -21,6 +23,7 @@ from kvprof.cli.options import (
     Stream,
     SuffixFraction,
     Texts,
+    TokenizerName,
     TrustRemoteCode,
 )
 from kvprof.cli.watching import Watch
@@ -56,7 +59,7 @@ def norms(
     from kvprof.profile.norms import run_norms
     from kvprof.records.runs import output_folder
     from kvprof.report.console import print_fetched, print_note, print_result, print_written, progress
-    from kvprof.report.tables import show_red_flags, show_scores
+    from kvprof.report.tables import show_red_flags, show_scores, show_weight_sharing
 
     source = resolve(model, trust_remote_code)
     folder = output_folder(source.id, out)
@@ -64,6 +67,7 @@ def norms(
     with watch.over("cpu"), progress("norms", "bytes") as advance:
         run = run_norms(source, folder, restart, advance, watch)
     show_scores(run.scores)
+    show_weight_sharing(run.inventory.geometry)
     show_red_flags(run.inventory)
     for remark in run.remarks:
         print_note(remark)
@@ -78,6 +82,8 @@ def gradients(
     out: Out = None,
     data: Texts = None,
     split: Split = None,
+    column: Column = None,
+    config: Config = None,
     sequences: Annotated[
         int | None,
         typer.Option(help="Calibration sequences. Time grows with them.", show_default="8; 32 with --until-stable"),
@@ -124,6 +130,7 @@ def gradients(
     dtype: Dtype = "auto",
     device: Device = "auto",
     stream: Stream = False,
+    tokenizer: TokenizerName = None,
     trust_remote_code: TrustRemoteCode = False,
     shard: Annotated[
         str | None,
@@ -149,7 +156,7 @@ def gradients(
 
     if stable_at and not until_stable:
         raise UsageError("--stable-at says what --until-stable looks at, which is not there.\n  Add --until-stable.")
-    source = resolve(model, trust_remote_code)
+    source = resolve(model, trust_remote_code, tokenizer)
     runtime = None if target is None else target_named(target)
     decoder = decoder_asked(formats, runtime, sink_tokens, recent_tokens, suffix_fraction, layers)
     if sequences is None:
@@ -157,6 +164,8 @@ def gradients(
     settings = SensitivitySettings(
         data=tuple(data or USUAL_DATA),
         split=split,
+        column=column,
+        config=config,
         sequences=sequences,
         sequence_length=sequence_length,
         batch_size=batch_size,

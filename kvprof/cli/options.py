@@ -15,8 +15,8 @@ PlannedModel = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option(help="Folder for the result.", show_default="outputs/<model>")]
 TEXTS = (
-    "Text: `builtin`, `self` (the model's own), a .txt, .jsonl, .parquet or .csv file, a hub dataset; NAME:2 takes "
-    "twice as much. Can be repeated."
+    "Text: `builtin`, `self` (the model's own), a file (.txt, .jsonl, .parquet, .csv, ..., .gz), a folder or a pattern "
+    "of files, a hub dataset; NAME:2 takes twice as much. Can be repeated."
 )
 Texts = Annotated[list[str] | None, typer.Option("--data", help=TEXTS, show_default="builtin and self")]
 HeldOutTexts = Annotated[list[str] | None, typer.Option("--data", help=TEXTS, show_default="builtin")]
@@ -24,6 +24,17 @@ SPLITS = "`calibration` or `held-out` (three rows to one, by hash), `all`; of a 
 Split = Annotated[str | None, typer.Option(help=SPLITS, show_default="calibration; all of a file; train of a dataset")]
 HeldOutSplit = Annotated[
     str | None, typer.Option("--split", help=SPLITS, show_default="held-out; all of a file; train of a dataset")
+]
+Column = Annotated[
+    str | None,
+    typer.Option(
+        help="Column of the rows to read: text or messages; or a template, '{question}\\n{answer}'.",
+        show_default="found by names",
+    ),
+]
+Config = Annotated[
+    str | None,
+    typer.Option(help="Configuration of the hub dataset; also org/name/CONFIG.", show_default="the only one"),
 ]
 SequenceLength = Annotated[
     int | None, typer.Option(help="Tokens a sequence has at most.", show_default="512, or the model's own limit")
@@ -50,6 +61,14 @@ TrustRemoteCode = Annotated[
     typer.Option(
         "--trust-remote-code",
         help="Let Python code run that comes with the model, where transformers has none for it. Its files are named.",
+    ),
+]
+TokenizerName = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer",
+        help="Whose tokenizer to take: a hub id, a folder or a .gguf file. For weights that were saved without one.",
+        show_default="the model's own",
     ),
 ]
 DryRun = Annotated[

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvprof.cli.completion import recipes
-from kvprof.cli.options import TrustRemoteCode
+from kvprof.cli.options import TokenizerName, TrustRemoteCode
 from kvprof.cli.stops import STOPPED
 from kvprof.errors import InvalidFile, UsageError
 
@@ -47,6 +47,7 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the command lines, and which would be skipped; stop there.")
     ] = False,
+    tokenizer: TokenizerName = None,
     trust_remote_code: TrustRemoteCode = False,
     restart: Annotated[bool, typer.Option("--restart", help="Do every step again, from its beginning.")] = False,
 ) -> None:
@@ -82,7 +83,7 @@ def run(
 
     named = _named_model(found.model, home) if model is None else _named_model(model, Path.cwd())
     # The demo model may have to be converted first.
-    source = None if dry_run and named == DEMO else resolve(str(named), trust_remote_code)
+    source = None if dry_run and named == DEMO else resolve(str(named), trust_remote_code, tokenizer)
     id_ = DEMO if source is None else source.id
     try:
         folder = out or (own_place(found.out, home) if found.out else OUTPUTS / slug(id_))
@@ -91,6 +92,8 @@ def run(
         raise InvalidFile(f"{path}: {error}") from None
     if trust_remote_code:  # said here alone: a recipe may be a stranger's
         steps = [step.trusting() for step in steps]
+    if tokenizer is not None:
+        steps = [step.reading_with(tokenizer) for step in steps]
     past = Past(folder, restart)
     if past.remark is not None:
         print_note(past.remark)

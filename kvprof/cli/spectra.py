@@ -9,6 +9,8 @@ import typer
 from kvprof.cli.measure import Model
 from kvprof.cli.options import (
     CalibrationLength,
+    Column,
+    Config,
     Device,
     DryRun,
     Dtype,
@@ -19,6 +21,7 @@ from kvprof.cli.options import (
     Split,
     Stream,
     Texts,
+    TokenizerName,
     TrustRemoteCode,
 )
 from kvprof.cli.watching import Watch
@@ -29,6 +32,8 @@ def spectra(
     out: Out = None,
     data: Texts = None,
     split: Split = None,
+    column: Column = None,
+    config: Config = None,
     sequences: Annotated[int, typer.Option(help="Calibration sequences. Time grows with them.")] = 8,
     sequence_length: CalibrationLength = None,
     seed: Seed = 0,
@@ -36,6 +41,7 @@ def spectra(
     dtype: Dtype = "auto",
     device: Device = "auto",
     stream: Stream = False,
+    tokenizer: TokenizerName = None,
     trust_remote_code: TrustRemoteCode = False,
     dry_run: DryRun = False,
     restart: Restart = False,
@@ -49,11 +55,13 @@ def spectra(
     from kvprof.report.console import print_note, print_result, print_written, progress
     from kvprof.report.spectra import show_spectra
 
-    source = resolve(model, trust_remote_code)
+    source = resolve(model, trust_remote_code, tokenizer)
     folder = output_folder(source.id, out)
     settings = TextSettings(
         data=data or USUAL_DATA,
         split=split,
+        column=column,
+        config=config,
         sequences=sequences,
         sequence_length=sequence_length,
         seed=seed,

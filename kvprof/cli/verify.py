@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kvprof.cli.options import TrustRemoteCode
+from kvprof.cli.options import TokenizerName, TrustRemoteCode
 
 
 def verify(
@@ -32,6 +32,7 @@ def verify(
         bool,
         typer.Option("--measure", help="Measure the scores again too, and plan from them. Needs --model."),
     ] = False,
+    tokenizer: TokenizerName = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Are a plan's numbers what its scores, its text and its model give? Exit with 4 where one of them differs."""
@@ -43,7 +44,7 @@ def verify(
     from kvprof.report.verified import show_verified
 
     with progress("measuring", "sequences") as advance:
-        verified = verify_plan(plan, model, scores, measure, advance, trust_remote_code)
+        verified = verify_plan(plan, model, scores, measure, advance, trust_remote_code, tokenizer)
     show_verified(verified)
     print_result(verified)
     if verified.differing:

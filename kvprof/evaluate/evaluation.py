@@ -51,7 +51,7 @@ FINALISTS = 2
 class EvaluationSettings:
     """What to measure on, and how.
 
-    data, split: as `mix_texts` has them; without a split, held-out text of what kvprof splits by itself.
+    data, split, column, config: as `mix_texts` has them; without a split, held-out text of what kvprof splits itself.
     sequence_length: None as `calibration.sequences.choose_length` has it. measure_from: the first position that counts;
     those before it are only read. dtype, device, stream: as `models.load.load_model` takes them. exact: token by token
     through the packed cache.
@@ -68,6 +68,8 @@ class EvaluationSettings:
     device: str = "auto"
     exact: bool = False
     stream: bool = False
+    column: str | None = None
+    config: str | None = None
 
 
 @dataclass(frozen=True)
@@ -245,7 +247,16 @@ def _read_text(source: ModelSource, settings: EvaluationSettings, config: Pretra
     if settings.stream:
         data = streamable(data, settings.sequences, length, weight_bytes(config, settings.dtype))
     mix = mix_texts(
-        data, settings.split, tokenizer, settings.sequences, length, settings.seed, settings.pack, "held-out"
+        data,
+        settings.split,
+        tokenizer,
+        settings.sequences,
+        length,
+        settings.seed,
+        settings.pack,
+        "held-out",
+        settings.column,
+        settings.config,
     )
     mix.check_vocabulary(config.vocab_size)
     return mix, tokenizer

@@ -180,4 +180,4 @@ def _reason(error: Exception, said: Sequence[str]) -> str:
     """Return the sentence that says why no kernel runs: of torch's warnings the first that is more than a heading."""
     told = [text.split(" (Triggered internally")[0].strip() for text in said]
     plain = [text for text in told if text and not text.endswith(":") and "not used because" not in text]
-    return (plain or [first_line(error)])[0][:200]
+    return (plain or [first_line(error)])[0]

@@ -36,7 +36,7 @@ class Kind:
     @property
     def identity(self) -> tuple[object, ...]:
         """What two layers must share to be timed as one."""
-        return (*self.forms, *self.widths)
+        return (*self.forms, *self.widths, self.shape.window)
 
     @property
     def forms(self) -> tuple[TensorPlan, TensorPlan]:
@@ -128,7 +128,7 @@ def _planned_call(layer: PlannedLayer, kind: Kind, batch: int, bench: Bench, num
     )
 
     def attend() -> object:
-        return bench.kernels.attend(query, history, scaling=key_dim**-0.5, mask=None, softcap=None)
+        return layer.key.kernels.attend(query, history, scaling=key_dim**-0.5, mask=None, softcap=None)
 
     return attend
 
@@ -156,6 +156,8 @@ def put(layer: PlannedLayer, keys_BHTD: Tensor, values_BHTD: Tensor) -> None:
 
 def _why_unpacked(layer: PlannedLayer, kind: Kind, batch: int, bench: Bench) -> str | None:
     """Return why the kernels do not attend to a layer's codes as they lie, or None where they do."""
+    if layer.key.kernels is not bench.kernels:
+        return f"a {kind.shape.window_text} is unpacked at every step"
     heads, key_dim, value_dim = kind.widths
     query = bench.random(batch, bench.query_heads, 1, key_dim)
     history = layer.history(bench.random(batch, heads, 1, key_dim), bench.random(batch, heads, 1, value_dim))

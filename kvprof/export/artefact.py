@@ -14,7 +14,7 @@ from kvprof.allocate.budget import stored_bits_per_element
 from kvprof.allocate.grammars import FULL, Assignment, Cell, Table, reach
 from kvprof.allocate.measured import entries_of, planned_tensors
 from kvprof.allocate.pricing import written
-from kvprof.allocate.targets import WHOLE_CACHE, Target
+from kvprof.allocate.targets import WHOLE_CACHE, Target, sliding_remark
 from kvprof.errors import Inexpressible
 from kvprof.records.foreign import FOREIGN
 from kvprof.records.formats import TENSORS, USUAL_AXIS, TensorName, format_named
@@ -50,6 +50,9 @@ def told(plan: BitPlan, target: Target) -> Told:
     tensors = planned_tensors(plan)
     assignment, others = {}, {}
     for tensor, entry in zip(tensors, entries_of(plan, tensors), strict=True):
+        if target.sliding == "full" and tensor.shape is not None and tensor.shape.window and not entry.is_full:
+            what = f"layer {tensor.layer} has a {tensor.shape.window_text}, which it keeps in 16 bits"
+            raise refused(plan, target, what)
         head_dim = tensor.head_dim or (entry.group_size if entry.is_foreign else None)
         place = f"the {tensor.name} of layer {tensor.layer}"
         if entry.recent_fraction and not entry.is_full:
@@ -123,7 +126,9 @@ def skipped_remarks(plan: BitPlan, target: Target, does: str) -> list[str]:
     if not plan.skipped:
         return []
     layers = ", ".join(str(entry.layer) for entry in plan.skipped)
-    return [f"the plan leaves layers {layers} alone; {target.name} {does}"]
+    remarks = [f"the plan leaves layers {layers} alone; {target.name} {does}"]
+    sliding = sliding_remark(plan, target)
+    return remarks if sliding is None else [*remarks, sliding]
 
 
 def refused(plan: BitPlan, target: Target, problem: str) -> Inexpressible:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
 from kvprof.errors import ModelError
+from kvprof.models.decoder import decoder_modules
 from kvprof.models.layouts import block_stack, find_projections
 from kvprof.records.geometry import CacheGeometry
 
@@ -95,7 +96,7 @@ def units_of(
 
     waiting: for what comes into each block; None lets a graph keep all that blocks computed, as usual.
     """
-    stack = block_stack(find_projections(dict(model.named_modules()), geometry))
+    stack = block_stack(find_projections(decoder_modules(model), geometry))
     blocks = {f"{stack}.{name}": block for name, block in model.get_submodule(stack).named_children()}
     inside = {id(part) for block in blocks.values() for part in block.modules()}
     units = {}

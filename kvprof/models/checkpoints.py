@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from kvprof.errors import ModelError
-from kvprof.models.gguf_header import GGUFTensor, check_gguf
-from kvprof.models.load import need_gguf
+from kvprof.models.gguf_header import GGUFTensor
+from kvprof.models.gguf_model import open_gguf
 from kvprof.models.opening import read_headers
 
 Runs = Sequence[tuple[int, int]]
@@ -41,6 +41,9 @@ class Checkpoint(Protocol):
 
     def stored_bytes(self, name: str, rows: Runs | None = None) -> int:
         """Return how many bytes of the checkpoint reading a tensor, or some of its rows, takes."""
+
+    def held_bytes(self, name: str, rows: Runs | None = None) -> int:
+        """Return how many bytes of memory reading a tensor, or some of its rows, takes."""
 
     def read(self, name: str, rows: Runs | None = None) -> Tensor:
         """Read a tensor, or some of its rows joined; nobody else keeps it."""
@@ -75,6 +78,10 @@ class SafetensorsCheckpoint:
         tensor = self._places[name][1]
         return share_of_rows(tensor.stop_byte - tensor.start_byte, self, name, rows)
 
+    def held_bytes(self, name: str, rows: Runs | None = None) -> int:
+        """Return how many bytes of memory a tensor, or some of its rows, takes as it is read."""
+        return plain_bytes(self, name, rows)
+
     def read(self, name: str, rows: Runs | None = None) -> Tensor:
         """Read one tensor. The shard is mapped for this read alone, so that its pages leave memory with the tensor."""
         with _opened(self._folder / self._places[name][0]) as file:
@@ -86,20 +93,18 @@ class SafetensorsCheckpoint:
 
 
 class GGUFCheckpoint:
-    """A GGUF file, dequantized tensor by tensor; K rows are put back in the order that transformers uses.
+    """A GGUF model, in one file or in parts, dequantized tensor by tensor.
+
+    K rows are put back in the order that transformers uses.
 
     Raises ModelError where the file is not a GGUF one or is truncated, or where the package gguf is not installed.
     """
 
     def __init__(self, path: Path, config: PretrainedConfig) -> None:
-        need_gguf()
-        header = check_gguf(path)
-        if header.architecture is None:
-            raise ModelError(f"{path} is not a readable GGUF file: it has no general.architecture.")
-        self._path = path
-        self._tensors = header.tensors
+        model = open_gguf(path)
+        self._tensors = model.tensors
         # llama.cpp stores the rows of rotary K heads pairwise interleaved, for the architectures it calls `llama`.
-        self._kv_heads = config.num_key_value_heads if header.architecture == "llama" else None
+        self._kv_heads = config.num_key_value_heads if model.architecture == "llama" else None
 
     @property
     def names(self) -> list[str]:
@@ -108,7 +113,7 @@ class GGUFCheckpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape, outermost dimension first."""
-        return tuple(reversed(self._tensors[name].shape))
+        return tuple(reversed(self._tensors[name][1].shape))
 
     def dtype(self, name: str) -> str:
         """Return what every tensor is dequantized to."""
@@ -116,39 +121,32 @@ class GGUFCheckpoint:
 
     def stored_bytes(self, name: str, rows: Runs | None = None) -> int:
         """Return how many bytes of the file a tensor, or some of its rows, takes as it is stored."""
-        tensor = self._tensors[name]
+        tensor = self._tensors[name][1]
         return share_of_rows(tensor.stop_byte - tensor.start_byte, self, name, rows)
+
+    def held_bytes(self, name: str, rows: Runs | None = None) -> int:
+        """Return how many bytes of memory a tensor, or some of its rows, takes as it is read."""
+        return plain_bytes(self, name, rows)
 
     def read(self, name: str, rows: Runs | None = None) -> Tensor:
         """Read one tensor, or some of its rows, as float32."""
         from gguf import GGMLQuantizationType, dequantize
 
-        tensor, shape = self._tensors[name], self.shape(name)
+        path, tensor = self._tensors[name]
+        shape = self.shape(name)
         reordered = self._kv_heads is not None and ".attn_k." in name
         # Of reordered rows, those that are asked for stand elsewhere in the file.
         part = None if reordered else rows
         kind = GGMLQuantizationType(tensor.type)
         try:
-            array = dequantize(self._stored(tensor, shape, part), kind).astype(np.float32).reshape(-1, *shape[1:])
+            array = dequantize(_gguf_bytes(path, tensor, shape, part), kind).astype(np.float32).reshape(-1, *shape[1:])
         except NotImplementedError:
-            raise ModelError(f"{self._path}: {name} is stored as {kind.name}, which cannot be read.") from None
+            raise ModelError(f"{path}: {name} is stored as {kind.name}, which cannot be read.") from None
         if reordered:
             pairs = array.reshape(self._kv_heads, -1, 2, *array.shape[1:])
             array = pairs.swapaxes(1, 2).reshape(array.shape)
             array = array if rows is None else np.concatenate([array[i:j] for i, j in rows])
         return torch.from_numpy(np.ascontiguousarray(array))
-
-    def _stored(self, tensor: GGUFTensor, shape: tuple[int, ...], rows: Runs | None) -> np.ndarray[Any, Any]:
-        """Return a tensor's bytes, those of each row in one, of all rows or of some."""
-        size = tensor.stop_byte - tensor.start_byte
-        mapped = np.memmap(
-            self._path, np.uint8, "r", tensor.start_byte, (math.prod(shape[:-1]), size // math.prod(shape[:-1]))
-        )
-        # Rows of the outermost dimension. In memory: the file is mapped for this read alone.
-        outer = mapped.reshape(shape[0] if len(shape) > 1 else 1, -1, mapped.shape[-1])
-        if rows is None or len(shape) < 2:
-            return np.array(mapped)
-        return np.concatenate([outer[i:j] for i, j in rows]).reshape(-1, mapped.shape[-1])
 
 
 class LiveCheckpoint:
@@ -174,6 +172,10 @@ class LiveCheckpoint:
         """Return how many bytes of memory a tensor, or some of its rows, takes."""
         return share_of_rows(self._parameters[name].nbytes, self, name, rows)
 
+    def held_bytes(self, name: str, rows: Runs | None = None) -> int:
+        """Return how many bytes of memory a tensor, or some of its rows, takes as it is read."""
+        return plain_bytes(self, name, rows)
+
     def read(self, name: str, rows: Runs | None = None) -> Tensor:
         """Return one tensor, not a copy; of some rows that are several runs, one."""
         tensor = self._parameters[name].detach()
@@ -183,9 +185,16 @@ class LiveCheckpoint:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def open_checkpoint(place: Path, config: PretrainedConfig) -> Checkpoint:
-    """Open a folder of safetensors or a GGUF file."""
-    return GGUFCheckpoint(place, config) if place.is_file() else SafetensorsCheckpoint(place)
+def _gguf_bytes(path: Path, tensor: GGUFTensor, shape: tuple[int, ...], rows: Runs | None) -> np.ndarray[Any, Any]:
+    """Return a tensor's bytes, those of each row in one, of all rows or of some."""
+    size = tensor.stop_byte - tensor.start_byte
+    count = math.prod(shape[:-1])
+    mapped = np.memmap(path, np.uint8, "r", tensor.start_byte, (count, size // count))
+    # Rows of the outermost dimension. In memory: the file is mapped for this read alone.
+    outer = mapped.reshape(shape[0] if len(shape) > 1 else 1, -1, mapped.shape[-1])
+    if rows is None or len(shape) < 2:
+        return np.array(mapped)
+    return np.concatenate([outer[i:j] for i, j in rows]).reshape(-1, mapped.shape[-1])
 
 
 def share_of_rows(whole_bytes: int, checkpoint: Checkpoint, name: str, rows: Runs | None) -> int:
@@ -193,6 +202,12 @@ def share_of_rows(whole_bytes: int, checkpoint: Checkpoint, name: str, rows: Run
     if rows is None:
         return whole_bytes
     return whole_bytes * sum(stop - start for start, stop in rows) // max(1, checkpoint.shape(name)[0])
+
+
+def plain_bytes(checkpoint: Checkpoint, name: str, rows: Runs | None) -> int:
+    """Return how many bytes a tensor, or some of its rows, takes in the dtype that it is read in."""
+    itemsize: int = getattr(torch, checkpoint.dtype(name)).itemsize
+    return share_of_rows(math.prod(checkpoint.shape(name)) * itemsize, checkpoint, name, rows)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,7 @@
 """The header of a GGUF file, walked within its bounds before any library reads it.
 
 Reads sizes, names and offsets; keeps no value but single numbers and short texts. The libraries trust these numbers: a
-length that the file does not have keeps them looping for hours, or fills the memory. They also take a quarter of a
-minute over a large vocabulary, so that a copy without one is written for those who need none.
+length that the file does not have keeps them looping for hours, or fills the memory.
 Format: docs/gguf.md of ggml-org/ggml
 """
 
@@ -10,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import shutil
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +28,7 @@ MOST_LAYERS = 10_000
 TOKENS = "tokenizer.ggml.tokens"
 STAND_IN = 2
 
-_STRING, _ARRAY = 8, 9
+STRING, ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
 """The value types of fixed length, as struct has them."""
 _LEAST_FIELD_BYTES = 8 + 4 + 1
@@ -87,6 +85,16 @@ class GGUFHeader:
         return None if field is None else field.length
 
 
+def need_gguf() -> None:
+    """Raise ModelError, saying what to install, where the package that reads GGUF files is missing."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise ModelError(
+            "reading a .gguf file needs the package gguf.\n  Install it: pip install 'kvprof-bits[gguf]'"
+        ) from None
+
+
 def check_gguf(path: Path) -> GGUFHeader:
     """Return what a file's header says; raises ModelError, saying what is wrong, where it is not sound."""
     try:
@@ -137,39 +145,6 @@ def read_gguf_header(content: bytes | mmap.mmap) -> GGUFHeader:
     return GGUFHeader(fields, tensors, infos_byte, infos_stop_byte, first_byte, alignment, reader.order)
 
 
-def write_without_vocabulary(path: Path, header: GGUFHeader, copy: Path, weights: bool) -> None:
-    """Write a GGUF file anew without the arrays of its tokenizer: all that a config, and the weights, follow from.
-
-    Of the vocabulary STAND_IN empty tokens are left: who counts them finds a number that is no vocabulary's.
-    header: the file's own. weights: copy the tensors too; else each is there by name alone, as a single number.
-    """
-    texts = {TOKENS} & header.fields.keys()
-    kept = [field for name, field in header.fields.items() if field.length is None or not name.startswith("tokenizer.")]
-    with open(path, "rb") as source, open(copy, "wb") as out:
-        out.write(source.read(8))  # magic and version
-        out.write(struct.pack(header.order + "QQ", len(header.tensors), len(kept) + len(texts)))
-        for name in texts:
-            out.write(struct.pack(header.order + "Q", len(name)) + name.encode())
-            out.write(struct.pack(header.order + "IIQ", _ARRAY, _STRING, STAND_IN) + bytes(8 * STAND_IN))
-        for field in kept:
-            source.seek(field.start_byte)
-            out.write(source.read(field.stop_byte - field.start_byte))
-        if weights:
-            source.seek(header.infos_byte)
-            out.write(source.read(header.infos_stop_byte - header.infos_byte))
-        else:
-            for name in header.tensors:
-                encoded = name.encode()
-                out.write(struct.pack(header.order + "Q", len(encoded)) + encoded)
-                out.write(struct.pack(header.order + "IQIQ", 1, 1, 0, 0))  # one float32, at the first byte
-        out.write(bytes(-out.tell() % header.alignment))
-        if weights:
-            source.seek(header.first_byte)
-            shutil.copyfileobj(source, out, 2**20)
-        else:
-            out.write(bytes(header.alignment))
-
-
 class _Reader:
     """Reads on from where it is, never past the end of the file."""
 
@@ -203,7 +178,7 @@ class _Reader:
             return self._unpack(_SCALARS[kind]), None
         start = self.at
         self._skip(kind)
-        if kind == _STRING:
+        if kind == STRING:
             text = self._content[start + 8 : self.at]
             return (text.decode(errors="replace") if len(text) <= LONGEST_NAME_BYTES else None), None
         return None, int(struct.unpack_from(self.order + "Q", self._content, start + 4)[0])
@@ -220,10 +195,10 @@ class _Reader:
 
     def _skip(self, kind: int, level: int = 0) -> None:
         """Pass over a string or an array."""
-        if kind == _STRING:
+        if kind == STRING:
             self._pass(self.number("Q"))
             return
-        if kind != _ARRAY or level == MOST_LEVELS:
+        if kind != ARRAY or level == MOST_LEVELS:
             raise ValueError(f"a value of type {kind} at byte {self.at}")
         of, length = self.number("I"), self.number("Q")
         self._elements += length
@@ -232,7 +207,7 @@ class _Reader:
         if of in _SCALARS:
             self._pass(length * struct.calcsize("<" + _SCALARS[of]))
             return
-        if of == _STRING:
+        if of == STRING:
             self._pass_strings(length)
             return
         for _ in range(length):

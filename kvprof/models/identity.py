@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from kvprof.models.checkpoints import LiveCheckpoint
+from kvprof.models.decoder import text_config
 from kvprof.models.inventory import take_inventory
 from kvprof.models.load import ModelSource, input_device, load_config
 from kvprof.models.pinning import pin
+from kvprof.models.quantized.settings import open_live
 from kvprof.models.streaming import is_streamed
 from kvprof.models.weights import LayerWeights, stream_projections
 from kvprof.records.geometry import CacheGeometry
@@ -61,7 +62,7 @@ def live_fingerprint(model: PreTrainedModel, geometry: CacheGeometry) -> str | N
     if is_streamed(model) or any(parameter.is_meta for parameter in model.parameters()):
         return None
     fingerprint = Fingerprint()
-    for weights in stream_projections(LiveCheckpoint(model), geometry, model.config.get_text_config(decoder=True)):
+    for weights in stream_projections(open_live(model), geometry, model.config):
         fingerprint.add(weights)
     return fingerprint.text
 
@@ -69,9 +70,9 @@ def live_fingerprint(model: PreTrainedModel, geometry: CacheGeometry) -> str | N
 def checkpoint_fingerprint(source: ModelSource, geometry: CacheGeometry) -> str:
     """Return the fingerprint of a model's checkpoint, its K and V projections streamed from the disk or the hub."""
     pinned = pin(source)
-    config = load_config(pinned.source).get_text_config(decoder=True)
+    config = load_config(pinned.source)
     fingerprint = Fingerprint()
-    for weights in stream_projections(pinned.open(config), geometry, config):
+    for weights in stream_projections(pinned.open(text_config(config)), geometry, config):
         fingerprint.add(weights)
     return fingerprint.text
 

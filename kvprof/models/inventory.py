@@ -9,26 +9,27 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 from torch import nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoModel,
-    AutoModelForCausalLM,
-    DynamicCache,
-    PretrainedConfig,
-)
+from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
 from kvprof.errors import KvprofError, ModelError, UnknownLayout, first_line
+from kvprof.models.decoder import (
+    build_on_meta,
+    cross_attention_layers,
+    decoder_modules,
+    layers_without_values,
+    own_cache,
+    text_config,
+)
 from kvprof.models.layouts import Projection, cut_rows, find_projections
-from kvprof.models.own_code import is_own_class
 from kvprof.records.document import LARGEST_COUNT, ModelInfo
 from kvprof.records.geometry import ELEMENT_BYTES, CacheGeometry, DType, KVLayer, LayerKind
 from kvprof.records.inventory import Inventory, RedFlag
@@ -41,6 +42,9 @@ PROJECTING = ("full", "sliding", "chunked", "hybrid")
 
 WIDEST = 2**22
 """Numbers that a layer may cache of a token: a hundred times those of the largest models."""
+
+ASSUMED_DTYPE = torch.bfloat16
+"""Where neither the config nor a checkpoint says: nobody publishes a language model's weights wider by now."""
 
 WHY = {
     "key_norm": "keys are normalised after k_proj: the weight norm says nothing about the cache's scale",
@@ -58,6 +62,10 @@ class Skeleton:
     """The text decoder's config, also of a multimodal model."""
     modules: dict[str, nn.Module]
     projections: dict[int, Projection]
+    architecture: str
+    """The class of the model; of its text decoder, where its wrapper cannot be built here."""
+    crossing: frozenset[int] = frozenset()
+    """The layers that attend to something beside the text, an image say."""
 
     @property
     def query_heads(self) -> int:
@@ -68,12 +76,25 @@ class Skeleton:
         """Return the attention module of a layer."""
         return self.modules[self.projections[layer].attention]
 
+    def first_of_block(self, layer: int) -> int | None:
+        """Return the first layer with the weights of a later one; None where the layer's weights are its own."""
+        weight = getattr(self.modules[self.projections[layer].key], "weight", None)
+        for other, projection in self.projections.items():
+            if getattr(self.modules[projection.key], "weight", None) is weight:
+                return other if other < layer and weight is not None else None
+        return None
+
     def key_norm(self, layer: int) -> tuple[str, nn.Module] | None:
         """Return the module that normalises a layer's keys after k_proj, with its name in the attention module."""
-        for name, module in self.attention(layer).named_children():
-            if NORM_ON_KEYS.match(name) and not isinstance(module, nn.Identity):
-                return name, module
-        return None
+        return key_norm_of(self.attention(layer))
+
+
+def key_norm_of(attention: nn.Module) -> tuple[str, nn.Module] | None:
+    """Return the module that normalises keys after k_proj, with its name in the attention module; None without one."""
+    for name, module in attention.named_children():
+        if NORM_ON_KEYS.match(name) and not isinstance(module, nn.Identity):
+            return name, module
+    return None
 
 
 def build_skeleton(config: PretrainedConfig) -> Skeleton:
@@ -81,40 +102,43 @@ def build_skeleton(config: PretrainedConfig) -> Skeleton:
     name = type(config).__name__
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} describes an encoder-decoder; kvprof measures decoder-only language models.")
-    text_config = config.get_text_config(decoder=True)
-    # The text decoder of most multimodal models is no causal language model of its own.
-    alone = is_causal(text_config)
-    if not alone and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        raise ModelError(f"{name} describes no decoder language model that transformers knows.")
+    text = text_config(config)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the skeleton is thrown away: its warnings concern nobody
     try:
-        with torch.device("meta"):
-            auto = AutoModelForCausalLM if alone else AutoModel
-            model = auto.from_config(text_config, trust_remote_code=is_own_class(text_config))
-    except Exception as error:  # a config from anywhere, read by the model's own code
-        raise ModelError(
-            f"{name} describes no decoder language model that transformers can build: {first_line(error)}"
-        ) from None
+        model = build_on_meta(config)
     finally:
         logging.set_verbosity(verbosity)
-    modules = dict(model.named_modules())
-    attending = [layer for layer, (kind, _, _) in enumerate(_layer_kinds(text_config)) if kind in PROJECTING]
-    if not attending:
-        return Skeleton(text_config, modules, {})
+    architecture = type(model).__name__
+    if (cache := own_cache(model)) is not None:
+        raise ModelError(
+            f"{architecture} brings a cache class of its own, {cache}, and keeps its keys and values there in a way "
+            "that kvprof does not know.\n  Nothing of such a model can be measured, planned or stored."
+        )
+    modules = dict(model.named_modules(remove_duplicate=False))
+    attending = {layer for layer, (kind, _, _) in enumerate(_layer_kinds(text)) if kind in PROJECTING}
+    decoder = decoder_modules(model)
+    crossing = cross_attention_layers(decoder)
+    if not attending - crossing:
+        return Skeleton(text, modules, {}, architecture, crossing)
     try:
-        projections = find_projections(modules, layers=attending)
+        projections = find_projections(decoder, layers=attending - crossing, keys_alone=layers_without_values(decoder))
     except UnknownLayout:
-        if any(getattr(module, "is_causal", True) is False for module in modules.values()):
+        if any(getattr(module, "is_causal", True) is False for module in decoder.values()):
             raise ModelError(f"{name} describes an encoder: its attention sees the tokens to come.") from None
+        if (blocks := _most_blocks(decoder)) and blocks < len(_layer_kinds(text)):
+            raise ModelError(
+                f"{architecture} runs stacks of {blocks} blocks several times a token, as {len(_layer_kinds(text))} "
+                "layers of its cache, and kvprof does not know which layer is which block's.\n"
+                "  Nothing of such a model can be measured, planned or stored."
+            ) from None
         raise
-    return Skeleton(text_config, modules, projections)
+    return Skeleton(text, modules, projections, architecture, crossing)
 
 
-def is_causal(config: PretrainedConfig) -> bool:
-    """Whether a config describes a causal language model, rather than one with such a model in it."""
-    own = getattr(config, "auto_map", None) if is_own_class(config) else None
-    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (own or {})
+def _most_blocks(decoder: Mapping[str, nn.Module]) -> int:
+    """Return how many blocks the largest stack of a decoder has."""
+    return max((len(module) for module in decoder.values() if isinstance(module, nn.ModuleList)), default=0)
 
 
 def take_inventory(config: PretrainedConfig, model_id: str | None = None) -> Inventory:
@@ -127,7 +151,7 @@ def take_inventory(config: PretrainedConfig, model_id: str | None = None) -> Inv
     try:
         layers = tuple(
             _describe(skeleton, index, kind, window, reason)
-            for index, (kind, window, reason) in enumerate(_layer_kinds(skeleton.config))
+            for index, (kind, window, reason) in enumerate(_kinds_of(skeleton))
         )
         if not layers:
             raise ModelError(f"{name} describes a model without layers.")
@@ -145,16 +169,17 @@ def take_inventory(config: PretrainedConfig, model_id: str | None = None) -> Inv
     except Exception as error:  # a config from anywhere
         raise ModelError(f"{name} describes a cache that cannot be: {first_line(error)}.") from None
     return Inventory(
-        model=ModelInfo(id=model_id, architecture=_architecture(config), num_layers=len(layers)),
+        model=ModelInfo(id=model_id, architecture=_architecture(config, skeleton), num_layers=len(layers)),
         geometry=geometry,
         red_flags=_red_flags(skeleton, geometry),
+        dtype_assumed=own_dtype(config) is None,
         key_norm_offset=_key_norm_offset(skeleton, geometry),
     )
 
 
-def _architecture(config: PretrainedConfig) -> str:
-    """Return the model class that a config names, else the one that transformers would take."""
-    named = getattr(config, "architectures", None) or [type(config).__name__.replace("Config", "ForCausalLM")]
+def _architecture(config: PretrainedConfig, skeleton: Skeleton) -> str:
+    """Return the model class that a config names, else the one that transformers takes."""
+    named = getattr(config, "architectures", None) or [skeleton.architecture]
     if not isinstance(named, list | tuple) or not isinstance(named[0], str):
         raise ModelError(f"{type(config).__name__}: architectures is {named!r:.60}, no list of names.")
     return named[0]
@@ -162,9 +187,19 @@ def _architecture(config: PretrainedConfig) -> str:
 
 def position_limit(config: PretrainedConfig) -> int | None:
     """Return how many positions a model was made for; None where its config sets no limit."""
-    text_config = config.get_text_config(decoder=True)
-    found = [getattr(text_config, name, None) for name in ("max_position_embeddings", "max_seq_len")]  # the latter: MPT
+    text = text_config(config)
+    found = [getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len")]  # the latter: MPT
     return next((int(limit) for limit in found if limit is not None), None)
+
+
+def _kinds_of(skeleton: Skeleton) -> list[tuple[LayerKind, int | None, str | None]]:
+    """Return (kind, window, reason to skip) of each layer, those named that do not attend to the text."""
+    return [
+        ("cross", None, "cross-attention layer: its keys and values are of an image or sound, not of the text")
+        if layer in skeleton.crossing
+        else kind
+        for layer, kind in enumerate(_layer_kinds(skeleton.config))
+    ]
 
 
 def _layer_kinds(config: PretrainedConfig) -> list[tuple[LayerKind, int | None, str | None]]:
@@ -247,6 +282,8 @@ def _describe(skeleton: Skeleton, index: int, kind: LayerKind, window: int | Non
         value_head_dim=value_head_dim,
         window=window,
         skipped=reason,
+        values_of_key_projection=projection.value == projection.key and not projection.is_fused,
+        block_of=skeleton.first_of_block(index),
     )
     if (widest := max(layer.key_width, layer.value_width)) > WIDEST:
         raise ModelError(
@@ -319,7 +356,15 @@ def _key_norm_offset(skeleton: Skeleton, geometry: CacheGeometry) -> float | Non
     return None
 
 
+def own_dtype(config: PretrainedConfig) -> torch.dtype | None:
+    """Return the dtype that a config, or the text decoder's in it, names; None where it names none that can compute."""
+    for part in (config, text_config(config)):
+        name = str(getattr(part, "dtype", None)).removeprefix("torch.")
+        if name in ELEMENT_BYTES:
+            found: torch.dtype = getattr(torch, name)
+            return found
+    return None
+
+
 def _dtype(config: PretrainedConfig) -> DType:
-    dtype = getattr(config, "dtype", None) or config.get_text_config(decoder=True).dtype
-    name = str(dtype or "float32").removeprefix("torch.")
-    return name if name in ELEMENT_BYTES else "float32"  # type: ignore[return-value]
+    return str(own_dtype(config) or ASSUMED_DTYPE).removeprefix("torch.")  # type: ignore[return-value]

@@ -9,7 +9,7 @@ import hashlib
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from filelock import FileLock
@@ -43,15 +43,16 @@ def made_once(folder: Path, make: Callable[[Path], None], is_whole: Callable[[Pa
     return folder
 
 
-def content_name(path: Path) -> str:
-    """Return a name for what is made of a file: its own, and a hash over all of its bytes.
+def content_name(paths: Sequence[Path]) -> str:
+    """Return a name for what is made of files: the first one's own, and a hash over all of their bytes.
 
     Names, sizes and times stay the same where a file is replaced or restored; its bytes are read at a gigabyte a
     second, and tell for certain.
     """
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip(".-")[:LONGEST_NAME]
+    for path in paths:
+        with open(path, "rb") as file:
+            while part := file.read(2**20):
+                digest.update(part)
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", paths[0].stem).strip(".-")[:LONGEST_NAME]
     return f"{stem or 'model'}-{digest.hexdigest()[:24]}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from kvprof.errors import UnknownLayout
@@ -54,7 +54,8 @@ _TOWER = re.compile(r"vision|visual|image|audio|speech|tower|encoder")
 class Projection:
     """Where one layer's K and V come from.
 
-    layout: how they are cut. key, value: names of the modules that project them (one name where they are fused).
+    layout: how they are cut. key, value: names of the modules that project them: one name where they are fused, and
+    where values are made of what the keys' matrix puts out (Gemma 4's `attention_k_eq_v`).
     """
 
     layer: int
@@ -65,7 +66,7 @@ class Projection:
     @property
     def is_fused(self) -> bool:
         """Whether K and V are rows of one matrix."""
-        return self.key == self.value
+        return self.layout.parts != "k,v"
 
     @property
     def block(self) -> str:
@@ -89,17 +90,24 @@ class Rows:
 
 
 def find_projections(
-    names: Iterable[str], geometry: CacheGeometry | None = None, layers: Collection[int] = ()
+    names: Iterable[str],
+    geometry: CacheGeometry | None = None,
+    layers: Collection[int] = (),
+    keys_alone: Collection[int] = (),
+    beside: Collection[str] = (),
 ) -> dict[int, Projection]:
     """Find the K and V projections among module names, one for each layer, by layer.
 
     names: every module (or tensor, without `.weight`) of a model.
     geometry, layers: which layers must be found, as a geometry's scored ones or by number. Of several stacks that have
     them (a vision tower, the linear attention of a hybrid) the decoder's is taken.
+    keys_alone: the layers that have no matrix for values, beside those that the geometry says so of.
+    beside: what the parts of a model are called that are not its decoder.
     Raises UnknownLayout when none does, with the attention-like names that were seen, or where none needs to.
     """
     if geometry is not None:
         check_projects(geometry)
+        keys_alone = {layer.layer for layer in geometry.scored if layer.values_of_key_projection}
     stacks: dict[tuple[str, str, Layout], dict[int, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
     seen: set[str] = set()
     for name in names:
@@ -115,18 +123,32 @@ def find_projections(
                     stacks[match["stack"], parent, layout][int(match["layer"])][wanted] = name
     candidates = {
         stack: {
-            layer: Projection(layer, stack[2], found[stack[2].names[0]], found[stack[2].names[-1]])
+            layer: Projection(layer, stack[2], found[stack[2].names[0]], found.get(value, found[stack[2].names[0]]))
             for layer, found in sorted(by_layer.items())
-            if len(found) == len(stack[2].names)
+            if stack[2].names[0] in found and (value in found or layer in keys_alone)
         }
         for stack, by_layer in stacks.items()
+        for value in (stack[2].names[-1],)
     }
+    if geometry is not None:
+        for found in candidates.values():
+            for layer in geometry.scored:  # a checkpoint has the weights of a shared block once
+                if layer.layer not in found and layer.block_of in found:
+                    found[layer.layer] = replace(found[layer.block_of], layer=layer.layer)
     needed = {layer.layer for layer in geometry.scored} if geometry else set(layers)
     covering = {stack: found for stack, found in candidates.items() if found and needed <= found.keys()}
     if not covering:
         raise UnknownLayout(_nothing_found(seen, candidates.values(), needed))
     # A tower may have as many layers as the decoder, or more.
-    stack = max(covering, key=lambda stack: (_TOWER.search(stack[0]) is None, len(covering[stack])))
+    others = set(beside)
+    stack = max(
+        covering,
+        key=lambda stack: (
+            others.isdisjoint(stack[0].split(".")),
+            _TOWER.search(stack[0]) is None,
+            len(covering[stack]),
+        ),
+    )
     return covering[stack]
 
 

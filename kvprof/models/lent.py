@@ -16,9 +16,9 @@ from kvprof.errors import ModelError, UsageError
 
 
 def live_config(model: PreTrainedModel) -> PretrainedConfig:
-    """Return a loaded model's config; a copy with the model's dtype, where it was cast since it was loaded."""
+    """Return a loaded model's config; a copy with the model's dtype, where it was cast, or never named one."""
     config: PretrainedConfig = model.config
-    if config.dtype in (None, model.dtype, str(model.dtype).removeprefix("torch.")):
+    if config.dtype in (model.dtype, str(model.dtype).removeprefix("torch.")):
         return config
     config = copy.deepcopy(config)
     for part in {id(part): part for part in (config, config.get_text_config(decoder=True))}.values():

@@ -15,15 +15,13 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -31,9 +29,11 @@ from transformers import (
 )
 
 from kvprof.errors import KvprofError, ModelError, UsageError, did_you_mean, first_line, is_out_of_memory
-from kvprof.models.gguf_header import STAND_IN, check_gguf, write_without_vocabulary
+from kvprof.models.decoder import check_reads_text, loading_class
+from kvprof.models.gguf_header import STAND_IN, TOKENS
+from kvprof.models.gguf_model import first_part, models_in, open_gguf, write_without_vocabulary
 from kvprof.models.hub import fetch_from_hub
-from kvprof.models.inventory import build_skeleton, is_causal
+from kvprof.models.inventory import ASSUMED_DTYPE, build_skeleton, own_dtype
 from kvprof.models.kept import content_name, made_once
 from kvprof.models.lent import check_lent, live_config
 from kvprof.models.memory import free_bytes
@@ -42,6 +42,7 @@ from kvprof.models.opening import check_config, check_loadable, read_headers
 from kvprof.models.own_code import check_code, find_code, refused_code
 from kvprof.models.quiet import quiet
 from kvprof.models.shelf import Shelf
+from kvprof.models.stored_dtype import stored_dtype
 from kvprof.models.streaming import stream_weights
 from kvprof.records.geometry import bytes_text
 from kvprof.records.runs import cache_folder
@@ -53,6 +54,13 @@ DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken", "tekken*.json")
+
+NAME_A_TOKENIZER = (
+    "Say whose to take: --tokenizer NAME (a hub id, a folder or a .gguf file; in Python tokenizer=NAME), or copy its "
+    "files there."
+)
 
 GPU_SHARE = 0.7
 """Of a GPU's free memory, what the weights may fill; the rest is for activations and gradients."""
@@ -68,7 +76,8 @@ class ModelSource:
 
     path: a folder with config.json, or a .gguf file; None for a hub id, whose files `fetch` brings. live: of the kind
     `loaded`, the model itself and its tokenizer; such a model is lent, and not moved, cast or changed.
-    trusts_code: whether the user lets Python code that comes with it run.
+    trusts_code: whether the user lets Python code that comes with it run. tokenizer_source: whose tokenizer is taken
+    instead of its own.
     """
 
     id: str
@@ -78,6 +87,7 @@ class ModelSource:
     live: PreTrainedModel | None = field(default=None, repr=False, compare=False)
     tokenizer: Any = field(default=None, repr=False, compare=False)
     trusts_code: bool = False
+    tokenizer_source: ModelSource | None = field(default=None, repr=False)
 
     def fetch(self, weights: bool) -> Path:
         """Return a local folder (or GGUF file) with the config and tokenizer, and the weights where asked.
@@ -90,34 +100,59 @@ class ModelSource:
         return fetch_from_hub(self.hub_id, weights, self.trusts_code)
 
 
-def resolve(model: str | None, trust_remote_code: bool = False) -> ModelSource:
+def resolve(model: str | None, trust_remote_code: bool = False, tokenizer: str | None = None) -> ModelSource:
     """Find out what a MODEL argument names: nothing or `demo`, a folder, a .gguf file, else a hub id.
 
     trust_remote_code: whether Python code that a folder or a hub id brings may run, where transformers has none.
+    tokenizer: what holds the tokenizer, named as a model is; a folder needs no config. The model itself by default.
     Raises ModelError for a path that holds no model, UsageError for a word that can be none of these.
     """
+    source = _resolved(model, trust_remote_code)
+    if tokenizer is None:
+        return source
+    return replace(source, tokenizer_source=resolve_tokenizer(tokenizer, trust_remote_code))
+
+
+def resolve_tokenizer(tokenizer: str, trust_remote_code: bool = False) -> ModelSource:
+    """Find out what --tokenizer names: a folder with or without a model, else whatever `resolve` knows."""
+    path = Path(os.path.expanduser(tokenizer))
+    if path.name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json") and path.is_file():
+        path = path.parent
+    if os.path.isdir(path) and has_tokenizer(path):
+        return ModelSource(str(path.resolve()), "folder", path.resolve(), trusts_code=trust_remote_code)
+    return _resolved(tokenizer, trust_remote_code)
+
+
+def _resolved(model: str | None, trust_remote_code: bool) -> ModelSource:
     if model is None or model == DEMO:
         return _demo_source()
     path = Path(os.path.expanduser(model))
     if os.path.isdir(path):  # unlike Path.is_dir, no name is too long for it
         if not (path / "config.json").is_file():
-            ggufs = sorted(file.name for file in path.glob("*.gguf"))
-            advice = (
-                f"Name a file in it: {path / ggufs[0]}"
-                if ggufs
-                else "A model folder holds config.json and *.safetensors."
-            )
-            raise ModelError(f"the folder {path} has no config.json.\n  {advice}")
+            gguf = _only_gguf(path)
+            return ModelSource(str(gguf), "gguf", gguf)
         return ModelSource(str(path.resolve()), "folder", path.resolve(), trusts_code=trust_remote_code)
     if os.path.isfile(path):
         if path.suffix != ".gguf":
             raise ModelError(f"{path} is a file, but not a .gguf one.\n  Name the folder that holds its config.json.")
-        return ModelSource(str(path.resolve()), "gguf", path.resolve())
+        gguf = first_part(path.resolve())
+        return ModelSource(str(gguf), "gguf", gguf)
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or path.suffix == ".gguf":
         raise ModelError(f"there is no model at {model}: no such folder or file.\n  {nearest_path(path)}".rstrip())
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model, re.ASCII):
         raise UsageError(f"{model!r} is neither a folder, a .gguf file nor a hub id such as org/name.")
     return ModelSource(model, "hub", hub_id=model, trusts_code=trust_remote_code)
+
+
+def _only_gguf(folder: Path) -> Path:
+    """Return the GGUF model of a folder that has no config.json; raises ModelError where there is none, or several."""
+    found = models_in(folder)
+    if len(found) == 1:
+        return found[0].resolve()
+    advice = "A model folder holds config.json and *.safetensors, or one GGUF model."
+    if found:
+        advice = f"Name one of the GGUF models in it: {', '.join(str(folder / file.name) for file in found)}"
+    raise ModelError(f"the folder {folder} has no config.json.\n  {advice}")
 
 
 def load_config(source: ModelSource) -> PretrainedConfig:
@@ -129,24 +164,41 @@ def load_config(source: ModelSource) -> PretrainedConfig:
         return _gguf_config(source, place)
     arguments = loading_arguments(source, place)
     with _explained(source, "config"), _quiet():
-        return AutoConfig.from_pretrained(**arguments)
+        config: PretrainedConfig = AutoConfig.from_pretrained(**arguments)
+    if config.dtype is None and (dtype := stored_dtype(place, source.hub_id)) is not None:
+        _set_dtype(config, dtype)
+    return config
+
+
+def _set_dtype(config: PretrainedConfig, dtype: torch.dtype) -> None:
+    """Let a config name the dtype that transformers will load all of the model in, as transformers then does itself."""
+    for part in {id(part): part for part in (config, config.get_text_config(decoder=True))}.values():
+        part.dtype = dtype
 
 
 def _gguf_config(source: ModelSource, gguf: Path) -> PretrainedConfig:
     """Load the config that a GGUF file's metadata describes, without the time that its vocabulary takes."""
-    need_gguf()
-    header = check_gguf(gguf)
+    model = open_gguf(gguf)
     with _explained(source, "config"), _quiet(), tempfile.TemporaryDirectory() as folder:
-        write_without_vocabulary(gguf, header, Path(folder) / gguf.name, weights=False)
+        write_without_vocabulary(model, Path(folder) / gguf.name, weights=False)
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, gguf_file=gguf.name, trust_remote_code=False)
     config.name_or_path = str(gguf.parent)
-    if header.vocabulary is not None and config.vocab_size == STAND_IN:  # counted, where no field says it
-        config.vocab_size = header.vocabulary
+    _set_dtype(config, torch.float32)  # which transformers dequantizes to
+    vocabulary = model.headers[0].vocabulary
+    if vocabulary is not None and config.vocab_size == STAND_IN:  # counted, where no field says it
+        config.vocab_size = vocabulary
+    if f"{model.architecture}.attention.head_count_kv" not in model.fields and hasattr(config, "num_key_value_heads"):
+        config.num_key_value_heads = config.num_attention_heads  # so says the format; a class may have another default
     return config
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """Load a model's tokenizer. Raises UsageError for a model that was lent without one."""
+    """Load a model's tokenizer, or the one that was named instead.
+
+    Raises UsageError for a model that was lent without one, ModelError where there is none.
+    """
+    if source.tokenizer_source is not None:
+        return load_tokenizer(source.tokenizer_source)
     if source.live is not None:
         if source.tokenizer is None:
             raise UsageError(
@@ -155,6 +207,7 @@ def load_tokenizer(source: ModelSource) -> Any:
             )
         return source.tokenizer
     place = source.fetch(weights=False)
+    _check_has_tokenizer(source, place)
     if place.is_file() and (kept := _kept(source, place, "tokenizer")) is not None:
         place = kept
     arguments = loading_arguments(source, place, tokenizer=True)
@@ -163,6 +216,25 @@ def load_tokenizer(source: ModelSource) -> Any:
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ModelError(f"the tokenizer of {source.id} is a {type(tokenizer).__name__}, which is none.")
     return tokenizer
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has any of the files that tokenizers are saved in."""
+    return any(next(folder.glob(pattern), None) is not None for pattern in _TOKENIZER_FILES)
+
+
+def _check_has_tokenizer(source: ModelSource, place: Path) -> None:
+    """Raise ModelError where a model comes without a tokenizer, saying how to name another's."""
+    if place.is_dir():
+        if has_tokenizer(place):
+            return
+        where = str(place) if source.hub_id is None else f"{source.hub_id} on the hub"
+        what = "none of tokenizer.json, tokenizer.model and vocab.json is there"
+    else:
+        if TOKENS in open_gguf(place).fields:
+            return
+        where, what = str(place), f"its metadata have no {TOKENS}"
+    raise ModelError(f"no tokenizer in {where}: {what}.\n  {NAME_A_TOKENIZER}")
 
 
 def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto", stream: bool = False) -> PreTrainedModel:
@@ -187,6 +259,12 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto", s
         place = kept
     if place.is_dir():
         check_loadable(place, config)
+    elif len(open_gguf(place).paths) > 1:
+        raise ModelError(
+            f"{place.name} is one of several parts, which have to be joined first, and cannot be here: "
+            f"{gguf_folder()} has no space for that, or cannot be written.\n"
+            "  Name another folder in KVPROF_CACHE, or join them yourself: llama-gguf-split --merge"
+        )
     elif stream:
         raise UsageError(
             "--stream reads safetensors, and this .gguf file could not be converted into them.\n"
@@ -206,15 +284,18 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto", s
             stream_weights(model, shelf, target)
         elif target is not None:
             model = model.to(target)
+        if not stream:
+            check_reads_text(model)
     return model
 
 
 def _from_pretrained(source: ModelSource, config: PretrainedConfig, arguments: dict[str, Any]) -> PreTrainedModel:
     """Let transformers load a model. Raises ModelError where it cannot, or would make weights up."""
     with _explained(source), _quiet():
-        # The text decoder of most multimodal models is no causal language model of its own.
-        auto = AutoModelForCausalLM if is_causal(config) else AutoModelForImageTextToText
-        model, told = auto.from_pretrained(**arguments, output_loading_info=True)
+        kind, part = loading_class(config)
+        if part is not config:
+            arguments = arguments | {"config": part}
+        model, told = kind.from_pretrained(**arguments, output_loading_info=True)
     if missing := sorted(told["missing_keys"]):
         raise ModelError(
             f"the checkpoint of {source.id} lacks {missing[0]}{_and_others(missing)}: transformers would make up "
@@ -230,8 +311,7 @@ def _and_others(names: Sequence[str]) -> str:
 
 def dtype_of(config: PretrainedConfig, dtype: str) -> torch.dtype:
     """Return the dtype that a model will be loaded in."""
-    own = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
-    return DTYPES.get(dtype, own)
+    return DTYPES.get(dtype) or own_dtype(config) or ASSUMED_DTYPE
 
 
 def check_dtype(dtype: str) -> None:
@@ -241,18 +321,18 @@ def check_dtype(dtype: str) -> None:
 
 
 def lend(model: PreTrainedModel, tokenizer: Any = None) -> ModelSource:
-    """Return a loaded model as a source like any other: its id is where it was loaded from, else its class."""
-    return ModelSource(model.name_or_path or type(model).__name__, "loaded", live=model, tokenizer=tokenizer)
+    """Return a loaded model as a source like any other: its id is where it was loaded from, else its class.
 
-
-def need_gguf() -> None:
-    """Raise ModelError, saying what to install, where the package that reads GGUF files is missing."""
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise ModelError(
-            "reading a .gguf file needs the package gguf.\n  Install it: pip install 'kvprof-bits[gguf]'"
-        ) from None
+    tokenizer: loaded too, or the name of what holds it.
+    """
+    named = resolve_tokenizer(str(tokenizer)) if isinstance(tokenizer, str | Path) else None
+    return ModelSource(
+        model.name_or_path or type(model).__name__,
+        "loaded",
+        live=model,
+        tokenizer=None if named else tokenizer,
+        tokenizer_source=named,
+    )
 
 
 def _placement(device: str, config: PretrainedConfig, dtype: str) -> torch.device | None:
@@ -273,7 +353,7 @@ def usable_device(device: str) -> torch.device:
         target = torch.device(device)
         torch.empty(1, device=target)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise _unusable(device, first_line(error).split(". ")[0]) from None
+        raise _unusable(device, first_line(error)) from None
     if target.type == "meta":
         raise _unusable(device, "it holds no numbers")
     return target
@@ -301,7 +381,7 @@ def weight_bytes(config: PretrainedConfig, dtype: str = "auto") -> int:
     modules = build_skeleton(config).modules.values()
     parameters = [parameter for module in modules for parameter in module.parameters(recurse=False)]
     elements = sum({id(parameter): parameter.numel() for parameter in parameters}.values())  # tied ones are one
-    return elements * DTYPES.get(dtype, config.dtype or torch.float32).itemsize
+    return elements * dtype_of(config, dtype).itemsize
 
 
 def loading_arguments(source: ModelSource, place: Path, tokenizer: bool = False) -> dict[str, Any]:
@@ -310,7 +390,6 @@ def loading_arguments(source: ModelSource, place: Path, tokenizer: bool = False)
     Nothing from a checkpoint is run, but for code that it cannot do without and that the user trusts.
     """
     if place.is_file():
-        need_gguf()
         check_config(place)
         given = {"pretrained_model_name_or_path": str(place.parent), "gguf_file": place.name}
         return given | {"trust_remote_code": False}  # else transformers asks, about files beside it
@@ -372,17 +451,16 @@ def _kept(source: ModelSource, gguf: Path, part: Literal["tokenizer", "weights"]
     They lie in the user's cache folder, under a hash over the file: reading them again takes a second instead of half a
     minute, mostly of the vocabulary.
     """
-    need_gguf()
-    check_gguf(gguf)
+    model = open_gguf(gguf)
     cache = gguf_folder()
     make, is_whole = (_keep_tokenizer, _has_tokenizer) if part == "tokenizer" else (_keep_weights, _has_weights)
     try:
-        folder = cache / f"{content_name(gguf)}-{part}"
+        folder = cache / f"{content_name(model.paths)}-{part}"
         if part == "weights" and not is_whole(folder):
             # Beside them, for a while, a copy of the file without its vocabulary.
             needed = weight_bytes(load_config(source), "float32")
             free = _free_disk(cache)
-            if free < needed + gguf.stat().st_size + SPARED_BYTES:
+            if free < needed + model.file_bytes + SPARED_BYTES:
                 logger.info(
                     "%s is not kept as safetensors: %s on the disk of %s", gguf.name, f"{bytes_text(free)} free", cache
                 )
@@ -438,7 +516,7 @@ def _keep_weights(source: ModelSource, gguf: Path, folder: Path) -> None:
 
     config = _gguf_config(source, gguf)
     copy = folder / gguf.name
-    write_without_vocabulary(gguf, check_gguf(gguf), copy, weights=True)
+    write_without_vocabulary(open_gguf(gguf), copy, weights=True)
     model = _from_pretrained(
         source,
         config,
@@ -479,7 +557,8 @@ def _explained(source: ModelSource, what: str = "model") -> Iterator[None]:
             place = source.path
             code = find_code(place, tokenizer=what == "tokenizer") if place is not None and place.is_dir() else None
             raise refused_code(source.id, code) from None
-        raise ModelError(f"cannot load the {what} of {source.id}: {first_line(error)}") from None
+        advice = f"\n  {NAME_A_TOKENIZER}" if what == "tokenizer" else ""
+        raise ModelError(f"cannot load the {what} of {source.id}: {first_line(error)}{advice}") from None
 
 
 @contextlib.contextmanager

@@ -13,7 +13,8 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from kvprof.errors import ModelError, first_line
-from kvprof.models.gguf_header import MOST_LAYERS, check_gguf
+from kvprof.models.gguf_header import MOST_LAYERS
+from kvprof.models.gguf_model import open_gguf
 from kvprof.models.hub import refuse_pickles
 from kvprof.models.own_code import read_object
 from kvprof.models.shards import (
@@ -41,7 +42,7 @@ def check_config(place: Path) -> None:
     place: a folder with config.json, or a .gguf file.
     """
     if place.is_file():
-        check_gguf(place)
+        open_gguf(place)
         return
     file = place / "config.json"
     if file.is_file() and file.stat().st_size > LARGEST_CONFIG_BYTES:
@@ -103,10 +104,12 @@ def read_headers(folder: Path) -> dict[str, tuple[str, StoredTensor]]:
     Raises ModelError as `check_weights` does, and for a file that is truncated, corrupt or not what the index says.
     """
     shards = check_weights(folder)
-    return shards.places(_header(folder / shard) for shard in shards.files)
+    return shards.places(read_header(folder, shard) for shard in shards.files)
 
 
-def _header(shard: Path) -> dict[str, StoredTensor]:
+def read_header(folder: Path, name: str) -> dict[str, StoredTensor]:
+    """Return the tensors that a safetensors file names; raises ModelError where it is truncated or corrupt."""
+    shard = folder / name
     try:
         file_bytes = shard.stat().st_size
         with shard.open("rb") as file:

@@ -13,12 +13,15 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from kvprof.models.checkpoints import Checkpoint, LiveCheckpoint, SafetensorsCheckpoint, open_checkpoint
-from kvprof.models.hub import HubModel, find_on_hub, refuse_pickles
+from kvprof.models.checkpoints import Checkpoint, GGUFCheckpoint, SafetensorsCheckpoint
+from kvprof.models.gguf_model import open_gguf
+from kvprof.models.hub import HubModel, find_on_hub
 from kvprof.models.lent import check_in_memory
 from kvprof.models.load import ModelSource
-from kvprof.models.remote import RemoteCheckpoint
-from kvprof.models.shards import SAFETENSORS_INDEX, find_shards, read_index
+from kvprof.models.quantized.checkpoint import dequantized
+from kvprof.models.quantized.settings import open_live, settings_in
+from kvprof.models.remote import RemoteCheckpoint, shards_on_hub
+from kvprof.models.shards import SAFETENSORS_INDEX
 
 
 @dataclass(frozen=True)
@@ -42,14 +45,16 @@ class PinnedModel:
     def open(self, config: PretrainedConfig) -> Checkpoint:
         """Open the checkpoint: a loaded model's own, local files where they are, else the hub's.
 
-        config: the text decoder's. Raises ModelError as the checkpoints do.
+        config: the text decoder's. Quantized matrices are dequantized as they are read.
+        Raises ModelError as the checkpoints do.
         """
         if self.source.live is not None:
-            return LiveCheckpoint(self.source.live)
-        if self.hub is not None:
-            return _open_hub(self.hub)
+            return open_live(self.source.live)
         assert self.path is not None
-        return open_checkpoint(self.path, config)
+        if self.path.is_file():
+            return GGUFCheckpoint(self.path, config)
+        stored = SafetensorsCheckpoint(self.path) if self.hub is None else _open_hub(self.hub)
+        return dequantized(stored, settings_in(self.path))
 
 
 def pin(source: ModelSource) -> PinnedModel:
@@ -76,19 +81,16 @@ def _open_hub(hub: HubModel) -> Checkpoint:
     """Open the files in the hub's cache, where it has them all, or those on the hub."""
     if hub.weight_bytes is None:
         return SafetensorsCheckpoint(hub.folder)
-    where = f"{hub.id} on the hub"
-    index = hub.folder / SAFETENSORS_INDEX
-    names = [*hub.weight_bytes, *([index.name] if index.is_file() else [])]
-    shards = find_shards(names, lambda: read_index(index), where)
-    refuse_pickles(shards.files, where)  # there may be safetensors of a second name alone
+    shards = shards_on_hub(hub)
     if all((hub.folder / name).is_file() for name in shards.files):
         return SafetensorsCheckpoint(hub.folder)
-    return RemoteCheckpoint(hub, hub.weight_bytes, shards)
+    return RemoteCheckpoint(hub, shards)
 
 
 def _identity(place: Path) -> str:
-    """Hash the names, sizes and times of a GGUF file, or of a folder's config, index and shards."""
+    """Hash the names, sizes and times of GGUF files, or of a folder's config, index and shards."""
     others = [place / "config.json", place / SAFETENSORS_INDEX]
-    files = [place] if place.is_file() else [*place.glob("*.safetensors"), *filter(Path.is_file, others)]
+    is_gguf = place.is_file()
+    files = open_gguf(place).paths if is_gguf else [*place.glob("*.safetensors"), *filter(Path.is_file, others)]
     described = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
     return "sha256:" + hashlib.sha256(repr(described).encode()).hexdigest()

@@ -6,7 +6,6 @@ project keys and values.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -14,10 +13,19 @@ import torch
 from torch import Tensor
 
 from kvprof.errors import ModelError
-from kvprof.models.checkpoints import Runs, share_of_rows
-from kvprof.models.hub import HubModel
+from kvprof.models.checkpoints import Runs, plain_bytes, share_of_rows
+from kvprof.models.hub import HubModel, refuse_pickles
 from kvprof.models.ranges import RangeReader
-from kvprof.models.shards import LENGTH_BYTES, Shards, StoredTensor, header_bytes, parse_header
+from kvprof.models.shards import (
+    LENGTH_BYTES,
+    SAFETENSORS_INDEX,
+    Shards,
+    StoredTensor,
+    find_shards,
+    header_bytes,
+    parse_header,
+    read_index,
+)
 
 _GUESSED_BYTES = 64 * 2**10
 """What is fetched of a file before its header's length is known: of a large one, most headers whole and no share of it.
@@ -34,10 +42,21 @@ class Fetched:
     whole_bytes: int
 
 
+def shards_on_hub(hub: HubModel) -> Shards:
+    """Return the files of a repository that make its checkpoint. Raises ModelError as `find_shards` does."""
+    where = f"{hub.id} on the hub"
+    index = hub.folder / SAFETENSORS_INDEX
+    names = [*(hub.weight_bytes or ()), *([index.name] if index.is_file() else [])]
+    shards = find_shards(names, lambda: read_index(index), where)
+    refuse_pickles(shards.files, where)  # there may be safetensors of a second name alone
+    return shards
+
+
 class RemoteCheckpoint:
     """Shards on the hub. Raises ModelError for one that is truncated, corrupt or not what the index says."""
 
-    def __init__(self, hub: HubModel, weight_bytes: Mapping[str, int], shards: Shards) -> None:
+    def __init__(self, hub: HubModel, shards: Shards) -> None:
+        weight_bytes = hub.weight_bytes or {}
         self._hub_id = hub.id
         self._reader = RangeReader(hub.id, hub.commit)
         self._bytes_of = {shard: weight_bytes[shard] for shard in shards.files}
@@ -66,6 +85,10 @@ class RemoteCheckpoint:
         """Return how many bytes of a shard a tensor, or some of its rows, takes."""
         tensor = self._places[name][1]
         return share_of_rows(tensor.stop_byte - tensor.start_byte, self, name, rows)
+
+    def held_bytes(self, name: str, rows: Runs | None = None) -> int:
+        """Return how many bytes of memory a tensor, or some of its rows, takes as it is read."""
+        return plain_bytes(self, name, rows)
 
     def read(self, name: str, rows: Runs | None = None) -> Tensor:
         """Fetch one tensor, or some of its rows, a request a run. Its dtype must be one that torch has."""

@@ -15,14 +15,13 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from kvprof.errors import ModelError, NonFiniteWeight
-from kvprof.models.checkpoints import Checkpoint, Runs, share_of_rows
+from kvprof.models.checkpoints import Checkpoint, Runs
+from kvprof.models.decoder import other_parts, text_config
 from kvprof.models.inventory import NORM_ON_KEYS
 from kvprof.models.layouts import Projection, Rows, choose_layout, cut_rows, find_projections
-from kvprof.models.shards import BEFORE_QUANTIZED, FLOATS, quantized
+from kvprof.models.quantized.checkpoint import stored_kinds
+from kvprof.models.shards import FLOATS, quantized
 from kvprof.records.geometry import CacheGeometry, KVLayer
-
-_PACKED = (".qweight", ".weight_packed", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
-"""How the names end of tensors that only quantized checkpoints have: GPTQ and AWQ, compressed-tensors, bitsandbytes."""
 
 
 @dataclass(frozen=True)
@@ -77,35 +76,33 @@ class LayerReads:
 class Projections:
     """Every scored layer's W_k and W_v in a checkpoint, ascending by layer: found by the headers, read one by one.
 
-    config: the text decoder's. Raises UnknownLayout where the tensors cannot be cut, ModelError for quantized weights
+    config: the model's. Raises UnknownLayout where the tensors cannot be cut, ModelError for quantized weights
     and for a shape that is not what the config says; all of it before anything is read.
     """
 
     def __init__(self, checkpoint: Checkpoint, geometry: CacheGeometry, config: PretrainedConfig) -> None:
         self._checkpoint = checkpoint
         self._names = set(checkpoint.names)
-        if packed := sorted(name for name in self._names if name.endswith(_PACKED)):
-            raise ModelError(f"the checkpoint is quantized: it holds {packed[0]}.\n  {BEFORE_QUANTIZED}")
         modules = {name.removesuffix(".weight") for name in self._names if name.endswith(".weight")}
-        found = find_projections(modules, geometry)
-        query_heads = int(config.num_attention_heads) if any(each.is_fused for each in found.values()) else 0
+        found = find_projections(modules, geometry, beside=other_parts(config))
+        fused = any(each.is_fused for each in found.values())
+        query_heads = int(text_config(config).num_attention_heads) if fused else 0
         self.layers = tuple(self._reads(layer, found[layer.layer], query_heads) for layer in geometry.scored)
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The formats that projections are quantized in, in the checkpoint; none where they are plain."""
+        return stored_kinds(self._checkpoint, [name for reads in self.layers for name in (reads.key, reads.value)])
+
     def stored_bytes(self, reads: LayerReads) -> int:
-        """Return how many bytes of the checkpoint reading a layer takes."""
+        """Return how many bytes of the checkpoint reading a layer takes: none where an earlier one runs its block."""
+        if reads.layer.block_of is not None:
+            return 0
         return sum(self._checkpoint.stored_bytes(name, rows) for name, rows in reads.tensors.items())
 
     def held_bytes(self, reads: LayerReads) -> int:
         """Return how many bytes of memory a layer takes as it is read, unpacked where the checkpoint is quantized."""
-        return sum(
-            share_of_rows(
-                math.prod(self._checkpoint.shape(name)) * getattr(torch, self._checkpoint.dtype(name)).itemsize,
-                self._checkpoint,
-                name,
-                rows,
-            )
-            for name, rows in reads.tensors.items()
-        )
+        return sum(self._checkpoint.held_bytes(name, rows) for name, rows in reads.tensors.items())
 
     def read(self, reads: LayerReads) -> LayerWeights:
         """Read one layer. Raises NonFiniteWeight, naming the tensor, for NaN or infinity."""

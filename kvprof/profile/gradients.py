@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvprof.calibration.sequences import IGNORED, Batch
-from kvprof.errors import NonFiniteGradient
+from kvprof.errors import NonFiniteGradient, UnknownLayout, UnsupportedAttention
+from kvprof.models.decoder import decoder_modules
+from kvprof.models.inventory import key_norm_of
 from kvprof.models.layouts import Rows, choose_layout, cut_rows, find_projections
 from kvprof.models.load import input_device, wider_dtype_advice
 from kvprof.models.weights import take_rows
@@ -91,8 +93,13 @@ def _weight_gradient_norms(
 
         return forward_hook
 
-    modules = dict(model.named_modules())
+    modules = decoder_modules(model)
     projections = find_projections(modules, geometry)
+    if again := repeated_module([modules[projections[layer.layer].key] for layer in geometry.scored]):
+        raise UnsupportedAttention(
+            f"layers {geometry.scored[again[0]].layer} and {geometry.scored[again[1]].layer} of {type(model).__name__} "
+            "are the very same module, and nothing tells on the way back which of them a gradient came through."
+        )
     query_heads = model.config.get_text_config(decoder=True).num_attention_heads
     try:
         for layer in geometry.scored:
@@ -103,6 +110,8 @@ def _weight_gradient_norms(
                 rows: Rows = cut_rows(layout, layer, query_heads)
                 both = capture(layer.layer, {"key": rows.key, "value": rows.value})
                 handles.append(key.register_forward_hook(both))
+            elif projection.key == projection.value:
+                handles += _shared_projection_hooks(modules[projection.attention], key, layer.layer, norms, batch_size)
             else:
                 handles.append(key.register_forward_hook(capture(layer.layer, {"key": None})))
                 handles.append(value.register_forward_hook(capture(layer.layer, {"value": None})))
@@ -110,6 +119,62 @@ def _weight_gradient_norms(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _shared_projection_hooks(
+    attention: nn.Module,
+    projection: nn.Module,
+    layer: int,
+    norms: dict[tuple[int, TensorName], Tensor],
+    batch_size: int,
+) -> list[Any]:
+    """Return the hooks on a layer whose keys and values are made of what one matrix puts out.
+
+    What the loss feels of that matrix through the keys alone is told by the gradient before the norm of the keys, which
+    no value passes; the rest of the gradient came through the values.
+    """
+    key_norm = key_norm_of(attention)
+    if key_norm is None:
+        raise UnknownLayout(
+            f"layer {layer} makes its values of what k_proj puts out, and nothing tells the two apart on the way back."
+        )
+    through_keys: list[Tensor] = []
+
+    def keys_apart(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        states = inputs[0]
+        if not (torch.is_grad_enabled() and states.requires_grad):
+            return inputs
+        own = states.clone()
+        own.register_hook(lambda gradient: through_keys.append(gradient.detach()))  # type: ignore[no-untyped-call]
+        return (own, *inputs[1:])
+
+    def forward_hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return output
+        source = inputs[0].detach()
+
+        def backward_hook(gradient: Tensor) -> None:
+            keys = through_keys.pop().reshape(gradient.shape)
+            norms[layer, "key"] = _outer_norms(keys, source, batch_size)
+            norms[layer, "value"] = _outer_norms(gradient - keys, source, batch_size)
+
+        leaf = not output.requires_grad
+        if leaf:
+            output.requires_grad_(True)
+        output.register_hook(backward_hook)  # type: ignore[no-untyped-call]
+        return output.clone() if leaf else output
+
+    return [projection.register_forward_hook(forward_hook), key_norm[1].register_forward_pre_hook(keys_apart)]
+
+
+def repeated_module(modules: Sequence[nn.Module]) -> tuple[int, int] | None:
+    """Return the places of the first two that are one module, or None."""
+    first: dict[int, int] = {}
+    for place, module in enumerate(modules):
+        if id(module) in first:
+            return first[id(module)], place
+        first[id(module)] = place
+    return None
 
 
 def padded_on_the_right(batch: Batch) -> Batch:

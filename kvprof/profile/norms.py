@@ -19,11 +19,13 @@ from torch import Tensor
 from kvprof import __version__
 from kvprof.errors import NonFiniteWeight
 from kvprof.models.checkpoints import Checkpoint
+from kvprof.models.decoder import text_config
 from kvprof.models.identity import Fingerprint, layer_digest, made_with
 from kvprof.models.inventory import take_inventory
 from kvprof.models.load import ModelSource, load_config
 from kvprof.models.memory import free_bytes
 from kvprof.models.pinning import pin
+from kvprof.models.quantized.checkpoint import as_stored
 from kvprof.models.remote import Fetched, RemoteCheckpoint
 from kvprof.models.weights import LayerReads, LayerWeights, Projections
 from kvprof.profile.matrix_norms import CHUNK_BYTES, matrix_norms
@@ -81,9 +83,12 @@ def run_norms(
             raise
         path = scores.save(folder / "norms.json")
         log.remove()
-    resumption = f"went on with a stopped run: {resumed} of {len(scores.layers)} layers were measured before"
-    fetched = subject.checkpoint.fetched if isinstance(subject.checkpoint, RemoteCheckpoint) else None
-    return NormsRun(scores, subject.inventory, path, (resumption,) if resumed else (), fetched)
+    remarks = [f"W_k and W_v are quantized: {kind}; measured as dequantized" for kind in subject.projections.kinds]
+    if resumed:
+        remarks.append(f"went on with a stopped run: {resumed} of {len(scores.layers)} layers were measured before")
+    stored = as_stored(subject.checkpoint)
+    fetched = stored.fetched if isinstance(stored, RemoteCheckpoint) else None
+    return NormsRun(scores, subject.inventory, path, tuple(remarks), fetched)
 
 
 def measure_norms(
@@ -128,9 +133,8 @@ def _open(source: ModelSource) -> _Subject:
     pinned = pin(source)
     whole_config = load_config(pinned.source)
     inventory = take_inventory(whole_config, source.id)
-    config = whole_config.get_text_config(decoder=True)
-    checkpoint = pinned.open(config)
-    projections = Projections(checkpoint, inventory.geometry, config)
+    checkpoint = pinned.open(text_config(whole_config))
+    projections = Projections(checkpoint, inventory.geometry, whole_config)
     # llama.cpp stores whole gains
     gain_offset = 0.0 if pinned.is_gguf else inventory.key_norm_offset or 0.0
     return _Subject(inventory, pinned.identity, checkpoint, projections, gain_offset)
@@ -162,7 +166,12 @@ def _measure(
     progress(sum(bytes_of[layer] for layer in results), sum(bytes_of.values()))
     for reads in subject.projections.layers:
         if (layer := str(reads.layer.layer)) not in results:
-            results[layer] = _measure_layer(subject, reads)
+            first = reads.layer.block_of
+            if first is None:
+                results[layer] = _measure_layer(subject, reads)
+            else:
+                measured = results[str(first)]
+                results[layer] = measured | {"scores": measured["scores"] | {"layer": reads.layer.layer}}
             finished(layer, results[layer])
             progress(sum(bytes_of[layer] for layer in results), sum(bytes_of.values()))
     fingerprint = Fingerprint()

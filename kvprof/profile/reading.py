@@ -25,8 +25,8 @@ USUAL_SEQUENCES = 8
 class TextSettings:
     """What text to measure on, and how the model is loaded.
 
-    data: texts with their weights, as `calibration.mix` reads them. sequence_length: None is CALIBRATION_LENGTH, or
-    what the model was made for where that is less. dtype, device, stream: as `models.load.load_model` takes them.
+    data, split, column, config: as `calibration.mix.mix_texts` takes them. sequence_length: None is CALIBRATION_LENGTH,
+    or what the model was made for where that is less. dtype, device, stream: as `models.load.load_model` takes them.
     """
 
     data: Sequence[str] = USUAL_DATA
@@ -38,6 +38,8 @@ class TextSettings:
     dtype: str = "auto"
     device: str = "auto"
     stream: bool = False
+    column: str | None = None
+    config: str | None = None
 
 
 def read_text(source: ModelSource, config: PretrainedConfig, settings: TextSettings) -> tuple[MixedText, Any]:
@@ -51,6 +53,16 @@ def read_text(source: ModelSource, config: PretrainedConfig, settings: TextSetti
     data = tuple(settings.data)
     if settings.stream:
         data = streamable(data, settings.sequences, length, weight_bytes(config, settings.dtype))
-    mix = mix_texts(data, settings.split, tokenizer, settings.sequences, length, settings.seed, settings.pack)
+    mix = mix_texts(
+        data,
+        settings.split,
+        tokenizer,
+        settings.sequences,
+        length,
+        settings.seed,
+        settings.pack,
+        column=settings.column,
+        config=settings.config,
+    )
     mix.check_vocabulary(text_config.vocab_size)
     return mix, tokenizer

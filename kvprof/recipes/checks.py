@@ -14,9 +14,9 @@ from kvprof.allocate import RULES, check_request
 from kvprof.allocate.budget import parse_bits, parse_memory
 from kvprof.allocate.targets import TARGETS
 from kvprof.errors import InvalidFile, UsageError, did_you_mean
+from kvprof.recipes.words import OWN_TEXTS
 from kvprof.records.recipe import Plans, Recipe, Target
-
-OWN_TEXTS = ("builtin", "self")
+from kvprof.records.text_files import files_below, is_pattern
 
 
 def check_recipe(recipe: Recipe, texts: dict[str, dict[str, Path | None]]) -> None:
@@ -45,8 +45,9 @@ def check_recipe(recipe: Recipe, texts: dict[str, dict[str, Path | None]]) -> No
 
 
 def _check_text(place: str, name: str, file: Path | None) -> None:
-    if file is not None and not file.is_file():
-        raise InvalidFile(f"{place}: {file}: no such file. A path in a recipe is relative to the recipe's folder.")
+    if file is not None and not files_below(file):
+        what = "no file's name is like this" if is_pattern(str(file)) else "no such file, or a folder without files"
+        raise InvalidFile(f"{place}: {file}: {what}. A path in a recipe is relative to the recipe's folder.")
     word, colon, weight = name.partition(":")
     is_own = file is None and word in OWN_TEXTS
     number = _number(weight if is_own else name.rpartition(":")[2])

@@ -5,8 +5,10 @@ Reads files to hash them, and writes history.json. Runs nothing; does not know w
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,9 @@ from kvprof.records.locks import Lock
 from kvprof.records.runs import cannot_write
 
 FILE = "history.json"
+
+_PART = re.compile(r"-\d{5}-of-(?=\d{5}\.gguf$)")
+"""In the name of a GGUF model's part: which it is."""
 
 MODEL_FILES = (
     "*.safetensors",
@@ -91,7 +96,11 @@ class Past:
         if isinstance(model, str):
             self._model = model
             return
-        files = [model] if model.is_file() else sorted({file for name in MODEL_FILES for file in model.glob(name)})
+        files = (
+            sorted(model.parent.glob(_PART.sub("-[0-9][0-9][0-9][0-9][0-9]-of-", glob.escape(model.name))))
+            if model.is_file()
+            else sorted({file for name in MODEL_FILES for file in model.glob(name)})
+        )
         stamps = {str(file): self._stamp(file) for file in files if file.is_file()}
         lines = "".join(f"{Path(file).name} {stamp.digest}\n" for file, stamp in stamps.items())
         self._model = _sha256(lines.encode())

@@ -17,6 +17,7 @@ from kvprof.recipes.checks import check_recipe
 from kvprof.recipes.words import Words, amount, as_words, place_of, plan_name, text_file
 from kvprof.records.document import Record
 from kvprof.records.recipe import Plans, Reading, Recipe, Target
+from kvprof.records.text_files import files_below
 
 MEASUREMENTS = ("norms", "spectra", "gradients", "divergence")
 """What measures the model, each in a file of its name."""
@@ -33,6 +34,8 @@ _TAKEN: dict[str, tuple[str, ...]] = {
     "benchmark": ("dtype", "device"),
 }
 """Which commands load a model, and what they can be told about that."""
+_READING = ("spectra", "gradients", "divergence", "calibrate", "evaluate")
+"""Which commands read text."""
 _DECODING = ("formats", "sink_tokens", "recent_tokens")
 """What a runtime that plans are made for has its own of."""
 
@@ -53,6 +56,10 @@ class Step:
     def trusting(self) -> Step:
         """Return the step with the user's word that code of the model's may run, where it reads the model."""
         return replace(self, words=(*self.words, "--trust-remote-code")) if self.of_model else self
+
+    def reading_with(self, tokenizer: str) -> Step:
+        """Return the step with another tokenizer than the model's own, where it reads text."""
+        return replace(self, words=(*self.words, "--tokenizer", tokenizer)) if self.command in _READING else self
 
     @property
     def command(self) -> str:
@@ -237,19 +244,18 @@ class _Compiler:
             options |= {} if record is None else record.model_dump(exclude_none=True, by_alias=True)
         texts = self._texts(Reading(data=options.get("data")))
         if texts:
-            options["data"] = [_as_place(name, file) for name, file in texts.items()]
+            options["data"] = [self._as_place(name, file) for name, file in texts.items()]
         words = as_words({name: value for name, value in options.items() if name not in leave_out})
-        return words, tuple(file for file in texts.values() if file is not None)
+        return words, tuple(file for place in texts.values() if place is not None for file in files_below(place))
 
     def _texts(self, table: Reading) -> dict[str, Path | None]:
         """Return the texts that a table names, and the file that each is, if it is one."""
-        files = {name: text_file(name)[0] for name in table.data or ()}
+        files = {name: text_file(name, self._home)[0] for name in table.data or ()}
         return {name: None if file is None else place_of(file, self._home) for name, file in files.items()}
 
-
-def _as_place(name: str, file: Path | None) -> str | Path:
-    """Return a text as it is seen from here, with its weight."""
-    return name if file is None else Path(f"{file}{text_file(name)[1]}")
+    def _as_place(self, name: str, file: Path | None) -> str | Path:
+        """Return a text as it is seen from here, with its weight."""
+        return name if file is None else Path(f"{file}{text_file(name, self._home)[1]}")
 
 
 def _limit(budget: float | None) -> Words:

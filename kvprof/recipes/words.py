@@ -14,12 +14,11 @@ from typing import Any
 from kvprof.errors import InvalidFile
 from kvprof.records.recipe import Plans, Target
 from kvprof.records.scores import LOSS_INCREASE
+from kvprof.records.text_files import is_on_disk, kind_of
 
+OWN_TEXTS = ("builtin", "self")
 Words = tuple[str | Path, ...]
 """A Path is a place, which may be written otherwise when the recipe is run from another folder."""
-
-TEXT_FILES = (".txt", ".jsonl", ".json", ".parquet", ".csv")
-"""How the name of a text that is a file ends."""
 
 
 def as_words(options: Mapping[str, Any]) -> Words:
@@ -65,15 +64,19 @@ def own_place(name: str, home: Path) -> Path:
     return place_of(name, home)
 
 
-def text_file(name: str) -> tuple[str | None, str]:
-    """Return the file that a value of `data` names, if any, and the weight that stands behind it, colon and all."""
+def text_file(name: str, home: Path) -> tuple[str | None, str]:
+    """Return the file, folder or pattern that a value of `data` names, if any, and the weight behind it, colon and all.
+
+    home: the recipe's folder.
+    """
     before, colon, weight = name.rpartition(":")
     try:
         float(weight)
     except ValueError:
         before = ""
     file, weight = (before, colon + weight) if before else (name, "")
-    return (file, weight) if Path(file).suffix.lower() in TEXT_FILES else (None, "")
+    is_place = kind_of(file) is not None or is_on_disk(str(home / os.path.expanduser(file)))
+    return (file, weight) if is_place and file not in OWN_TEXTS else (None, "")
 
 
 def plan_name(asked: Plans | Target, budget: float | None) -> str:

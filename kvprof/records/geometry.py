@@ -5,6 +5,7 @@ Holds shapes only: no weights, no bits. Made by `models.inventory`; carried insi
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Literal
 
@@ -15,11 +16,12 @@ from kvprof.errors import Mismatch
 from kvprof.records.document import Count, LayerIndex, ModelInfo, Positive, Record, Text, is_absent
 from kvprof.records.words import short_digest
 
-LayerKind = Literal["full", "sliding", "chunked", "shared", "recurrent", "hybrid", "latent", "none", "other"]
+LayerKind = Literal["full", "sliding", "chunked", "shared", "recurrent", "hybrid", "latent", "cross", "none", "other"]
 """full: keys and values of every token. sliding, chunked: of the last `window` tokens only. shared: reads another
 layer's. recurrent: a state of fixed size. hybrid: full attention and a recurrent state side by side. latent: of
-every token one compressed vector (MLA), here a head's key, and beside it what carries positions, here its value. none:
-no attention at all. other: a cache that kvprof does not know."""
+every token one compressed vector (MLA), here a head's key, and beside it what carries positions, here its value. cross:
+keys and values of an image or sound, as many as there are of it, none of the text. none: no attention at all. other: a
+cache that kvprof does not know."""
 
 DType = Literal["float32", "float16", "bfloat16", "float64"]
 CONTEXTS = (4096, 32768, 131072)
@@ -40,6 +42,11 @@ class KVLayer(Record):
     """Tokens that a sliding or chunked layer keeps at most."""
     skipped: Text | None = None
     """Why no plan gives this layer bits; null for a layer that plans cover, if they do not leave it, as it slides."""
+    values_of_key_projection: bool = Field(False, exclude_if=operator.not_)
+    """Whether W_v is W_k: the values are made of what the keys' matrix puts out, and are cached beside the keys."""
+    block_of: LayerIndex | None = Field(None, exclude_if=is_absent)
+    """The first layer that runs the same block with the same weights (Zamba); each has a cache of its own. Absent for
+    a layer whose weights are its own, and for that first one."""
 
     @property
     def key_width(self) -> int:
@@ -136,6 +143,15 @@ class CacheGeometry(Record):
     def scored(self) -> tuple[KVLayer, ...]:
         """The layers that have K and V projections of their own."""
         return tuple(layer for layer in self.layers if layer.has_projections)
+
+    @property
+    def shared_blocks(self) -> dict[int, tuple[int, ...]]:
+        """The layers that run one block, by the first of them; of blocks that several layers run."""
+        found: dict[int, tuple[int, ...]] = {}
+        for layer in self.layers:
+            if layer.block_of is not None:
+                found[layer.block_of] = (*found.get(layer.block_of, (layer.block_of,)), layer.layer)
+        return found
 
     @property
     def reasons(self) -> str:

@@ -25,6 +25,8 @@ class Inventory(Record):
     model: ModelInfo
     geometry: CacheGeometry
     red_flags: tuple[RedFlag, ...]
+    dtype_assumed: bool = False
+    """Whether the geometry's dtype is a guess: the config names none, and there are no weights to ask."""
     key_norm_offset: Number | None = None
     """What the norm after k_proj adds to its stored gains (1 in Gemma); null where there is no such norm."""
 

@@ -23,6 +23,7 @@ from typing_extensions import Self
 from kvprof.errors import InvalidFile, UsageError, did_you_mean
 from kvprof.records.document import Count, Number, Positive, Record, Text, explain_invalid, read_at_most
 from kvprof.records.formats import TENSORS, parse_formats
+from kvprof.records.plan import LayerChoice
 from kvprof.records.runs import RESERVED_ON_WINDOWS
 from kvprof.records.scores import METRICS
 from kvprof.records.words import read_layers
@@ -105,8 +106,12 @@ class Reading(Record):
     """Which text is read, and how much of it."""
 
     data: Several[Word] | None = None
-    """`builtin`, `self`, a .txt, .jsonl, .parquet or .csv file, a hub dataset; NAME:2 takes twice as much."""
+    """`builtin`, `self`, a file, a folder or a pattern of files, a hub dataset; NAME:2 takes twice as much."""
     split: Word | None = None
+    column: Word | None = None
+    """What of a row is text: a column, or a template of columns."""
+    config: Word | None = None
+    """Of a dataset that has several."""
     sequences: Positive | None = None
     sequence_length: Annotated[Positive, Field(ge=2)] | None = None
     """Tokens at most."""
@@ -134,6 +139,8 @@ class Decoding(Reading):
 class Gradients(Decoding):
     """`kvprof gradients`."""
 
+    layers: LayerChoice | None = None
+    """Whether layers of a sliding window are scored too."""
     until_stable: Flag | None = None
     stable_at: Several[Number] | None = None
     """Budgets in stored bits."""
@@ -214,6 +221,7 @@ class Plans(Windowed, Budgets):
     rule: Word | None = None
     metric: Metric | None = None
     max_kl: Number | None = None
+    layers: LayerChoice | None = None
     top_fraction: Share | None = None
     as_published: Flag | None = None
     bits_key: Positive | None = None

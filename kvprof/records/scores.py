@@ -56,7 +56,7 @@ FLAT_SPREAD = 0.01
 """A metric that varies by no more than this over all layers carries no information."""
 
 
-class TextShare(Record):
+class TextShare(SparseRecord):
     """What one source gave to a mix of texts."""
 
     dataset: Text
@@ -65,6 +65,8 @@ class TextShare(Record):
     """Sequences are taken in proportion to it."""
     sequences: Positive
     tokens: Positive
+    column: Text | None = None
+    """As `CalibrationInfo` has it."""
 
 
 class CalibrationInfo(SparseRecord):
@@ -86,6 +88,8 @@ class CalibrationInfo(SparseRecord):
     """Of each sequence's token ids: what two measurements read alike can be compared alone."""
     begins_with: tuple[Text, ...] | None = None
     """The tokens that every sequence begins with, as the tokenizer begins a text; empty where it adds none."""
+    column: Text | None = None
+    """What of each row was read, as `--column` takes it; of a mix, `sources` say it."""
 
     @model_validator(mode="after")
     def _each_sequence_is_known(self) -> Self:

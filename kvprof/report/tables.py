@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvprof.records.formats import TENSORS
-from kvprof.records.geometry import KVLayer, bytes_text
+from kvprof.records.geometry import CacheGeometry, KVLayer, bytes_text
 from kvprof.records.inventory import Inventory
 from kvprof.records.scores import SCALAR_METRICS, Scores
 from kvprof.records.words import context_text, layers_text
@@ -33,6 +33,8 @@ def show_inventory(inventory: Inventory) -> None:
         style = "" if layer.skipped is None else "dim"
         table.add(*_shape_cells(layer), str(geometry.bytes_per_token(layer)), style=style)
     table.print()
+    if inventory.dtype_assumed:
+        print_plain(f"the config names no dtype, and no weights are here to tell it: {geometry.dtype} is assumed")
     where = f"{len(geometry.growing)} of {geometry.num_layers} layers"
     print_plain(
         f"each token adds {inventory.bytes_per_token} bytes ({bytes_text(inventory.bytes_per_token)}) in {where}"
@@ -49,9 +51,18 @@ def show_inventory(inventory: Inventory) -> None:
         print_plain(f"not counted above: recurrent states and caches of other kinds, {layers_text(uncounted)}")
     for reason, layers in reasons.items():
         print_plain(f"left alone by a plan: {layers_text(layers)}: {reason}")
+    show_weight_sharing(geometry)
     show_red_flags(inventory)
     if not inventory.red_flags:
         print_plain("no red flags")
+
+
+def show_weight_sharing(geometry: CacheGeometry) -> None:
+    """Print which layers have no W_v but W_k, and which run one block."""
+    if layers := [layer.layer for layer in geometry.layers if layer.values_of_key_projection]:
+        print_plain(f"W_v is W_k in {layers_text(layers)}: one matrix makes keys and values, and the cache holds both")
+    for sharing in geometry.shared_blocks.values():
+        print_plain(f"one block, its weights counted once, with a cache for each layer: {layers_text(sharing)}")
 
 
 def show_red_flags(inventory: Inventory) -> None:

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask
 
 from kvprof.errors import Mismatch, UnsupportedAttention
+from kvprof.models.decoder import decoder_parts, text_config
 from kvprof.runtime.written_out import answering, spelt_out
 
 NAME = "kvprof_interception"
@@ -137,7 +138,7 @@ def _answered(
 
 def check_layers(model: PreTrainedModel, what: str, name: str | None, num_layers: int) -> None:
     """Raise Mismatch where a file (`what`), of a model of this name, has another number of layers than this model."""
-    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    layers = text_config(model.config).num_hidden_layers
     if num_layers != layers:
         raise Mismatch(
             f"the {what} is for another model ({name or 'unnamed'}): it has {num_layers} layers, "
@@ -204,9 +205,7 @@ AttentionMaskInterface.register(NAME, eager_mask)
 
 def text_decoders(model: PreTrainedModel) -> list[PreTrainedModel]:
     """Return the modules that are a text decoder, with or without its head; raise UnsupportedAttention."""
-    # Told by its config's class: the text config may have been copied on its way into the decoder.
-    kind = type(model.config.get_text_config(decoder=True))
-    decoders = [part for part in model.modules() if isinstance(part, PreTrainedModel) and type(part.config) is kind]
+    decoders = [part for _, part in decoder_parts(model)]
     if not decoders or not all(decoder._can_set_attn_implementation() for decoder in decoders):
         raise UnsupportedAttention(
             f"{type(model).__name__} attends in a way of its own, which kvprof cannot replace: it does not go through "

@@ -56,6 +56,30 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.value = TensorStore(entry.value, window, quantizer, heads, shape.value_head_dim, kernels, span)
         self.stores = (self.key, self.value)
 
+    @property
+    def keys(self) -> Tensor | None:
+        """What stands for the keys, (B, H, T, D) without storage: a model may ask whether there are any (Mllama)."""
+        return self._stand_in(self.shape.key_head_dim)
+
+    @keys.setter
+    def keys(self, none: None) -> None:
+        """Let transformers' constructor say that there is nothing yet."""
+
+    @property
+    def values(self) -> Tensor | None:
+        """What stands for the values, as `keys` does."""
+        return self._stand_in(self.shape.value_head_dim)
+
+    @values.setter
+    def values(self, none: None) -> None:
+        """Do as for the keys."""
+
+    def _stand_in(self, head_dim: int) -> Tensor | None:
+        if not self.is_initialized:
+            return None
+        size = (self.batch, self.shape.kv_heads * self.repeats, self.get_seq_length(), head_dim)
+        return torch.empty(size, dtype=self.dtype, device="meta")
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Learn dtype, device and batch from the first keys, and how often the model repeats each of its KV heads."""
         self.dtype, self.device = key_states.dtype, key_states.device

@@ -42,10 +42,10 @@ def write(folder: Path, name: str, rows: int, letter: str = "") -> str:
     return path.name
 
 
-def plain_text(name: str, split: str | None = None, seed: int = 0) -> TextSource:
-    """Open a .txt file without datasets, which takes a tenth of a second for each, its rows as they stand."""
+def plain_text(name: str, split: str | None = None, seed: int = 0, column: str | None = None) -> TextSource:
+    """Open a .txt file, its rows as they stand."""
     if not name.endswith(".txt"):
-        return open_text(name, split, seed)
+        return open_text(name, split, seed, column)
     rows = Path(name).read_text(encoding="utf-8").splitlines()
     return TextSource(name, split or "all", (row for row in rows if split in (None, "all", split_of(row))))
 
@@ -57,6 +57,12 @@ def rows_as_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def mixed(data: Sequence[str], sequences: int, split: str | None = None, length: int = 8, **how: Any) -> MixedText:
     return mix_texts(data, split, Letters(), sequences, length, **how)
+
+
+def befell(text: CalibrationSet, asked: int) -> list[str]:
+    """Return what a set of so many sequences says but what it says of every text."""
+    said = list(text.about_text())
+    return [remark for remark in text.remarks(asked) if remark not in said]
 
 
 def letters(text: CalibrationSet) -> str:
@@ -148,7 +154,7 @@ def test_where_a_text_runs_out_the_others_take_its_turns_by_their_weights(in_tmp
     data = [write(in_tmp, "a", 2), write(in_tmp, "b", 20) + ":2", write(in_tmp, "c", 20)]
     text = mixed(data, 16).complete()
     assert letters(text) == "bacbbacb" + "bcbbcbbc"
-    assert list(text.remarks(16)) == ["a.txt ran out after 2 sequences: other text takes its turns"]
+    assert befell(text, 16) == ["a.txt ran out after 2 sequences: other text takes its turns"]
     assert text.info.sources is not None
     assert [(share.dataset, share.sequences) for share in text.info.sources] == [
         ("a.txt", 2),
@@ -160,11 +166,11 @@ def test_where_a_text_runs_out_the_others_take_its_turns_by_their_weights(in_tmp
 def test_where_every_text_runs_out_the_set_is_what_there_was(in_tmp: Path) -> None:
     text = mixed([write(in_tmp, "a", 2), write(in_tmp, "b", 3)], 9).complete()
     assert letters(text) == "ababb"
-    assert list(text.remarks(9)) == [
+    assert befell(text, 9) == [
         "a.txt ran out after 2 sequences: other text takes its turns",
         "the text holds only 5 of the 9 sequences asked for",
     ]
-    assert list(mixed(["a.txt", "b.txt"], 4).complete().remarks(4)) == []  # nothing was missing yet
+    assert befell(mixed(["a.txt", "b.txt"], 4).complete(), 4) == []  # nothing was missing yet
 
 
 def test_a_text_with_nothing_in_it_is_an_error_of_its_own(in_tmp: Path) -> None:
@@ -186,7 +192,7 @@ def test_a_text_whose_turn_never_came_is_said_and_left_out(in_tmp: Path) -> None
     assert text.to_write == 0
     found = text.complete()
     assert (found.info.dataset, found.info.sources, found.info.source_of) == ("a.txt", None, None)
-    assert [remark.split(":")[0] for remark in found.remarks(3)] == [
+    assert [remark.split(":")[0] for remark in befell(found, 3)] == [
         "none of the 3 sequences is of b.txt",
         "none of the 3 sequences is of self",
     ]
@@ -295,7 +301,7 @@ def test_of_a_hub_dataset_among_others_the_splits_are_by_hash(monkeypatch: pytes
     asked = []
     rows = [f"hub {number}" for number in range(40)]
 
-    def opened(name: str, split: str | None, seed: int) -> TextSource:
+    def opened(name: str, split: str | None, seed: int, column: str | None) -> TextSource:
         asked.append((name, split))
         return open_text(name, split, seed) if name == "builtin" else TextSource(name, split or "train", iter(rows))
 

@@ -434,7 +434,7 @@ def test_text_that_holds_nothing_is_left_out_of_the_usual_texts_with_a_note() ->
     alone = mix_texts(["builtin"], None, Letters(), 8, 32, seed=3).complete()
     assert text.sequences == alone.sequences
     assert text.info == alone.info
-    (remark,) = text.remarks(8)
+    (remark,) = text.notes
     assert remark.startswith("self is left out: ")
     assert "of 128 tokens, 97% are one and the same" in remark
 

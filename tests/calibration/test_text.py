@@ -20,13 +20,6 @@ import pytest
 from kvprof.calibration.text import SPLITS, open_text
 from kvprof.errors import CalibrationError, UsageError
 
-
-@pytest.fixture(autouse=True)
-def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the seconds that datasets waits behind every parquet file."""
-    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
-
-
 ROWS = [f"row {number}: the quick brown fox, the lazy dog" for number in range(40)]
 
 
@@ -141,14 +134,12 @@ def test_the_column_of_text_is_found_by_its_usual_name_or_for_want_of_another(tm
 
 
 @pytest.mark.parametrize(
-    "row",
-    [{"question": "why?", "answer": "so"}, {"id": 1}, {"messages": [{"role": "user", "content": "hello"}]}],
-    ids=lambda row: "+".join(row),
+    "row", [{"headline": "a cat sat", "summary": "on a mat"}, {"id": 1}], ids=lambda row: "+".join(row)
 )
 def test_rows_without_one_column_of_text_are_refused_with_their_columns(tmp_path: Path, row: dict[str, object]) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row))
-    with pytest.raises(CalibrationError, match=f"which column is text; found {', '.join(row)}.*\n.*'text'"):
+    with pytest.raises(CalibrationError, match=f"which column is text; found {', '.join(row)}.*\n.*--column"):
         list(open_text(str(path)).rows)
 
 
@@ -198,8 +189,8 @@ def test_a_file_that_is_missing_or_empty_is_one_message(tmp_path: Path, suffix: 
 )
 def test_a_table_of_thousands_of_columns_is_refused_at_once(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(CalibrationError, match=r"its first line names 20\d\d\d columns or more; .* 1000 at most"):
-        open_text(str(tmp_path / name))
+    with pytest.raises(CalibrationError, match=r"its rows have 20\d\d\d columns; .* 1000 at most"):
+        list(open_text(str(tmp_path / name)).rows)
 
 
 def test_many_rows_on_one_line_and_text_about_tables_are_no_columns(tmp_path: Path) -> None:
@@ -212,9 +203,9 @@ def test_many_rows_on_one_line_and_text_about_tables_are_no_columns(tmp_path: Pa
 
 def test_a_file_of_another_kind_says_which_are_read(tmp_path: Path) -> None:
     (tmp_path / "rows.docx").touch()
-    with pytest.raises(UsageError, match=r"\.txt, \.jsonl"):
+    with pytest.raises(UsageError, match=r"\.txt, .*\.jsonl"):
         open_text(str(tmp_path / "rows.docx"))
-    with pytest.raises(UsageError, match=r"\.txt, \.jsonl"):
+    with pytest.raises(CalibrationError, match=r"holds no file of text.*\n.*\.txt, .*\.jsonl"):
         open_text(str(tmp_path))
 
 

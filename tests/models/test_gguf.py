@@ -23,11 +23,13 @@ from typer.testing import CliRunner
 from kvprof import Scores
 from kvprof.cli.app import app
 from kvprof.errors import ModelError, UsageError
-from kvprof.models.checkpoints import open_checkpoint
-from kvprof.models.gguf_header import check_gguf, write_without_vocabulary
+from kvprof.models.checkpoints import GGUFCheckpoint
+from kvprof.models.gguf_header import check_gguf
+from kvprof.models.gguf_model import open_gguf, write_without_vocabulary
 from kvprof.models.identity import Fingerprint, live_fingerprint
 from kvprof.models.inventory import take_inventory
-from kvprof.models.load import ModelSource, load_config, load_model, resolve
+from kvprof.models.load import ModelSource, dtype_of, load_config, load_model, resolve
+from kvprof.models.pinning import pin
 from kvprof.models.weights import LayerWeights, stream_projections
 from kvprof.profile.norms import measure_norms
 
@@ -50,9 +52,10 @@ def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path: Path, model: PreTrainedModel, kind: Type = Type.F32) -> Path:
+def write_gguf(path: Path, model: PreTrainedModel, kind: Type = Type.F32, **split: int | bool) -> Path:
+    """Write a model as llama.cpp's converter does. split: into parts, as GGUFWriter takes it."""
     config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "llama", **split)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -97,9 +100,7 @@ def streamed(source: ModelSource) -> tuple[list[LayerWeights], str]:
     config = load_config(source)
     fingerprint = Fingerprint()
     layers = []
-    for weights in stream_projections(
-        open_checkpoint(source.fetch(weights=True), config), take_inventory(config).geometry, config
-    ):
+    for weights in stream_projections(pin(source).open(config), take_inventory(config).geometry, config):
         fingerprint.add(weights)
         layers.append(weights)
     return layers, fingerprint.text
@@ -131,12 +132,12 @@ def test_rows_of_a_gguf_tensor_are_those_of_the_model(name: str, tmp_path: Path)
     model = tiny_model("llama")
     attention = model.model.layers[1].self_attn
     live = (attention.k_proj if "_k." in name else attention.v_proj).weight
-    checkpoint = open_checkpoint(write_gguf(tmp_path / "tiny.gguf", model), model.config)
+    checkpoint = GGUFCheckpoint(write_gguf(tmp_path / "tiny.gguf", model), model.config)
     assert torch.equal(checkpoint.read(name, [(9, 12), (2, 3)]), torch.cat([live[9:12], live[2:3]]))
     assert checkpoint.stored_bytes(name, [(9, 12), (2, 3)]) == 4 * 32 * 4
     quantized = write_gguf(tmp_path / "quantized.gguf", model, Type.Q8_0)
-    assert open_checkpoint(quantized, model.config).stored_bytes(name, [(0, 4)]) == 4 * (32 + 2)
-    whole, rows = (open_checkpoint(quantized, model.config).read(name, part) for part in (None, [(4, 9)]))
+    assert GGUFCheckpoint(quantized, model.config).stored_bytes(name, [(0, 4)]) == 4 * (32 + 2)
+    whole, rows = (GGUFCheckpoint(quantized, model.config).read(name, part) for part in (None, [(4, 9)]))
     assert torch.equal(whole[4:9], rows)
 
 
@@ -145,6 +146,11 @@ def test_the_inventory_of_a_gguf_file_is_its_checkpoints(tmp_path: Path) -> None
     inventory = take_inventory(load_config(resolve(str(write_gguf(tmp_path / "tiny.gguf", model)))))
     assert inventory.geometry.layers == take_inventory(model.config).geometry.layers
     assert inventory.model.architecture == "LlamaForCausalLM"
+
+
+def test_the_dtype_of_a_gguf_file_is_what_it_is_dequantized_to(tmp_path: Path) -> None:
+    source = resolve(str(write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), Type.F16)))
+    assert dtype_of(load_config(source), "auto") == load_model(source).dtype == torch.float32
 
 
 def test_norms_take_a_gguf_file(in_tmp: Path) -> None:
@@ -188,7 +194,7 @@ def test_a_missing_gguf_package_says_what_to_install(tmp_path: Path, monkeypatch
     with pytest.raises(ModelError, match=r"pip install 'kvprof-bits\[gguf\]'"):
         load_config(source)
     with pytest.raises(ModelError, match=r"pip install 'kvprof-bits\[gguf\]'"):
-        open_checkpoint(source.fetch(weights=True), tiny_model("llama").config)
+        GGUFCheckpoint(source.fetch(weights=True), tiny_model("llama").config)
 
 
 def with_vocabulary(path: Path, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, tokens: int) -> Path:
@@ -211,6 +217,7 @@ def test_a_config_is_what_transformers_makes_of_the_whole_file(tmp_path: Path, m
     counted = with_vocabulary(tmp_path / "counted.gguf", model, monkeypatch, tokens=96)
     for path in (plain, counted):
         whole = AutoConfig.from_pretrained(tmp_path, gguf_file=path.name)
+        whole.dtype = torch.float32  # which it is loaded in; the file has no dtype of its own
         assert load_config(resolve(str(path))).to_dict() == whole.to_dict()
         assert whole.vocab_size == 96
 
@@ -235,7 +242,7 @@ def test_a_copy_without_the_vocabulary_holds_every_other_field_and_tensor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = with_vocabulary(tmp_path / "whole.gguf", tiny_model("llama"), monkeypatch, tokens=96)
-    write_without_vocabulary(path, check_gguf(path), tmp_path / "copy.gguf", weights=True)
+    write_without_vocabulary(open_gguf(path), tmp_path / "copy.gguf", weights=True)
     whole, copy = gguf.GGUFReader(path), gguf.GGUFReader(tmp_path / "copy.gguf")
     arrays = {"tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges"}
     assert arrays <= set(whole.fields)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Pretrai
 from typer.testing import CliRunner
 
 from kvprof.cli.app import app
-from kvprof.errors import KvprofError, ModelError, UnknownLayout
+from kvprof.errors import KvprofError, ModelError
 from kvprof.models.inventory import position_limit, take_inventory
 from kvprof.records.inventory import Inventory
 
@@ -142,22 +142,23 @@ def test_layers_that_read_another_layers_cache_have_none_of_their_own() -> None:
     assert inventory.key_norm_offset == 0
 
 
-def test_a_layer_without_a_value_projection_is_an_error_that_names_it() -> None:
-    with pytest.raises(UnknownLayout, match="layer 1 does not"):
-        take_inventory(
-            config(
-                "Gemma4Text",
-                attention_k_eq_v=True,
-                head_dim=8,
-                global_head_dim=8,
-                num_global_key_value_heads=2,
-                layer_types=[SLIDING, FULL, SLIDING, FULL],
-                sliding_window=16,
-                hidden_size_per_layer_input=8,
-                vocab_size_per_layer_input=96,
-                num_kv_shared_layers=0,
-            )
+def test_a_layer_whose_values_are_made_of_its_keys_matrix_caches_both() -> None:
+    geometry = take_inventory(
+        config(
+            "Gemma4Text",
+            attention_k_eq_v=True,
+            head_dim=8,
+            global_head_dim=8,
+            num_global_key_value_heads=2,
+            layer_types=[SLIDING, FULL, SLIDING, FULL],
+            sliding_window=16,
+            hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=96,
+            num_kv_shared_layers=0,
         )
+    ).geometry
+    assert [layer.values_of_key_projection for layer in geometry.layers] == [False, True, False, True]
+    assert [(layer.key_width, layer.value_width) for layer in geometry.planned] == [(16, 16)] * 4
 
 
 RECURRENT = {
@@ -181,7 +182,6 @@ RECURRENT = {
     },
     "Lfm2": {"full_attn_idxs": [1, 3], "layer_types": ["conv", FULL] * 2},
     "OlmoHybrid": {"layer_types": ["linear_attention", FULL] * 2},
-    "MiniMax": {"head_dim": 8, "layer_types": ["linear_attention", FULL] * 2, "num_local_experts": 2},
 }
 
 
@@ -318,9 +318,12 @@ def test_every_architecture_that_transformers_can_build_gives_an_inventory_or_on
 @pytest.mark.parametrize("name", sorted(TINY))
 def test_the_dtype_is_the_configs(name: str) -> None:
     made = TINY[name]()
-    assert take_inventory(made).geometry.dtype == "float32"
-    made.dtype = torch.bfloat16
-    assert take_inventory(made).geometry.dtype == "bfloat16"
+    assert take_inventory(made).geometry.dtype == "bfloat16"  # nothing says so: 16 bits are assumed
+    assert take_inventory(made).dtype_assumed
+    for dtype in (torch.float32, torch.float16):
+        made.dtype = dtype
+        assert take_inventory(made).geometry.dtype == str(dtype).removeprefix("torch.")
+        assert not take_inventory(made).dtype_assumed
 
 
 def test_inspecting_needs_a_config_and_nothing_else(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +335,7 @@ def test_inspecting_needs_a_config_and_nothing_else(in_tmp: Path, monkeypatch: p
     assert result.exit_code == 0, result.output
     printed = json.loads(result.output)
     assert printed["geometry"]["layers"][0]["window"] == 16
-    per_token = 2 * (16 + 16) * 4  # of four layers two grow; float32
+    per_token = 2 * (16 + 16) * 2  # of four layers two grow; 16 bits, where nothing says more
     assert printed["bytes_per_token"] == per_token
     assert printed["bytes_at"] == {"64": per_token * (64 + 16)}  # the model was made for 64 positions
     assert CliRunner().invoke(app, ["inspect", "bare"]).exit_code == 0
@@ -342,3 +345,13 @@ def test_a_saved_config_gives_the_live_models_inventory(tmp_path: Path) -> None:
     model = tiny_model("gemma3")
     model.config.save_pretrained(tmp_path)
     assert take_inventory(AutoConfig.from_pretrained(tmp_path)).geometry == take_inventory(model.config).geometry
+
+
+def test_a_model_that_brings_a_cache_class_of_its_own_is_refused_by_its_name() -> None:
+    with pytest.raises(ModelError, match="MiniMaxForCausalLM brings a cache class of its own, MiniMaxCache"):
+        take_inventory(config("MiniMax", head_dim=8, layer_types=["linear_attention", FULL] * 2, num_local_experts=2))
+
+
+def test_blocks_that_run_several_times_a_token_are_refused_with_their_number() -> None:
+    with pytest.raises(ModelError, match="runs stacks of 2 blocks several times a token, as 16 layers of its cache"):
+        take_inventory(config("HrmText", num_hidden_layers=4, H_cycles=2, L_cycles=3))

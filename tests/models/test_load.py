@@ -202,7 +202,10 @@ def test_a_folder_without_a_config_says_what_a_model_folder_holds(in_tmp: Path) 
     with pytest.raises(ModelError, match=r"no config\.json.*\n.*safetensors"):
         resolve(str(in_tmp))
     (in_tmp / "tiny.gguf").touch()
-    with pytest.raises(ModelError, match=r"Name a file in it: .*tiny\.gguf"):
+    (in_tmp / "mmproj-tiny.gguf").touch()
+    assert resolve(str(in_tmp)).path == in_tmp / "tiny.gguf"
+    (in_tmp / "tiny.Q4_0.gguf").touch()
+    with pytest.raises(ModelError, match=r"Name one of the GGUF models in it: .*tiny\.Q4_0\.gguf, .*tiny\.gguf"):
         resolve(str(in_tmp))
     (in_tmp / "notes.txt").touch()
     with pytest.raises(ModelError, match="folder that holds its config"):

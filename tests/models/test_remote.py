@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from fake_hub import COMMIT, FakeHub, point_here, running_hub
-from folders import edit_weights, save_folder
+from folders import edit_json, edit_weights, save_folder
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from transformers import PreTrainedModel
 from typer.testing import CliRunner, Result
@@ -22,7 +22,7 @@ from kvprof.errors import ModelError
 from kvprof.models.checkpoints import SafetensorsCheckpoint
 from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
 from kvprof.models.inventory import take_inventory
-from kvprof.models.load import ModelSource, resolve
+from kvprof.models.load import ModelSource, load_config, resolve
 from kvprof.models.pinning import bytes_to_download, pin
 from kvprof.models.remote import RemoteCheckpoint
 from kvprof.models.weights import stream_projections
@@ -117,6 +117,20 @@ def test_the_norms_of_a_hub_model_are_those_of_its_files_and_the_command_says_wh
     assert float(said[2]) == pytest.approx(whole / 1000, rel=5e-3)
     assert float(said[3]) == pytest.approx(100 * sent_bytes(hub) / whole, abs=0.06)
     assert not list(in_tmp.glob("hub-cache/**/*.safetensors"))
+
+
+@pytest.mark.parametrize("shard", ["10KB", "1GB"])
+def test_a_dtype_that_the_config_does_not_name_is_in_the_first_header(shard: str, hub: FakeHub, in_tmp: Path) -> None:
+    served = in_tmp / "served"
+    hub.models[REMOTE] = save_folder(served, max_shard_size=shard)
+    for file in served.glob("*.safetensors"):
+        save_file({name: weight.half() for name, weight in load_file(file).items()}, file)
+    edit_json(served / "config.json", dtype=None)
+    assert take_inventory(load_config(SOURCE)).geometry.dtype == "float16"
+    first = sorted(served.glob("*.safetensors"))[0]
+    header = 8 + int.from_bytes(first.read_bytes()[:8], "little")
+    assert {name for _, name, *_ in hub.ranges} == {first.name}
+    assert sent_bytes(hub) <= header
 
 
 def test_rows_that_lie_together_are_one_request(hub: FakeHub, in_tmp: Path) -> None:

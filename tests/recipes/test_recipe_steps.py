@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 import typer
 
-from kvprof.calibration.text import LOADERS
 from kvprof.cli.app import app
 from kvprof.errors import InvalidFile
 from kvprof.recipes.steps import Step, steps_of
-from kvprof.recipes.words import TEXT_FILES
 from kvprof.records import recipe as tables
 from kvprof.records.recipe import Recipe, read_recipe
 
@@ -113,10 +111,6 @@ def test_a_text_file_is_relative_to_the_recipe_whatever_its_weight(
     assert step.arguments[2:8] == ["--data", "builtin:2", "--data", f"{tmp_path}/mine.txt:0.5", "--data", "org/dataset"]
     monkeypatch.chdir(tmp_path)
     assert "--data mine.txt:0.5" in steps(tmp_path, text)[0].line
-
-
-def test_files_are_those_that_the_loaders_read() -> None:
-    assert set(TEXT_FILES) == set(LOADERS)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,284 @@
+"""What of a row is text: one column, the messages of a chat, columns that are its turns, or a template of columns.
+
+Decides by the names of columns and by what stands in the first rows; never takes an id, a link, a label or a hash for
+text. Reads rows; does not know where they come from, nor tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from string import Formatter
+from typing import Any
+
+from kvprof.calibration.chat import Chat, Row, is_messages, turns_of
+from kvprof.errors import CalibrationError, UsageError, did_you_mean
+
+Fields = Mapping[str, Any]
+
+TEXT_COLUMNS = ("text", "content")
+CHAT_COLUMNS = ("messages", "conversations", "conversation", "chat", "dialogue", "dialog")
+PAIRS = (
+    ("instruction", ("instruction", "input"), ("output", "response", "completion")),
+    ("instruction", ("instruction", "context"), ("response", "output")),
+    ("prompt", ("prompt",), ("completion", "response", "chosen")),
+    ("question", ("context", "question"), ("answer", "response", "solution")),
+    ("query", ("query",), ("response", "answer")),
+    ("problem", ("problem",), ("solution", "answer")),
+    ("input", ("input",), ("output",)),
+    ("inputs", ("inputs",), ("targets",)),
+)
+"""The column that must ask, all that ask in their order, and those of which the first one answers."""
+SYSTEM_COLUMNS = ("system", "system_prompt")
+LATER_COLUMNS = ("prompt", "document")
+"""Names of a column of text where no other answers it."""
+
+_NOT_TEXT = re.compile(
+    r"(.*[_ .-])?(ids?|idx|index|uuid|guid|uid|urls?|uri|link|href|labels?|hash|md5|sha1|sha256|sha512|sha|checksum|"
+    r"digest|fingerprint|date|time|timestamp|lang|language|source|split|category|score|path|file|filename|license|"
+    r"author|domain|type|model|role|version|tags?|name|key|doi|isbn|email)([_ .-]?\d+)?"
+)
+_IDENTIFIER = re.compile(r"\S*\d\S*|\w+://\S+|www\.\S+", re.ASCII)
+"""A single word with a digit in it, or a link."""
+_FEW_LABELS = 10
+"""Rows, of which no more than a quarter are different and short, that are labels rather than text."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How rows are read.
+
+    name: what the reading is called, as --column takes it again. used: the columns it takes. aside: the others.
+    """
+
+    name: str
+    used: tuple[str, ...]
+    aside: tuple[str, ...]
+    take: Callable[[Fields], Row | None]
+    """A row's text; None where it has none."""
+
+
+def choose_reading(rows: Sequence[Fields], column: str | None = None) -> Reading:
+    r"""Return how to read rows, by the first of them.
+
+    column: a column by its name, several joined by + that are the turns of a chat, or a template such as
+    "{question}\n{answer}"; None chooses.
+    Raises CalibrationError where that is not to be told, UsageError for a column that is not there; both list the
+    columns.
+    """
+    table = _Table(rows)
+    found = table.chosen() if column is None else table.asked(column)
+    if found is None:
+        raise CalibrationError(
+            f"cannot tell which column is text; found {', '.join(table.names) or 'no columns'}.\n"
+            f"  Name one with --column{' ' + table.names[0] if table.names else ''}, or several in a template such as "
+            "--column '{question}\\n{answer}'."
+        )
+    return found
+
+
+class _Table:
+    """The columns of some rows, and what they hold."""
+
+    def __init__(self, rows: Sequence[Fields]) -> None:
+        self.names = list(dict.fromkeys(name for row in rows for name in row))
+        self._values = {name: [row[name] for row in rows if row.get(name) is not None] for name in self.names}
+        self._by_case: dict[str, str] = {}
+        for name in self.names:
+            self._by_case.setdefault(str(name).casefold(), name)
+
+    def chosen(self) -> Reading | None:
+        """Return the reading that the columns' names and values speak for."""
+        return (
+            self._first_text(TEXT_COLUMNS)
+            or self._first_chat()
+            or self._first_pair()
+            or self._first_text(LATER_COLUMNS)
+            or self._without_values()
+            or self._only_text()
+        )
+
+    def asked(self, column: str) -> Reading:
+        """Return the reading that --column asks for."""
+        if column in self._values:
+            return self._chat(column) if self._is_chat(column) else self._text(column)
+        template = column.replace("\\n", "\n").replace("\\t", "\t")
+        fields = _fields(template)
+        if fields:
+            self._check_there(fields, column)
+            return self._reading(column, fields, lambda row: _filled(template, row))
+        turns = column.split("+")
+        if len(turns) > 1:
+            self._check_there(turns, column)
+            return self._turns(turns[:-1], turns[-1])
+        self._check_there([column], column)
+        raise AssertionError("a column that is there was found above")
+
+    def _first_text(self, names: Iterable[str]) -> Reading | None:
+        for name in self._known(names):
+            if self._holds_text(name):
+                return self._text(name)
+            if self._is_chat(name):
+                return self._chat(name)
+        return None
+
+    def _first_chat(self) -> Reading | None:
+        usual = [name for name in self._known(CHAT_COLUMNS) if self._is_chat(name)]
+        others = [name for name in self.names if self._is_chat(name)]
+        chosen = [name for name in others if name.casefold() == "chosen"]
+        found = usual or (others if len(others) == 1 else chosen)
+        return self._chat(found[0]) if found else None
+
+    def _first_pair(self) -> Reading | None:
+        for needed, asking, answering in PAIRS:
+            asks = [name for name in self._known(asking) if self._holds_only(name, str) or self._is_chat(name)]
+            answers = [name for name in self._known(answering) if self._speaks(name)]
+            if answers and any(name in asks and self._speaks(name) for name in self._known([needed])):
+                return self._turns(asks, answers[0])
+        return None
+
+    def _only_text(self) -> Reading | None:
+        found = [name for name in self.names if self._holds_text(name) and not self._is_no_text(name)]
+        return self._text(found[0]) if len(found) == 1 else None
+
+    def _without_values(self) -> Reading | None:
+        """Return a column of text by its name, where no column of the first rows holds any.
+
+        Raises CalibrationError for such a column that holds something else.
+        """
+        for name in self._known((*TEXT_COLUMNS, *LATER_COLUMNS)):
+            if not self._holds_only(name, str):
+                raise CalibrationError(
+                    f"the column {name!r} holds {_kind(self._values[name])}, not text.\n"
+                    f"  Name a column of text with --column; found {', '.join(self.names)}."
+                )
+            if not any(map(self._holds_text, self.names)):
+                return self._text(name)
+        return None
+
+    def _text(self, name: str) -> Reading:
+        def take(row: Fields) -> str | None:
+            text = row.get(name)
+            if text is not None and not isinstance(text, str):
+                raise CalibrationError(f"the column {name!r} holds {_kind([text])}, not text.")
+            return text if text and text.strip() else None
+
+        return self._reading(name, [name], take)
+
+    def _chat(self, name: str) -> Reading:
+        system = self._system()
+
+        def take(row: Fields) -> Chat | None:
+            turns = turns_of(row.get(name))
+            return Chat(_with_system(row, system, turns)) if turns else None
+
+        return self._reading(name, [name, *system], take)
+
+    def _turns(self, asking: Sequence[str], answering: str) -> Reading:
+        """Return the reading of a chat of two turns: one column or several that ask, and one that answers."""
+        system = [name for name in self._system() if name not in (*asking, answering)]
+
+        def take(row: Fields) -> Chat | None:
+            asked = [turn for name in asking for turn in _as_turns(row.get(name), "user")]
+            answered = _as_turns(row.get(answering), "assistant")
+            if not asked or not answered:
+                return None
+            if any(role == "user" for role, _ in answered):  # the whole chat, its question too
+                return Chat(_with_system(row, system, answered))
+            if all(role == "user" for role, _ in asked):
+                asked = [("user", "\n".join(content for _, content in asked))]
+            return Chat(_with_system(row, system, (*asked, *answered)))
+
+        return self._reading("+".join((*asking, answering)), [*asking, answering, *system], take)
+
+    def _reading(self, name: str, used: Sequence[str], take: Callable[[Fields], Row | None]) -> Reading:
+        return Reading(name, tuple(used), tuple(other for other in self.names if other not in used), take)
+
+    def _known(self, names: Iterable[str]) -> Iterator[str]:
+        """Yield the columns of some names, capital letters aside where no column has the very name."""
+        for name in names:
+            if name in self._values or name in self._by_case:
+                yield name if name in self._values else self._by_case[name]
+
+    def _system(self) -> list[str]:
+        return [name for name in self._known(SYSTEM_COLUMNS) if self._holds_only(name, str)][:1]
+
+    def _holds_only(self, name: str, kind: type) -> bool:
+        return all(isinstance(value, kind) for value in self._values[name])
+
+    def _holds_text(self, name: str) -> bool:
+        values = self._values[name]
+        return self._holds_only(name, str) and any(value.strip() for value in values) and not self._is_chat(name)
+
+    def _is_chat(self, name: str) -> bool:
+        values = [value for value in self._values[name] if value not in ("", [])]
+        return bool(values) and all(map(is_messages, values))
+
+    def _speaks(self, name: str) -> bool:
+        """Whether a column holds what one side of a chat says, as text or as messages."""
+        return self._holds_text(name) or self._is_chat(name)
+
+    def _is_no_text(self, name: str) -> bool:
+        """Whether a column of characters holds ids, links, labels or the like."""
+        words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", str(name)).casefold()
+        if _NOT_TEXT.fullmatch(words):
+            return True
+        values = [value.strip() for value in self._values[name] if value.strip()]
+        if all(_IDENTIFIER.fullmatch(value) for value in values):
+            return True
+        short = all(len(value.split()) <= 3 and len(value) < 40 for value in values)
+        return short and len(values) >= _FEW_LABELS and len(set(values)) <= len(values) // 4
+
+    def _check_there(self, wanted: Iterable[str], column: str) -> None:
+        for name in wanted:
+            if name not in self._values:
+                nearest = did_you_mean(name, self.names) if self.names else "the rows have no columns"
+                raise UsageError(f"--column {column!r}: there is no column {name!r}: {nearest}")
+
+
+def _with_system(row: Fields, system: Sequence[str], turns: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """Return turns behind what a column of its own tells the system, where they have no such turn."""
+    said = [row[name] for name in system if isinstance(row.get(name), str) and row[name].strip()]
+    has_own = bool(turns) and turns[0][0] == "system"
+    return (*(("system", text) for text in said if not has_own), *turns)
+
+
+def _as_turns(value: object, role: str) -> list[tuple[str, str]]:
+    if is_messages(value):
+        return list(turns_of(value))
+    return [(role, value)] if isinstance(value, str) and value.strip() else []
+
+
+def _fields(template: str) -> list[str]:
+    """Return the columns that a template names, none where it is no template."""
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError:
+        return []
+    return list(dict.fromkeys(_field(part) for part in parts if part[1] is not None))
+
+
+def _field(part: tuple[str, str | None, str | None, str | None]) -> str:
+    """Return a field's name as it was written: what Python would read as a format is a part of it."""
+    _, name, form, conversion = part
+    return f"{name}{'!' + conversion if conversion else ''}{':' + form if form else ''}"
+
+
+def _filled(template: str, row: Fields) -> str | None:
+    """Return a template with a row's columns in their places; None where none of them holds anything."""
+    text, held = "", False
+    for part in Formatter().parse(template):
+        text += part[0]
+        if part[1] is not None:
+            value = row.get(_field(part))
+            if isinstance(value, list | dict):
+                raise CalibrationError(f"the column {_field(part)!r} holds {_kind([value])}, not text.")
+            written = "" if value is None else str(value)
+            held = held or bool(written.strip())
+            text += written
+    return text if held else None
+
+
+def _kind(values: Sequence[object]) -> str:
+    return next((type(value).__name__ for value in values if not isinstance(value, str)), "str")

@@ -1,0 +1,225 @@
+"""Files of text -> rows, and rows in an order that a seed decides.
+
+Reads files of one kind, compressed or not, a row at a time. Does not know which of a row's columns is text.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import IO, Any, TypeVar, cast
+
+from kvprof.errors import CalibrationError
+
+Fields = Mapping[str, Any]
+"""A row: its columns by name."""
+
+SHUFFLE_ROWS = 10_000
+"""Rows of a text that are shuffled at a time."""
+FILES_AT_ONCE = 10
+"""Files of a text that take turns, so that the rows shuffled together are not of one file alone."""
+MOST_COLUMNS = 1000
+"""Of a table: what has more is no table of text, and would be listed by name in a message."""
+BATCH_ROWS = 1000
+"""Rows of a file of columns that are held as Python objects at a time."""
+
+T = TypeVar("T")
+
+
+def read_rows(kind: str, files: Sequence[Path], seed: int) -> Iterator[Fields]:
+    """Yield the rows of files of one kind; the seed decides the order of files, which take turns.
+
+    FILES_AT_ONCE of them are open at a time. Raises CalibrationError for a row that breaks its file's format,
+    and whatever else reading raises.
+    """
+    order = list(files)
+    if len(order) > 1:
+        random.Random(seed).shuffle(order)
+    return _in_turns([_READERS[kind](file) for file in order])
+
+
+def shuffled(rows: Iterable[T], seed: int, buffer_rows: int = SHUFFLE_ROWS) -> Iterator[T]:
+    """Yield rows in the order of `datasets.IterableDataset.shuffle`: rows in memory, half of which go when it is full.
+
+    The same algorithm, so that a file that datasets read before keeps its order.
+    """
+    import numpy as np
+
+    generator = np.random.default_rng(seed)
+    buffer: list[T] = []
+    for row in rows:
+        buffer.append(row)
+        if len(buffer) == buffer_rows:
+            order = generator.permutation(buffer_rows)
+            gone = buffer_rows - buffer_rows // 2
+            yield from (buffer[place] for place in order[:gone])
+            buffer = [buffer[place] for place in order[gone:]]
+    yield from (buffer[place] for place in generator.permutation(len(buffer)))
+
+
+def _in_turns(readers: Sequence[Iterator[T]]) -> Iterator[T]:
+    """Yield a row of each reader in turn, the next reader beginning where one ends."""
+    waiting = iter(readers)
+    taking = list(islice(waiting, FILES_AT_ONCE))
+    while taking:
+        for reader in list(taking):
+            try:
+                yield next(reader)
+            except StopIteration:
+                place = taking.index(reader)
+                taking[place : place + 1] = islice(waiting, 1)
+
+
+def _lines(path: Path) -> Iterator[Fields]:
+    with _characters(path) as file:
+        for line in file:
+            yield {"text": line.rstrip("\n")}
+
+
+def _json(path: Path) -> Iterator[Fields]:
+    """Read a JSON object a line, or one list of objects or of texts."""
+    with _characters(path) as file:
+        numbered = ((number, line) for number, line in enumerate(file, 1) if not line.isspace())
+        first = next(numbered, None)
+        if first is None:
+            return
+        try:
+            value = json.loads(first[1])
+        except ValueError:
+            value = None  # the beginning of a value of several lines, if of any
+        if isinstance(value, dict):
+            yield value
+            for number, line in numbered:
+                yield _object(path, number, line)
+            return
+        rest = "".join(line for _, line in numbered)
+    if rest or value is None:
+        try:
+            value = json.loads(first[1] + rest)
+        except ValueError as error:
+            raise CalibrationError(
+                f"{path} is no JSON, neither an object a line nor one list: {error}.\n  Check the file."
+            ) from None
+    for number, row in enumerate(value if isinstance(value, list) else [value], 1):
+        if not isinstance(row, dict | str):
+            raise CalibrationError(f"{path}: entry {number} is {_kind(row)}, no object with columns.")
+        yield row if isinstance(row, dict) else {"text": row}
+
+
+def _object(path: Path, number: int, line: str) -> Fields:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise CalibrationError(f"{path}, line {number}: no JSON: {error}.\n  Check the file.") from None
+    if not isinstance(row, dict):
+        raise CalibrationError(f"{path}, line {number}: {_kind(row)}, no object with columns.")
+    return row
+
+
+def _kind(value: object) -> str:
+    return "null" if value is None else f"a {type(value).__name__}"
+
+
+def _table(delimiter: str) -> Callable[[Path], Iterator[Fields]]:
+    def read(path: Path) -> Iterator[Fields]:
+        csv.field_size_limit(2**31 - 1)  # a book may be one cell
+        with _characters(path, newline="") as file:
+            rows = csv.reader(file, delimiter=delimiter, strict=True)
+            try:
+                names = next(rows, None)
+                check_columns(names or ())
+                for cells in rows:
+                    if not cells:
+                        continue
+                    if names is None or len(cells) > len(names):
+                        raise csv.Error(f"{len(cells)} cells, where the first line names {len(names or ())} columns")
+                    yield dict(zip(names, [*cells, *[None] * (len(names) - len(cells))], strict=True))
+            except csv.Error as error:
+                raise CalibrationError(f"{path}, line {rows.line_num}: {error}.\n  Check the file.") from None
+
+    return read
+
+
+def _parquet(path: Path) -> Iterator[Fields]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
+        wanted = _columns_of_text(file.schema_arrow)
+        # Of all columns, none is named: a name with a dot in it would be taken for a path.
+        columns = None if len(wanted) == len(file.schema_arrow.names) else wanted
+        for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
+            yield from batch.to_pylist()
+
+
+def _arrow(path: Path) -> Iterator[Fields]:
+    """Read a file of Arrow batches: the stream that `save_to_disk` writes, or the format with an index behind it."""
+    import pyarrow
+
+    with pyarrow.memory_map(str(path)) as file:
+        try:
+            batches = iter(pyarrow.ipc.open_stream(file))
+        except pyarrow.ArrowInvalid:
+            file.seek(0)
+            indexed = pyarrow.ipc.open_file(file)
+            batches = (indexed.get_batch(number) for number in range(indexed.num_record_batches))
+        for batch in batches:
+            wanted = batch.select(_columns_of_text(batch.schema))
+            for start in range(0, wanted.num_rows, BATCH_ROWS):
+                yield from wanted.slice(start, BATCH_ROWS).to_pylist()
+
+
+def _columns_of_text(schema: Any) -> list[str]:
+    """Return the columns that may hold text: pictures and sounds, which are bytes, take long to read and hold none."""
+    check_columns(schema.names)
+    return [field.name for field in schema if "binary" not in str(field.type)]
+
+
+def check_columns(names: Sequence[str] | Fields) -> None:
+    """Raise CalibrationError for more columns than a table of text has."""
+    if len(names) > MOST_COLUMNS:
+        raise CalibrationError(
+            f"its rows have {len(names)} columns; a table of text has {MOST_COLUMNS} at most.\n"
+            "  Write the text alone: a .txt file, or one column 'text'."
+        )
+
+
+def _characters(path: Path, newline: str | None = None) -> io.TextIOWrapper:
+    """Open a file of UTF-8, through its compression."""
+    return io.TextIOWrapper(_bytes(path), encoding="utf-8-sig", newline=newline)
+
+
+def _bytes(path: Path) -> IO[bytes]:
+    suffix = path.suffix.lower()
+    if suffix == ".zst":  # not in Python's own library before 3.14
+        import pyarrow
+
+        return cast("IO[bytes]", pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
+    if suffix == ".gz":
+        return cast("IO[bytes]", gzip.open(path))
+    if suffix == ".bz2":
+        return bz2.open(path)
+    return lzma.open(path) if suffix == ".xz" else open(path, "rb")
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Fields]]] = {
+    "lines": _lines,
+    "json": _json,
+    "csv": _table(","),
+    "tsv": _table("\t"),
+    "parquet": _parquet,
+    "arrow": _arrow,
+}
+
+
+def peeked(rows: Iterator[T], number: int) -> tuple[list[T], Iterator[T]]:
+    """Return the first rows, and all rows from the first on."""
+    first = list(islice(rows, number))
+    return first, chain(first, rows)
