@@ -218,15 +218,21 @@ def _give_planned(planned: PlannedLayer, tensors: dict[str, Tensor], fact: Layer
 def _obeys(store: TensorStore, fact: LayerFacts) -> bool:
     """Whether sinks, codes and window are as long as the plan says of so many tokens, and none is held too few."""
     assert fact.tokens is not None
-    oldest = oldest_held(store.form, store.window, store.span, fact.tokens, store.codes.head_dim)
+    oldest = _oldest_held(store, fact.tokens)
+    if fact.recording and 0 <= store.oldest < oldest:  # what was let go before recording began: whole groups too
+        oldest = _oldest_held(store, store.oldest + (store.span or 0))
     sinks = 0 if store.form.is_full else store.window.sink_tokens
     coded = quantized_tokens(store.form, store.window, fact.tokens, store.form.recent_fraction)
     coded = max(0, coded - max(0, store.oldest - sinks))
     return (
-        (store.oldest == oldest or (fact.recording and 0 <= store.oldest < oldest))
+        store.oldest == oldest
         and store.sinks.tokens == max(0, min(sinks, fact.tokens) - store.oldest)
         and (store.codes.tokens == coded or (fact.recording and store.codes.tokens < coded))
     )
+
+
+def _oldest_held(store: TensorStore, tokens: int) -> int:
+    return oldest_held(store.form, store.window, store.span, tokens, store.codes.head_dim)
 
 
 def _give_states(layer: Any, tensors: dict[str, Tensor], fact: LayerFacts, model: PreTrainedModel) -> None:
