@@ -39,8 +39,8 @@ _NOT_TEXT = re.compile(
     r"digest|fingerprint|date|time|timestamp|lang|language|source|split|category|score|path|file|filename|license|"
     r"author|domain|type|model|role|version|tags?|name|key|doi|isbn|email)([_ .-]?\d+)?"
 )
-_IDENTIFIER = re.compile(r"\S*\d\S*|\w+://\S+|www\.\S+", re.ASCII)
-"""A single word with a digit in it, or a link."""
+_IDENTIFIER = re.compile(r"[!-~]*\d[!-~]*|\w+://\S+|www\.\S+", re.ASCII)
+"""A single word of ASCII with a digit in it, or a link: other scripts write whole sentences without a space."""
 _FEW_LABELS = 10
 """Rows, of which no more than a quarter are different and short, that are labels rather than text."""
 

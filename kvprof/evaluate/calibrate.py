@@ -276,6 +276,7 @@ def _remarks(
     sequences = len(text.sequences)
     if resumed:
         yield f"went on with a stopped run: {resumed} of {len(asked) * sequences} forwards were done before"
+    yield from text.about_text()
     if len(asked) < len(plans):
         yield f"{len(plans) - len(asked)} of the {len(plans)} plans store what another one does, and count once"
     window = None if scores.decoding is None else scores.decoding.window

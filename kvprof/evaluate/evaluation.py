@@ -158,7 +158,7 @@ def run_evaluation(
     mix, tokenizer = _read_text(source, settings, config.get_text_config(decoder=True))
     chosen = _long_enough(mix.lengths, settings.measure_from)
     lengths = [mix.lengths[index] for index in chosen]
-    announce(_estimate(source, config, settings, lengths, entrants, batches_of(mix)))
+    announce(_estimate(source, config, settings, lengths, entrants, batches_of(mix)).about(mix.about_text()))
     model = load_model(source, settings.dtype, settings.device, settings.stream)
     fingerprint = fingerprint_of(model, geometry, source)
     _check_fit(plans, geometry, fingerprint)

@@ -116,7 +116,7 @@ def run_divergence(
     announce(
         estimate_run(
             source, whole_config, mix.lengths, passes, *how, written_bytes=written_bytes, written=batches_of(mix)
-        )
+        ).about(mix.about_text())
     )
     model = load_model(source, *how)
     fingerprint = fingerprint_of(model, geometry, source)

@@ -113,4 +113,4 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
         settings.batch_size,
         written_bytes=BYTES_A_NUMBER * numbers,
         written=batches_of(prepared.mix),
-    )
+    ).about(prepared.mix.about_text())

@@ -82,7 +82,7 @@ def run_spectra(
             *how,
             written_bytes=BYTES_A_NUMBER * numbers,
             written=batches_of(mix),
-        )
+        ).about(mix.about_text())
     )
     model = load_model(source, *how)
     fingerprint = fingerprint_of(model, geometry, source)

@@ -5,7 +5,9 @@ Plain numbers; does not know how they were reckoned.
 
 from __future__ import annotations
 
-from kvprof.records.document import Count, Number, Record
+from collections.abc import Iterable
+
+from kvprof.records.document import Count, Number, Record, Text
 
 
 class Estimate(Record):
@@ -25,6 +27,13 @@ class Estimate(Record):
     """None where nobody can say."""
     writing_seconds: Number | None = None
     """Added where text that the model writes itself is not kept from an earlier run; None where none is wanted."""
+
+    text: tuple[Text, ...] = ()
+    """What is read of the text, and what of it misleads."""
+
+    def about(self, text: Iterable[str]) -> Estimate:
+        """Return the estimate with what is known of the text."""
+        return self.model_copy(update={"text": tuple(text)})
 
     @property
     def fits(self) -> bool:

@@ -22,6 +22,9 @@ def show_estimate(estimate: Estimate, is_result: bool) -> None:
     parts.append(f"{bytes_text(estimate.memory_bytes)} of memory ({bytes_text(estimate.free_bytes)} free)")
     parts.append(f"{bytes_text(estimate.disk_bytes)} on disk")
     (print_plain if is_result else print_note)("estimate: " + "; ".join(parts))
+    if is_result:  # else it is said beside the results
+        for remark in estimate.text:
+            print_note(remark)
     if not estimate.fits:
         print_note(
             "That is more memory than is free: --stream holds one block at a time; a smaller --dtype, --batch-size or "

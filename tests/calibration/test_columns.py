@@ -1,0 +1,162 @@
+"""Which columns of a row are its text, in the shapes that published data sets have."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from kvprof.calibration.chat import Chat
+from kvprof.calibration.columns import choose_reading
+from kvprof.errors import CalibrationError, UsageError
+
+USER, REPLY = ("user", "why does a cat sit"), ("assistant", "because there is a mat")
+CHAT = (USER, REPLY)
+MESSAGES = [{"role": role, "content": content} for role, content in CHAT]
+SHAREGPT = [{"from": "human", "value": USER[1]}, {"from": "gpt", "value": REPLY[1]}]
+PARTS = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": USER[1]}]},
+    {"role": "assistant", "content": REPLY[1]},
+]
+WITH_NULLS = [  # as Arrow fills up what a part lacks
+    {"role": "user", "content": [{"type": "text", "text": USER[1], "image_url": None}], "tool_calls": None},
+    {"role": "assistant", "content": [{"type": "text", "text": REPLY[1], "image_url": None}], "tool_calls": None},
+]
+
+
+def read(row: dict[str, Any], column: str | None = None) -> object:
+    return choose_reading([row], column).take(row)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": MESSAGES},
+        {"id": "chat_0001", "messages": MESSAGES},
+        {"id": "chat_0001", "conversations": SHAREGPT},
+        {"conversation_id": "9f", "model": "gpt", "conversation": MESSAGES, "language": "English"},
+        {"messages": PARTS, "images": ["a.png"]},
+        {"messages": WITH_NULLS},
+        {"messages": json.dumps(MESSAGES)},
+        {"prompt": "why?", "prompt_id": "9f", "messages": MESSAGES},
+        {"prompt": USER[1], "completion": REPLY[1]},
+        {"prompt": MESSAGES[:1], "completion": MESSAGES[1:]},
+        {"prompt": USER[1], "chosen": MESSAGES, "rejected": MESSAGES[:1]},
+        {"chosen": MESSAGES, "rejected": MESSAGES[:1], "score_chosen": 1.0},
+        {"instruction": USER[1], "input": "", "output": REPLY[1]},
+        {"instruction": USER[1], "output": REPLY[1], "id": "9"},
+        {"instruction": USER[1], "context": "", "response": REPLY[1], "category": "open_qa"},
+        {"question": USER[1], "answer": REPLY[1]},
+        {"Question": USER[1], "Answer": REPLY[1]},
+        {"id": "9", "question": USER[1], "response": REPLY[1], "system_prompt": ""},
+        {"query": USER[1], "response": REPLY[1], "type": "math"},
+        {"problem": USER[1], "solution": REPLY[1], "source": "olympiads"},
+        {"inputs": USER[1], "targets": REPLY[1]},
+    ],
+    ids=lambda row: "+".join(row),
+)
+def test_a_chat_is_found_in_every_shape_that_it_is_published_in(row: dict[str, Any]) -> None:
+    assert read(row) == Chat(CHAT)
+    reading = choose_reading([row])
+    assert not {*reading.used} & {"id", "prompt_id", "conversation_id", "rejected", "source", "category", "images"}
+    assert {*reading.used, *reading.aside} == set(row)
+    assert choose_reading([row], reading.name).take(row) == Chat(CHAT)  # what is written down reads the same again
+
+
+def test_what_goes_before_a_question_goes_before_it_in_the_chat() -> None:
+    alpaca = {"instruction": "translate", "input": "le chat", "output": "the cat", "system": "you are brief"}
+    assert read(alpaca) == Chat((("system", "you are brief"), ("user", "translate\nle chat"), ("assistant", "the cat")))
+    squad = {"context": "a mat", "question": "where?", "answer": "there"}
+    assert read(squad) == Chat((("user", "a mat\nwhere?"), ("assistant", "there")))
+    own = {"system": "not this", "messages": [{"role": "system", "content": "this"}, *MESSAGES]}
+    assert read(own) == Chat((("system", "this"), *CHAT))
+    sharegpt = {"system": "this", "tools": "[]", "conversations": SHAREGPT}
+    assert read(sharegpt) == Chat((("system", "this"), *CHAT))
+
+
+def test_turns_without_text_and_rows_without_turns_are_no_text() -> None:
+    silent = [*MESSAGES, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]
+    assert read({"messages": silent}) == Chat(CHAT)
+    rows: list[dict[str, Any]] = [{"messages": MESSAGES}, {"messages": []}, {"messages": None}, {}]
+    take = choose_reading(rows).take
+    assert [take(row) for row in rows] == [Chat(CHAT), None, None, None]
+    unanswered: list[dict[str, Any]] = [{"question": "q", "answer": "a"}, {"question": "q", "answer": ""}]
+    take = choose_reading(unanswered).take
+    assert [take(row) is None for row in unanswered] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"text": "a cat", "messages": MESSAGES}, "a cat"),
+        ({"Text": "a cat", "Source": "web"}, "a cat"),
+        ({"text": "a cat", "title": "cats", "meta": {"x": 1}}, "a cat"),
+        ({"content": "a cat", "label": "x"}, "a cat"),
+        ({"prompt": "a cat", "label": "x"}, "a cat"),
+        ({"prompt": "a cat", "document": "a mat"}, "a cat"),
+        ({"story": "a cat", "url": "https://a.example/b", "sha256": "0" * 64, "id": "1", "lang": "en"}, "a cat"),
+        ({"story": "a cat", "storyId": "abc", "n": 3}, "a cat"),
+        ({"question": "which?", "choices": ["a", "b"], "answer": 1}, "which?"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
+)
+def test_a_column_of_text_is_found_beside_others(row: dict[str, Any], text: str) -> None:
+    assert read(row) == text
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"id": ["chat_0001", "chat_0002"]},
+        {"conversation_id": ["one", "two"]},
+        {"docId": ["one", "two"]},
+        {"label": ["good", "bad"]},
+        {"url": ["https://a.example/1", "https://a.example/2"]},
+        {"key": ["one", "two"], "n": [1, 2]},
+        {"page": ["https://a.example/1", "https://b.example/2"]},
+        {"blob": ["9f86d081884c7d65", "60303ae22b998861"]},
+        {"row": ["7d444840-9dc0-11d1-b245-5ffdce74fad2", "e902893a-9d22-3c7e-a7b8-d6e313b71d9f"]},
+        {"day": ["2026-11-30", "2026-12-01"]},
+        {"sentiment": ["good", "bad"] * 20},
+        {"n": [1, 2]},
+    ],
+    ids=lambda values: "+".join(values),
+)
+def test_ids_links_labels_and_hashes_are_never_text(values: dict[str, list[Any]]) -> None:
+    rows = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
+    with pytest.raises(CalibrationError, match=f"found {', '.join(values)}.*\n.*--column {next(iter(values))}"):
+        choose_reading(rows)
+    first = next(iter(values))
+    if isinstance(values[first][0], str):  # who asks for it gets it
+        assert choose_reading(rows, first).take(rows[0]) == values[first][0]
+
+
+def test_words_of_other_scripts_without_spaces_are_text() -> None:
+    rows = [{"sentence": "2024年猫坐在垫子上"}, {"sentence": "狗在2025年吠叫"}]
+    assert choose_reading(rows).take(rows[0]) == "2024年猫坐在垫子上"
+
+
+def test_a_template_puts_columns_where_it_names_them() -> None:
+    row = {"question": "why?", "answer": "so", "n": 3, "none": None, "a b": "c"}
+    assert read(row, "Q: {question}\\nA: {answer}") == "Q: why?\nA: so"
+    assert read(row, "{question}\n{answer}") == "why?\nso"
+    assert read(row, "{n}{none}{a b}{{}}") == "3c{}"
+    assert read(row, "answer") == "so"
+    assert read({"{odd}": "text"}, "{odd}") == "text"
+    empty = {"question": " ", "answer": None}
+    assert choose_reading([row], "{question}\n{answer}").take(empty) is None
+    reading = choose_reading([row], "{question}\n{answer}")
+    assert (reading.used, reading.aside) == (("question", "answer"), ("n", "none", "a b"))
+
+
+@pytest.mark.parametrize("column", ["qestion", "{qestion}\n{answer}", "qestion+answer"])
+def test_a_column_that_is_not_there_is_refused_with_the_nearest(column: str) -> None:
+    with pytest.raises(UsageError, match=r"no column 'qestion': did you mean 'question'"):
+        read({"question": "why?", "answer": "so"}, column)
+
+
+def test_a_column_of_no_text_is_refused_by_what_it_holds() -> None:
+    for column in ("n", "{tags}"):
+        with pytest.raises(CalibrationError, match=r"holds (int|list), not text"):
+            read({"n": 3, "tags": ["a"], "text": "a cat"}, column)
