@@ -52,6 +52,8 @@ def read(folder: Path, parts: dict[str, Tensor], settings: object, rows: list[tu
 @pytest.mark.parametrize("case", sorted(SETTINGS))
 def test_a_matrix_is_what_the_formats_own_package_makes_of_it(tmp_path: Path, case: str) -> None:
     parts, expected = parts_of(case)
+    if " fp4 " in case:  # whose code 8 is -0.0 or 0.0, as bitsandbytes' kernels happen to reach the end of a row
+        expected = expected + 0.0
     assert same_bits(read(tmp_path, parts, SETTINGS[case]), expected)
 
 
