@@ -12,14 +12,25 @@ import torch
 from torch import Tensor
 
 from kvprof.models.checkpoints import Checkpoint, Runs
+from kvprof.models.quantized.bitsandbytes import bitsandbytes_matrix
+from kvprof.models.quantized.compressed import compressed_matrix
 from kvprof.models.quantized.fp8 import fp8_matrix
+from kvprof.models.quantized.gptq import gptq_matrix
 from kvprof.models.quantized.matrix import CodedMatrix, Parts, Settings
+from kvprof.models.quantized.mlx import mlx_matrix
 from kvprof.models.shards import FLOATS
 
 _CODES = (".weight_packed", ".qweight")
 """How the names end of codes that stand in the place of `.weight`."""
 
-_FORMATS: tuple[Callable[[Parts, Settings], CodedMatrix | None], ...] = (fp8_matrix,)
+_FORMATS: tuple[Callable[[Parts, Settings], CodedMatrix | None], ...] = (
+    gptq_matrix,
+    bitsandbytes_matrix,
+    mlx_matrix,
+    compressed_matrix,
+    fp8_matrix,
+)
+"""The first that knows a matrix has it: FP8 is what is left."""
 
 _HELD = 3
 """Times a matrix as float32 that decoding one takes at most: its codes unpacked, and its scales spread out."""
