@@ -220,6 +220,11 @@ def layers_without_values(modules: Mapping[str, nn.Module]) -> frozenset[int]:
     return frozenset(found)
 
 
+def cache_argument(model: PreTrainedModel) -> str:
+    """Return what a model's forward, and its `generate`, call the cache: `past_key_values` before transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def check_reads_text(model: PreTrainedModel) -> None:
     """Raise ModelError for a wrapper that does not run on text alone."""
     if text_config(model.config) is model.config:

@@ -59,8 +59,8 @@ def show_weight_sharing(geometry: CacheGeometry) -> None:
     """Print which layers have no W_v but W_k, and which run one block."""
     if layers := [layer.layer for layer in geometry.layers if layer.values_of_key_projection]:
         print_plain(f"W_v is W_k in {layers_text(layers)}: one matrix makes keys and values, and the cache holds both")
-    for layers in geometry.shared_blocks.values():
-        print_plain(f"one block, its weights counted once, with a cache for each layer: {layers_text(layers)}")
+    for sharing in geometry.shared_blocks.values():
+        print_plain(f"one block, its weights counted once, with a cache for each layer: {layers_text(sharing)}")
 
 
 def show_red_flags(inventory: Inventory) -> None:

@@ -58,14 +58,14 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
         """What stands for the keys, (B, H, T, D) without storage: a model may ask whether there are any (Mllama)."""
         return self._stand_in(self.shape.key_head_dim)
 
+    @keys.setter
+    def keys(self, none: None) -> None:
+        """Let transformers' constructor say that there is nothing yet."""
+
     @property
     def values(self) -> Tensor | None:
         """What stands for the values, as `keys` does."""
         return self._stand_in(self.shape.value_head_dim)
-
-    @keys.setter
-    def keys(self, none: None) -> None:
-        """Let transformers' constructor say that there is nothing yet."""
 
     @values.setter
     def values(self, none: None) -> None:
