@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Pretrai
 from typer.testing import CliRunner
 
 from kvprof.cli.app import app
-from kvprof.errors import KvprofError, ModelError, UnknownLayout
+from kvprof.errors import KvprofError, ModelError
 from kvprof.models.inventory import position_limit, take_inventory
 from kvprof.records.inventory import Inventory
 
