@@ -42,8 +42,10 @@ def sample_documents(
     if device.type == "meta":  # offloaded: accelerate moves what comes in to where it computes
         device = torch.device("cpu")
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    takes = inspect.signature(model.forward).parameters
+    name = "cache" if "cache" in takes else "past_key_values"  # since transformers 5.24, and before
     options: dict[str, Any] = {"use_cache": True}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+    if "logits_to_keep" in takes:
         options["logits_to_keep"] = 1
     documents = [list(opening) for opening in openings]
     going = {row for row, limit in enumerate(limits) if len(documents[row]) < limit}
@@ -53,8 +55,8 @@ def sample_documents(
     try:
         with torch.no_grad():
             while going:
-                output = model(input_ids=ids_BT, past_key_values=cache, **options)
-                cache = getattr(output, "past_key_values", None)
+                output = model(input_ids=ids_BT, **{name: cache}, **options)
+                cache = getattr(output, name, None)
                 if cache is None:
                     raise CalibrationError(
                         "this model keeps no cache of keys and values, and cannot write text.\n"

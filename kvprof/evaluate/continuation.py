@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel,
 
 from kvprof.calibration.tokens import tokenizer_explained
 from kvprof.errors import UsageError
+from kvprof.models.decoder import cache_argument
 from kvprof.models.inventory import position_limit
 from kvprof.models.load import ModelSource, load_config, load_model, load_tokenizer
 from kvprof.models.memory import memory_explained
@@ -137,7 +138,7 @@ def _continue(
         tokens = model.generate(
             **{name: tensor.to(device) for name, tensor in inputs.items()},
             generation_config=config,
-            past_key_values=cache,
+            **{cache_argument(model): cache},
             stopping_criteria=[_Tick(lambda length: tick(length - start))],
         )
     return [int(token) for token in tokens[0, start:]]

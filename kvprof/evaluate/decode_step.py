@@ -16,6 +16,7 @@ from kvprof.errors import first_line
 from kvprof.evaluate.bench import fill_tokens
 from kvprof.evaluate.planned_attention import put
 from kvprof.evaluate.timing import WARM_UP, time_calls
+from kvprof.models.decoder import cache_argument
 from kvprof.models.load import input_device
 from kvprof.models.memory import memory_explained, peak_memory, settled_bytes
 from kvprof.records.benchmark import CacheName, DecodeRun
@@ -62,8 +63,10 @@ def time_decode(
             before = settled_bytes(device)
             fill(cache, model, settings)
 
+            argument = cache_argument(model)
+
             def step() -> None:
-                model(input_ids=ids, past_key_values=cache, use_cache=True)
+                model(input_ids=ids, use_cache=True, **{argument: cache})
 
             timing = time_calls([step], device, settings.steps, hides_host=False)
             with peak_memory(device, before) as peak:
@@ -87,7 +90,8 @@ def fill(cache: Cache, model: PreTrainedModel, settings: DecodeSettings) -> None
     The model itself reads the first one, and so says what shapes its layers bring, and who attends to them. Recurrent
     states are those after one token: their size does not depend on the context.
     """
-    model(input_ids=_token_ids(model, settings, input_device(model)), past_key_values=cache, use_cache=True)
+    ids = _token_ids(model, settings, input_device(model))
+    model(input_ids=ids, use_cache=True, **{cache_argument(model): cache})
     for index, layer in enumerate(cache.layers):
         planned = planned_layer(layer)
         if planned is not None:

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from kvprof.calibration.tokens import tokenizer_explained
 from kvprof.errors import UsageError, did_you_mean
 from kvprof.evaluate.logits import choose_route, planned_logits
+from kvprof.models.decoder import cache_argument
 from kvprof.models.identity import fingerprint_of
 from kvprof.models.inventory import take_inventory
 from kvprof.models.load import check_dtype, lend, load_config, load_model, loading_arguments, resolve, usable_device
@@ -183,7 +184,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
         """Return a prompt (1, T) with its continuation, decoded through the packed cache."""
         if self.plan is not None:
-            options["past_key_values"] = copy.deepcopy(self._empty_cache)
+            options[cache_argument(self.model)] = copy.deepcopy(self._empty_cache)
         tokens: Tensor = super()._model_generate(context, max_length, stop, **options)
         return tokens
 

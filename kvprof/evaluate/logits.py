@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvprof.errors import UnsupportedAttention, first_line
+from kvprof.models.decoder import cache_argument
 from kvprof.models.load import input_device
 from kvprof.models.memory import memory_explained
 from kvprof.records.plan import BitPlan
@@ -62,9 +63,9 @@ def planned_logits(model: PreTrainedModel, plan: BitPlan, ids: Sequence[int], ro
         # With a fingerprint to compare, every cache would hash all of W_k and W_v.
         unstamped = plan.model_copy(update={"model": plan.model.model_copy(update={"fingerprint": None})})
         cache = PlanCache.from_plan(unstamped, model)
-        steps = []
+        name, steps = cache_argument(model), []
         for position, token in enumerate(ids):
-            output = model(input_ids=_tensor(model, [token]), past_key_values=cache, use_cache=True)
+            output = model(input_ids=_tensor(model, [token]), use_cache=True, **{name: cache})
             if position >= first:
                 steps.append(output.logits[0, -1])
         return torch.stack(steps)

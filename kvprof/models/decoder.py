@@ -27,8 +27,9 @@ from transformers import (
 )
 from transformers.cache_utils import CacheLayerMixin
 
-from kvprof.errors import ModelError, first_line
+from kvprof.errors import ModelError, first_line, is_out_of_memory
 from kvprof.models.own_code import is_own_class
+from kvprof.models.quiet import quiet
 
 _ALONE = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
 _WRAPPED = (MODEL_FOR_MULTIMODAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)
@@ -43,6 +44,8 @@ _BLOCK = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)$")
 _IN_BLOCK = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
 _ATTENTION = re.compile(r"att(n|ention)($|_?block$)")
 _CROSS = re.compile(r"cross")
+_CACHES = frozenset({"cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states"})
+"""What forwards call that which is kept of the tokens before."""
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -220,26 +223,56 @@ def layers_without_values(modules: Mapping[str, nn.Module]) -> frozenset[int]:
     return frozenset(found)
 
 
+def cache_argument(model: PreTrainedModel) -> str:
+    """Return what a model's forward, and its `generate`, call the cache: `past_key_values` before transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def takes_cache(model: PreTrainedModel) -> bool:
+    """Whether a model's forward can be given what was kept of the tokens before."""
+    return not _CACHES.isdisjoint(inspect.signature(model.forward).parameters)
+
+
 def check_reads_text(model: PreTrainedModel) -> None:
-    """Raise ModelError for a wrapper that does not run on text alone."""
-    if text_config(model.config) is model.config:
-        return
-    needed = [
+    """Raise ModelError for a model that does not run on text alone: a wrapper may need an image, a config be unsound.
+
+    Runs it on two tokens, where all its weights are in memory.
+    """
+    kind = type(model)
+    if not _has_forward(kind):
+        reason = "it only generates, by several models; give the one of them that reads text (`model.thinker`)"
+    elif needed := _needed(model):
+        reason = f"its forward needs {' and '.join(needed)}"
+    else:
+        found = _failure(model)
+        if found is None:
+            return
+        reason = found
+    raise ModelError(
+        f"{kind.__name__} does not run on text alone: {reason.rstrip('.')}.\n"
+        "  kvprof inspect and kvprof norms, which run no model, may still read its text decoder."
+    )
+
+
+def _needed(model: PreTrainedModel) -> list[str]:
+    """Return what a model's forward cannot do without, beside token ids."""
+    return [
         name
         for name, parameter in inspect.signature(model.forward).parameters.items()
-        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        if parameter.default is parameter.empty
+        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        and name != "input_ids"
     ]
-    reason = f"its forward needs {' and '.join(name for name in needed if name != 'input_ids')}"
-    if set(needed) <= {"input_ids"}:
-        ids = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
-        try:
-            with torch.no_grad():
-                model(input_ids=ids, use_cache=False)
-        except Exception as error:  # a wrapper's own words
-            reason = first_line(error)
-        else:
-            return
-    raise ModelError(
-        f"{type(model).__name__} does not run on text alone: {reason.rstrip('.')}.\n"
-        "  Of such a model kvprof inspect and kvprof norms read the text decoder; nothing else can be measured."
-    )
+
+
+def _failure(model: PreTrainedModel) -> str | None:
+    """Return in a model's own words why it does not read two tokens, or None where it does."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return None  # accelerate would bring in all its weights for that
+    ids = torch.ones(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    try:
+        with quiet(), torch.no_grad():
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    except Exception as error:  # of a library, for a reason that only it knows
+        return None if is_out_of_memory(error) else first_line(error)
+    return None

@@ -27,6 +27,7 @@ from kvprof.models.decoder import (
     decoder_modules,
     layers_without_values,
     own_cache,
+    takes_cache,
     text_config,
 )
 from kvprof.models.layouts import Projection, cut_rows, find_projections
@@ -115,6 +116,11 @@ def build_skeleton(config: PretrainedConfig) -> Skeleton:
             f"{architecture} brings a cache class of its own, {cache}, and keeps its keys and values there in a way "
             "that kvprof does not know.\n  Nothing of such a model can be measured, planned or stored."
         )
+    if not takes_cache(model):
+        raise ModelError(
+            f"{architecture} keeps no cache of keys and values: each token reads the whole text anew.\n"
+            "  Nothing of such a model can be measured, planned or stored."
+        )
     modules = dict(model.named_modules(remove_duplicate=False))
     attending = {layer for layer, (kind, _, _) in enumerate(_layer_kinds(text)) if kind in PROJECTING}
     decoder = decoder_modules(model)
@@ -126,7 +132,7 @@ def build_skeleton(config: PretrainedConfig) -> Skeleton:
     except UnknownLayout:
         if any(getattr(module, "is_causal", True) is False for module in decoder.values()):
             raise ModelError(f"{name} describes an encoder: its attention sees the tokens to come.") from None
-        if (blocks := _most_blocks(decoder)) and blocks < len(_layer_kinds(text)):
+        if (blocks := _repeated_blocks(decoder)) is not None:
             raise ModelError(
                 f"{architecture} runs stacks of {blocks} blocks several times a token, as {len(_layer_kinds(text))} "
                 "layers of its cache, and kvprof does not know which layer is which block's.\n"
@@ -136,9 +142,14 @@ def build_skeleton(config: PretrainedConfig) -> Skeleton:
     return Skeleton(text, modules, projections, architecture, crossing)
 
 
-def _most_blocks(decoder: Mapping[str, nn.Module]) -> int:
-    """Return how many blocks the largest stack of a decoder has."""
-    return max((len(module) for module in decoder.values() if isinstance(module, nn.ModuleList)), default=0)
+def _repeated_blocks(decoder: Mapping[str, nn.Module]) -> int | None:
+    """Return how many blocks there are of which each attends, where a model has no others; else None."""
+    try:
+        attending = len(find_projections(decoder))
+    except UnknownLayout:
+        return None
+    largest = max((len(module) for module in decoder.values() if isinstance(module, nn.ModuleList)), default=0)
+    return attending if attending == largest else None
 
 
 def take_inventory(config: PretrainedConfig, model_id: str | None = None) -> Inventory:
@@ -202,6 +213,15 @@ def _kinds_of(skeleton: Skeleton) -> list[tuple[LayerKind, int | None, str | Non
     ]
 
 
+def config_of_layer(config: PretrainedConfig, layer: int) -> PretrainedConfig:
+    """Return the config of one layer: the whole one, but where layers differ in what it says (Gemma 4)."""
+    if not getattr(config, "is_heterogeneous", True):
+        return config
+    own = getattr(config, "per_layer_config", None)
+    found: PretrainedConfig = config if own is None else own[layer]
+    return found
+
+
 def _layer_kinds(config: PretrainedConfig) -> list[tuple[LayerKind, int | None, str | None]]:
     """Return (kind, window, reason to skip) of each layer, as transformers' own cache for this config has it."""
     try:
@@ -212,14 +232,17 @@ def _layer_kinds(config: PretrainedConfig) -> list[tuple[LayerKind, int | None, 
             layer_type = layer_types[index] if index < len(layer_types) else ""
             # A config without layer types makes no cache layers until the first token: all are plain attention.
             cache_layer = cache_layers[index] if index < len(cache_layers) else DynamicLayer()
-            kinds.append(_kind(config, cache_layer, layer_type))
+            kinds.append(_kind(config, config_of_layer(config, index), cache_layer, layer_type))
     except Exception as error:  # a config from anywhere
         name = type(config).__name__
         raise ModelError(f"{name} names no layers that transformers can cache: {first_line(error)}") from None
     return kinds
 
 
-def _kind(config: PretrainedConfig, cache_layer: Any, layer_type: str) -> tuple[LayerKind, int | None, str | None]:
+def _kind(
+    config: PretrainedConfig, own: PretrainedConfig, cache_layer: Any, layer_type: str
+) -> tuple[LayerKind, int | None, str | None]:
+    """Return what `_layer_kinds` does of one layer. own: its part of the config."""
     names = {base.__name__ for base in type(cache_layer).__mro__}
     recurrent = "LinearAttentionCacheLayerMixin" in names
     if "DummyLayer" in names:
@@ -237,7 +260,7 @@ def _kind(config: PretrainedConfig, cache_layer: Any, layer_type: str) -> tuple[
         return kind, window, beside
     if recurrent:
         return "hybrid", None, None
-    is_latent = getattr(config, "kv_lora_rank", None) is not None
+    is_latent = getattr(own, "kv_lora_rank", None) is not None
     if is_latent and type(cache_layer) is DynamicLayer:
         return "latent", None, "layer of latent attention (MLA): K and V share one compressed vector"
     if type(cache_layer) is not DynamicLayer:
@@ -249,7 +272,8 @@ def _kind(config: PretrainedConfig, cache_layer: Any, layer_type: str) -> tuple[
 def _describe(skeleton: Skeleton, index: int, kind: LayerKind, window: int | None, reason: str | None) -> KVLayer:
     """Measure one layer's KV heads and head dimensions on its projections."""
     if kind == "latent":
-        widths = {"key_head_dim": skeleton.config.kv_lora_rank, "value_head_dim": skeleton.config.qk_rope_head_dim}
+        own = config_of_layer(skeleton.config, index)
+        widths = {"key_head_dim": own.kv_lora_rank, "value_head_dim": own.qk_rope_head_dim}
         return KVLayer(layer=index, kind=kind, kv_heads=1, **widths, skipped=reason)
     if kind not in PROJECTING:
         return KVLayer(layer=index, kind=kind, kv_heads=0, key_head_dim=0, value_head_dim=0, skipped=reason)

@@ -40,13 +40,15 @@ LAYOUTS = (
     Layout(("query_key_value",), "qkv", blocks="kv_heads"),  # GPT-NeoX, Bloom, Persimmon, Falcon's three layouts
     Layout(("attn.qkv_proj",), "qvk", blocks="four"),  # CodeGen: cut for four TPU cores
     Layout(("self_attention.kv_proj",), "kv"),  # JetMoE
+    Layout(("self_attn.to_k", "self_attn.to_v"), "k,v"),  # checkpoints of Cosmos3
+    Layout(("attn.wk_dv", "attn.wv_dv"), "k,v"),  # checkpoints of Inkling
     Layout(("attn_k", "attn_v"), "k,v"),  # GGUF
     Layout(("attn_qkv",), "qkv"),  # GGUF: every fused family is stored as Q, then K, then V
 )
 
 _NAMED = re.compile(r"^(?P<stack>.*?)(?:^|(?<=\.))(?:layers|layer|h|blocks|block|blk)\.(?P<layer>\d+)\.(?P<module>.+)$")
 
-_TOWER = re.compile(r"vision|visual|image|audio|speech|tower|encoder")
+_TOWER = re.compile(r"vision|visual|image|audio|speech|tower|encoder|talker|2wav|(^|\.)vit(\.|$)")
 """Names of the stacks beside the decoder of a multimodal model."""
 
 

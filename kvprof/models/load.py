@@ -251,6 +251,7 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto", s
     check_dtype(dtype)
     if source.live is not None:
         check_lent(source.live, dtype, None if device == "auto" else usable_device(device), stream)
+        check_reads_text(source.live)
         return source.live
     config = load_config(source)
     target = usable_device(device) if stream else _placement(device, config, dtype)
@@ -284,8 +285,8 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto", s
             stream_weights(model, shelf, target)
         elif target is not None:
             model = model.to(target)
-        if not stream:
-            check_reads_text(model)
+    if not stream:
+        check_reads_text(model)
     return model
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvprof.calibration.sequences import IGNORED, Batch
-from kvprof.errors import NonFiniteGradient, UnknownLayout, UnsupportedAttention
+from kvprof.errors import ModelError, NonFiniteGradient, UnknownLayout, UnsupportedAttention, first_line
 from kvprof.models.decoder import decoder_modules
 from kvprof.models.inventory import key_norm_of
 from kvprof.models.layouts import Rows, choose_layout, cut_rows, find_projections
@@ -50,7 +50,12 @@ def gradient_norms(model: PreTrainedModel, geometry: CacheGeometry, batch: Batch
             positions = (slice(None), slice(start, stop + 1))
             counted = int((labels[:, start + 1 : stop + 1] != IGNORED).sum())
             if counted:
-                loss = head.run(start, stop + 1, input_ids=ids[positions], labels=labels[positions], **options).loss
+                try:
+                    loss = head.run(start, stop + 1, input_ids=ids[positions], labels=labels[positions], **options).loss
+                except ValueError as error:  # GIT counts the tokens of an image that is not there
+                    raise ModelError(
+                        f"{type(model).__name__} computes no loss of text alone: {first_line(error)}"
+                    ) from None
                 # The sum over the targets, not transformers' mean: that one's gradient vanishes in float16.
                 (loss * counted).backward()
         head.backward()

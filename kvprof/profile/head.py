@@ -66,18 +66,24 @@ class _Reached(Exception):
 
 
 def _run_decoder(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[nn.Module, ModelOutput]:
-    """Return what the outermost model within the model returns, called as the model's forward calls it, and which."""
+    """Return what the outermost model within the model returns, called as the model's forward calls it, and which.
+
+    Of a wrapper around a model with a head of its own it is the decoder in that one, whose output has no logits yet.
+    """
     entered = 0
+    without_head: tuple[nn.Module, ModelOutput] | None = None
 
     def enter(module: nn.Module, arguments: Any) -> None:
         nonlocal entered
         entered += 1
 
     def leave(module: nn.Module, arguments: Any, output: ModelOutput) -> None:
-        nonlocal entered
+        nonlocal entered, without_head
         entered -= 1
-        if not entered:
-            raise _Reached(module, output)
+        if isinstance(output, ModelOutput) and "last_hidden_state" in output:
+            without_head = module, output
+        if not entered and without_head is not None:
+            raise _Reached(*without_head)
 
     handles = []
     for part in model.modules():

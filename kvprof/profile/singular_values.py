@@ -7,6 +7,7 @@ Source: arXiv 2502.15075, whose figures show them layer by layer.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from kvprof.errors import KvprofError, UnsupportedAttention
+from kvprof.models.decoder import cache_argument
 from kvprof.models.load import input_device, wider_dtype_advice
 from kvprof.models.memory import memory_explained
 from kvprof.profile.head import Head
@@ -45,9 +47,10 @@ def cached_singular_values(model: PreTrainedModel, geometry: CacheGeometry, ids:
     )
     try:
         with explained, torch.no_grad():
-            Head(model, input_ids=torch.tensor([list(ids)], device=device), past_key_values=cache, use_cache=True)
+            ids_BT = torch.tensor([list(ids)], device=device)
+            Head(model, input_ids=ids_BT, use_cache=True, **{cache_argument(model): cache})
     except ValueError as error:
-        if "past_key_values" not in str(error):
+        if not re.search(r"\b(past_key_values|cache)\b", str(error)):
             raise
         raise UnsupportedAttention(
             f"{type(model).__name__} takes no cache but one of its own, so kvprof cannot read what goes into it."

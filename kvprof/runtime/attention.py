@@ -87,7 +87,7 @@ def attend_as_decoding(
     for start in range(first, tokens, QUERIES_AT_ONCE):
         queries = slice(start, min(tokens, start + QUERIES_AT_ONCE))
         pieces = _pieces(keys.counts[queries], values.counts[queries], keys.sinks, queries.stop)
-        options = {}
+        options = {name: given[:, :, queries] for name, given in call.options.items() if _is_by_query(given, tokens)}
         if bias is not None:
             options["position_bias"] = _joined(bias[:, :, queries, piece.start : piece.stop] for piece in pieces)
         output = call.run(
@@ -99,6 +99,11 @@ def attend_as_decoding(
         )
         outputs.append(output)
     return torch.cat(outputs, dim=1)
+
+
+def _is_by_query(option: object, tokens: int) -> bool:
+    """Whether an option of attention has a number for each query: (B, heads, T, ...), as Inkling's sinks."""
+    return isinstance(option, Tensor) and option.dim() == 4 and option.shape[2] == tokens
 
 
 def _check_head_dims(call: AttentionCall, entry: LayerPlan, plan: BitPlan) -> None:

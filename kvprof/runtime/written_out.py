@@ -120,16 +120,18 @@ def _mpt(module: Any, answer: Answer) -> Callable[..., tuple[Tensor, None]]:
         position_bias: Tensor,
         past_key_values: Any = None,
         attention_mask: Tensor | None = None,
+        cache: Any = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
+        past = past_key_values if cache is None else cache  # its name since transformers 5.24
         mixed = module.Wqkv(hidden_states)
         if module.clip_qkv:
             mixed = mixed.clamp(min=-module.clip_qkv, max=module.clip_qkv)
         query, key, value = (
             part.unflatten(-1, (module.n_heads, module.head_dim)).transpose(1, 2) for part in mixed.chunk(3, dim=2)
         )
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, module.layer_idx)
+        if past is not None:
+            key, value = past.update(key, value, module.layer_idx)
         bias = position_bias[None, :, :, -key.shape[2] :].to(query.dtype)
         opened = None if attention_mask is None else ~attention_mask
         mask = _closed(bias, opened, query.shape[2])

@@ -353,5 +353,5 @@ def test_a_model_that_brings_a_cache_class_of_its_own_is_refused_by_its_name() -
 
 
 def test_blocks_that_run_several_times_a_token_are_refused_with_their_number() -> None:
-    with pytest.raises(ModelError, match="runs stacks of 2 blocks several times a token, as 16 layers of its cache"):
+    with pytest.raises(ModelError, match="runs stacks of 4 blocks several times a token, as 32 layers of its cache"):
         take_inventory(config("HrmText", num_hidden_layers=4, H_cycles=2, L_cycles=3))
