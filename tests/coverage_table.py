@@ -25,7 +25,7 @@ COLUMNS = (
     "remarks",
 )
 KINDS = {
-    "sliding": "sliding windows keep full precision",
+    "sliding": "sliding windows are planned too, unless `--layers full` leaves them",
     "shared": "shared keys and values are stored once, by the layer that makes them",
     "recurrent": "recurrent states stay as they are",
     "hybrid": "the recurrent state beside each attention stays as it is",
