@@ -82,6 +82,11 @@ def _check_same_model(first: BitPlan, second: BitPlan, names: tuple[str, str]) -
     elif planned[0] != planned[1]:
         layer = min(planned[0] ^ planned[1])
         has, lacks = names if layer in planned[0] else names[::-1]
+        if layer in {**first.reasons, **second.reasons} and _slides(first, second, layer):
+            raise Mismatch(
+                f"{has} gives bits to layer {layer}, which slides; {lacks} leaves it alone.\n"
+                "  kvprof diff compares plans that cover the same layers: give both the same --layers."
+            )
         problem = f"{has} gives bits to layer {layer}, {lacks} skips it."
     else:
         try:
@@ -93,6 +98,11 @@ def _check_same_model(first: BitPlan, second: BitPlan, names: tuple[str, str]) -
             problem = str(error).splitlines()[0]
     if problem is not None:
         raise Mismatch(f"these plans are not of one model. {problem}\n  kvprof diff compares two plans of one model.")
+
+
+def _slides(first: BitPlan, second: BitPlan, layer: int) -> bool:
+    shapes = [plan.geometry.layers[layer] for plan in (first, second) if plan.geometry is not None]
+    return any(shape.window is not None for shape in shapes)
 
 
 def _same(tensor: CachedTensor, before: TensorPlan, after: TensorPlan) -> bool:

@@ -113,10 +113,15 @@ def formats_compared(name: str, plan: BitPlan, solved: BitPlan) -> Check:
     return Check(name=name, status="differs", said=_form(said), found=_form(found), note=note)
 
 
-def geometry_compared(name: str, said: CacheGeometry | None, found: CacheGeometry | None) -> Check:
-    """Return whether two models cache the same, layer by layer; of what differs, the first."""
+def geometry_compared(name: str, plan: BitPlan, found: CacheGeometry | None) -> Check:
+    """Return whether a model caches what a plan says, layer by layer; of what differs, the first.
+
+    Of sliding layers, the plan decides which are left alone.
+    """
+    said = plan.geometry
     if said is None or found is None:
         return unknown(name, f"the {'plan' if said is None else 'other file'} carries no geometry")
+    found = found.leaving(plan.reasons)
     if said.dtype != found.dtype:
         return compared(name, said.dtype, found.dtype, "the dtype of the checkpoint")
     if len(said.layers) != len(found.layers):
@@ -139,7 +144,7 @@ def _model(plan: BitPlan, scores: Scores) -> Iterator[Check]:
     for name, field in zip(names, ("fingerprint", "id", "architecture"), strict=False):
         said, found = getattr(plan.model, field), getattr(scores.model, field)
         yield unknown(name, "the scores do not say") if found is None else compared(name, said, found)
-    yield geometry_compared(names[-1], plan.geometry, scores.geometry)
+    yield geometry_compared(names[-1], plan, scores.geometry)
 
 
 def _as_the_plan_knew_them(plan: BitPlan, scores: Scores) -> Scores:

@@ -135,7 +135,7 @@ def _weights(plan: BitPlan, source: ModelSource) -> Iterator[Check]:
         return
     yield compared("model", plan.model.fingerprint, checkpoint_fingerprint(source, geometry))
     yield compared("architecture of the model", plan.model.architecture, inventory.model.architecture)
-    yield geometry_compared("cache of the model", plan.geometry, geometry)
+    yield geometry_compared("cache of the model", plan, geometry)
 
 
 def _text(scores: Scores | None, source: ModelSource) -> Check:

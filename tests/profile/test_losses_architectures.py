@@ -21,7 +21,7 @@ from kvprof.calibration.sequences import batches
 from kvprof.models.inventory import take_inventory
 from kvprof.profile import losses
 from kvprof.profile.decoder import Decoder, Formats, formats_of
-from kvprof.records.plan import Quantizer, TensorPlan, Window
+from kvprof.records.plan import LayerChoice, Quantizer, TensorPlan, Window
 
 WINDOW = Window(sink_tokens=2, recent_tokens=5)
 NAMES = {"key": ("int2g4", "rot2"), "value": ("int3g8", "rot2")}
@@ -68,17 +68,28 @@ def eagerly(
 
 @pytest.mark.parametrize(
     ("name", "layers"),
-    [("gemma2", {1}), ("gemma3", {1}), ("gpt-oss", {1}), ("qwen3-moe", {0, 1}), ("phi3", {0, 1}), ("gpt2", {0, 1})],
+    [
+        ("gemma2", "all"),
+        ("gemma3", "all"),
+        ("gpt-oss", "all"),
+        ("mistral-sliding", "all"),
+        ("gemma3", "full"),
+        ("qwen3-moe", "all"),
+        ("phi3", "all"),
+        ("gpt2", "all"),
+    ],
 )
 def test_every_architecture_s_losses_are_those_of_its_own_attention(
-    name: str, layers: set[int], monkeypatch: pytest.MonkeyPatch
+    name: str, layers: LayerChoice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of layers that slide too: their window is 16 of 41 tokens, of which the last 5 stay in full precision."""
     has_experts = name in ("gpt-oss", "qwen3-moe")  # whose kernels know no float64
     model = tiny_model(name) if has_experts else tiny_model(name).double()
     ids = torch.randint(1, 96, (TOKENS,), generator=torch.Generator().manual_seed(1))
     labels = torch.randint(1, 96, (TOKENS - START,), generator=torch.Generator().manual_seed(9))
-    formats = formats_of(take_inventory(model.config).geometry, Decoder(NAMES, WINDOW))
-    assert {layer for layer, _ in formats} == layers
+    decoder = Decoder(NAMES, WINDOW, layers=layers)
+    formats = formats_of(decoder.covers(take_inventory(model.config).geometry), decoder)
+    assert {layer for layer, _ in formats} == ({1} if layers == "full" else {0, 1})
     monkeypatch.setattr(losses, "_sampled_labels", lambda *_: labels)
     batch = next(batches([ids.tolist()], 1))
     found = mean_squares(losses.loss_effects(model, batch, formats, WINDOW, Quantizer(), 0.5, seed=0))

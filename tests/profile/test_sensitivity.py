@@ -238,14 +238,24 @@ def test_where_no_loss_can_be_predicted_norms_are_measured_and_it_is_said_why(
 ) -> None:
     source = resolve(str(save_folder(tmp_path / "model", name)))
     text = replace(SETTINGS, data=(str(save_text(tmp_path / "text.txt")),), sequences=2)
-    usual = replace(text, decoder=Decoder(None, DECODER.window))
+    text = replace(text, decoder=replace(DECODER, layers="full"))
+    usual = replace(text, decoder=Decoder(None, DECODER.window, layers="full"))
     run = run_sensitivity(source, usual, tmp_path / "out")
-    assert [why in remark for remark in run.remarks] == [True]
+    assert sum(why in remark for remark in run.remarks) == 1
     assert all(entry.key.gradient_norm and entry.key.loss_increase is None for entry in run.scores.layers)
     with pytest.raises(UsageError, match=why):  # formats that were named are not left out in silence
         run_sensitivity(source, text, tmp_path / "named")
     none = replace(text, decoder=Decoder({"key": (), "value": ()}))
-    assert run_sensitivity(source, none, tmp_path / "none").remarks == ()
+    assert not any(why in remark for remark in run_sensitivity(source, none, tmp_path / "none").remarks)
+
+
+def test_layers_that_slide_are_scored_where_they_are_not_left_alone(tmp_path: Path) -> None:
+    source = resolve(str(save_folder(tmp_path / "model", "mistral-sliding")))
+    text = replace(SETTINGS, data=(str(save_text(tmp_path / "text.txt")),), sequences=2)
+    scores = run_sensitivity(source, text, tmp_path / "out").scores
+    assert [sorted(entry.value.loss_increase) for entry in scores.layers] == [["int3g8"]] * 2
+    assert scores.geometry is not None
+    assert [layer.skipped for layer in scores.geometry.layers] == [None, None]
 
 
 def test_each_text_of_a_mix_keeps_the_mean_of_its_own_sequences(source: ModelSource, tmp_path: Path) -> None:
