@@ -107,7 +107,7 @@ class _Table:
         fields = _fields(template)
         if fields:
             self._check_there(fields, column)
-            return self._reading(column, fields, lambda row: _filled(template, row))
+            return self._reading(template, fields, lambda row: _filled(template, row))
         turns = column.split("+")
         if len(turns) > 1:
             self._check_there(turns, column)

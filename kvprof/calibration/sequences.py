@@ -195,6 +195,7 @@ class SequenceReader:
         for row in self.source.rows:
             if isinstance(row, Chat):
                 self.source.counts.chats += 1
+                self.source.counts.see(row.text)
                 text = self._chats.write(row)
                 if text is not None:
                     yield text, self._chats.has_template

@@ -22,6 +22,7 @@ from kvprof.calibration.files import SHUFFLE_ROWS, Fields, check_columns, peeked
 from kvprof.calibration.remarks import RowCounts
 from kvprof.errors import CalibrationError, KvprofError, UsageError, did_you_mean, first_line
 from kvprof.records.text_files import (
+    HUB,
     KINDS,
     TextFiles,
     find_files,
@@ -63,8 +64,8 @@ def open_text(data: str = BUILTIN, split: str | None = None, seed: int = 0, colu
     """Open a source of calibration text, its rows in an order that the seed decides.
 
     data: `builtin` (the Python language reference that ships inside the interpreter); a file, a folder or a pattern of
-    files as `records.text_files.find_files` takes them (a line of a .txt is a row); or the id of a hub dataset, with
-    its configuration behind it where it has several (`org/name/config`).
+    files as `records.text_files.find_files` takes them (a line of a .txt is a row); or a hub dataset as `hub_parts`
+    takes it: its id, with its configuration behind it where it has several.
     split: `calibration` or `held-out`, by a hash of the row (of the topic's name for the built-in text), three rows to
     one; `all` for both; of a hub dataset, or of files whose names tell splits apart, its own split. Default:
     calibration for the built-in text, all of a file, train of what has splits of its own.
@@ -177,20 +178,23 @@ def _configured(data: str) -> tuple[Path, str | None] | None:
 def _hub(name: str, split: str, seed: int, column: str | None) -> TextSource:
     from huggingface_hub import HfApi
 
-    repository, config = hub_parts(name)
+    repository, part = hub_parts(name)
     with _explained(name):
         HfApi().dataset_info(repository, timeout=_HUB_SECONDS)  # asked first: datasets tries for half a minute
     counts = RowCounts()
-    arguments: dict[str, Any] = {"split": split} | ({} if config is None else {"name": config})
+    arguments: dict[str, Any] = {"split": split}
+    if part is not None:
+        arguments["data_files" if name.startswith(HUB) else "name"] = part
     return TextSource(name, split, _load(repository, arguments, name, seed, column, counts), counts=counts)
 
 
 def hub_parts(name: str) -> tuple[str, str | None]:
-    """Return the repository and the configuration that `org/name/config` stands for, the latter None where it is not.
+    """Return the repository and what stands behind it, None where nothing does.
 
-    A dataset that belongs to no organisation has its configuration behind two slashes.
+    That is a configuration (`org/name/config`; of a dataset that belongs to no organisation behind two slashes), or
+    files of it (`hf://datasets/org/name/data/*.parquet`).
     """
-    owner, _, rest = name.partition("/")
+    owner, _, rest = name.removeprefix(HUB).partition("/")
     repository, _, config = rest.partition("/")
     return (f"{owner}/{repository}" if repository else owner), config or None
 
@@ -198,7 +202,7 @@ def hub_parts(name: str) -> tuple[str, str | None]:
 def may_be_configured(name: str) -> bool:
     """Whether a source may have several configurations, of which its name tells none."""
     if is_hub_dataset(name):
-        return hub_parts(name)[1] is None
+        return not name.startswith(HUB) and hub_parts(name)[1] is None
     configured = _configured(name)
     return configured is not None and configured[1] is None
 

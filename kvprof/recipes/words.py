@@ -14,7 +14,7 @@ from typing import Any
 from kvprof.errors import InvalidFile
 from kvprof.records.recipe import Plans, Target
 from kvprof.records.scores import LOSS_INCREASE
-from kvprof.records.text_files import is_on_disk, kind_of
+from kvprof.records.text_files import HUB, is_on_disk
 
 OWN_TEXTS = ("builtin", "self")
 Words = tuple[str | Path, ...]
@@ -75,8 +75,9 @@ def text_file(name: str, home: Path) -> tuple[str | None, str]:
     except ValueError:
         before = ""
     file, weight = (before, colon + weight) if before else (name, "")
-    is_place = kind_of(file) is not None or is_on_disk(str(home / os.path.expanduser(file)))
-    return (file, weight) if is_place and file not in OWN_TEXTS else (None, "")
+    if file in OWN_TEXTS or file.startswith(HUB) or not is_on_disk(str(home / os.path.expanduser(file))):
+        return None, ""
+    return file, weight
 
 
 def plan_name(asked: Plans | Target, budget: float | None) -> str:

@@ -32,6 +32,8 @@ KINDS = {
 """How the name of a text file ends, and how the file is read."""
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 """What may stand behind the ending of a file of characters."""
+HUB = "hf://datasets/"
+"""What stands before files of a hub dataset, as fsspec and datasets have it."""
 BINARY = ("parquet", "arrow")
 """Kinds that are compressed within, and never as a whole."""
 
@@ -79,6 +81,8 @@ def is_pattern(name: str) -> bool:
 
 def is_on_disk(name: str) -> bool:
     """Whether a name is a file's, a folder's or a pattern's; a file of a known kind need not be there."""
+    if name.startswith(HUB):
+        return False
     return kind_of(name) is not None or is_pattern(name) or os.path.exists(os.path.expanduser(name))
 
 
@@ -155,6 +159,8 @@ def _of_one_kind(name: str, files: Sequence[Path], base: Path, split: str | None
     groups: dict[str | None, list[Path]] = {}
     for file in texts:
         groups.setdefault(_split_in(file.relative_to(base).as_posix()), []).append(file)
+    if None in groups and "train" not in groups:  # a word in a name, and no splits: notes on a test, among others
+        groups = {None: texts}
     found = _of_split(name, groups, split)
     others = sorted(str(file.relative_to(base)) for file in set(files) - set(texts))
     return TextFiles(found.kind, found.files, found.split, (*found.aside, *others))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 from pathlib import Path
 
@@ -128,7 +129,10 @@ def test_nothing_is_written_unless_a_folder_is_named(folder: Path) -> None:
     assert sorted(path.name for path in Path("there").iterdir()) == ["norms.json"]
 
 
-def test_progress_is_told_to_whom_asks_and_shown_to_nobody(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_told_to_whom_asks_and_shown_to_nobody(
+    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("kvprof"), "handlers", [])  # which a command before may have added
     seen: list[tuple[int, int]] = []
     kvprof.gradients("./model", **TEXT, formats="none", progress=lambda done, total: seen.append((done, total)))
     assert seen == [(0, 2), (1, 2), (2, 2)]

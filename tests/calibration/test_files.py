@@ -167,9 +167,8 @@ def test_files_of_a_folder_take_turns_so_that_no_file_comes_first_alone(tmp_path
 
 
 def test_files_whose_names_tell_splits_apart_are_splits(tmp_path: Path) -> None:
-    for number, (name, split) in enumerate([("train", "train"), ("test", "test"), ("validation", "validation")]):
-        write_parquet(tmp_path / "data" / f"{name}-00000-of-00001.parquet", ROWS[number::3])
-        assert split
+    for number, name in enumerate(["data/train-00000-of-00001", "data/test-00000-of-00001", "dev/0000"]):
+        write_parquet(tmp_path / f"{name}.parquet", ROWS[number::3])
     source = open_text(str(tmp_path))
     assert (sorted(map(str, source.rows)), source.split) == (sorted(ROWS[0::3]), "train")
     assert {"the split test", "the split validation"} <= set(source.counts.aside)
@@ -181,6 +180,12 @@ def test_files_whose_names_tell_splits_apart_are_splits(tmp_path: Path) -> None:
         path.unlink()
     with pytest.raises(UsageError, match="test, validation"):
         rows_of(tmp_path)
+
+
+def test_a_word_in_the_name_of_one_file_makes_no_split(tmp_path: Path) -> None:
+    (tmp_path / "test-plan.md").write_text("a cat")
+    (tmp_path / "cats.md").write_text("a mat")
+    assert rows_of(tmp_path) == ["a cat", "a mat"]
 
 
 def test_a_folder_of_several_kinds_asks_for_a_pattern(tmp_path: Path) -> None:

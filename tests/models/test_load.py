@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from transformers import AutoModelForImageTextToText, LlavaConfig
 from typer.testing import CliRunner, Result
 
 from kvprof import Scores
+from kvprof.calibration.mix import mix_texts
 from kvprof.calibration.sequences import batches
 from kvprof.calibration.text import open_text
 from kvprof.cli.app import app
@@ -184,6 +186,43 @@ def test_a_hub_dataset_is_calibration_text(hub: FakeHub, in_tmp: Path, monkeypat
         list(open_text("org/none").rows)
     with pytest.raises(CalibrationError, match="org/words"):
         list(open_text("org/words", split="martian").rows)
+
+
+def test_a_hub_dataset_is_read_by_the_configuration_that_is_named(
+    hub: FakeHub, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", hub.url)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_OFFLINE", False, raising=False)
+    names = [f"words-{number}" for number in range(60)]  # a library's own message stops at some
+    (served := in_tmp / "dataset").mkdir()
+    listed = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in names)
+    (served / "README.md").write_text(f"---\nconfigs:\n{listed}---\n")
+    for name in names:
+        (served / f"{name}.jsonl").write_text(json.dumps({"text": f"a row of {name}"}) + "\n")
+    hub.datasets["org/words"] = served
+    for asked in ("org/words", "org/words/wrods"):
+        with pytest.raises(CalibrationError, match=rf": {', '.join(names)}\.\n.*--config words-0") as caught:
+            list(open_text(asked).rows)
+        assert asked in str(caught.value)
+    assert list(open_text("org/words/words-7").rows) == ["a row of words-7"]
+    assert sorted(open_text("hf://datasets/org/words/words-1*.jsonl").rows) == [
+        f"a row of words-{number}" for number in sorted(map(str, (1, *range(10, 20))))
+    ]
+    ids = mix_texts(["org/words"], None, _Characters(), 1, 64, config="words-59").complete()
+    assert "".join(map(chr, ids.sequences[0])) == "a row of words-59"
+    assert ids.info.dataset == "org/words/words-59"  # which reads the same again
+    with pytest.raises(UsageError, match=r"--config words-1.*\n.*org/name/config"):
+        mix_texts(["org/words/words-2"], None, _Characters(), 1, 64, config="words-1")
+
+
+class _Characters:
+    """A tokenizer whose tokens are characters."""
+
+    eos_token_id = None
+
+    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": list(map(ord, text))}
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "./missing", "/missing", "~/missing-model", "missing.gguf"])

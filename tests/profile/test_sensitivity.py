@@ -211,20 +211,22 @@ def test_a_run_that_may_stop_early_does_so_at_four_and_each_doubling(
 
     sequences, remarks = said(tmp_path / "out", source, enough, sequences=12)
     assert (sequences, asked, len(forwards)) == (8, [4, 8], 8)
-    assert remarks == ["stable after 8 of 12 sequences: the others were not needed"]
+    assert remarks[0] == "stable after 8 of 12 sequences: the others were not needed"
     alone = run_sensitivity(source, replace(SETTINGS, sequences=8), tmp_path / "eight").path.read_bytes()
     assert (tmp_path / "out" / "gradients.json").read_bytes() == alone
 
 
 def test_a_run_that_is_never_stable_says_so(source: ModelSource, tmp_path: Path) -> None:
-    assert said(tmp_path, source, lambda scores: False) == (6, ["not known to be stable after all 6 sequences"])
+    sequences, remarks = said(tmp_path, source, lambda scores: False)
+    assert (sequences, remarks[0]) == (6, "not known to be stable after all 6 sequences")
 
 
 def test_a_run_that_is_stable_only_at_its_end_says_so(source: ModelSource, tmp_path: Path) -> None:
     def enough(scores: Scores) -> bool:
         return scores.calibration is not None and scores.calibration.sequences == 6
 
-    assert said(tmp_path, source, enough) == (6, ["stable after all 6 sequences"])
+    sequences, remarks = said(tmp_path, source, enough)
+    assert (sequences, remarks[0]) == (6, "stable after all 6 sequences")
 
 
 def test_without_losses_there_is_no_plan_to_be_stable(source: ModelSource, tmp_path: Path) -> None:

@@ -113,6 +113,26 @@ def test_a_text_file_is_relative_to_the_recipe_whatever_its_weight(
     assert "--data mine.txt:0.5" in steps(tmp_path, text)[0].line
 
 
+def test_a_text_may_be_a_folder_a_pattern_or_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shards").mkdir()
+    for name in ("b.jsonl.gz", "a.jsonl.gz"):
+        (tmp_path / "shards" / name).touch()
+    files = (tmp_path / "shards/a.jsonl.gz", tmp_path / "shards/b.jsonl.gz")
+    hub = "hf://datasets/org/name/data/*.parquet"
+    for data, given, reads in (
+        ("shards", f"{tmp_path}/shards", files),
+        ("shards/:2", f"{tmp_path}/shards:2", files),
+        ("shards/a*.gz", f"{tmp_path}/shards/a*.gz", files[:1]),
+        ("org/name/config", "org/name/config", ()),
+        (hub, hub, ()),
+    ):
+        (step,) = steps(tmp_path, f'[text]\ndata = "{data}"\ncolumn = "{{q}}"\n[gradients]\nconfig = "c"\n')
+        assert step.reads == reads
+        assert step.arguments[2:8] == ["--data", given, "--column", "{q}", "--config", "c"]
+    with pytest.raises(InvalidFile, match=r"text.data: .*no file's name is like this"):
+        steps(tmp_path, '[text]\ndata = "shards/*.csv"\n[gradients]\n')
+
+
 @pytest.mark.parametrize(
     ("table", "words"),
     [
