@@ -53,19 +53,31 @@ def text_of(row: Row) -> str:
 
 
 def is_messages(value: object) -> bool:
-    """Whether a value is a list of messages, by its first one; a list that stands there as JSON too."""
+    """Whether a value is a list of messages, of which some may only call tools; as `turns_of` takes it."""
     value = _decoded(value)
-    if not isinstance(value, list) or not value or not isinstance(value[0], Mapping):
-        return False
-    return _field(value[0], _ROLES) is not None and _field(value[0], _CONTENTS) is not None
+    return isinstance(value, list) and any(
+        isinstance(message, Mapping) and _field(message, _ROLES) is not None and _field(message, _CONTENTS) is not None
+        for message in value
+    )
 
 
 def turns_of(value: object) -> tuple[Turn, ...]:
     """Return the turns of a list of messages that hold text, in the words of templates: user, assistant, system, tool.
 
-    A message's content is text, or a list of parts of which those of text are taken.
+    value: the list, or one of JSON, or the fields of its messages each as a list (as datasets keeps a sequence of
+    records). A message's content is text, or a list of parts of which those of text are taken. Messages that are bare
+    texts are said by turns, the user's first.
     """
-    return tuple(turn for message in _decoded(value) or () for turn in _turn(message))
+    messages = _decoded(value)
+    if is_texts(messages):
+        speakers = ("user", "assistant")
+        return tuple((speakers[number % 2], text) for number, text in enumerate(messages) if text.strip())
+    return tuple(turn for message in messages or () for turn in _turn(message))
+
+
+def is_texts(value: object) -> bool:
+    """Whether a value is a list of bare texts, two at least."""
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(text, str) for text in value)
 
 
 def _turn(message: object) -> Iterator[Turn]:
@@ -109,6 +121,8 @@ def _decoded(value: object) -> Any:
             return json.loads(value)
         except ValueError:
             return value
+    if isinstance(value, Mapping) and value and all(isinstance(field, list) for field in value.values()):
+        return [dict(zip(value, fields, strict=True)) for fields in zip(*value.values(), strict=False)]
     return value
 
 

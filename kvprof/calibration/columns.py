@@ -6,13 +6,14 @@ text. Reads rows; does not know where they come from, nor tokens.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
-from kvprof.calibration.chat import Chat, Row, is_messages, turns_of
+from kvprof.calibration.chat import Chat, Row, is_messages, is_texts, turns_of
 from kvprof.errors import CalibrationError, UsageError, did_you_mean
 
 Fields = Mapping[str, Any]
@@ -37,7 +38,7 @@ LATER_COLUMNS = ("prompt", "document")
 _NOT_TEXT = re.compile(
     r"(.*[_ .-])?(ids?|idx|index|uuid|guid|uid|urls?|uri|link|href|labels?|hash|md5|sha1|sha256|sha512|sha|checksum|"
     r"digest|fingerprint|date|time|timestamp|lang|language|source|split|category|score|path|file|filename|license|"
-    r"author|domain|type|model|role|version|tags?|name|key|doi|isbn|email)([_ .-]?\d+)?"
+    r"author|domain|type|model|role|version|tags?|name|key|doi|isbn|email|rejected)([_ .-]?\d+)?"
 )
 _IDENTIFIER = re.compile(r"[!-~]*\d[!-~]*|\w+://\S+|www\.\S+", re.ASCII)
 """A single word of ASCII with a digit in it, or a link: other scripts write whole sentences without a space."""
@@ -213,7 +214,9 @@ class _Table:
 
     def _is_chat(self, name: str) -> bool:
         values = [value for value in self._values[name] if value not in ("", [])]
-        return bool(values) and all(map(is_messages, values))
+        return sum(map(is_messages, values)) > len(values) / 2 or (
+            name.casefold() in CHAT_COLUMNS and bool(values) and all(map(is_texts, values))
+        )
 
     def _speaks(self, name: str) -> bool:
         """Whether a column holds what one side of a chat says, as text or as messages."""
@@ -225,7 +228,7 @@ class _Table:
         if _NOT_TEXT.fullmatch(words):
             return True
         values = [value.strip() for value in self._values[name] if value.strip()]
-        if all(_IDENTIFIER.fullmatch(value) for value in values):
+        if all(_IDENTIFIER.fullmatch(value) for value in values) or all(map(_is_json, values)):
             return True
         short = all(len(value.split()) <= 3 and len(value) < 40 for value in values)
         return short and len(values) >= _FEW_LABELS and len(set(values)) <= len(values) // 4
@@ -235,6 +238,14 @@ class _Table:
             if name not in self._values:
                 nearest = did_you_mean(name, self.names) if self.names else "the rows have no columns"
                 raise UsageError(f"--column {column!r}: there is no column {name!r}: {nearest}")
+
+
+def _is_json(value: str) -> bool:
+    """Whether a value is a record or a list as JSON: what is known about a text, rather than text."""
+    try:
+        return value[0] in "{[" and json.loads(value) is not None
+    except ValueError:
+        return False
 
 
 def _with_system(row: Fields, system: Sequence[str], turns: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:

@@ -101,26 +101,26 @@ def _rows_read(rows: RowCounts) -> str:
 def row_remarks(name: str, rows: RowCounts, packed: bool, known: Collection[str]) -> Iterator[str]:
     """Yield what of a text's rows misleads. known: the special tokens of the model's own tokenizer."""
     number = len(rows.lengths)
+    other = "another column with --column" if rows.column is not None else "other text with --data"
     short = sum(length < SHORT_ROW for length in rows.lengths)
     if short > number / 2:
         mend = "put a whole text in each row" if packed else "add --pack to join them"
-        column = "" if rows.column is None else ", or name another column with --column"
         yield (
             f"most rows of {name}, {short} of {number}, are shorter than {SHORT_ROW} tokens, as headings are: "
-            f"{mend}{column}"
+            f"{mend}, or name {other}"
         )
     marked = {mark: count for mark, count in rows.marks.items() if count > MARKED_SHARE * number}
     foreign = [mark for mark in marked if mark not in known]
     if foreign:
         yield (
             f"{name} holds special tokens of another model in plain text, {_listed(foreign)}, which this tokenizer "
-            "spells out: name a column without them, or the column of messages, with --column"
+            f"spells out: name {other}, without them"
         )
     own = [mark for mark in marked if mark in known]
     if own:
         yield (
-            f"{name} holds special tokens in plain text, {_listed(own)}, which this tokenizer reads as marks: where "
-            "the rows keep the messages too, name their column with --column"
+            f"{name} holds special tokens in plain text, {_listed(own)}, which this tokenizer reads as marks: unless "
+            f"the model's own template wrote them, name {other}"
         )
 
 

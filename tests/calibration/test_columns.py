@@ -53,6 +53,8 @@ def read(row: dict[str, Any], column: str | None = None) -> object:
         {"query": USER[1], "response": REPLY[1], "type": "math"},
         {"problem": USER[1], "solution": REPLY[1], "source": "olympiads"},
         {"inputs": USER[1], "targets": REPLY[1]},
+        {"conversations": {"from": ["human", "gpt"], "value": [USER[1], REPLY[1]]}},
+        {"dialog": [USER[1], REPLY[1]], "act": [0, 1]},
     ],
     ids=lambda row: "+".join(row),
 )
@@ -76,7 +78,7 @@ def test_what_goes_before_a_question_goes_before_it_in_the_chat() -> None:
 
 
 def test_turns_without_text_and_rows_without_turns_are_no_text() -> None:
-    silent = [*MESSAGES, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]
+    silent = [{"role": "assistant", "tool_calls": [{"id": "1"}]}, *MESSAGES, {"role": "assistant", "content": None}]
     assert read({"messages": silent}) == Chat(CHAT)
     rows: list[dict[str, Any]] = [{"messages": MESSAGES}, {"messages": []}, {"messages": None}, {}]
     take = choose_reading(rows).take
@@ -97,6 +99,8 @@ def test_turns_without_text_and_rows_without_turns_are_no_text() -> None:
         ({"prompt": "a cat", "document": "a mat"}, "a cat"),
         ({"story": "a cat", "url": "https://a.example/b", "sha256": "0" * 64, "id": "1", "lang": "en"}, "a cat"),
         ({"story": "a cat", "storyId": "abc", "n": 3}, "a cat"),
+        ({"raw_content": "a cat", "meta": '{"url": "a b"}', "signals": '[{"a": "b c"}]'}, "a cat"),
+        ({"chosen": "Human: a cat?", "rejected": "Human: a dog?"}, "Human: a cat?"),
         ({"question": "which?", "choices": ["a", "b"], "answer": 1}, "which?"),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
