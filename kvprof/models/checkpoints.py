@@ -26,6 +26,10 @@ Runs = Sequence[tuple[int, int]]
 """Rows of a tensor, as (start, stop): each run is read at one go, in this order."""
 
 
+_BITSANDBYTES = ("Params4bit", "Int8Params")
+"""Classes of that package's quantized parameters."""
+
+
 class Checkpoint(Protocol):
     """Named tensors, described by headers that are read already."""
 
@@ -153,7 +157,12 @@ class LiveCheckpoint:
     """The parameters of a loaded model, under the names that they have there."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._parameters = dict(model.named_parameters())
+        self._parameters: dict[str, Tensor] = dict(model.named_parameters())
+        for name, parameter in list(self._parameters.items()):
+            if type(parameter).__name__ in _BITSANDBYTES:  # whose scales are attributes of the parameter
+                module, _, _ = name.rpartition(".")
+                state = model.get_submodule(module).state_dict()
+                self._parameters |= {f"{module}.{leaf}": tensor for leaf, tensor in state.items()}
 
     @property
     def names(self) -> list[str]:

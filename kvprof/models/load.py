@@ -38,8 +38,9 @@ from kvprof.models.kept import content_name, made_once
 from kvprof.models.lent import check_lent, live_config
 from kvprof.models.memory import free_bytes
 from kvprof.models.names import DEMO, nearest_path
-from kvprof.models.opening import check_config, check_loadable, read_headers
+from kvprof.models.opening import check_config, check_loadable, read_headers, refuse_adapter
 from kvprof.models.own_code import check_code, find_code, refused_code
+from kvprof.models.packages import check_packages, dequantizing, plain_weights
 from kvprof.models.quiet import quiet
 from kvprof.models.shelf import Shelf
 from kvprof.models.stored_dtype import stored_dtype
@@ -129,6 +130,7 @@ def _resolved(model: str | None, trust_remote_code: bool) -> ModelSource:
     path = Path(os.path.expanduser(model))
     if os.path.isdir(path):  # unlike Path.is_dir, no name is too long for it
         if not (path / "config.json").is_file():
+            refuse_adapter(path, str(path))
             gguf = _only_gguf(path)
             return ModelSource(str(gguf), "gguf", gguf)
         return ModelSource(str(path.resolve()), "folder", path.resolve(), trusts_code=trust_remote_code)
@@ -254,6 +256,7 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto", s
         check_reads_text(source.live)
         return source.live
     config = load_config(source)
+    check_packages(source.id, config)
     target = usable_device(device) if stream else _placement(device, config, dtype)
     place = source.fetch(weights=True)
     if place.is_file() and (kept := _kept(source, place, "weights")) is not None:
@@ -276,6 +279,7 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto", s
         shelf = Shelf()
         spread = {"device_map": {"": "disk"}, "offload_folder": shelf.folder}
     arguments = loading_arguments(source, place)
+    arguments |= {"quantization_config": dequantizing(config)} if place.is_dir() and dequantizing(config) else {}
     arguments |= {"use_safetensors": True} if place.is_dir() else {"config": config}  # which takes long to read again
     model = _from_pretrained(source, config, arguments | spread | {"dtype": DTYPES.get(dtype, "auto")})
     with _explained(source), _quiet():
@@ -302,8 +306,8 @@ def _from_pretrained(source: ModelSource, config: PretrainedConfig, arguments: d
             f"the checkpoint of {source.id} lacks {missing[0]}{_and_others(missing)}: transformers would make up "
             "random weights.\n  Download it again, or name the checkpoint that has them."
         )
-    loaded: PreTrainedModel = model
-    return loaded
+    with _explained(source), _quiet():
+        return plain_weights(model)
 
 
 def _and_others(names: Sequence[str]) -> str:
@@ -395,6 +399,8 @@ def loading_arguments(source: ModelSource, place: Path, tokenizer: bool = False)
         given = {"pretrained_model_name_or_path": str(place.parent), "gguf_file": place.name}
         return given | {"trust_remote_code": False}  # else transformers asks, about files beside it
     check_config(place)
+    if not tokenizer:
+        refuse_adapter(place, source.id)
     trusted = check_code(place, source.id, source.trusts_code)
     if tokenizer:
         trusted = check_code(place, source.id, source.trusts_code, tokenizer=True) or trusted

@@ -32,6 +32,8 @@ from kvprof.models.shards import (
 )
 
 LARGEST_CONFIG_BYTES = 2**24
+ADAPTER = "adapter_config.json"
+_LONGEST_NAME = 300
 
 _COUNTS = re.compile(r"(^n_|^num_|_)(layers?|experts|blocks)$|^depth$")
 
@@ -65,6 +67,26 @@ def check_config(place: Path) -> None:
         )
 
 
+def refuse_adapter(folder: Path, name: str) -> None:
+    """Raise ModelError for a folder that holds an adapter alone, naming the model that it was trained on.
+
+    name: what the user calls the folder.
+    """
+    if (folder / ADAPTER).is_file() and not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{name} holds an adapter{_base(folder)} ({ADAPTER}), and no model.\n"
+            "  Name that model; or merge the two, and name what is saved: "
+            "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(folder)"
+        )
+
+
+def _base(folder: Path) -> str:
+    """Return a clause with the model that an adapter is of, where its config says so."""
+    config = read_object(folder / ADAPTER)
+    base = config.get("base_model_name_or_path") or config.get("model")  # the latter: MLX's
+    return f" of {base[:_LONGEST_NAME]}" if isinstance(base, str) and base else ""
+
+
 def check_weights(folder: Path) -> Shards:
     """Return the safetensors files that a folder's weights are in.
 
@@ -73,10 +95,10 @@ def check_weights(folder: Path) -> Shards:
     """
     names = [file.name for file in folder.iterdir() if file.is_file()]
     refuse_pickles(names, str(folder))
-    if "adapter_config.json" in names:
+    if ADAPTER in names:
         raise ModelError(
-            f"{folder} holds an adapter (adapter_config.json), which would be laid over the weights or left out, as "
-            "other packages are installed.\n  Merge it first (merge_and_unload), or remove that file."
+            f"{folder} holds an adapter{_base(folder)} ({ADAPTER}), which would be laid over the weights or left out, "
+            "as other packages are installed.\n  Merge it first (merge_and_unload), or remove that file."
         )
     return find_shards(names, lambda: read_index(folder / SAFETENSORS_INDEX), str(folder))
 

@@ -87,9 +87,9 @@ def _table(kind: str) -> Tensor:
 
 def _state(parts: Parts, leaf: str) -> Mapping[str, object]:
     """Read what the library keeps beside a weight as JSON in bytes; raises ModelError where it is none."""
-    (length,) = parts.need(leaf, "uint8") or (0,)
-    if not 0 < length <= _LONGEST_STATE_BYTES:
-        raise parts.wrong(f"{parts.name(leaf)} is {length} bytes long")
+    shape = parts.need(leaf, "uint8")
+    if len(shape) != 1 or shape[0] > _LONGEST_STATE_BYTES:
+        raise parts.wrong(f"{parts.name(leaf)} is {text(shape)}, no text of at most {_LONGEST_STATE_BYTES} bytes")
     try:
         state = json.loads(bytes(parts.read(leaf).numpy()).decode())
     except (ValueError, RecursionError):

@@ -77,7 +77,9 @@ def _packed_integers(parts: Parts, settings: Settings) -> CodedMatrix:
     block = _block(parts, settings, shape)
     groups = columns // block[1]
     zero, order = "weight_zero_point", "weight_g_idx"
-    if zero in parts and parts.need(zero, "int32", "int8") not in (_packed_shape(rows, groups, bits), (rows, groups)):
+    is_packed = parts.dtype(zero) == "int32" and block[0] == 1
+    zeros_shape = _packed_shape(rows, groups, bits) if is_packed else _scales(parts)
+    if zero in parts and parts.need(zero, "int32" if is_packed else "int8") != zeros_shape:
         raise parts.wrong(f"{parts.name(zero)} is {text(parts.shape(zero))}, its scales {text(_scales(parts))}")
     if order in parts and parts.need(order, "int32", "int64") != (columns,):
         raise parts.wrong(f"{parts.name(order)} is {text(parts.shape(order))}, and there are {columns} columns")
@@ -86,9 +88,10 @@ def _packed_integers(parts: Parts, settings: Settings) -> CodedMatrix:
         offset = 1 << (bits - 1)
         codes = unpacked(parts.read("weight_packed"), bits, columns) - offset
         zeros = parts.read(zero) if zero in parts else None
-        if zeros is not None and zeros.dtype == torch.int32 and zeros.shape != (rows, groups):
+        if zeros is not None and is_packed:
             zeros = unpacked(zeros.T.contiguous(), bits, rows).T - offset
-        scales = parts.read("weight_scale")
+        scales = parts.read("weight_scale").reshape(-1, groups)
+        zeros = None if zeros is None else zeros.reshape(-1, groups)
         group = parts.read(order).long() if order in parts else None
         if group is None or bool((group < 0).any()):  # not reordered, says the library
             return _scaled(codes, scales, zeros, block)

@@ -64,6 +64,8 @@ class Parts:
         shape, dtype = self.shape(leaf), self.dtype(leaf)
         if dtype not in dtypes:
             raise self.wrong(f"{self.name(leaf)} is {dtype}, not {' or '.join(dtypes)}")
+        if 0 in shape:
+            raise self.wrong(f"{self.name(leaf)} is {text(shape)}, which is empty")
         if dimensions is not None and len(shape) != dimensions:
             raise self.wrong(f"{self.name(leaf)} is {text(shape)}, no matrix")
         return shape

@@ -6,6 +6,8 @@ references.safetensors is written by make_references.py beside it, with the pack
 from __future__ import annotations
 
 import json
+import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,78 @@ def test_parts_that_do_not_go_together_are_one_message(tmp_path: Path, case: str
         with pytest.raises(ModelError) as raised:
             read(tmp_path, parts, SETTINGS[case])
         assert MODULE in str(raised.value), leaf
+
+
+class Held:
+    """Tensors in memory as a checkpoint."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors, self.names = tensors, list(tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def dtype(self, name: str) -> str:
+        return str(self.tensors[name].dtype).removeprefix("torch.")
+
+    def stored_bytes(self, name: str, rows: object = None) -> int:
+        return self.tensors[name].nbytes
+
+    def held_bytes(self, name: str, rows: object = None) -> int:
+        return self.tensors[name].nbytes
+
+    def read(self, name: str, rows: object = None) -> Tensor:
+        return self.tensors[name]
+
+
+WORDS = [0, -1, 3, 8, 2**31, 2**70, "4", None, [], {}, [2, 2], True, 1.5, "nf4", float("nan")]
+
+
+@pytest.mark.parametrize("case", sorted({*FIRST.values(), *sorted(SETTINGS)[::5], *sorted(SETTINGS)[-3:]}))
+def test_whatever_is_done_to_parts_and_config_nothing_but_one_message_comes(case: str) -> None:
+    """Shapes, dtypes, contents and settings at random; a matrix that still comes out has the shape that was told."""
+    draw = random.Random(case)
+    dtypes = [
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int32,
+        torch.int8,
+        torch.uint8,
+        torch.uint32,
+        torch.int64,
+    ]
+    dtypes += [torch.float8_e4m3fn, torch.float8_e5m2]
+    whole, _ = parts_of(case)
+    refused = 0
+    for _ in range(400):
+        parts, settings = dict(whole), dict(SETTINGS[case])
+        for _ in range(draw.choice([1, 1, 2])):
+            leaf = draw.choice(list(parts))
+            shape = [draw.choice([0, 1, 2, 3, 8, 16, 31, 32, 64]) for _ in range(draw.randrange(4))]
+            kind = draw.choice(dtypes) if draw.random() < 0.4 else parts[leaf].dtype
+            if draw.random() < 0.3:
+                shape = list(parts[leaf].shape)
+            elif draw.random() < 0.3:
+                shape = list(reversed(parts[leaf].shape))
+            size = math.prod(shape) * kind.itemsize
+            content = bytearray(draw.randbytes(size))
+            parts[leaf] = (
+                torch.frombuffer(content, dtype=kind).reshape(shape) if size else torch.empty(shape, dtype=kind)
+            )
+            if draw.random() < 0.2 and len(parts) > 1:
+                del parts[leaf]
+        if draw.random() < 0.5:
+            settings[draw.choice([*settings, "mode", "weight_block_size", "checkpoint_format"])] = draw.choice(WORDS)
+        state = {f"{MODULE}.{leaf}": tensor for leaf, tensor in parts.items()}
+        checkpoint = dequantized(Held(state), settings)  # type: ignore[arg-type]
+        name = f"{MODULE}.weight"
+        try:
+            if name in checkpoint.names and checkpoint.dtype(name) in FLOATS:
+                assert checkpoint.read(name).shape == checkpoint.shape(name)
+        except ModelError as error:
+            refused += MODULE in str(error)
+    assert refused > 40
 
 
 @pytest.mark.parametrize("value", [0, -1, 7, 2**40, "4", None, 4.0, True, [4]], ids=str)

@@ -1,0 +1,154 @@
+"""Quantized weights that a package is missing for, or that transformers cannot load; adapters without their model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from coded import code_folder
+from folders import edit_json, save_folder
+from tiny import tiny_model
+from torch import Tensor, nn
+from typer.testing import CliRunner, Result
+
+from kvprof.cli.app import app
+from kvprof.errors import ModelError
+from kvprof.models.packages import plain_weights
+
+LAST = ["--data", "builtin", "--sequences", "1", "--sequence-length", "32", "--formats", "none", "--out", "out"]
+
+
+def run(*words: str) -> Result:
+    return CliRunner().invoke(app, [*words])
+
+
+def refusal(*words: str) -> str:
+    result = run(*words)
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert not list(Path("out").glob("*.json"))
+    return " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("settings", "package", "command"),
+    [
+        ({"quant_method": "compressed-tensors"}, "compressed-tensors", "pip install 'kvprof-bits[compressed-tensors]'"),
+        ({"quant_method": "gptq", "bits": 4}, "optimum and gptqmodel", "pip install 'kvprof-bits[gptq]'"),
+        ({"quant_method": "awq", "bits": 4}, "gptqmodel", "pip install 'kvprof-bits[gptq]'"),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True},
+            "bitsandbytes",
+            "pip install 'kvprof-bits[bitsandbytes]'",
+        ),
+        ({"load_in_8bit": True}, "bitsandbytes", "pip install 'kvprof-bits[bitsandbytes]'"),
+        ({"quant_method": "hqq"}, "hqq", "pip install hqq"),
+        ({"quant_method": "quanto"}, "optimum-quanto", "pip install optimum-quanto"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_a_missing_package_is_named_with_its_extra(
+    in_tmp: Path, settings: dict[str, object], package: str, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvprof.models.packages._is_installed", lambda module: False)
+    edit_json(save_folder(in_tmp / "model") / "config.json", quantization_config=settings)
+    said = refusal("gradients", "model", *LAST)
+    assert f"loading it needs the package {package}, which is not installed" in said
+    assert command in said
+
+
+def test_every_extra_that_is_named_is_one() -> None:
+    from kvprof.models.packages import _EXTRAS
+
+    pyproject = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    for extra in _EXTRAS.values():
+        assert f"\n{extra} = [" in pyproject
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"quant_method": "modelopt"}, "quantized by modelopt, which transformers cannot load"),
+        ({"bits": 4, "group_size": 64}, "names no quant_method, as MLX's does not"),
+    ],
+)
+def test_what_transformers_cannot_load_is_said(in_tmp: Path, settings: dict[str, object], said: str) -> None:
+    """transformers itself goes on without the scales where it does not know the method."""
+    code = lambda module, weight: {"weight": weight.to(torch.float8_e4m3fn), "weight_scale": torch.ones(())}  # noqa: E731
+    code_folder(in_tmp / "model", code, settings)
+    assert said in refusal("gradients", "model", *LAST)
+    assert run("norms", "model", "--out", "other").exit_code == 0
+
+
+class _Coded(nn.Module):
+    """A layer as GPTQModel's are: codes, and a method that makes a weight of them, (in_features, out_features)."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("qweight", torch.zeros(1, dtype=torch.int32))
+        self._weight, self.bias = weight, None
+
+    def dequantize_weight(self) -> Tensor:
+        return self._weight.T.half()
+
+
+def test_layers_of_codes_become_linear_ones() -> None:
+    model = tiny_model("llama")
+    weight = model.model.layers[1].self_attn.k_proj.weight.clone()
+    model.model.layers[1].self_attn.k_proj = _Coded(weight)
+    model.hf_quantizer = SimpleNamespace(quantization_config=SimpleNamespace(to_dict=lambda: {"quant_method": "gptq"}))
+    plain = plain_weights(model)
+    assert torch.equal(plain.model.layers[1].self_attn.k_proj.weight, weight.half().float())
+    ids = torch.tensor([[1, 2, 3]])
+    assert plain(ids).logits.shape == (1, 3, 96)
+
+
+def test_codes_that_nobody_can_dequantize_are_refused() -> None:
+    model = tiny_model("llama")
+    layer = _Coded(model.model.layers[1].self_attn.k_proj.weight)
+    layer.dequantize_weight = None  # type: ignore[assignment, method-assign]
+    model.model.layers[1].self_attn.k_proj = layer
+    model.hf_quantizer = SimpleNamespace(quantization_config=SimpleNamespace(to_dict=lambda: {"quant_method": "awq"}))
+    with pytest.raises(ModelError, match=r"layers\.1\.self_attn\.k_proj is a _Coded"):
+        plain_weights(model)
+
+
+def adapter(folder: Path, **config: object) -> Path:
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"} | config))
+    (folder / "adapter_model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    return folder
+
+
+@pytest.mark.parametrize("command", ["inspect", "norms", "gradients"])
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"base_model_name_or_path": "org/base"}, "holds an adapter of org/base (adapter_config.json), and no model"),
+        ({"model": "org/base", "fine_tune_type": "lora"}, "holds an adapter of org/base (adapter_config.json)"),
+        ({"base_model_name_or_path": None}, "holds an adapter (adapter_config.json), and no model"),
+        ({"base_model_name_or_path": ["a"]}, "holds an adapter (adapter_config.json), and no model"),
+    ],
+    ids=["peft", "mlx", "no base", "no name"],
+)
+def test_an_adapter_names_its_model(in_tmp: Path, config: dict[str, object], said: str, command: str) -> None:
+    adapter(in_tmp / "lora", **config)
+    assert said in refusal(command, "lora")
+
+
+def test_an_adapter_beside_weights_names_its_model_too(in_tmp: Path) -> None:
+    folder = save_folder(in_tmp / "model")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    assert "holds an adapter of org/base" in refusal("norms", "model", "--out", "out")
+
+
+def test_the_tokenizer_of_an_adapter_can_be_taken(in_tmp: Path) -> None:
+    save_folder(in_tmp / "model")
+    adapter(in_tmp / "lora", base_model_name_or_path="org/base")
+    for file in (in_tmp / "model").glob("tokenizer*"):
+        file.rename(in_tmp / "lora" / file.name)
+    result = run("gradients", "model", "--tokenizer", "lora", *LAST)
+    assert result.exit_code == 0, result.output
