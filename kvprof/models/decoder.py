@@ -229,8 +229,9 @@ def cache_argument(model: PreTrainedModel) -> str:
 
 
 def takes_cache(model: PreTrainedModel) -> bool:
-    """Whether a model's forward can be given what was kept of the tokens before."""
-    return not _CACHES.isdisjoint(inspect.signature(model.forward).parameters)
+    """Whether a model, or the decoder in it, can be given what was kept of the tokens before."""
+    parts = [model, *(part for _, part in decoder_parts(model))]
+    return any(not _CACHES.isdisjoint(inspect.signature(part.forward).parameters) for part in parts)
 
 
 def check_reads_text(model: PreTrainedModel) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from pydantic import ValidationError
 from torch import nn
 from transformers import DynamicCache, PretrainedConfig
@@ -30,7 +31,7 @@ from kvprof.models.decoder import (
     takes_cache,
     text_config,
 )
-from kvprof.models.layouts import Projection, cut_rows, find_projections
+from kvprof.models.layouts import INCOMPLETE, Projection, cut_rows, find_projections
 from kvprof.records.document import LARGEST_COUNT, ModelInfo
 from kvprof.records.geometry import ELEMENT_BYTES, CacheGeometry, DType, KVLayer, LayerKind
 from kvprof.records.inventory import Inventory, RedFlag
@@ -129,7 +130,7 @@ def build_skeleton(config: PretrainedConfig) -> Skeleton:
         return Skeleton(text, modules, {}, architecture, crossing)
     try:
         projections = find_projections(decoder, layers=attending - crossing, keys_alone=layers_without_values(decoder))
-    except UnknownLayout:
+    except UnknownLayout as error:
         if any(getattr(module, "is_causal", True) is False for module in decoder.values()):
             raise ModelError(f"{name} describes an encoder: its attention sees the tokens to come.") from None
         if (blocks := _repeated_blocks(decoder)) is not None:
@@ -138,7 +139,8 @@ def build_skeleton(config: PretrainedConfig) -> Skeleton:
                 "layers of its cache, and kvprof does not know which layer is which block's.\n"
                 "  Nothing of such a model can be measured, planned or stored."
             ) from None
-        raise
+        said = str(error).replace(INCOMPLETE, f"transformers {transformers.__version__} has no other word on them.")
+        raise UnknownLayout(said) from None
     return Skeleton(text, modules, projections, architecture, crossing)
 
 
@@ -226,6 +228,12 @@ def _layer_kinds(config: PretrainedConfig) -> list[tuple[LayerKind, int | None, 
     """Return (kind, window, reason to skip) of each layer, as transformers' own cache for this config has it."""
     try:
         cache_layers = DynamicCache(config=config).layers
+        if 0 < len(cache_layers) < config.num_hidden_layers:
+            raise ModelError(
+                f"{type(config).__name__}: transformers {transformers.__version__} has a cache for {len(cache_layers)} "
+                f"of its {config.num_hidden_layers} layers: the last read the keys and values of others.\n"
+                "  kvprof plans such a model from transformers 5.23 on: upgrade it."
+            )
         layer_types = getattr(config, "layer_types", None) or []
         kinds: list[tuple[LayerKind, int | None, str | None]] = []
         for index in range(config.num_hidden_layers):
@@ -233,6 +241,8 @@ def _layer_kinds(config: PretrainedConfig) -> list[tuple[LayerKind, int | None, 
             # A config without layer types makes no cache layers until the first token: all are plain attention.
             cache_layer = cache_layers[index] if index < len(cache_layers) else DynamicLayer()
             kinds.append(_kind(config, config_of_layer(config, index), cache_layer, layer_type))
+    except KvprofError:
+        raise
     except Exception as error:  # a config from anywhere
         name = type(config).__name__
         raise ModelError(f"{name} names no layers that transformers can cache: {first_line(error)}") from None

@@ -48,6 +48,9 @@ LAYOUTS = (
 
 _NAMED = re.compile(r"^(?P<stack>.*?)(?:^|(?<=\.))(?:layers|layer|h|blocks|block|blk)\.(?P<layer>\d+)\.(?P<module>.+)$")
 
+INCOMPLETE = "The checkpoint is incomplete, or its layers are not alike in a way that kvprof knows."
+"""What to say of a checkpoint some of whose layers have no projections."""
+
 _TOWER = re.compile(r"vision|visual|image|audio|speech|tower|encoder|talker|2wav|(^|\.)vit(\.|$)")
 """Names of the stacks beside the decoder of a multimodal model."""
 
@@ -220,7 +223,7 @@ def _nothing_found(seen: set[str], candidates: Iterable[dict[int, Projection]], 
         return (
             f"{len(found)} of {len(needed)} layers project keys and values ({like}), "
             f"but layer {min(needed - found)} does not.\n"
-            "  The checkpoint is incomplete, or its layers are not alike in a way that kvprof knows."
+            f"  {INCOMPLETE}"
         )
     attention_like = sorted(name for name in seen if re.search(r"att|qkv|query|key|proj", name, re.IGNORECASE))
     return (

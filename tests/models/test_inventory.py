@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tiny import TINY, tiny_model
+from tiny import KNOWS_SHARING, SHARE, TINY, UNUSUAL, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig
 from typer.testing import CliRunner
 
@@ -121,6 +121,7 @@ def test_gpt_oss_has_sinks_windows_and_biases() -> None:
     assert flags(inventory) == {"attention_sinks": (0, 1, 2, 3), "key_bias": (0, 1, 2, 3)}
 
 
+@pytest.mark.skipif(not KNOWS_SHARING, reason="refused before transformers 5.23")
 def test_layers_that_read_another_layers_cache_have_none_of_their_own() -> None:
     inventory = take_inventory(
         config(
@@ -183,9 +184,14 @@ RECURRENT = {
     "Lfm2": {"full_attn_idxs": [1, 3], "layer_types": ["conv", FULL] * 2},
     "OlmoHybrid": {"layer_types": ["linear_attention", FULL] * 2},
 }
+KNOWN_RECURRENT = [
+    name
+    for name in RECURRENT
+    if hasattr(transformers, name + "Config") and (KNOWS_SHARING or name != "RecurrentGemma")  # a cache since 5.23
+]
 
 
-@pytest.mark.parametrize("name", [name for name in sorted(RECURRENT) if hasattr(transformers, name + "Config")])
+@pytest.mark.parametrize("name", [name for name in sorted(RECURRENT) if name in KNOWN_RECURRENT])
 def test_recurrent_layers_are_skipped_with_a_reason_and_attention_beside_them_is_measured(name: str) -> None:
     inventory = take_inventory(config(name, **RECURRENT[name]))
     attention = "sliding" if name == "RecurrentGemma" else "full"
@@ -355,3 +361,10 @@ def test_a_model_that_brings_a_cache_class_of_its_own_is_refused_by_its_name() -
 def test_blocks_that_run_several_times_a_token_are_refused_with_their_number() -> None:
     with pytest.raises(ModelError, match="runs stacks of 4 blocks several times a token, as 32 layers of its cache"):
         take_inventory(config("HrmText", num_hidden_layers=4, H_cycles=2, L_cycles=3))
+
+
+@pytest.mark.skipif(KNOWS_SHARING, reason="planned since transformers 5.23")
+@pytest.mark.parametrize("name", SHARE)
+def test_before_transformers_5_23_a_model_that_shares_keys_and_values_is_refused(name: str) -> None:
+    with pytest.raises(ModelError, match=r"kvprof plans such a model from transformers 5\.23 on"):
+        take_inventory(UNUSUAL[name]())

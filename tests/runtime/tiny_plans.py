@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from handplans import tensor_plan
 from reference import tokens_in_codes
-from tiny import TINY, UNUSUAL
+from tiny import TINY, UNUSUAL, skip_unknown
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
@@ -26,6 +26,7 @@ FULL = [("full", "full")]
 
 def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **settings: object) -> PreTrainedModel:
     """Build a tiny model of a named architecture, some settings of its config changed."""
+    skip_unknown(name)
     config = (TINY | UNUSUAL)[name]()
     for setting, value in settings.items():
         setattr(config, setting, value)
