@@ -64,7 +64,7 @@ from kvprof.allocate.targets import layer_choice, target_named
 from kvprof.allocate.task import usual_window, without_sinks
 from kvprof.allocate.within import plan_within
 from kvprof.callables import make_callable
-from kvprof.errors import UsageError, did_you_mean
+from kvprof.errors import InvalidFile, UsageError, did_you_mean
 from kvprof.records.formats import TensorName, parse_formats
 from kvprof.records.plan import BitPlan, Window, layers_left_alone
 from kvprof.records.scores import LOSS_INCREASE, METRICS, Scores, default_unit
@@ -173,7 +173,14 @@ def allocate(
         window = without_sinks(window)
     if scores.geometry is not None:
         choice = layer_choice(layers, runtime, scores.geometry)
-        scores = scores.leaving(layers_left_alone(scores.geometry, choice, window, context))
+        left = layers_left_alone(scores.geometry, choice, window, context)
+        if left and len(left) == len(scores.geometry.planned):
+            what = f"a plan would leave every layer of this model alone: {next(iter(left.values()))}."
+            if choice == "full":
+                way = "Choose another --target" if layers is None else f"Leave out --layers {layers}"
+                raise UsageError(f"{what}\n  {way}.")
+            raise InvalidFile(f"{what}\n  Give fewer --recent-tokens.")
+        scores = scores.leaving(left)
     usual_group = USUAL_GROUP_SIZE if group_size is None else group_size
     if rule == "kvmix":
         return kvmix(

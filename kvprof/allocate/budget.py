@@ -143,16 +143,26 @@ def spent(
     """
     widths = _widths(tensors, formats)
     elements = sum(widths.values())
-    stored = {key: width * key[0].stored_bits(key[1]) for key, width in widths.items()}
+    stored = sum((width * form.stored_bits(head_dim) for (form, head_dim), width in widths.items()), Fraction(0))
     in_bytes = None
     if geometry is not None:
-        full = geometry.element_bytes
-        in_bytes = float(sum(widths[key] * full if key[0].is_full else bits / 8 for key, bits in stored.items()))
+        pairs = [  # a window that is full grows no more
+            (tensor, form)
+            for tensor, form in zip(tensors, formats, strict=True)
+            if tensor.shape is None or tensor.shape.window is None
+        ]
+        growing = _widths([tensor for tensor, _ in pairs], [form for _, form in pairs])
+        in_bytes = float(
+            sum(
+                width * (geometry.element_bytes if form.is_full else form.stored_bits(head_dim) / 8)
+                for (form, head_dim), width in growing.items()
+            )
+        )
     return Budget(
         requested=None if limit is None else float(limit.amount),
         unit=None if limit is None else limit.unit,
         nominal_bits=float(Fraction(sum(width * form.bits for (form, _), width in widths.items()), elements)),
-        stored_bits=float(sum(stored.values(), Fraction(0)) / elements),
+        stored_bits=float(stored / elements),
         bytes_per_token=in_bytes,
     )
 

@@ -36,9 +36,12 @@ def show_inventory(inventory: Inventory) -> None:
     if inventory.dtype_assumed:
         print_plain(f"the config names no dtype, and no weights are here to tell it: {geometry.dtype} is assumed")
     where = f"{len(geometry.growing)} of {geometry.num_layers} layers"
-    print_plain(
-        f"each token adds {inventory.bytes_per_token} bytes ({bytes_text(inventory.bytes_per_token)}) in {where}"
-    )
+    if geometry.growing:
+        print_plain(
+            f"each token adds {inventory.bytes_per_token} bytes ({bytes_text(inventory.bytes_per_token)}) in {where}"
+        )
+    else:
+        print_plain("no layer grows with the context: tokens that leave a window are let go")
     print_plain(
         "  ".join(f"{context_text(tokens)} context: {bytes_text(size)}" for tokens, size in inventory.bytes_at.items())
     )

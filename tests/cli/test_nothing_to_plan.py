@@ -66,7 +66,7 @@ def test_scores_of_windows_alone_are_not_allocated(in_tmp: Path, command: tuple[
     assert run(command[0], "model", *command[1:], "--out", "out").exit_code == 0
     result = run("allocate", "--scores", f"out/{command[0]}.json", "--budget", "3")
     assert result.exit_code == 1
-    assert "nothing to give bits to. sliding window of 16 tokens" in said(result)
+    assert "sliding window of 16 tokens, no more than stay in full precision" in said(result)
 
 
 def test_a_plan_of_another_model_does_not_fit_latents(latent: str) -> None:
