@@ -239,9 +239,10 @@ def _streamed(repository: str, arguments: dict[str, Any], name: str, seed: int) 
         stream = datasets.load_dataset(repository, streaming=True, **arguments)
     except ValueError as error:
         raise _of_configurations(repository, arguments.get("name"), name, error) from None
-    # A single file needs no threads, behind which datasets waits for seconds where it is Parquet.
-    shards = {"max_buffer_input_shards": 1} if stream.num_shards == 1 else {}
-    yield from stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS, **shards)
+    if stream.num_shards == 1:  # the same order, without the threads that datasets waits five seconds for
+        yield from shuffled(stream, seed)
+    else:
+        yield from stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS)
 
 
 def _of_configurations(repository: str, config: str | None, name: str, error: ValueError) -> Exception:

@@ -6,10 +6,12 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvprof.calibration.chat import Chat
 from kvprof.calibration.columns import choose_reading
-from kvprof.errors import CalibrationError, UsageError
+from kvprof.errors import CalibrationError, KvprofError, UsageError
 
 USER, REPLY = ("user", "why does a cat sit"), ("assistant", "because there is a mat")
 CHAT = (USER, REPLY)
@@ -164,3 +166,31 @@ def test_a_column_of_no_text_is_refused_by_what_it_holds() -> None:
     for column in ("n", "{tags}"):
         with pytest.raises(CalibrationError, match=r"holds (int|list), not text"):
             read({"n": 3, "tags": ["a"], "text": "a cat"}, column)
+
+
+NAMES = st.sampled_from(["text", "messages", "conversations", "prompt", "completion", "question", "answer", "id", "x"])
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=9) | st.sampled_from(["[{", "[{}]", '[{"role": 1}]']),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "type", "text"]), inner, max_size=3)
+    ),
+    max_leaves=9,
+)
+
+
+@given(
+    rows=st.lists(st.dictionaries(NAMES, VALUES, max_size=4), max_size=4),
+    column=st.none()
+    | NAMES
+    | st.sampled_from(["{text}", "question+answer", "{", "}", "{}", "{0}", "{text!r:>3}", "+"]),
+)
+def test_whatever_rows_hold_they_are_text_or_refused(rows: list[dict[str, Any]], column: str | None) -> None:
+    try:
+        take = choose_reading(rows, column).take
+        found = [take(row) for row in rows]
+    except KvprofError:
+        return
+    for row in found:
+        text = row.text if isinstance(row, Chat) else row
+        assert text is None or (isinstance(text, str) and text.strip())

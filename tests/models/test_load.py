@@ -9,6 +9,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 from fake_hub import FakeHub, point_here, running_hub
 from folders import save_folder, save_text
@@ -214,6 +217,25 @@ def test_a_hub_dataset_is_read_by_the_configuration_that_is_named(
     assert ids.info.dataset == "org/words/words-59"  # which reads the same again
     with pytest.raises(UsageError, match=r"--config words-1.*\n.*org/name/config"):
         mix_texts(["org/words/words-2"], None, _Characters(), 1, 64, config="words-1")
+
+
+def test_a_hub_dataset_keeps_its_order_and_waits_for_nothing(
+    hub: FakeHub, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", hub.url)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_OFFLINE", False, raising=False)
+    slept: list[float] = []
+    monkeypatch.setattr("datasets.iterable_dataset.time.sleep", slept.append)
+    (served := in_tmp / "dataset").mkdir()
+    rows = [f"a row of number {number}" for number in range(300)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": rows}), served / "train.parquet", row_group_size=100)
+    hub.datasets["org/rows"] = served
+    stream = datasets.load_dataset("org/rows", split="train", streaming=True)
+    expected = [row["text"] for row in stream.shuffle(seed=5, buffer_size=10_000)]
+    slept.clear()
+    assert list(open_text("org/rows", seed=5).rows) == expected
+    assert slept == []
 
 
 class _Characters:
