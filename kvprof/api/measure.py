@@ -100,8 +100,9 @@ def gradients(
 ) -> Scores:
     """Measure how much the loss feels each layer's keys and values, as `kvprof gradients` does.
 
-    model: as `norms` takes it. tokenizer: of a loaded model, which is measured in the dtype and on the device that it
-    has, and given back as it was. data: `builtin`, `self`, files or hub datasets, as NAME or NAME:WEIGHT; builtin and
+    model: as `norms` takes it; a loaded one is measured in the dtype and on the device that it has, and given back as
+    it was. tokenizer: of a loaded model; or the name of whose to take, as --tokenizer does. data: `builtin`, `self`,
+    files or hub datasets, as NAME or NAME:WEIGHT; builtin and
     self by default. sequences: 8 by default, 32 with until_stable. sequence_length: tokens; 1024 by default, or the
     model's own limit. formats: whose loss to predict, such as "int3g64,value:rot2"; "none" for gradient norms alone.
     target: score another runtime's formats instead. layers: whether those of a sliding window are scored too, `all`

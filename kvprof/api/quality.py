@@ -73,7 +73,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure how far a plan's cache moves the model's predictions on held-out text, as `kvprof evaluate` does.
 
-    plan: a BitPlan, or its file. model: as `norms` takes it, by default the plan's own; of a loaded one, tokenizer.
+    plan: a BitPlan, or its file. model: as `norms` takes it, by default the plan's own. tokenizer: as
+    `gradients` takes it.
     against: further plans, by name or as files. rivals: compare with published rules that store no more bits; they need
     norms and gradients, read from `out`, from beside the plan's file or from the model's folder in `outputs` where they
     are there and fit, else measured first. check: raise NotBetter unless the plan beats all that store no more bits.

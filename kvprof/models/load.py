@@ -40,7 +40,7 @@ from kvprof.models.memory import free_bytes
 from kvprof.models.names import DEMO, nearest_path
 from kvprof.models.opening import check_config, check_loadable, read_headers, refuse_adapter
 from kvprof.models.own_code import check_code, find_code, refused_code
-from kvprof.models.packages import check_packages, dequantizing, plain_weights
+from kvprof.models.packages import check_packages, check_streamable, dequantizing, plain_weights
 from kvprof.models.quiet import quiet
 from kvprof.models.shelf import Shelf
 from kvprof.models.stored_dtype import stored_dtype
@@ -257,6 +257,8 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto", s
         return source.live
     config = load_config(source)
     check_packages(source.id, config)
+    if stream:
+        check_streamable(source.id, config)
     target = usable_device(device) if stream else _placement(device, config, dtype)
     place = source.fetch(weights=True)
     if place.is_file() and (kept := _kept(source, place, "weights")) is not None:

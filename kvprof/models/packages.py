@@ -9,11 +9,12 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-from kvprof.errors import ModelError
+from kvprof.errors import ModelError, UnsupportedStreaming
 
 _MODULES: dict[str, tuple[str, ...]] = {
     "compressed-tensors": ("compressed_tensors",),
@@ -36,6 +37,17 @@ _PACKAGES = {"optimum.quanto": "optimum-quanto", "quark": "amd-quark"}
 
 _EXTRAS = {"compressed-tensors": "compressed-tensors", "gptq": "gptq", "awq": "gptq", "bitsandbytes": "bitsandbytes"}
 """By quant_method, kvprof's extra that brings what is needed."""
+
+
+_DEQUANTIZING = {
+    "compressed-tensors": "CompressedTensorsConfig",
+    "fp8": "FineGrainedFP8Config",
+    "mxfp8": "FineGrainedFP8Config",
+    "mxfp4": "Mxfp4Config",
+}
+"""By quant_method, transformers' settings that can ask for plain weights; on a GPU it would compute in codes."""
+_STREAMED = tuple(_DEQUANTIZING)
+"""Methods whose weights are dequantized while they are loaded, each by itself."""
 
 
 def check_packages(model_id: str, config: PretrainedConfig) -> None:
@@ -66,14 +78,26 @@ def check_packages(model_id: str, config: PretrainedConfig) -> None:
         )
 
 
+def check_streamable(model_id: str, config: PretrainedConfig) -> None:
+    """Raise UnsupportedStreaming for weights that transformers cannot leave in the checkpoint block by block."""
+    settings = _settings(config)
+    method = None if settings is None else _method(settings)
+    if method not in (None, *_STREAMED):
+        raise UnsupportedStreaming(
+            f"{model_id} is quantized with {method}, whose weights cannot be loaded one block at a time.\n"
+            "  Leave out --stream."
+        )
+
+
 def dequantizing(config: PretrainedConfig) -> Any | None:
     """Return the quantization_config that makes transformers dequantize while it loads; None where it needs none."""
-    settings = _settings(config)
-    if settings is None or _method(settings) != "compressed-tensors":
+    settings = _settings(config) or {}
+    name = _DEQUANTIZING.get(_method(settings) or "")
+    if name is None:
         return None
-    from transformers import CompressedTensorsConfig
-
-    return CompressedTensorsConfig(dequantize=True)
+    # What is given here replaces what the checkpoint says of the same, so that its list is handed on.
+    kept = {key: settings[key] for key in ("modules_to_not_convert", "ignored_layers") if settings.get(key)}
+    return getattr(transformers, name)(dequantize=True, **(kept if "FP8" in name else {}))
 
 
 def plain_weights(model: PreTrainedModel) -> PreTrainedModel:

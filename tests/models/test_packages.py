@@ -60,6 +60,16 @@ def test_a_missing_package_is_named_with_its_extra(
     assert command in said
 
 
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq"])
+def test_weights_that_cannot_be_streamed_say_so(in_tmp: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvprof.models.packages._is_installed", lambda module: True)
+    edit_json(save_folder(in_tmp / "model") / "config.json", quantization_config={"quant_method": method})
+    said = refusal("gradients", "model", "--stream", *LAST)
+    assert (
+        f"is quantized with {method}, whose weights cannot be loaded one block at a time. Leave out --stream." in said
+    )
+
+
 def test_every_extra_that_is_named_is_one() -> None:
     from kvprof.models.packages import _EXTRAS
 

@@ -122,6 +122,14 @@ def test_the_two_commands_agree_on_one_folder(in_tmp: Path, name: str, shard: st
             assert layer.key.frobenius_norm == pytest.approx(float(truth.norm()), rel=1e-6)
 
 
+def test_streaming_dequantizes_as_loading_does(in_tmp: Path) -> None:
+    code_folder(in_tmp / "model", coding(), FP8)
+    for out, extra in (("whole", []), ("streamed", ["--stream"])):
+        result = run("gradients", "model", *LAST, "--out", out, *extra)
+        assert result.exit_code == 0, result.output
+    assert Scores.load("whole/gradients.json").layers == Scores.load("streamed/gradients.json").layers
+
+
 def test_a_file_fits_the_folder_that_it_was_measured_on_and_no_other(in_tmp: Path) -> None:
     code_folder(in_tmp / "model", coding(), FP8)
     code_folder(in_tmp / "other", coding(), FP8)
