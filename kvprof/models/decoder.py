@@ -44,6 +44,8 @@ _BLOCK = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)$")
 _IN_BLOCK = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
 _ATTENTION = re.compile(r"att(n|ention)($|_?block$)")
 _CROSS = re.compile(r"cross")
+_MORE = re.compile(r"pixel|image|video|audio|feature|patches")
+"""Names that forwards give to what they take beside text."""
 _CACHES = frozenset({"cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states"})
 """What forwards call that which is kept of the tokens before."""
 
@@ -241,7 +243,7 @@ def check_reads_text(model: PreTrainedModel) -> None:
     """
     kind = type(model)
     if not _has_forward(kind):
-        reason = "it only generates, by several models; give the one of them that reads text (`model.thinker`)"
+        reason = "it only generates, by several models. Give the one of them that reads text (`model.thinker`)"
     elif needed := _needed(model):
         reason = f"its forward needs {' and '.join(needed)}"
     else:
@@ -249,8 +251,9 @@ def check_reads_text(model: PreTrainedModel) -> None:
         if found is None:
             return
         reason = found
+    takes_more = any(_MORE.search(name) for name in inspect.signature(model.forward).parameters)
     raise ModelError(
-        f"{kind.__name__} does not run on text alone: {reason.rstrip('.')}.\n"
+        f"{kind.__name__} does not run{' on text alone' if takes_more else ''}: {reason.rstrip('.')}.\n"
         "  kvprof inspect and kvprof norms, which run no model, may still read its text decoder."
     )
 
@@ -270,9 +273,9 @@ def _failure(model: PreTrainedModel) -> str | None:
     """Return in a model's own words why it does not read two tokens, or None where it does."""
     if any(parameter.is_meta for parameter in model.parameters()):
         return None  # accelerate would bring in all its weights for that
-    ids = torch.ones(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
     try:
         with quiet(), torch.no_grad():
+            ids = torch.ones(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
             model(input_ids=ids, attention_mask=torch.ones_like(ids))
     except Exception as error:  # of a library, for a reason that only it knows
         return None if is_out_of_memory(error) else first_line(error)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,8 +22,16 @@ Answer = Callable[..., Tensor]
 
 
 def spelt_out(model: nn.Module) -> dict[int, nn.Module]:
-    """Return a model's attention modules that spell their attention out in a way known here, by layer."""
-    return {module.layer_idx: module for module in model.modules() if type(module).__qualname__ in _WAYS}  # type: ignore[misc]
+    """Return a model's attention modules that spell their attention out in a way known here, by layer.
+
+    In a newer transformers one of these families may go through the attention interface (GPT-J and CodeGen since 5.24).
+    """
+    return {
+        module.layer_idx: module  # type: ignore[misc]
+        for module in model.modules()
+        if type(module).__qualname__ in _WAYS
+        and not hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS")
+    }
 
 
 @contextlib.contextmanager

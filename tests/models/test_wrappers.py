@@ -65,11 +65,18 @@ def batch_of(ids: list[int]) -> Batch:
 def test_a_wrapper_is_loaded_whole_and_reads_text_as_transformers_own_does(kind: str, tmp_path: Path) -> None:
     folder = saved(build(kind), tmp_path)
     own = AutoModelForMultimodalLM.from_pretrained(folder)
+    ids = torch.arange(3, 40)[None]
+    try:
+        with torch.no_grad():
+            expected = own(input_ids=ids).logits
+    except AttributeError as error:  # Llama 4's in transformers 5.24
+        with pytest.raises(ModelError, match=str(error)):
+            load_model(resolve(str(folder)), dtype="float32")
+        return
     model = load_model(resolve(str(folder)), dtype="float32")
     assert type(model) is type(own)
-    ids = torch.arange(3, 40)[None]
     with torch.no_grad():
-        assert torch.equal(model(input_ids=ids).logits, own(input_ids=ids).logits)
+        assert torch.equal(model(input_ids=ids).logits, expected)
 
 
 def test_cross_attention_layers_are_named_and_left_alone(tmp_path: Path) -> None:
