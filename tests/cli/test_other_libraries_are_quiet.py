@@ -18,6 +18,10 @@ from folders import save_folder, save_text
 import kvprof
 
 OURS = (
+    r"text\.txt: .* tokens in the median",
+    r"most rows of text\.txt, .*",
+    r"the same sequence is there more than once, .*",
+    r"the text has only \d+ distinct tokens, .*",
     r"estimate: .* of memory .*",
     r"took .* of memory; estimated were .*",
     r"the rivals take their \w+ from .*",
