@@ -168,6 +168,7 @@ class Measurements:
                     sequence_length=case.length,
                     sink_tokens=SINKS,
                     recent_tokens=case.recent,
+                    layers="full",  # of Gemma those that cache the whole context; the rest is a table by itself
                     out=self.folder,
                 )
                 (self.folder / "commit.txt").write_text(COMMIT)
