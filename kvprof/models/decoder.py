@@ -116,7 +116,8 @@ def _class_and_config(config: PretrainedConfig) -> tuple[Any, PretrainedConfig] 
             return own, config
     text = text_config(config)
     kinds = list(_known_classes(config, _ALONE if text is config else _WRAPPED))
-    named_class = next(iter(getattr(config, "architectures", None) or []), None)
+    named = getattr(config, "architectures", None)  # of a config from anywhere
+    named_class = named[0] if isinstance(named, list | tuple) and named else None
     for kind in sorted(kinds, key=lambda kind: kind.__name__ != named_class):  # stable: else in the order asked
         if not _has_forward(kind):
             continue

@@ -8,7 +8,7 @@ import pytest
 import torch
 from folders import save_folder
 from tiny import TINY, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from kvprof.calibration.sequences import batches
 from kvprof.errors import UsageError
@@ -47,9 +47,9 @@ def test_accelerate_is_asked_only_for_a_model_that_does_not_fit(
     source = load.resolve(str(save_folder(in_tmp / "model")))
     monkeypatch.setattr(load, "_placement", lambda *_: None if spread else torch.device("cpu"))
     asked: list[dict[str, object]] = []
-    real = AutoModelForCausalLM.from_pretrained
+    real = LlamaForCausalLM.from_pretrained
     monkeypatch.setattr(
-        AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: asked.append(kwargs) or real(*args, **kwargs)
+        LlamaForCausalLM, "from_pretrained", lambda *args, **kwargs: asked.append(kwargs) or real(*args, **kwargs)
     )
     load.load_model(source)
     assert [call.get("device_map") for call in asked] == ["auto" if spread else None]

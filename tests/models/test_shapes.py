@@ -72,7 +72,7 @@ def test_a_shape_caches_what_its_model_does(name: str) -> None:
 
 def test_half_of_gemmas_layers_slide() -> None:
     geometry = take_inventory(shape_config("gemma-2-9b")).geometry
-    assert (len(geometry.planned), geometry.num_layers) == (21, 42)
+    assert (len(geometry.sliding), len(geometry.planned), geometry.num_layers) == (21, 42, 42)
 
 
 def test_the_first_layers_alone_can_be_kept() -> None:

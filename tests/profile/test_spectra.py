@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from kvprof.calibration.sequences import tokenize
 from kvprof.calibration.text import open_text
-from kvprof.errors import InvalidFile, KvprofError, Mismatch, OutputError, UnknownLayout, UnsupportedAttention
+from kvprof.errors import InvalidFile, KvprofError, Mismatch, ModelError, OutputError, UnknownLayout
 from kvprof.models.inventory import take_inventory
 from kvprof.models.load import ModelSource, load_tokenizer, resolve
 from kvprof.profile import singular_values as measuring
@@ -258,7 +258,7 @@ def test_a_model_with_a_cache_of_its_own_is_named() -> None:
         pytest.skip("this transformers has no MiniMax")
     kinds = ["linear_attention", "full_attention"] * 2
     config = transformers.MiniMaxConfig(**_SMALL, head_dim=8, layer_types=kinds, num_local_experts=2)
-    with pytest.raises(UnsupportedAttention, match="MiniMaxForCausalLM takes no cache but one of its own"):
+    with pytest.raises(ModelError, match="MiniMaxForCausalLM brings a cache class of its own, MiniMaxCache"):
         found(AutoModelForCausalLM.from_config(config).eval(), random_ids(20))
 
 
