@@ -78,11 +78,13 @@ def kvtuner_plan(
 ) -> BitPlan:
     """Return the plan that gives each layer's keys and values these bits, in the formats of KIVI.
 
-    model, geometry: of the model that the bits are for, where it is known. Its skipped layers must not have any.
+    model, geometry: of the model that the bits are for, where it is known. Its skipped layers must not have any; those
+    that slide need none.
     Raises InvalidFile where no model is named and a layer is missing, Mismatch where the layers are not those that a
     plan for the model must cover.
     """
     if geometry is not None:
+        geometry = geometry.leaving({at.layer: at.window_text for at in geometry.sliding if at.layer not in layers})
         _check_layers(layers, geometry)
         tensors = tensors_of({shape.layer: shape for shape in geometry.planned})
     else:

@@ -81,14 +81,25 @@ def test_every_table_fits_eighty_columns(in_tmp: Path) -> None:
     assert max(map(len, rows)) <= 80
 
 
-def test_a_layer_whose_sliding_window_stays_in_full_precision_is_scored_but_not_planned(in_tmp: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "layers", "reasons"),
+    [
+        ((), [1], ["sliding window of 16 tokens, no more than stay in full precision"]),
+        (("--recent-tokens", "15"), [0, 1], []),
+        (("--recent-tokens", "15", "--layers", "full"), [1], ["sliding window of 16 tokens"]),
+    ],
+    ids=["128 recent tokens", "15 recent tokens", "full layers"],
+)
+def test_a_layer_with_a_sliding_window_is_planned_where_something_of_it_would_be_quantized(
+    in_tmp: Path, words: tuple[str, ...], layers: list[int], reasons: list[str]
+) -> None:
     tiny_model("gemma3").save_pretrained("model")
     assert "sliding 16" in run("inspect", "./model").output
     assert "key_norm" in run("norms", "./model").output
-    assert run("allocate", "--budget", "3").exit_code == 0
+    assert run("allocate", "--budget", "3", *words).exit_code == 0
     plan = BitPlan.load(next(Path("outputs").glob("*/plan-3.00.json")))
-    assert [entry.layer for entry in plan.layers] == [1]
-    assert plan.reasons == {0: "sliding window of 16 tokens, no more than stay in full precision"}
+    assert [entry.layer for entry in plan.layers] == layers
+    assert [entry.reason for entry in plan.skipped or ()] == reasons
 
 
 def test_handmade_scores_are_allocated_with_keys_and_values_equally_wide(in_tmp: Path) -> None:

@@ -67,7 +67,7 @@ def test_a_config_on_this_machine_tells_red_flags(in_tmp: Path) -> None:
     assert result.exit_code == 0, result.output
     page = next(Path("outputs").glob("*/report.html")).read_text(encoding="utf-8")
     assert "Red flag key_norm (every layer)" in page
-    assert "sliding 16" in page
+    assert "sliding, window 16 tokens" in page
 
 
 def test_a_model_that_was_never_measured_has_its_inventory_alone(in_tmp: Path) -> None:

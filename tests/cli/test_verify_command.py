@@ -359,7 +359,7 @@ def test_weights_trained_since_differ(measured: Path) -> None:
 
 
 def test_a_model_of_another_shape_differs(measured: Path) -> None:
-    save_folder(Path("wider"), "gemma3")
+    save_folder(Path("wider"), "bamba")
     found = checks("out/plan-6.00.json", "--model", "./wider", code=4)
     assert found["model"]["status"] == "differs"
     assert found["model"]["note"]

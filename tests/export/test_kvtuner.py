@@ -141,16 +141,19 @@ def test_a_file_for_a_model_of_more_layers_exits_with_four(in_tmp: Path) -> None
     assert not Path("plan.json").exists()
 
 
-def test_layers_that_the_model_skips_are_skipped_and_need_no_bits(in_tmp: Path) -> None:
+def test_layers_that_slide_need_no_bits_and_those_that_the_model_skips_have_none(in_tmp: Path) -> None:
     tiny_model("gemma3").save_pretrained("model")
     Path(BAD).write_text("1: {nbits_key: 4, nbits_value: 2}\n")
     assert run(BAD, "--from", "kvtuner", "--model", "./model", "--out", "plan.json").exit_code == 0
     plan = BitPlan.load("plan.json")
     assert [(entry.layer, entry.reason) for entry in plan.skipped or ()] == [(0, "sliding window of 16 tokens")]
     Path(BAD).write_text(TWO_LAYERS)
-    result = run(BAD, "--from", "kvtuner", "--model", "./model", "--out", "other.json")
+    assert run(BAD, "--from", "kvtuner", "--model", "./model", "--out", "both.json").exit_code == 0
+    assert [entry.layer for entry in BitPlan.load("both.json").layers] == [0, 1]
+    tiny_model("bamba").save_pretrained("recurrent")
+    result = run(BAD, "--from", "kvtuner", "--model", "./recurrent", "--out", "other.json")
     assert result.exit_code == 4
-    assert "layer 0, which the model skips (sliding window of 16 tokens)" in result.output
+    assert "layer 0, which the model skips" in result.output
     assert not Path("other.json").exists()
 
 
