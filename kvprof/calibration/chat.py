@@ -72,7 +72,9 @@ def turns_of(value: object) -> tuple[Turn, ...]:
     if is_texts(messages):
         speakers = ("user", "assistant")
         return tuple((speakers[number % 2], text) for number, text in enumerate(messages) if text.strip())
-    return tuple(turn for message in messages or () for turn in _turn(message))
+    if not isinstance(messages, list):  # a row of a column that is a chat in others
+        return ()
+    return tuple(turn for message in messages for turn in _turn(message))
 
 
 def is_texts(value: object) -> bool:
