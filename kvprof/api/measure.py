@@ -102,13 +102,13 @@ def gradients(
 
     model: as `norms` takes it; a loaded one is measured in the dtype and on the device that it has, and given back as
     it was. tokenizer: of a loaded model; or the name of whose to take, as --tokenizer does. data: `builtin`, `self`,
-    files or hub datasets, as NAME or NAME:WEIGHT; builtin and
-    self by default. sequences: 8 by default, 32 with until_stable. sequence_length: tokens; 1024 by default, or the
-    model's own limit. formats: whose loss to predict, such as "int3g64,value:rot2"; "none" for gradient norms alone.
-    target: score another runtime's formats instead. layers: whether those of a sliding window are scored too, `all`
-    (the default), or left alone, `full`. sink_tokens, recent_tokens: kept in full precision. The rest is named as the
-    command's options are. out: a folder for gradients.json and its journal; without it, no file is written but what the
-    model writes for `self`, in the user's cache folder. progress: called with (sequences done, in all).
+    files or hub datasets, as NAME or NAME:WEIGHT; builtin and self by default. sequences: 8 by default, 32 with
+    until_stable. sequence_length: tokens; 1024 by default, or the model's own limit. formats: whose loss to predict,
+    such as "int3g64,value:rot2"; "none" for gradient norms alone. target: score another runtime's formats instead.
+    layers: whether those of a sliding window are scored too, `all` (the default), or left alone, `full`. sink_tokens,
+    recent_tokens: kept in full precision. The rest is named as the command's options are. out: a folder for
+    gradients.json and its journal; without it, no file is written but what the model writes for `self`, in the user's
+    cache folder. progress: called with (sequences done, in all).
     Returns Scores: of each layer's K and V `gradient_norm`, the mean over sequences of the L2 norm of dLoss/dW (nats a
     token, by the weights' units), and `loss_increase`, by format, in nats a token; with standard errors.
     Raises UsageError for options that do not go together or a loaded model without a tokenizer, CalibrationError for

@@ -73,15 +73,14 @@ def evaluate(
 ) -> Evaluation:
     """Measure how far a plan's cache moves the model's predictions on held-out text, as `kvprof evaluate` does.
 
-    plan: a BitPlan, or its file. model: as `norms` takes it, by default the plan's own. tokenizer: as
-    `gradients` takes it.
-    against: further plans, by name or as files. rivals: compare with published rules that store no more bits; they need
-    norms and gradients, read from `out`, from beside the plan's file or from the model's folder in `outputs` where they
-    are there and fit, else measured first. check: raise NotBetter unless the plan beats all that store no more bits.
-    exact: token by token through the packed cache. sequence_length: tokens; 512 by default. measure_from: the first
-    position that counts. The rest is named as the command's options are. out: a folder for evaluation.json and its
-    journal, and for what the rivals need; without it nothing is written.
-    progress: called with (forwards done, forwards in all) of the evaluation itself.
+    plan: a BitPlan, or its file. model: as `norms` takes it, by default the plan's own. tokenizer: as `gradients` takes
+    it. against: further plans, by name or as files. rivals: compare with published rules that store no more bits; they
+    need norms and gradients, read from `out`, from beside the plan's file or from the model's folder in `outputs` where
+    they are there and fit, else measured first. check: raise NotBetter unless the plan beats all that store no more
+    bits. exact: token by token through the packed cache. sequence_length: tokens; 512 by default. measure_from: the
+    first position that counts. The rest is named as the command's options are. out: a folder for evaluation.json and
+    its journal, and for what the rivals need; without it nothing is written. progress: called with (forwards done,
+    forwards in all) of the evaluation itself.
     Returns an Evaluation: of each plan KL divergence in nats a token with its standard error, top-1 agreement,
     perplexity, stored bits; every number against the same model with its cache in full precision.
     Raises Mismatch for another model's plan, UsageError for options that do not go together, CalibrationError for text

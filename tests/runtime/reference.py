@@ -103,6 +103,14 @@ def stored(numbers: np.ndarray, dtype: str) -> np.ndarray:
     return ((bits + 0x7FFF + even) & 0xFFFF0000).astype(np.uint32).view(np.float32).astype(np.float64)
 
 
+def given_back(x: np.ndarray, form: TensorPlan, window: Window, quantizer: Quantizer) -> np.ndarray:
+    """Return what a cache that lets nothing go gives back of all of its tokens, x of (B, H, T, D)."""
+    x, sinks, coded = x.copy(), window.sink_tokens, tokens_in_codes(x.shape[2], form, window)
+    if coded:
+        x[:, :, sinks : sinks + coded] = rounded(x[:, :, sinks : sinks + coded], form, quantizer)
+    return x
+
+
 def tokens_in_codes(tokens: int, form: TensorPlan, window: Window) -> int:
     """Return how many of a sequence's tokens are quantized: those that enough others follow, in whole groups."""
     if form.is_full:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from handplans import hand_cache, hand_plan, tensor_plan
-from reference import rounded, tokens_in_codes
+from reference import given_back
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
 
@@ -73,11 +73,7 @@ class Attention:
 
     def history(self, exact_BHTD: Tensor, form: TensorPlan) -> np.ndarray:
         """Return what the cache gives back of the tokens before this forward."""
-        x = exact_BHTD[:, :, : self.past].numpy().copy()
-        sinks, coded = self.plan.window.sink_tokens, tokens_in_codes(self.past, form, self.plan.window)
-        if coded:
-            x[:, :, sinks : sinks + coded] = rounded(x[:, :, sinks : sinks + coded], form, self.plan.quantizer)
-        return x
+        return given_back(exact_BHTD[:, :, : self.past].numpy(), form, self.plan.window, self.plan.quantizer)
 
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: object

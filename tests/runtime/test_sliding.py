@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from handplans import bytes_within, tensor_plan
-from reference import rounded, tokens_in_codes
+from reference import given_back
 from tiny_plans import FULL, MIXED, plan_for
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, PreTrainedModel
@@ -113,11 +113,7 @@ class Attention:
 
     def history(self, exact_BHTD: Tensor, form: TensorPlan) -> np.ndarray:
         """Return what a cache that lets nothing go gives back of the tokens before this forward."""
-        x = exact_BHTD[:, :, : self.past].numpy().copy()
-        sinks, coded = self.plan.window.sink_tokens, tokens_in_codes(self.past, form, self.plan.window)
-        if coded:
-            x[:, :, sinks : sinks + coded] = rounded(x[:, :, sinks : sinks + coded], form, self.plan.quantizer)
-        return x
+        return given_back(exact_BHTD[:, :, : self.past].numpy(), form, self.plan.window, self.plan.quantizer)
 
     def hidden(self, layer: int, new: int, tokens: int) -> np.ndarray:
         """Return which keys, (B, 1, new, tokens), the queries do not see; chunks begin behind a sequence's padding."""
