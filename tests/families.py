@@ -23,7 +23,7 @@ from kvprof.models.inventory import build_skeleton, take_inventory
 from kvprof.models.load import load_model, resolve
 from kvprof.records.evaluation import Evaluation
 from kvprof.records.formats import TENSORS
-from kvprof.records.plan import TensorPlan
+from kvprof.records.plan import LatentPlan, TensorPlan, layer_plan
 from kvprof.runtime import PlanCache
 
 FAMILIES = {
@@ -174,9 +174,8 @@ def _scored(result: Result, source: str, metric: str) -> Any:
 
 def _cached(model: PreTrainedModel, plan: BitPlan) -> dict[str, bool]:
     """Return whether 16 bits generate what a DynamicCache does, and whether the plan's cache has the plan's bytes."""
-    lossless = plan.model_copy(
-        update={"layers": tuple(entry.model_copy(update={"key": FULL, "value": FULL}) for entry in plan.layers)}
-    )
+    full = (layer_plan(entry.layer, FULL, FULL, isinstance(entry, LatentPlan)) for entry in plan.layers)
+    lossless = plan.model_copy(update={"layers": tuple(full)})
     wanted, expected = PlanCache.from_plan(lossless, model), DynamicCache(config=model.config)
     same = torch.equal(_written(model, wanted), _written(model, expected))
     cache = PlanCache.from_plan(plan, model)

@@ -26,6 +26,7 @@ _LAYER_COUNT = r"^(num_hidden_layers|n_layers?|num_layers|num_decoder_layers|dec
 # The first that matches says what a whole number of a config becomes.
 _SIZES: tuple[tuple[str, int], ...] = (
     (r"rotary_dim|index_topk", 8),
+    (r"n_group|topk_group", 1),
     (r"expand$|attn_layer_offset|^vision_feature_layer$", 1),
     (r"attn_layer_period|attention_layer_period", 2),
     (_LAYER_COUNT, LAYERS),
@@ -34,7 +35,6 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"num_(global_)?key_value_heads|num_kv_heads|multi_query_group_num|num_key_value_groups", 2),
     (r"heads$|n_head$|num_head$", 4),
     (r"experts_per_tok|top_k|moe_k|topk", 2),
-    (r"n_group|topk_group", 1),
     (r"expert", 4),
     (r"head_dim|head_size|kv_channels|v_head|qk_|_d_head", 16),
     (r"lora_rank", 16),
@@ -94,7 +94,7 @@ def _small(config: PretrainedConfig, sections: bool) -> PretrainedConfig:
         if isinstance(rope, dict) and ("mrope_section" in rope or sections):
             half = int(16 * share * rope.get("partial_rotary_factor", 1)) // 2
             rope["mrope_section"] = [half - 2 * (half // 4), half // 4, half // 4]
-    for name, small in (("head_dim", 16), ("num_key_value_heads", 4)):
+    for name, small in (("head_dim", 16), ("num_key_value_heads", 4), ("num_experts_per_tok", 2)):
         if name in settings and settings[name] is None:
             settings[name] = small
     return type(config)(**settings)

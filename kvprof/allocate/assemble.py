@@ -15,13 +15,13 @@ from kvprof.records.formats import TENSORS, Format
 from kvprof.records.geometry import CacheGeometry, KVLayer
 from kvprof.records.plan import (
     BitPlan,
-    LayerPlan,
     Provenance,
     Quantizer,
     SkippedLayer,
     Solver,
     TensorPlan,
     Window,
+    layer_plan,
 )
 
 
@@ -56,8 +56,8 @@ def assemble(
         window=window,
         geometry=geometry,
         layers=tuple(
-            LayerPlan(layer=layer, key=entry_of[layer, "key"], value=entry_of[layer, "value"])
-            for layer in sorted({tensor.layer for tensor in tensors})
+            layer_plan(layer, entry_of[layer, "key"], entry_of[layer, "value"], shape is not None and shape.is_latent)
+            for layer, shape in sorted({tensor.layer: tensor.shape for tensor in tensors}.items())
         ),
         skipped=tuple(
             SkippedLayer(layer=layer.layer, reason=layer.skipped)

@@ -107,7 +107,7 @@ def _usual(
     def choices(tensor: CachedTensor) -> list[Measured]:
         pin = pins.get((tensor.layer, tensor.name))
         if pin is None:
-            formats = [usual_format(tensor.name, bits, group_size, tensor.head_dim) for bits in widths]
+            formats = [usual_format(tensor.stored_as, bits, group_size, tensor.head_dim) for bits in widths]
         else:
             formats = [pin.usual(tensor, group_size)]
         relative = (score_of[tensor.layer, tensor.name] / greatest) ** 2

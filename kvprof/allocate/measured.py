@@ -87,7 +87,7 @@ def measured_formats(scores: Scores, tensor: CachedTensor, head_dim: int | None 
     formats: dict[Hashable, Measured] = {}
     for name, loss in found.loss_increase.items():
         try:
-            form = format_named(name, tensor.name, tensor.head_dim or head_dim)
+            form = format_named(name, tensor.stored_as, tensor.head_dim or head_dim)
         except UsageError:
             continue
         samples = (found.loss_increase_samples or {}).get(name)

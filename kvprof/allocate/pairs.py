@@ -119,7 +119,7 @@ def fitted(form: Format, tensor: CachedTensor, axis: Axis) -> Format:
     Another runtime's lies as that runtime has it.
     """
     if form.is_foreign:
-        return format_named(form.name, tensor.name, tensor.head_dim)
+        return format_named(form.name, tensor.stored_as, tensor.head_dim)
     head_dim = _head_dim(tensor)
     if form.scheme == "rotated" and not form.is_full:
         return Format(scheme="rotated", bits=form.bits, group_size=head_dim, axis="token")
@@ -189,7 +189,7 @@ def _scored_rungs(side: _Side, scores: Scores) -> list[_Rung]:
 
 def _scored_rung(side: _Side, name: str, found: Sequence[dict[Hashable, Measured]]) -> _Rung | None:
     try:
-        formats = [format_named(name, side.name, tensor.head_dim) for tensor in side.tensors]
+        formats = [format_named(name, tensor.stored_as, tensor.head_dim) for tensor in side.tensors]
     except UsageError:  # not every head can be rotated
         return None
     losses = [

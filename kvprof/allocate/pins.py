@@ -33,9 +33,9 @@ class Pin:
         Raises UsageError, naming the pin, for a format that the tensor's heads cannot have.
         """
         if self.bits is not None:
-            return usual_format(tensor.name, self.bits, group_size, tensor.head_dim)
+            return usual_format(tensor.stored_as, self.bits, group_size, tensor.head_dim)
         try:
-            return format_named(str(self), tensor.name, tensor.head_dim)
+            return format_named(str(self), tensor.stored_as, tensor.head_dim)
         except UsageError as error:
             raise UsageError(f"pin {self.text!r}, layer {tensor.layer}: {error}") from None
 

@@ -178,7 +178,7 @@ def _norm_greedy(contest: _Contest, norms: Scores, metric: str) -> BitPlan:
         widths, group_size = option
         costs = [
             sorted(
-                tensor.width * usual_format(tensor.name, bits, group_size, tensor.head_dim).stored_bits(tensor.head_dim)
+                tensor.width * usual_format(tensor.stored_as, bits, group_size, tensor.head_dim).stored_bits(tensor.head_dim)
                 for bits in widths
             )
             for tensor in contest.tensors
@@ -204,7 +204,7 @@ def _random(contest: _Contest, seed: int) -> BitPlan:
     formats = None
     if all_can_rotate(tensor for form, _, tensor in hands if form.scheme == "rotated"):
         formats = [
-            fitted(form, tensor, own.axis if own.scheme == "asymmetric" else USUAL_AXIS[tensor.name])
+            fitted(form, tensor, own.axis if own.scheme == "asymmetric" else USUAL_AXIS[tensor.stored_as])
             for form, own, tensor in hands
         ]
     if formats is None or contest.bits_of(formats) != contest.allowed_bits:

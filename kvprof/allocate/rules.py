@@ -204,7 +204,7 @@ def _usual_formats(
         if pin is not None:
             chosen.append(pin.usual(tensor, group_size))
         elif isinstance(given, int):
-            chosen.append(usual_format(tensor.name, given, group_size, tensor.head_dim))
+            chosen.append(usual_format(tensor.stored_as, given, group_size, tensor.head_dim))
         else:
-            chosen.append(format_named(given, tensor.name, tensor.head_dim))
+            chosen.append(format_named(given, tensor.stored_as, tensor.head_dim))
     return chosen

@@ -126,7 +126,7 @@ class ScoredFormats:
     def _named(self, tensor: CachedTensor, word: str) -> Measured | None:
         """Return what was measured of a format by name, None where nothing was, or the heads cannot have it."""
         try:
-            wanted: Hashable = storage(format_named(word, tensor.name, tensor.head_dim), tensor.head_dim)
+            wanted: Hashable = storage(format_named(word, tensor.stored_as, tensor.head_dim), tensor.head_dim)
         except UsageError:
             return None
         every = self._of(tensor)
@@ -137,7 +137,7 @@ class ScoredFormats:
         """Return full precision, which loses nothing in any sequence."""
         samples = next((choice.samples for choice in self._of(tensor) if choice.samples is not None), None)
         none = None if samples is None else (0.0,) * len(samples)
-        return Measured(usual_format(tensor.name, FULL_BITS, 1), 0.0, 0.0, none)
+        return Measured(usual_format(tensor.stored_as, FULL_BITS, 1), 0.0, 0.0, none)
 
     def _names(self, tensor: CachedTensor) -> list[str]:
         return [choice.format.name for choice in self._of(tensor)]

@@ -58,7 +58,7 @@ class Target:
         found = {}
         for name in self.formats_of(tensor.name):
             with contextlib.suppress(UsageError):
-                found[name] = format_named(name, tensor.name, tensor.head_dim)
+                found[name] = format_named(name, tensor.stored_as, tensor.head_dim)
         return found
 
     @property

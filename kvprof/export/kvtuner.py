@@ -99,7 +99,7 @@ def kvtuner_plan(
     return assemble(
         tensors,
         [
-            usual_format(tensor.name, width, group_size, tensor.head_dim)
+            usual_format(tensor.stored_as, width, group_size, tensor.head_dim)
             for tensor, width in zip(tensors, bits, strict=True)
         ],
         model=model or ModelInfo(num_layers=geometry.num_layers if geometry else len(layers)),

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,11 +36,19 @@ from kvprof.records.document import LARGEST_COUNT, ModelInfo
 from kvprof.records.geometry import ELEMENT_BYTES, CacheGeometry, DType, KVLayer, LayerKind
 from kvprof.records.inventory import Inventory, RedFlag
 
-NORM_ON_KEYS = re.compile(r"^(k|key|qk|kv)_?(layer_?norm|norm)$")
-"""Names of the module that normalises keys after k_proj: k_norm, k_layernorm, key_layernorm, qk_norm."""
+NORM_ON_KEYS = re.compile(r"^(k|key|qk|kv|kv_a)_?(layer_?norm|norm)$")
+"""Names of the module that normalises keys after k_proj: k_norm, k_layernorm, key_layernorm, qk_norm; or the latent of
+latent attention: kv_a_layernorm."""
 
-PROJECTING = ("full", "sliding", "chunked", "hybrid")
-"""The kinds of layer that project keys and values of their own."""
+PROJECTING = ("full", "sliding", "chunked", "hybrid", "latent")
+"""The kinds of layer that project what they cache."""
+
+LATENT = "layer of latent attention (MLA)"
+
+CROSSING: tuple[LayerKind, str] = (
+    "cross",
+    "cross-attention layer: its keys and values are of an image or sound, not of the text",
+)
 
 WIDEST = 2**22
 """Numbers that a layer may cache of a token: a hundred times those of the largest models."""
@@ -66,8 +74,8 @@ class Skeleton:
     projections: dict[int, Projection]
     architecture: str
     """The class of the model; of its text decoder, where its wrapper cannot be built here."""
-    crossing: frozenset[int] = frozenset()
-    """The layers that attend to something beside the text, an image say."""
+    left_alone: Mapping[int, tuple[LayerKind, str]] = field(default_factory=dict)
+    """The layers that no plan can cover, as their modules show: what they are, and why."""
 
     @property
     def query_heads(self) -> int:
@@ -123,13 +131,18 @@ def build_skeleton(config: PretrainedConfig) -> Skeleton:
             "  Nothing of such a model can be measured, planned or stored."
         )
     modules = dict(model.named_modules(remove_duplicate=False))
-    attending = {layer for layer, (kind, _, _) in enumerate(_layer_kinds(text)) if kind in PROJECTING}
     decoder = decoder_modules(model)
-    crossing = cross_attention_layers(decoder)
-    if not attending - crossing:
-        return Skeleton(text, modules, {}, architecture, crossing)
+    left_alone = dict.fromkeys(cross_attention_layers(decoder), CROSSING)
+    kinds = {layer: kind for layer, (kind, _, reason) in enumerate(_layer_kinds(text)) if kind in PROJECTING}
+    attending = kinds.keys() - left_alone.keys()
+    latent = {layer for layer in attending if kinds[layer] == "latent"}
+    unplanned = _unplanned_latents(decoder, latent)
+    left_alone |= unplanned
+    attending -= {layer for layer, (kind, _) in unplanned.items() if kind == "other"}
+    if not attending:
+        return Skeleton(text, modules, {}, architecture, left_alone)
     try:
-        projections = find_projections(decoder, layers=attending - crossing, keys_alone=layers_without_values(decoder))
+        projections = find_projections(decoder, layers=attending, keys_alone=layers_without_values(decoder))
     except UnknownLayout as error:
         if any(getattr(module, "is_causal", True) is False for module in decoder.values()):
             raise ModelError(f"{name} describes an encoder: its attention sees the tokens to come.") from None
@@ -141,7 +154,28 @@ def build_skeleton(config: PretrainedConfig) -> Skeleton:
             ) from None
         said = str(error).replace(INCOMPLETE, f"transformers {transformers.__version__} has no other word on them.")
         raise UnknownLayout(said) from None
-    return Skeleton(text, modules, projections, architecture, crossing)
+    return Skeleton(text, modules, projections, architecture, left_alone)
+
+
+def _unplanned_latents(
+    decoder: Mapping[str, nn.Module], layers: Collection[int]
+) -> dict[int, tuple[LayerKind, str]]:
+    """Return which of the layers of latent attention no plan can cover, what they cache instead, and why."""
+    if not layers:
+        return {}
+    try:
+        found = find_projections(decoder, layers=layers)
+    except UnknownLayout:
+        return dict.fromkeys(layers, ("other", f"{LATENT}, whose projection kvprof does not find"))
+    unplanned: dict[int, tuple[LayerKind, str]] = {}
+    for layer in layers:
+        attention = decoder[found[layer].attention]
+        if not hasattr(attention, "expand_kv"):
+            version = transformers.__version__
+            unplanned[layer] = "other", f"{LATENT}: transformers {version} caches the keys and values made of the latent"
+        elif attention.qk_rope_head_dim == 0:
+            unplanned[layer] = "latent", f"{LATENT} without a rotary part"
+    return unplanned
 
 
 def _repeated_blocks(decoder: Mapping[str, nn.Module]) -> int | None:
@@ -207,12 +241,13 @@ def position_limit(config: PretrainedConfig) -> int | None:
 
 def _kinds_of(skeleton: Skeleton) -> list[tuple[LayerKind, int | None, str | None]]:
     """Return (kind, window, reason to skip) of each layer, those named that do not attend to the text."""
-    return [
-        ("cross", None, "cross-attention layer: its keys and values are of an image or sound, not of the text")
-        if layer in skeleton.crossing
-        else kind
-        for layer, kind in enumerate(_layer_kinds(skeleton.config))
-    ]
+    found = []
+    for layer, (kind, window, reason) in enumerate(_layer_kinds(skeleton.config)):
+        if layer in skeleton.left_alone:
+            kind, reason = skeleton.left_alone[layer]
+            window = None
+        found.append((kind, window, reason))
+    return found
 
 
 def config_of_layer(config: PretrainedConfig, layer: int) -> PretrainedConfig:
@@ -271,10 +306,10 @@ def _kind(
     if recurrent:
         return "hybrid", None, None
     is_latent = getattr(own, "kv_lora_rank", None) is not None
-    if is_latent and type(cache_layer) is DynamicLayer:
-        return "latent", None, "layer of latent attention (MLA): K and V share one compressed vector"
+    if is_latent and type(cache_layer).__name__ in ("DynamicLayer", "DynamicIndexedLayer"):
+        return "latent", None, None
     if type(cache_layer) is not DynamicLayer:
-        what = "layer of latent attention (MLA)" if is_latent else "layer"
+        what = LATENT if is_latent else "layer"
         return "other", None, f"{what} with a cache of a kind unknown to kvprof ({type(cache_layer).__name__})"
     return "full", None, None
 
@@ -282,9 +317,17 @@ def _kind(
 def _describe(skeleton: Skeleton, index: int, kind: LayerKind, window: int | None, reason: str | None) -> KVLayer:
     """Measure one layer's KV heads and head dimensions on its projections."""
     if kind == "latent":
-        own = config_of_layer(skeleton.config, index)
-        widths = {"key_head_dim": own.kv_lora_rank, "value_head_dim": own.qk_rope_head_dim}
-        return KVLayer(layer=index, kind=kind, kv_heads=1, **widths, skipped=reason)
+        attention: Any = skeleton.attention(index)
+        indexer = getattr(attention, "indexer", None)
+        return KVLayer(
+            layer=index,
+            kind=kind,
+            kv_heads=1,
+            key_head_dim=attention.kv_lora_rank,
+            value_head_dim=attention.qk_rope_head_dim,
+            skipped=reason,
+            indexer_width=0 if indexer is None else indexer.head_dim,
+        )
     if kind not in PROJECTING:
         return KVLayer(layer=index, kind=kind, kv_heads=0, key_head_dim=0, value_head_dim=0, skipped=reason)
     if index not in skeleton.projections:

@@ -40,6 +40,8 @@ LAYOUTS = (
     Layout(("query_key_value",), "qkv", blocks="kv_heads"),  # GPT-NeoX, Bloom, Persimmon, Falcon's three layouts
     Layout(("attn.qkv_proj",), "qvk", blocks="four"),  # CodeGen: cut for four TPU cores
     Layout(("self_attention.kv_proj",), "kv"),  # JetMoE
+    Layout(("kv_a_proj_with_mqa",), "kv"),  # latent attention (DeepSeek and after it): the latent, the rotary part
+    Layout(("attn_kv_a_mqa",), "kv"),  # the same in a GGUF
     Layout(("self_attn.to_k", "self_attn.to_v"), "k,v"),  # checkpoints of Cosmos3
     Layout(("attn.wk_dv", "attn.wv_dv"), "k,v"),  # checkpoints of Inkling
     Layout(("attn_k", "attn_v"), "k,v"),  # GGUF

@@ -10,16 +10,18 @@ from dataclasses import dataclass, field
 
 from kvprof.calibration.sequences import CalibrationSet
 from kvprof.errors import UsageError
-from kvprof.records.formats import TENSORS, Format, TensorName, format_named, parse_formats
-from kvprof.records.geometry import CacheGeometry
+from kvprof.records.formats import TENSORS, Format, TensorName, parse_formats
+from kvprof.records.geometry import CacheGeometry, KVLayer
 from kvprof.records.plan import (
     USUAL_WINDOW,
     LayerChoice,
     Quantizer,
     Window,
+    format_of,
     head_dim_of,
     layers_left_alone,
     quantized_tokens,
+    stored_like,
 )
 from kvprof.records.scores import DecodingSetup, suffix_start
 
@@ -83,33 +85,33 @@ def formats_of(geometry: CacheGeometry, decoder: Decoder) -> Formats:
     found: dict[tuple[int, TensorName], tuple[Format, ...]] = {}
     for layer in geometry.planned:
         for tensor in TENSORS:
-            head_dim = head_dim_of(layer, tensor)
             if decoder.formats is None:
-                found[layer.layer, tensor] = usual_formats(tensor, head_dim)
+                found[layer.layer, tensor] = usual_formats(layer, tensor)
             elif names := decoder.formats[tensor]:
-                found[layer.layer, tensor] = _named(names, tensor, head_dim, decoder.passes_over)
+                found[layer.layer, tensor] = _named(names, layer, tensor, decoder.passes_over)
     return found
 
 
-def _named(names: Sequence[str], tensor: TensorName, head_dim: int, passes_over: bool) -> tuple[Format, ...]:
+def _named(names: Sequence[str], layer: KVLayer, tensor: TensorName, passes_over: bool) -> tuple[Format, ...]:
     """Return formats by name, each once."""
     forms: dict[str, Format] = {}
     for name in names:
         try:
-            form = format_named(name, tensor, head_dim)
+            form = format_of(layer, tensor, name)
         except UsageError:
             if not passes_over:
                 raise
         else:
             forms.setdefault(form.name, form)
     if not forms:
-        raise UsageError(f"{tensor} heads of {head_dim} channels can have none of {', '.join(names)}.")
+        channels = head_dim_of(layer, tensor)
+        raise UsageError(f"{tensor} heads of {channels} channels can have none of {', '.join(names)}.")
     return tuple(forms.values())
 
 
-def usual_formats(tensor: TensorName, head_dim: int) -> tuple[Format, ...]:
+def usual_formats(layer: KVLayer, tensor: TensorName) -> tuple[Format, ...]:
     """Return the formats to try where none are named, those left out that heads of this dimension cannot have."""
-    return _named(USUAL_FORMATS[tensor], tensor, head_dim, passes_over=True)
+    return _named(USUAL_FORMATS[stored_like(layer, tensor)], layer, tensor, passes_over=True)
 
 
 def readable(formats: Formats, decoder: Decoder, longest: int) -> tuple[Formats, str | None]:

@@ -51,7 +51,7 @@ from kvprof.records.plan import (
 )
 from kvprof.records.runs import Journal
 from kvprof.records.sampled import loss_scores
-from kvprof.records.scores import LayerScores, MadeWith, Scores, suffix_start
+from kvprof.records.scores import MadeWith, Scores, layer_scores, suffix_start
 from kvprof.runtime.attention import decoding_reads
 
 BYTES_A_NUMBER = 160
@@ -191,7 +191,7 @@ def _plan(inventory: Inventory, window: Window, probe: Probe | None) -> BitPlan:
         forms = dict.fromkeys(TENSORS, full)
         if probe is not None and probe.layer == shape.layer:
             forms[probe.tensor] = TensorPlan(**probe.form.model_dump())
-        layers.append(LayerPlan(layer=shape.layer, key=forms["key"], value=forms["value"]))
+        layers.append(layer_plan(shape.layer, forms["key"], forms["value"], shape.is_latent))
     return BitPlan(
         model=inventory.model,
         quantizer=Quantizer(),
@@ -242,10 +242,10 @@ def _scores(
         made_with=made,
         decoding=decoding_of(text, settings.window, settings.suffix_fraction),
         layers=tuple(
-            LayerScores(
-                layer=shape.layer,
-                key=loss_scores(found.get((shape.layer, "key"), {}), text.info),
-                value=loss_scores(found.get((shape.layer, "value"), {}), text.info),
+            layer_scores(
+                shape.layer,
+                *(loss_scores(found.get((shape.layer, tensor), {}), text.info) for tensor in TENSORS),
+                latent=shape.is_latent,
             )
             for shape in inventory.geometry.scored
         ),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from kvprof.models.load import input_device, wider_dtype_advice
 from kvprof.profile.decoder import Formats
 from kvprof.profile.head import Head
 from kvprof.records.formats import FULL_BITS, TENSORS, TensorName
-from kvprof.records.plan import LayerPlan, Quantizer, TensorPlan, Window
+from kvprof.records.plan import Quantizer, TensorPlan, Window
 from kvprof.records.scores import suffix_start
 from kvprof.runtime.attention import attend_as_decoding
 from kvprof.runtime.interception import AttentionCall, attention_through
@@ -135,7 +135,7 @@ class _Probe:
         leaf = not output.requires_grad  # the first layer's: nothing before it asks for a gradient
         if leaf:
             output.requires_grad_(True)
-        kept = _detached(call)
+        kept = call.detached()
         exact = output.detach()[:, self.suffix.first :]
 
         def arrived(gradient: Tensor) -> None:
@@ -153,24 +153,18 @@ class _Probe:
             attend_as_decoding, window=self.window, quantizer=self.quantizer, first=self.suffix.first, dtype=dtype
         )
         if dtype != exact.dtype:
-            exact = attend(call, LayerPlan(layer=call.layer, key=_UNTOUCHED, value=_UNTOUCHED))
+            exact = attend(call, _UNTOUCHED, _UNTOUCHED)
             gradient = gradient.to(dtype)
         mask = self.suffix.mask(call.key.shape[2]).to(gradient.device)
         for tensor in TENSORS:
             for form in self.formats.get((call.layer, tensor), ()):
                 one = TensorPlan(**form.model_dump())
-                parts = {"key": _UNTOUCHED, "value": _UNTOUCHED} | {tensor: one}
-                entry = LayerPlan(layer=call.layer, **parts)
-                delta = attend(call, entry).sub_(exact)
+                delta = attend(call, **({"key": _UNTOUCHED, "value": _UNTOUCHED} | {tensor: one})).sub_(exact)
                 dots = (delta.mul_(gradient)).flatten(2).sum(-1, dtype=torch.float64)
                 dots = dots.masked_fill_(~mask, 0.0).cpu()
                 key = (call.layer, tensor, form.name)
                 # A layer that shares these keys adds to what the same position feels.
                 self.dots[key] = self.dots[key] + dots if key in self.dots else dots
-
-
-def _detached(call: AttentionCall) -> AttentionCall:
-    return replace(call, query=call.query.detach(), key=call.key.detach(), value=call.value.detach())
 
 
 def _generator(seed: int, index: int) -> torch.Generator:

@@ -32,7 +32,7 @@ from kvprof.profile.matrix_norms import CHUNK_BYTES, matrix_norms
 from kvprof.records.estimate import Estimate
 from kvprof.records.inventory import Inventory
 from kvprof.records.runs import Journal
-from kvprof.records.scores import LayerScores, Scores, TensorScores
+from kvprof.records.scores import AnyLayerScores, Scores, TensorScores, layer_scores, read_layer_scores
 
 LIBRARY_BYTES = 20 * 2**20
 """What the libraries take once they compute, and headers."""
@@ -105,7 +105,7 @@ def measure_norms(
     return _measure(subject, progress), subject.inventory
 
 
-def layer_norms(weights: LayerWeights, gain_offset: float = 0.0) -> LayerScores:
+def layer_norms(weights: LayerWeights, gain_offset: float = 0.0) -> AnyLayerScores:
     """Measure one layer. gain_offset: what the norm after k_proj adds to its stored gains (1 in Gemma)."""
     layer = weights.layer
     gains = None if weights.key_gain is None else weights.key_gain.double() + gain_offset
@@ -115,7 +115,7 @@ def layer_norms(weights: LayerWeights, gain_offset: float = 0.0) -> LayerScores:
         "gain_max": None if gains is None else float(gains.abs().max()),
     }
     value = matrix_norms(weights.value, layer.kv_heads) | {"bias_norm": _length(weights.value_bias)}
-    return LayerScores(layer=layer.layer, key=TensorScores(**key), value=TensorScores(**value))
+    return layer_scores(layer.layer, TensorScores(**key), TensorScores(**value), layer.is_latent)
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _measure(
         model=subject.inventory.model.model_copy(update={"fingerprint": fingerprint.text}),
         geometry=subject.inventory.geometry,
         made_with=made_with(),
-        layers=tuple(LayerScores.model_validate(results[layer]["scores"]) for layer in bytes_of),
+        layers=tuple(read_layer_scores(results[layer]["scores"]) for layer in bytes_of),
     )
 
 
@@ -195,7 +195,7 @@ def _measure_layer(subject: _Subject, reads: LayerReads) -> dict[str, Any]:
 
 def _check_measured(layer: str, heads: int, entry: dict[str, Any]) -> None:
     """Raise ValueError, or whatever reading it raises, for what `_measure_layer` has not returned."""
-    scores = LayerScores.model_validate(entry["scores"])
+    scores = read_layer_scores(entry["scores"])
     by_head = (scores.key.head_spectral_norm, scores.value.head_spectral_norm)
     if str(scores.layer) != layer or any(norms is None or len(norms) != heads for norms in by_head):
         raise ValueError(layer)

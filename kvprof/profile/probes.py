@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from kvprof.errors import UsageError, did_you_mean
 from kvprof.profile.decoder import MORE_TOKENS, reads_codes
-from kvprof.records.formats import TENSORS, Format, TensorName, format_named, parse_formats
+from kvprof.records.formats import LATENT_TENSORS, TENSORS, Format, TensorName, parse_formats
 from kvprof.records.geometry import CacheGeometry
-from kvprof.records.plan import Window, head_dim_of
+from kvprof.records.plan import Window, format_of
 from kvprof.records.words import read_layers
 
 USUAL_FORMATS = "int2g64"
@@ -47,13 +47,13 @@ def choose_probes(geometry: CacheGeometry, layers: str | None, tensors: str, for
     for layer in _chosen_layers(geometry, layers):
         for tensor in (tensor for tensor in TENSORS if tensor in names):
             for word in listed[tensor]:
-                form = format_named(word, tensor, head_dim_of(geometry.layers[layer], tensor))
+                form = format_of(geometry.layers[layer], tensor, word)
                 chosen[layer, tensor, form.name] = Probe(layer, tensor, form)
     return list(chosen.values())
 
 
 def _tensor_named(word: str) -> TensorName:
-    found = next((tensor for tensor in TENSORS if tensor == word), None)
+    found = next((tensor for tensor in TENSORS if word in (tensor, LATENT_TENSORS[tensor])), None)
     if found is None:
         raise UsageError(f"--tensors: no tensor is called {word!r}: {did_you_mean(word, TENSORS)}")
     return found

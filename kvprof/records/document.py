@@ -14,7 +14,15 @@ import reprlib
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 from typing_extensions import Self
 
 from kvprof.errors import InvalidFile, UsageError, did_you_mean
@@ -44,6 +52,9 @@ _PEEKED_BYTES = 256  # a file of kvprof's begins with its schema
 
 _LONG_WORD = re.compile(r"(\S{60})\S{60,}")
 """A name in a message that is no name; its beginning is enough."""
+
+FIRST, SECOND = "#first", "#second"
+"""Tags of the two kinds that an entry may be; no key of a file."""
 
 _compact = json.JSONEncoder(allow_nan=False).encode
 
@@ -281,6 +292,16 @@ def explain_invalid(error: ValidationError, name: str, model: type[BaseModel]) -
     return f"{name}: " + "\n  ".join(lines)
 
 
+def either(other: str) -> Discriminator:
+    """Return what tells the two kinds of an entry apart, tagged FIRST and SECOND: the second has a field `other`."""
+
+    def tag(entry: object) -> str:
+        has_other = other in entry if isinstance(entry, dict) else hasattr(entry, other)
+        return SECOND if has_other else FIRST
+
+    return Discriminator(tag)
+
+
 def _place(location: tuple[int | str, ...]) -> str:
     """Return `layers[3].key.bits`: the fourth entry of the file, whichever layer that is."""
     parts = (
@@ -288,6 +309,7 @@ def _place(location: tuple[int | str, ...]) -> str:
         if isinstance(part, int)
         else f".{part if part.isidentifier() and len(part) <= 60 else _brief(part)}"
         for part in location
+        if part not in (FIRST, SECOND)
     )
     return "".join(parts).removeprefix(".")
 
@@ -311,5 +333,8 @@ def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list
 
     for part in location:
         node = resolve(node)
-        node = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, {})
+        if part in (FIRST, SECOND) and "oneOf" in node:
+            node = node["oneOf"][(FIRST, SECOND).index(str(part))]
+        else:
+            node = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, {})
     return list(resolve(node).get("properties", {}))

@@ -34,6 +34,9 @@ Clip = Literal["none", "mse"]
 TensorName = Literal["key", "value"]
 
 TENSORS: tuple[TensorName, TensorName] = ("key", "value")
+LATENT_TENSORS: dict[TensorName, str] = {"key": "latent", "value": "rope"}
+"""What a layer of latent attention (MLA) caches in the place of each: the vector that keys and values are made of, and
+the rotary part of all its heads' keys."""
 USUAL_AXIS: dict[TensorName, Axis] = {"key": "channel", "value": "token"}
 CODE_BITS = (1, 2, 3, 4, 5, 6, 8)
 """Widths that codes can be packed to without waste."""
@@ -200,12 +203,13 @@ def can_rotate(head_dim: int) -> bool:
 def parse_formats(text: str) -> dict[TensorName, tuple[str, ...]]:
     """Return the format names that a text such as "int3g64,rot2" or "key:int2g64c,value:rot2" lists for each tensor.
 
-    A name without a tensor counts for both. Raises UsageError, naming the word, for one that is no format.
+    A name without a tensor counts for both; `latent:` and `rope:` are the keys and the values of latent attention.
+    Raises UsageError, naming the word, for one that is no format.
     """
     chosen: dict[TensorName, dict[str, None]] = {"key": {}, "value": {}}
     for word in (part.strip() for part in text.split(",")):
         before, colon, name = word.rpartition(":")
-        wanted = [tensor for tensor in TENSORS if not colon or tensor == before]
+        wanted = [tensor for tensor in TENSORS if not colon or before in (tensor, LATENT_TENSORS[tensor])]
         if not wanted:
             raise UsageError(f"{word!r}: no tensor is called {before!r}; write key:{name} or value:{name}.")
         for tensor in wanted:

@@ -19,7 +19,8 @@ from kvprof.records.words import short_digest
 LayerKind = Literal["full", "sliding", "chunked", "shared", "recurrent", "hybrid", "latent", "cross", "none", "other"]
 """full: keys and values of every token. sliding, chunked: of the last `window` tokens only. shared: reads another
 layer's. recurrent: a state of fixed size. hybrid: full attention and a recurrent state side by side. latent: of
-every token one compressed vector (MLA), here a head's key, and beside it what carries positions, here its value. cross:
+every token one compressed vector (MLA), which stands here for a head's key, and the rotary part of all heads' keys,
+which stands for its value. cross:
 keys and values of an image or sound, as many as there are of it, none of the text. none: no attention at all. other: a
 cache that kvprof does not know."""
 
@@ -44,6 +45,8 @@ class KVLayer(Record):
     """Why no plan gives this layer bits; null for a layer that plans cover, if they do not leave it, as it slides."""
     values_of_key_projection: bool = Field(False, exclude_if=operator.not_)
     """Whether W_v is W_k: the values are made of what the keys' matrix puts out, and are cached beside the keys."""
+    indexer_width: Count = Field(0, exclude_if=operator.not_)
+    """Numbers of each token that a sparse attention's indexer caches beside the rest; no plan rounds them."""
     block_of: LayerIndex | None = Field(None, exclude_if=is_absent)
     """The first layer that runs the same block with the same weights (Zamba); each has a cache of its own. Absent for
     a layer whose weights are its own, and for that first one."""
@@ -64,14 +67,19 @@ class KVLayer(Record):
         return f"{'attention chunk' if self.kind == 'chunked' else 'sliding window'} of {self.window} tokens"
 
     @property
+    def is_latent(self) -> bool:
+        """Whether `latent` and `rope` stand in the place of `key` and `value` (MLA)."""
+        return self.kind == "latent"
+
+    @property
     def has_projections(self) -> bool:
-        """Whether the layer projects keys and values of its own, so that it can be scored."""
-        return self.kind in ("full", "sliding", "chunked", "hybrid")
+        """Whether the layer projects what it caches, so that it can be scored."""
+        return self.kind in ("full", "sliding", "chunked", "hybrid") or (self.is_latent and self.skipped is None)
 
     @property
     def keeps_tokens(self) -> bool:
         """Whether the layer holds something of each token: keys and values, or what both are made from."""
-        return self.has_projections or self.kind == "latent"
+        return self.has_projections or self.is_latent
 
     def tokens_kept(self, context: int) -> int:
         """Tokens of which this layer holds something once `context` tokens have been read."""
@@ -170,7 +178,12 @@ class CacheGeometry(Record):
 
     def bytes_per_token(self, layer: KVLayer) -> int:
         """Bytes that one more token adds to an unquantized layer, before any window is full."""
-        return (layer.key_width + layer.value_width) * self.element_bytes if layer.keeps_tokens else 0
+        width = layer.key_width + layer.value_width + layer.indexer_width
+        return width * self.element_bytes if layer.keeps_tokens else 0
+
+    def indexer_bytes(self, layer: KVLayer, context: int) -> int:
+        """Bytes of what a layer's indexer keeps of one sequence of `context` tokens."""
+        return layer.tokens_kept(context) * layer.indexer_width * self.element_bytes
 
     def bytes_at(self, context: int, batch: int = 1) -> int:
         """Bytes of the unquantized cache of `batch` sequences of `context` tokens; recurrent states not counted."""
@@ -211,6 +224,8 @@ def check_same_model(
 
 def _shape(layer: KVLayer) -> str:
     heads = f"{layer.kv_heads} KV heads of {layer.key_head_dim} and {layer.value_head_dim}"
+    if layer.is_latent:
+        heads = f"a latent of {layer.key_head_dim} and a rotary part of {layer.value_head_dim}"
     return f"{layer.kind} attention, {heads}" + (f", window {layer.window}" if layer.window else "")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from kvprof.errors import InvalidFile, Mismatch, UsageError
 from kvprof.records.formats import TENSORS, TensorName
 from kvprof.records.sampled import TensorSamples, gradient_scores
-from kvprof.records.scores import CalibrationInfo, LayerScores, Scores, Shard
+from kvprof.records.scores import CalibrationInfo, AnyLayerScores, Scores, Shard
 
 
 @dataclass(frozen=True)
@@ -183,13 +183,13 @@ def _whole(files: Mapping[Path, Scores], shards: Mapping[Path, Shard]) -> Scores
     return whole.model_copy(update={"made_with": example.made_with if alike else None})
 
 
-def _entry(scores: Scores, layer: int) -> LayerScores:
+def _entry(scores: Scores, layer: int) -> AnyLayerScores:
     entry = scores.entry(layer)
     assert entry is not None
     return entry
 
 
-def _joined(parts: list[tuple[tuple[int, ...], LayerScores, TensorName]]) -> TensorSamples:
+def _joined(parts: list[tuple[tuple[int, ...], AnyLayerScores, TensorName]]) -> TensorSamples:
     """Return one tensor's numbers in the text's order."""
     norms: dict[int, float] = {}
     effects: dict[str, dict[int, str]] = {}

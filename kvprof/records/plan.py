@@ -12,11 +12,13 @@ from collections import Counter
 from fractions import Fraction
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, Tag, model_validator
 from typing_extensions import Self
 
 from kvprof.errors import KvprofError, Mismatch
 from kvprof.records.document import (
+    FIRST,
+    SECOND,
     Count,
     Document,
     Integer,
@@ -25,12 +27,14 @@ from kvprof.records.document import (
     Number,
     Record,
     Text,
+    either,
     is_absent,
 )
 from kvprof.records.formats import (
     TENSORS,
     Format,
     TensorName,
+    format_named,
 )
 from kvprof.records.geometry import CacheGeometry, KVLayer, check_same_model
 
@@ -52,6 +56,36 @@ class LayerPlan(Record):
     def tensor(self, name: TensorName) -> TensorPlan:
         """Return the key's or the value's entry."""
         return self.key if name == "key" else self.value
+
+
+class LatentPlan(Record):
+    """Both parts of one layer of latent attention (MLA), which is read as a `LayerPlan` is."""
+
+    layer: LayerIndex
+    latent: TensorPlan
+    rope: TensorPlan
+
+    @property
+    def key(self) -> TensorPlan:
+        """What stands for the keys: the latent."""
+        return self.latent
+
+    @property
+    def value(self) -> TensorPlan:
+        """What stands for the values: the rotary part of the keys."""
+        return self.rope
+
+    def tensor(self, name: TensorName) -> TensorPlan:
+        """Return the entry that stands for the key's or the value's."""
+        return self.latent if name == "key" else self.rope
+
+
+AnyLayerPlan = LayerPlan | LatentPlan
+
+
+def layer_plan(layer: int, key: TensorPlan, value: TensorPlan, latent: bool) -> AnyLayerPlan:
+    """Return the entry of a layer. latent: whether it is one of latent attention, whose fields have names of their own."""
+    return LatentPlan(layer=layer, latent=key, rope=value) if latent else LayerPlan(layer=layer, key=key, value=value)
 
 
 class SkippedLayer(Record):
@@ -140,7 +174,9 @@ class BitPlan(Document):
     quantizer: Quantizer
     window: Window
     geometry: CacheGeometry | None = None
-    layers: tuple[LayerPlan, ...]
+    layers: tuple[
+        Annotated[Annotated[LayerPlan, Tag(FIRST)] | Annotated[LatentPlan, Tag(SECOND)], either("latent")], ...
+    ]
     skipped: tuple[SkippedLayer, ...] | None = None
     solver: Solver | None = None
     provenance: Provenance | None = None
@@ -199,6 +235,8 @@ class BitPlan(Document):
         for entry in self.layers:
             if entry.layer not in planned:
                 return f"it gives bits to layer {entry.layer}, which is a {geometry.layers[entry.layer].skipped}"
+            if (problem := _misnamed(entry, planned[entry.layer])) is not None:
+                return problem
             for tensor in TENSORS:
                 form, head_dim = entry.tensor(tensor), head_dim_of(planned[entry.layer], tensor)
                 if form.scheme == "rotated" and form.group_size != head_dim:
@@ -228,8 +266,8 @@ class BitPlan(Document):
     def bytes_at(self, context: int, batch: int = 1) -> int:
         """Bytes of the cache of `batch` sequences of `context` tokens: codes, scales, window, sinks, skipped layers.
 
-        A sliding layer counts its own window, in the model's dtype where it is skipped; recurrent states are not
-        counted.
+        A sliding layer counts its own window, in the model's dtype where it is skipped; an indexer its own keys, in
+        full precision. Recurrent states are not counted.
         Raises KvprofError where the plan carries no geometry, or for a negative context or batch.
         """
         if self.geometry is None:
@@ -247,9 +285,18 @@ class BitPlan(Document):
                     total += tensor_bytes(
                         form, layer, tensor, self.window, self.geometry.element_bytes, context, form.recent_fraction
                     )
+                total += self.geometry.indexer_bytes(layer, context)
             else:
                 total += layer.tokens_kept(context) * self.geometry.bytes_per_token(layer)
         return batch * total
+
+
+def _misnamed(entry: AnyLayerPlan, shape: KVLayer) -> str | None:
+    """Return what is wrong with an entry that names other tensors than its layer has, or None."""
+    if isinstance(entry, LatentPlan) == shape.is_latent:
+        return None
+    found, has = ("key and value", "latent and rope") if shape.is_latent else ("latent and rope", "key and value")
+    return f"it names {found} of layer {entry.layer}, which has {has}"
 
 
 LayerChoice = Literal["all", "full"]
@@ -279,6 +326,16 @@ def layers_left_alone(
 def head_dim_of(layer: KVLayer, tensor: TensorName) -> int:
     """Return the head dimension of a layer's keys or values."""
     return layer.key_head_dim if tensor == "key" else layer.value_head_dim
+
+
+def stored_like(layer: KVLayer | None, tensor: TensorName) -> TensorName:
+    """Return whose formats a tensor has: both parts of a latent are made into keys, and are grouped as these."""
+    return "key" if layer is not None and layer.is_latent else tensor
+
+
+def format_of(layer: KVLayer, tensor: TensorName, name: str) -> Format:
+    """Return the format of a name as a tensor of a layer has it; raises UsageError as `format_named` does."""
+    return format_named(name, stored_like(layer, tensor), head_dim_of(layer, tensor))
 
 
 def quantized_tokens(form: Format, window: Window, context: int, recent_fraction: float = 0.0) -> int:

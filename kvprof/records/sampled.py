@@ -19,7 +19,7 @@ from kvprof.records.document import ModelInfo
 from kvprof.records.formats import TensorName
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.long_run import Floats, bandwidth_of, blended, effects_of, loss_of
-from kvprof.records.scores import CalibrationInfo, DecodingSetup, EffectBlocks, LayerScores, Scores, TensorScores
+from kvprof.records.scores import CalibrationInfo, DecodingSetup, EffectBlocks, Scores, TensorScores, layer_scores
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def gradient_scores(
         if keys
         else None,
         layers=tuple(
-            LayerScores(layer=shape.layer, key=scored(shape.layer, "key"), value=scored(shape.layer, "value"))
+            layer_scores(shape.layer, scored(shape.layer, "key"), scored(shape.layer, "value"), shape.is_latent)
             for shape in geometry.scored
         ),
     )

@@ -13,11 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, Tag, TypeAdapter, model_validator
 from typing_extensions import Self
 
 from kvprof.errors import InvalidFile, KvprofError, UsageError, did_you_mean
 from kvprof.records.document import (
+    FIRST,
+    SECOND,
     Count,
     Document,
     Integer,
@@ -27,13 +29,14 @@ from kvprof.records.document import (
     Record,
     SparseRecord,
     Text,
+    either,
     is_absent,
 )
 from kvprof.records.effects import MOST_BLOCKS, decode
 from kvprof.records.formats import TENSORS, TensorName, format_named
 from kvprof.records.geometry import CacheGeometry, check_same_model
 from kvprof.records.losses import Losses, contradiction
-from kvprof.records.plan import Window, head_dim_of
+from kvprof.records.plan import Window, head_dim_of, stored_like
 
 LOSS_INCREASE = "loss_increase"
 """The metric that is a number for each format of a tensor."""
@@ -216,6 +219,9 @@ class TensorScores(SparseRecord):
         )
 
 
+_FIELDS_OF = "a latent one has `latent` and `rope`, every other one `key` and `value`"
+
+
 class LayerScores(Record):
     """Both tensors of one layer."""
 
@@ -226,6 +232,53 @@ class LayerScores(Record):
     def tensor(self, name: TensorName) -> TensorScores:
         """Return the key's or the value's scores."""
         return self.key if name == "key" else self.value
+
+
+class LatentScores(Record):
+    """Both parts of one layer of latent attention (MLA), which is read as `LayerScores` are."""
+
+    layer: LayerIndex
+    latent: TensorScores
+    rope: TensorScores
+
+    @property
+    def key(self) -> TensorScores:
+        """What stands for the keys: the latent."""
+        return self.latent
+
+    @property
+    def value(self) -> TensorScores:
+        """What stands for the values: the rotary part of the keys."""
+        return self.rope
+
+    def tensor(self, name: TensorName) -> TensorScores:
+        """Return the scores that stand for the key's or the value's."""
+        return self.latent if name == "key" else self.rope
+
+
+AnyLayerScores = LayerScores | LatentScores
+
+
+def layer_scores(layer: int, key: TensorScores, value: TensorScores, latent: bool) -> AnyLayerScores:
+    """Return the entry of a layer. latent: whether it is one of latent attention, whose fields have names of their own."""
+    if latent:
+        return LatentScores(layer=layer, latent=key, rope=value)
+    return LayerScores(layer=layer, key=key, value=value)
+
+
+_TaggedLayerScores = Annotated[
+    Annotated[LayerScores, Tag(FIRST)] | Annotated[LatentScores, Tag(SECOND)], either("latent")
+]
+
+
+def read_layer_scores(value: object) -> AnyLayerScores:
+    """Return one entry of a file's `layers`; raises pydantic's ValidationError for what is none."""
+    return _layer_scores_adapter().validate_python(value)
+
+
+@functools.cache
+def _layer_scores_adapter() -> TypeAdapter[AnyLayerScores]:
+    return TypeAdapter(_TaggedLayerScores)
 
 
 class Shard(Record):
@@ -273,7 +326,7 @@ class Scores(Document):
     shard: Shard | None = Field(None, exclude_if=is_absent)
     """Of partial scores, which `kvprof merge` adds up; null of whole ones."""
     made_with: MadeWith | None = Field(None, exclude_if=is_absent)
-    layers: tuple[LayerScores, ...]
+    layers: tuple[_TaggedLayerScores, ...]
     _digest: str | None = PrivateAttr(None)
 
     @model_validator(mode="after")
@@ -350,6 +403,9 @@ class Scores(Document):
             raise ValueError(f"layer {surplus} has no K and V projections in this model; remove its entry")
         if found != sorted(found):
             raise ValueError("layers must stand in ascending order")
+        for entry in self.layers if self.geometry else ():
+            if isinstance(entry, LatentScores) != self.geometry.layers[entry.layer].is_latent:
+                raise ValueError(f"layer {entry.layer} is {self.geometry.layers[entry.layer].kind}: {_FIELDS_OF}")
         if self.geometry and self.model and self.geometry.num_layers != self.model.num_layers:
             raise ValueError(
                 f"model.num_layers is {self.model.num_layers}, but the geometry has {self.geometry.num_layers} layers"
@@ -397,13 +453,13 @@ class Scores(Document):
         found._digest = self.digest
         return found
 
-    def entry(self, layer: int) -> LayerScores | None:
+    def entry(self, layer: int) -> AnyLayerScores | None:
         """Return what was measured of a layer; None where it was not."""
         place = bisect_left(self.layers, layer, key=lambda entry: entry.layer)
         return self.layers[place] if place < len(self.layers) and self.layers[place].layer == layer else None
 
     @property
-    def planned(self) -> tuple[LayerScores, ...]:
+    def planned(self) -> tuple[AnyLayerScores, ...]:
         """The entries that a plan covers: all of them, but for those that the geometry skips."""
         if self.geometry is None:
             return self.layers
@@ -444,7 +500,7 @@ class Scores(Document):
                 names |= {
                     name: None
                     for name in entry.tensor(tensor).loss_increase or {}
-                    if not _can_be_stored(name, tensor, head_dim)
+                    if not _can_be_stored(name, stored_like(shape, tensor), head_dim)
                 }
         return tuple(names)
 

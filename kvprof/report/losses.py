@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from kvprof.errors import UsageError
 from kvprof.records.formats import TENSORS, TensorName, format_named
-from kvprof.records.scores import LayerScores, Scores
+from kvprof.records.scores import AnyLayerScores, Scores
 from kvprof.records.words import counted
 from kvprof.report.console import Table, print_plain
 
@@ -74,7 +74,7 @@ def _bits(name: str, tensor: TensorName) -> int | None:
         return None
 
 
-def _least(entry: LayerScores, tensor: TensorName, names: Sequence[str]) -> float | None:
+def _least(entry: AnyLayerScores, tensor: TensorName, names: Sequence[str]) -> float | None:
     losses: Mapping[str, float] = entry.tensor(tensor).loss_increase or {}
     return min((losses[name] for name in names if name in losses), default=None)
 

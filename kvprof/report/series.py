@@ -12,7 +12,7 @@ from kvprof.errors import UsageError
 from kvprof.records.evaluation import Evaluation, PlanResult
 from kvprof.records.formats import TensorName, format_named
 from kvprof.records.geometry import CacheGeometry
-from kvprof.records.plan import BitPlan, head_dim_of
+from kvprof.records.plan import BitPlan, head_dim_of, stored_like
 from kvprof.records.scores import Scores
 from kvprof.records.spectra import Spectra
 
@@ -89,8 +89,9 @@ def scored_formats(scores: Scores, tensor: TensorName) -> list[ScoredFormat]:
     for name in scores.scored_formats(tensor):
         first = next(entry.layer for entry in scores.layers if name in (entry.tensor(tensor).loss_increase or {}))
         head_dim = head_dims.get(first)
+        shape = None if scores.geometry is None else scores.geometry.layers[first]
         try:
-            form = format_named(name, tensor, head_dim)
+            form = format_named(name, stored_like(shape, tensor), head_dim)
             found.append(ScoredFormat(name, form.bits, float(form.stored_bits(head_dim))))
         except UsageError:
             found.append(ScoredFormat(name, None, None))

@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvprof.errors import BeyondFormat, KvprofError, Mismatch
-from kvprof.records.formats import TensorName
-from kvprof.records.plan import BitPlan, LayerPlan, Quantizer, TensorPlan, Window, head_dim_of, quantized_tokens
-from kvprof.runtime.interception import AttentionCall, attention_through, check_layers
+from kvprof.records.formats import TENSORS, TensorName
+from kvprof.records.plan import AnyLayerPlan, BitPlan, Quantizer, TensorPlan, Window, head_dim_of, quantized_tokens
+from kvprof.runtime.interception import AttentionCall, Latents, attention_through, check_layers
 from kvprof.runtime.quantizer import fake_quantize
 
 QUERIES_AT_ONCE = 256
@@ -49,7 +49,7 @@ def decoding_reads(model: PreTrainedModel, plan: BitPlan) -> Iterator[None]:
         entry = layers[call.layer]
         if plan.geometry is not None:
             _check_head_dims(call, entry, plan)
-        return attend_as_decoding(call, entry, plan.window, plan.quantizer)
+        return attend_as_decoding(call, entry.key, entry.value, plan.window, plan.quantizer)
 
     with attention_through(model, layers, attend):
         yield
@@ -57,7 +57,8 @@ def decoding_reads(model: PreTrainedModel, plan: BitPlan) -> Iterator[None]:
 
 def attend_as_decoding(
     call: AttentionCall,
-    entry: LayerPlan,
+    key: TensorPlan,
+    value: TensorPlan,
     window: Window,
     quantizer: Quantizer,
     first: int = 0,
@@ -65,7 +66,7 @@ def attend_as_decoding(
 ) -> Tensor:
     """Attend each query to its own mixture of exact and restored keys and values, as the module does otherwise.
 
-    call: of a whole text. first: the queries before it are left out. dtype: to attend in, once keys and values are
+    call: of a whole text. key, value: how what the cache holds is stored; of latents, these in their place. first: the queries before it are left out. dtype: to attend in, once keys and values are
     rounded and restored in their own; by default the same.
     Returns (B, T - first, query heads, D).
     """
@@ -75,12 +76,13 @@ def attend_as_decoding(
             f"decoding_reads needs a whole text in each forward: {call.query.shape[2]} queries came with {tokens} "
             "keys.\n  Give it no cache that already holds tokens."
         )
-    keys = _copies(call.layer, "key", entry.key, window, quantizer, call.key)
-    values = _copies(call.layer, "value", entry.value, window, quantizer, call.value)
+    keys = _copies(call.layer, "key", key, window, quantizer, call.cached[0])
+    values = _copies(call.layer, "value", value, window, quantizer, call.cached[1])
     if keys.counts[-1] == values.counts[-1] == 0 and first == 0 and dtype is None:
         return call.run()
     if dtype is not None:
         call, keys, values = call.promoted(dtype), keys.promoted(dtype), values.promoted(dtype)
+    expanded = None if call.latents is None else _Expanded(call, call.latents, keys, values)
     mask = _additive(call.mask, tokens, call.query)
     bias = call.options.get("position_bias")
     outputs = []
@@ -90,10 +92,11 @@ def attend_as_decoding(
         options = {name: given[:, :, queries] for name, given in call.options.items() if _is_by_query(given, tokens)}
         if bias is not None:
             options["position_bias"] = _joined(bias[:, :, queries, piece.start : piece.stop] for piece in pieces)
+        read = [_read(piece, keys, values) if expanded is None else expanded.read(piece) for piece in pieces]
         output = call.run(
             call.query[:, :, queries],
-            _joined((keys.cut(piece.start, piece.stop, piece.key_restored) for piece in pieces), 2),
-            _joined((values.cut(piece.start, piece.stop, piece.value_restored) for piece in pieces), 2),
+            _joined((key_states for key_states, _ in read), 2),
+            _joined((value_states for _, value_states in read), 2),
             _joined(_masked(mask, piece, keys, values, queries) for piece in pieces),
             **options,
         )
@@ -106,11 +109,11 @@ def _is_by_query(option: object, tokens: int) -> bool:
     return isinstance(option, Tensor) and option.dim() == 4 and option.shape[2] == tokens
 
 
-def _check_head_dims(call: AttentionCall, entry: LayerPlan, plan: BitPlan) -> None:
+def _check_head_dims(call: AttentionCall, entry: AnyLayerPlan, plan: BitPlan) -> None:
     assert plan.geometry is not None
     shape = plan.geometry.layers[entry.layer]
-    _check_head_dim(entry.layer, "key", head_dim_of(shape, "key"), call.key)
-    _check_head_dim(entry.layer, "value", head_dim_of(shape, "value"), call.value)
+    for name, exact in zip(TENSORS, call.cached, strict=True):
+        _check_head_dim(entry.layer, name, head_dim_of(shape, name), exact)
 
 
 def _check_head_dim(layer: int, name: TensorName, planned: int, exact_BHTD: Tensor) -> None:
@@ -153,6 +156,42 @@ class _Piece:
     value_restored: bool
     for_all: bool
     """Whether every query of the chunk reads this copy."""
+
+
+def _read(piece: _Piece, keys: _Copies, values: _Copies) -> tuple[Tensor, Tensor]:
+    """Return the keys and values that a piece has, (B, H, N, D) each."""
+    return (
+        keys.cut(piece.start, piece.stop, piece.key_restored),
+        values.cut(piece.start, piece.stop, piece.value_restored),
+    )
+
+
+class _Expanded:
+    """The keys and values that are made of each mixture of exact and restored latents, each mixture once."""
+
+    def __init__(self, call: AttentionCall, latents: Latents, latent: _Copies, rope: _Copies) -> None:
+        self._exact = call.key, call.value
+        self._expand = latents.expand
+        self._copies = latent, rope
+        self._made: dict[tuple[bool, bool], tuple[Tensor, Tensor]] = {}
+
+    def read(self, piece: _Piece) -> tuple[Tensor, Tensor]:
+        """Return the keys and values that a piece has, (B, H, N, D) each."""
+        restored = piece.key_restored, piece.value_restored
+        if restored == (False, False):
+            key, value = (states[:, :, piece.start : piece.stop] for states in self._exact)
+            return key, value
+        latent, rope = self._copies
+        if restored not in self._made:
+            stop = latent.sinks + min(
+                copies.restored.shape[2] for copies, is_restored in zip(self._copies, restored, strict=True) if is_restored
+            )
+            self._made[restored] = self._expand(
+                latent.cut(latent.sinks, stop, restored[0]), rope.cut(rope.sinks, stop, restored[1])
+            )
+        place = slice(piece.start - latent.sinks, piece.stop - latent.sinks)
+        key, value = (states[:, :, place] for states in self._made[restored])
+        return key, value
 
 
 def _copies(

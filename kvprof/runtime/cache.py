@@ -26,7 +26,7 @@ from kvprof.records.geometry import ELEMENT_BYTES
 from kvprof.records.plan import BitPlan
 from kvprof.runtime.hook import hook
 from kvprof.runtime.kernels import TORCH, kernels_named
-from kvprof.runtime.layers import PlannedHybridLayer, PlannedLayer, planned_layer, tokens_left
+from kvprof.runtime.layers import PlannedHybridLayer, PlannedIndexedLayer, PlannedLayer, planned_layer, tokens_left
 
 
 class PlanCache(Cache):  # type: ignore[misc]
@@ -81,11 +81,14 @@ class PlanCache(Cache):  # type: ignore[misc]
             geometry = geometry.model_copy(update={"dtype": dtype})
         plan = plan.model_copy(update={"geometry": geometry})
         chosen = kernels_named(kernels, model.device)
-        hooked = None if chosen is TORCH else hook(model, chosen)
+        packed = any(not geometry.layers[entry.layer].is_latent for entry in plan.layers)
+        hooked = hook(model, chosen) if packed and chosen is not TORCH else None
         layers = list(DynamicCache(config=model.config).layers)
         layers += [DynamicLayer() for _ in range(geometry.num_layers - len(layers))]
         for entry in plan.layers:
-            planned = PlannedLayer(plan, entry, geometry.layers[entry.layer], chosen, hooked)
+            shape = geometry.layers[entry.layer]
+            kind = PlannedIndexedLayer if shape.indexer_width else PlannedLayer
+            planned = kind(plan, entry, shape, chosen, hooked)
             own = layers[entry.layer]
             if isinstance(own, LinearAttentionCacheLayerMixin):
                 layers[entry.layer] = PlannedHybridLayer(planned, own.number_of_states)
@@ -222,7 +225,8 @@ def _held_bytes(layer: Any) -> int:
     planned = planned_layer(layer)
     if planned is not None:
         return sum(tensor.numel() * tensor.element_size() for tensor in planned.tensors())
-    held = [x for x in (getattr(layer, "keys", None), getattr(layer, "values", None)) if x is not None and x.numel()]
+    parts = (getattr(layer, name, None) for name in ("keys", "values", "indexer_keys"))
+    held = [x for x in parts if x is not None and x.numel()]
     if isinstance(layer, DynamicSlidingWindowLayer):
         read = min(layer.get_seq_length(), layer.sliding_window)
         return sum(x.numel() // x.shape[2] * read * x.element_size() for x in held)

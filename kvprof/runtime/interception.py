@@ -6,6 +6,7 @@ Reads a model's config and modules, and leaves them as found. Does not know plan
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import sys
 import weakref
@@ -29,11 +30,41 @@ Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
+class Latents:
+    """What latent attention (MLA) caches, and makes keys and values of.
+
+    module: the attention. latent: (B, 1, T, rank). rope: the rotary part of all heads' keys, (B, 1, T, D_rope).
+    """
+
+    module: nn.Module
+    latent: Tensor
+    rope: Tensor
+
+    def expand(self, latent: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values that the module makes of some latents, (B, heads, T, D) each."""
+        made: tuple[Tensor, Tensor] = type(self.module).expand_kv(self.module, latent, rope)  # type: ignore[operator]
+        return made
+
+    def promoted(self, dtype: torch.dtype) -> Latents:
+        """Return latents that are expanded in a wider dtype. Raises UnsupportedAttention where weights are not at hand."""
+        up: Any = self.module.kv_b_proj
+        if type(up) is not nn.Linear or up.weight.is_meta:
+            raise UnsupportedAttention(
+                f"{type(self.module).__name__} makes its keys of a latent by a {type(up).__name__} that cannot be "
+                f"widened to {str(dtype).removeprefix('torch.')}."
+            )
+        wide = copy.copy(self.module)
+        wide._modules = {**self.module._modules, "kv_b_proj": copy.deepcopy(up).to(dtype)}
+        return Latents(wide, self.latent.to(dtype), self.rope.to(dtype))
+
+
+@dataclass(frozen=True)
 class AttentionCall:
     """A layer that attends: what it was given, and the function that it would call by itself.
 
     layer: whose keys and values these are; another one where a layer shares them. query, key, value: (B, query or KV
-    heads, T, D). mask: (B or 1, 1, T, T), added to the scores, or None. options: what else the function takes.
+    heads, T, D). mask: (B or 1, 1, T, T), added to the scores, or None. options: what else the function takes. latents:
+    what keys and values were made of, where the layer caches that in their place.
     """
 
     layer: int
@@ -45,6 +76,20 @@ class AttentionCall:
     value: Tensor
     mask: Tensor | None
     options: Mapping[str, Any]
+    latents: Latents | None = None
+
+    @property
+    def cached(self) -> tuple[Tensor, Tensor]:
+        """What the cache holds of the layer: keys and values, or the latents in their place."""
+        return (self.key, self.value) if self.latents is None else (self.latents.latent, self.latents.rope)
+
+    def detached(self) -> AttentionCall:
+        """Return the call with tensors that no gradient passes through."""
+        states = {name: getattr(self, name).detach() for name in ("query", "key", "value")}
+        if self.latents is not None:
+            latent, rope = (states.detach() for states in self.cached)
+            states["latents"] = replace(self.latents, latent=latent, rope=rope)
+        return replace(self, **states)
 
     def run(
         self,
@@ -72,7 +117,12 @@ class AttentionCall:
             return given.to(dtype) if isinstance(given, Tensor) and given.is_floating_point() else given
 
         states = {name: wide(getattr(self, name)) for name in ("query", "key", "value", "mask")}
-        return replace(self, **states, options={name: wide(given) for name, given in self.options.items()})
+        latents = None
+        if self.latents is not None:
+            latents = self.latents.promoted(dtype)
+            states["key"], states["value"] = latents.expand(latents.latent, latents.rope)
+        options = {name: wide(given) for name, given in self.options.items()}
+        return replace(self, **states, options=options, latents=latents)
 
 
 @contextlib.contextmanager
@@ -91,11 +141,14 @@ def attention_through(
         return
     decoders = text_decoders(model)
     configs = {id(decoder.config): decoder.config for decoder in decoders}
+    latent = {module for decoder in decoders for module in decoder.modules() if hasattr(module, "expand_kv")}
     before = [(config, config._attn_implementation, _active.get(key)) for key, config in configs.items()]
     _, name, outer = before[0]
     here = _Interception(model, layers, attend, name if outer is None else outer.own)
     hooks = [decoder.register_forward_hook(here.check_complete) for decoder in decoders]
     try:
+        for module in latent:
+            module.expand_kv = functools.partial(here.expand, module)
         for key, config in configs.items():
             _active[key] = here
             config._attn_implementation = {"": NAME}  # a dict leaves the configs inside this one alone
@@ -103,6 +156,11 @@ def attention_through(
     finally:
         for hook in hooks:
             hook.remove()
+        for module in latent:
+            if outer is None:
+                module.__dict__.pop("expand_kv", None)
+            else:
+                module.expand_kv = functools.partial(outer.expand, module)
         for config, name, outer in before:
             config._attn_implementation = {"": name}
             if outer is None:
@@ -159,9 +217,19 @@ class _Interception:
         fallback = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
         self.own = own if own in ("eager", "sdpa") else fallback
         self._keys: dict[int, weakref.ref[Tensor]] = {}
+        self._latents: dict[nn.Module, Latents] = {}
+
+    def expand(self, module: nn.Module, latent: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+        """Make keys and values of latents as the module does; keep these for its attention, which comes next."""
+        self._latents[module] = Latents(module, latent, rope)
+        return self._latents[module].expand(latent, rope)
+
+    def latents_of(self, module: nn.Module) -> Latents | None:
+        """Return what a module has just made its keys of, once; None where it made them of no latents."""
+        return self._latents.pop(module, None)
 
     def layer_of(self, module: nn.Module, key_BHTD: Tensor) -> int | None:
-        """Return which of the layers made these keys, or None where none did."""
+        """Return which of the layers made these keys, or latents, or None where none did."""
         layer = getattr(module, "layer_idx", None)
         if layer in self.layers:
             self._keys[layer] = weakref.ref(key_BHTD)
@@ -189,13 +257,25 @@ def _attend(
     """Attend as the module would by itself, or as the caller says. Returns weights only where a layer is left alone."""
     here = _active[id(module.config)]
     own = own_attention(module, here.own)
-    layer = here.layer_of(module, key)
+    latents = here.latents_of(module)
+    layer = here.layer_of(module, key if latents is None else latents.latent)
+    if latents is not None and (selected := kwargs.pop("indices", None)) is not None:
+        attention_mask = _closed_but(selected, attention_mask, key)  # as the module does for attention that it knows
     if layer is None:
         return own(module, query, key, value, attention_mask, **kwargs)
     if any(name.endswith("indices") and given is not None for name, given in kwargs.items()):
         raise UnsupportedAttention(f"{here.model_name} reads a selection of its keys only (sparse attention).")
-    call = AttentionCall(layer, here.model_name, module, own, query, key, value, attention_mask, kwargs)
+    call = AttentionCall(layer, here.model_name, module, own, query, key, value, attention_mask, kwargs, latents)
     return here.attend(call), None
+
+
+def _closed_but(selected: Tensor, mask: Tensor | None, key_BHTD: Tensor) -> Tensor:
+    """Return the mask closed to all keys but those that an indexer selected for each query. selected: (B, T, k)."""
+    keys = key_BHTD.shape[2]
+    closed = torch.ones(*selected.shape[:2], keys, dtype=torch.bool, device=selected.device)
+    closed = closed.scatter(-1, selected.long(), False)[:, None]  # (B, 1, T, keys)
+    open_ = torch.zeros(1, dtype=key_BHTD.dtype, device=closed.device) if mask is None else mask
+    return open_.masked_fill(closed, torch.finfo(key_BHTD.dtype).min)
 
 
 # The mask always comes as numbers, also where the model's own attention would be content with "causal".

@@ -15,7 +15,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAtte
 
 from kvprof.errors import CacheError, Mismatch
 from kvprof.records.geometry import KVLayer
-from kvprof.records.plan import BitPlan, LayerPlan
+from kvprof.records.plan import AnyLayerPlan, BitPlan
 from kvprof.runtime.history import History
 from kvprof.runtime.hook import Hook, Packed
 from kvprof.runtime.kernels import TORCH, Kernels
@@ -39,7 +39,7 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
     def __init__(
         self,
         plan: BitPlan,
-        entry: LayerPlan,
+        entry: AnyLayerPlan,
         shape: KVLayer,
         kernels: Kernels = TORCH,
         hook: Hook | None = None,
@@ -48,7 +48,8 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.shape = shape
         self.is_sliding = shape.window is not None
         self.record_past = False
-        if self.is_sliding:  # the GPU's kernels take a history that begins with a page; a window's is short
+        # The GPU's kernels take a history that begins with a page, and attend to keys and values as they are stored.
+        if self.is_sliding or shape.is_latent:
             kernels, hook = TORCH, None
         self.hook = hook
         heads, (window, quantizer), span = shape.kv_heads, (plan.window, plan.quantizer), shape.window
@@ -243,6 +244,42 @@ class PlannedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _repeated(self, states: Tensor) -> Tensor:
         return states.repeat_interleave(self.repeats, dim=1) if self.repeats > 1 else states
+
+
+class PlannedIndexedLayer(PlannedLayer):
+    """A layer whose attention reads a selection of its tokens, by keys that an indexer caches in full precision."""
+
+    indexer_keys: Tensor | None = None
+    """(B, T, indexer width); None where nothing came yet."""
+
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        """Add the indexer's keys of new tokens, (B, T, width); return those of all."""
+        held = self.indexer_keys
+        if held is not None:
+            indexer_key_states = torch.cat([held.to(indexer_key_states.device), indexer_key_states], dim=1)
+        self.indexer_keys = indexer_key_states.detach()
+        return indexer_key_states
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens, as `PlannedLayer` does."""
+        super().crop(tokens_to_remove)
+        if self.indexer_keys is not None:
+            self.indexer_keys = self.indexer_keys[:, : self.get_seq_length()].clone()
+
+    def reset(self) -> None:
+        """Forget every token."""
+        super().reset()
+        self.indexer_keys = None
+
+    def change_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply a change of dimension 0 to every tensor."""
+        super().change_batch(change)
+        if self.indexer_keys is not None:
+            self.indexer_keys = change(self.indexer_keys)
+
+    def tensors(self) -> list[Tensor]:
+        """Return every tensor held."""
+        return super().tensors() + ([] if self.indexer_keys is None else [self.indexer_keys])
 
 
 class PlannedHybridLayer(LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]

@@ -25,7 +25,7 @@ from kvprof.records.geometry import CacheGeometry, KVLayer
 from kvprof.records.plan import BitPlan, oldest_held, quantized_tokens
 from kvprof.records.runs import replaced_when_whole
 from kvprof.runtime.cache import PlanCache
-from kvprof.runtime.layers import PlannedLayer, planned_layer
+from kvprof.runtime.layers import PlannedIndexedLayer, PlannedLayer, planned_layer
 from kvprof.runtime.storage import TensorStore
 
 SCHEMA = "kvprof.cache/2"
@@ -148,6 +148,8 @@ def _take(layer: Any) -> dict[str, Tensor]:
     if planned is not None:
         for name, store in zip(("key", "value"), planned.stores, strict=True):
             tensors |= {f"{name}.{part}": tensor for part, tensor in store.named_tensors()}
+        if isinstance(planned, PlannedIndexedLayer) and planned.indexer_keys is not None:
+            tensors["indexer"] = planned.indexer_keys
     elif isinstance(layer, DynamicLayer) and layer.is_initialized:
         tensors = {"keys": layer.keys, "values": layer.values}
     if isinstance(layer, LinearAttentionCacheLayerMixin):
@@ -212,6 +214,11 @@ def _give_planned(planned: PlannedLayer, tensors: dict[str, Tensor], fact: Layer
         store.oldest = fact.tokens - store.held
         if not _obeys(store, fact):
             raise ValueError(f"the {name}s of layer {planned.shape.layer} are not cut as the plan says")
+    if isinstance(planned, PlannedIndexedLayer):
+        planned.indexer_keys = tensors.pop("indexer")
+        size = fact.batch, fact.tokens, planned.shape.indexer_width
+        if planned.indexer_keys.shape != size or planned.indexer_keys.dtype != model.dtype:
+            raise ValueError(f"the indexer of layer {planned.shape.layer} holds no {size} of {model.dtype}")
     planned.is_initialized = True
 
 
