@@ -87,6 +87,8 @@ def _small(config: PretrainedConfig, sections: bool) -> PretrainedConfig:
     plain = {name: value for name, value in vars(config).items() if not name.startswith("_") and name not in _LEFT_OUT}
     counts = {value for name, value in plain.items() if re.search(_LAYER_COUNT, name) and type(value) is int}
     settings = {name: _setting(name, value, counts, sections) for name, value in plain.items()}
+    if "qk_nope_head_dim" in settings and "qk_head_dim" in settings:
+        settings["qk_head_dim"] = settings["qk_nope_head_dim"] + settings["qk_rope_head_dim"]
     if settings.get("kv_lora_rank") is not None and "num_attention_heads" in settings:
         settings["num_key_value_heads"] = settings["num_attention_heads"]  # a head's own keys are made of the latent
     share = _partial(settings)

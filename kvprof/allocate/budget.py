@@ -162,6 +162,7 @@ def spent(
                 width * (geometry.element_bytes if form.is_full else form.stored_bits(head_dim) / 8)
                 for (form, head_dim), width in growing.items()
             )
+            + sum(geometry.indexer_bytes(geometry.layers[layer], 1) for layer in {tensor.layer for tensor in tensors})
         )
     return Budget(
         requested=None if limit is None else float(limit.amount),

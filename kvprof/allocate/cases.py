@@ -119,7 +119,10 @@ def _usual_widths(
     return [
         [
             Measured(
-                usual_format(tensor.stored_as, bits, group_of[tensor.name], tensor.head_dim), square * 4.0**-bits, None, None
+                usual_format(tensor.stored_as, bits, group_of[tensor.name], tensor.head_dim),
+                square * 4.0**-bits,
+                None,
+                None,
             )
             for bits in USUAL_BITS
         ]

@@ -29,7 +29,7 @@ class Prices:
     share: int
     """Elements that a limit in bits is averaged over; 1 for bytes."""
     offset: int
-    """Bytes that layers which no plan covers take in any case; 0 for bits."""
+    """Bytes that layers which no plan covers, and indexers, take in any case; 0 for bits."""
 
     @property
     def reach(self) -> tuple[Fraction, Fraction]:
@@ -75,8 +75,9 @@ def price(
         ]
         planned = {tensor.layer for tensor in tensors}
         skipped = [shape for shape in shapes if shape.layer not in planned]
-        offset = limit.batch * sum(shape.tokens_kept(context) * geometry.bytes_per_token(shape) for shape in skipped)
-        return Prices(in_bytes, limit.unit, denominator=1, share=1, offset=offset)
+        fixed = sum(shape.tokens_kept(context) * geometry.bytes_per_token(shape) for shape in skipped)
+        fixed += sum(geometry.indexer_bytes(shapes[layer], context) for layer in planned)
+        return Prices(in_bytes, limit.unit, denominator=1, share=1, offset=limit.batch * fixed)
     bits_of: dict[tuple[Format, int | None], Fraction] = {}  # tensors have formats in common, and fractions are slow
 
     def bits(form: Format, head_dim: int | None) -> Fraction:

@@ -178,7 +178,8 @@ def _norm_greedy(contest: _Contest, norms: Scores, metric: str) -> BitPlan:
         widths, group_size = option
         costs = [
             sorted(
-                tensor.width * usual_format(tensor.stored_as, bits, group_size, tensor.head_dim).stored_bits(tensor.head_dim)
+                tensor.width
+                * usual_format(tensor.stored_as, bits, group_size, tensor.head_dim).stored_bits(tensor.head_dim)
                 for bits in widths
             )
             for tensor in contest.tensors

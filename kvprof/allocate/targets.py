@@ -116,6 +116,13 @@ def layer_choice(layers: str | None, target: Target | None, geometry: CacheGeome
     return "full" if layers == "full" else "all"
 
 
+def latents_unknown(target: Target, geometry: CacheGeometry | None) -> str | None:
+    """Return why a runtime can be told nothing of a model with latent attention (MLA), or None where it can."""
+    if target.name == "transformers" or geometry is None or not any(shape.is_latent for shape in geometry.planned):
+        return None
+    return f"the model has latent attention (MLA), and kvprof does not know how {target.name} stores a latent"
+
+
 def sliding_remark(plan: BitPlan, target: Target) -> str | None:
     """Return that a runtime quantizes the sliding layers that a plan leaves alone, where it does; else None."""
     skipped = [] if plan.geometry is None else [plan.geometry.layers[layer] for layer in plan.reasons]

@@ -106,6 +106,11 @@ def run_benchmark(
     device = usable_device(settings.device)
     kernels = kernels_named(settings.kernels, device)
     plan = subject.fitted(plan)
+    if any(subject.geometry.layers[entry.layer].is_latent for entry in plan.layers):
+        raise UsageError(
+            "kvprof benchmark times attention to keys and values as they are cached; this model has latent attention "
+            "(MLA), which makes them of what is cached first."
+        )
     digest = plan.digest
     dtype = _dtype(settings.dtype, subject, device.type)
     geometry = subject.geometry.model_copy(update={"dtype": dtype})

@@ -19,7 +19,7 @@ from kvprof.evaluate.timing import added, sets_needed, time_calls
 from kvprof.records.benchmark import AttentionRun, Timing
 from kvprof.records.formats import TENSORS
 from kvprof.records.geometry import KVLayer
-from kvprof.records.plan import BitPlan, LayerPlan, TensorPlan, tensor_bytes
+from kvprof.records.plan import AnyLayerPlan, BitPlan, TensorPlan, tensor_bytes
 from kvprof.runtime.layers import PlannedLayer
 
 GROUPS_APPENDED = 2
@@ -30,7 +30,7 @@ GROUPS_APPENDED = 2
 class Kind:
     """A pair of formats on a layer of one shape; an entry and a layer that stand for all like them."""
 
-    entry: LayerPlan
+    entry: AnyLayerPlan
     shape: KVLayer
 
     @property

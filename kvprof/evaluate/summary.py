@@ -104,17 +104,20 @@ def context_bytes(plan: BitPlan, geometry: CacheGeometry, tokens: int) -> Contex
 
 
 def costs(plan: BitPlan, geometry: CacheGeometry) -> tuple[float, float, float]:
-    """Return nominal and stored bits an element, weighted by cached width, and bytes a token."""
-    width, nominal, stored = 0, 0, Fraction(0)
+    """Return nominal and stored bits an element, weighted by cached width, and the bytes that one more token adds."""
+    width, nominal, stored, adds = 0, 0, Fraction(0), Fraction(0)
     for entry in plan.layers:
         shape = geometry.layers[entry.layer]
+        adds += geometry.indexer_bytes(shape, 1)
         for tensor in TENSORS:
             form, head_dim = entry.tensor(tensor), head_dim_of(shape, tensor)
             elements = shape.kv_heads * head_dim
             width += elements
             nominal += elements * form.bits
             stored += elements * form.stored_bits(head_dim)
-    return float(Fraction(nominal, width)), float(stored / width), float(stored / 8)
+            if shape.window is None:  # a window that is full grows no more
+                adds += elements * (geometry.element_bytes if form.is_full else form.stored_bits(head_dim) / 8)
+    return float(Fraction(nominal, width)), float(stored / width), float(adds)
 
 
 def _stderr(totals: Sequence[float], counts: Sequence[int]) -> float | None:

@@ -6,8 +6,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from kvprof.allocate.targets import Target
-from kvprof.errors import UsageError
+from kvprof.allocate.targets import Target, latents_unknown
+from kvprof.errors import Inexpressible, UsageError
 from kvprof.export.artefact import Artefact
 from kvprof.export.exllamav3 import write_exllamav3
 from kvprof.export.kvtuner import write_kvtuner
@@ -47,6 +47,8 @@ def export(plan: BitPlan, target: Target, path: Path, out: Path | None = None) -
     folder = path.parent if out is None else out
     if out is not None and out.exists() and path.exists() and out.samefile(path):
         raise UsageError(f"--out {out} is the plan itself.\n  Name another file, or a folder.")
+    if (unknown := latents_unknown(target, plan.geometry)) is not None:
+        raise Inexpressible(f"{target.name} cannot be told this plan: {unknown}.")
     if target.name != "transformers":
         made = WRITERS[target.name](plan, target)
         return made, _place(path, folder, target, made.suffix)

@@ -157,9 +157,7 @@ def build_skeleton(config: PretrainedConfig) -> Skeleton:
     return Skeleton(text, modules, projections, architecture, left_alone)
 
 
-def _unplanned_latents(
-    decoder: Mapping[str, nn.Module], layers: Collection[int]
-) -> dict[int, tuple[LayerKind, str]]:
+def _unplanned_latents(decoder: Mapping[str, nn.Module], layers: Collection[int]) -> dict[int, tuple[LayerKind, str]]:
     """Return which of the layers of latent attention no plan can cover, what they cache instead, and why."""
     if not layers:
         return {}
@@ -172,7 +170,10 @@ def _unplanned_latents(
         attention = decoder[found[layer].attention]
         if not hasattr(attention, "expand_kv"):
             version = transformers.__version__
-            unplanned[layer] = "other", f"{LATENT}: transformers {version} caches the keys and values made of the latent"
+            unplanned[layer] = (
+                "other",
+                f"{LATENT}: transformers {version} caches the keys and values made of the latent",
+            )
         elif attention.qk_rope_head_dim == 0:
             unplanned[layer] = "latent", f"{LATENT} without a rotary part"
     return unplanned

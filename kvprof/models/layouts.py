@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -41,6 +41,7 @@ LAYOUTS = (
     Layout(("attn.qkv_proj",), "qvk", blocks="four"),  # CodeGen: cut for four TPU cores
     Layout(("self_attention.kv_proj",), "kv"),  # JetMoE
     Layout(("kv_a_proj_with_mqa",), "kv"),  # latent attention (DeepSeek and after it): the latent, the rotary part
+    Layout(("attention.wkv_a_with_mqa",), "kv"),  # the same in checkpoints of Mistral Large 4
     Layout(("attn_kv_a_mqa",), "kv"),  # the same in a GGUF
     Layout(("self_attn.to_k", "self_attn.to_v"), "k,v"),  # checkpoints of Cosmos3
     Layout(("attn.wk_dv", "attn.wv_dv"), "k,v"),  # checkpoints of Inkling
@@ -115,7 +116,7 @@ def find_projections(
     if geometry is not None:
         check_projects(geometry)
         keys_alone = {layer.layer for layer in geometry.scored if layer.values_of_key_projection}
-    stacks: dict[tuple[str, str, Layout], dict[int, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
+    stacks: dict[_Stack, dict[int, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
     seen: set[str] = set()
     for name in names:
         match = _NAMED.match(name)
@@ -137,6 +138,7 @@ def find_projections(
         for stack, by_layer in stacks.items()
         for value in (stack[2].names[-1],)
     }
+    candidates |= _several_a_block(candidates)
     if geometry is not None:
         for found in candidates.values():
             for layer in geometry.scored:  # a checkpoint has the weights of a shared block once
@@ -157,6 +159,31 @@ def find_projections(
         ),
     )
     return covering[stack]
+
+
+_Stack = tuple[str, str, Layout]
+"""What the blocks of a stack are in, what their projections are in, and how these are cut."""
+
+
+def _several_a_block(stacks: Mapping[_Stack, Mapping[int, Projection]]) -> dict[_Stack, dict[int, Projection]]:
+    """Return the stacks whose blocks have several attentions, `self_attn.0` and `self_attn.1` (LongCat-Flash).
+
+    Each attention is a layer of the cache: with two a block, those of block 3 are layers 6 and 7.
+    """
+    groups: dict[_Stack, dict[int, Mapping[int, Projection]]] = defaultdict(dict)
+    for (stack, parent, layout), found in stacks.items():
+        if match := re.fullmatch(r"(.+\.)(\d+)\.", parent):
+            groups[stack, match[1], layout][int(match[2])] = found
+    joined = {}
+    for key, attentions in groups.items():
+        several = len(attentions)
+        if sorted(attentions) == list(range(several)) and len({tuple(found) for found in attentions.values()}) == 1:
+            joined[key] = {
+                block * several + place: replace(projection, layer=block * several + place)
+                for place, found in attentions.items()
+                for block, projection in found.items()
+            }
+    return joined
 
 
 def check_projects(geometry: CacheGeometry) -> None:

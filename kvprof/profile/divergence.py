@@ -42,11 +42,11 @@ from kvprof.records.inventory import Inventory
 from kvprof.records.plan import (
     USUAL_WINDOW,
     BitPlan,
-    LayerPlan,
     Quantizer,
     SkippedLayer,
     TensorPlan,
     Window,
+    layer_plan,
     layers_left_alone,
 )
 from kvprof.records.runs import Journal
@@ -244,8 +244,9 @@ def _scores(
         layers=tuple(
             layer_scores(
                 shape.layer,
-                *(loss_scores(found.get((shape.layer, tensor), {}), text.info) for tensor in TENSORS),
-                latent=shape.is_latent,
+                loss_scores(found.get((shape.layer, "key"), {}), text.info),
+                loss_scores(found.get((shape.layer, "value"), {}), text.info),
+                shape.is_latent,
             )
             for shape in inventory.geometry.scored
         ),

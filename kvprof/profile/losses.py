@@ -159,7 +159,7 @@ class _Probe:
         for tensor in TENSORS:
             for form in self.formats.get((call.layer, tensor), ()):
                 one = TensorPlan(**form.model_dump())
-                delta = attend(call, **({"key": _UNTOUCHED, "value": _UNTOUCHED} | {tensor: one})).sub_(exact)
+                delta = attend(call, *(one if name == tensor else _UNTOUCHED for name in TENSORS)).sub_(exact)
                 dots = (delta.mul_(gradient)).flatten(2).sum(-1, dtype=torch.float64)
                 dots = dots.masked_fill_(~mask, 0.0).cpu()
                 key = (call.layer, tensor, form.name)

@@ -167,6 +167,11 @@ class CacheGeometry(Record):
         return "; ".join(dict.fromkeys(layer.skipped for layer in self.layers if layer.skipped is not None))
 
     @property
+    def unknown(self) -> tuple[KVLayer, ...]:
+        """The layers whose cache kvprof does not know, and cannot count."""
+        return tuple(layer for layer in self.layers if layer.kind == "other")
+
+    @property
     def growing(self) -> tuple[KVLayer, ...]:
         """The layers that keep keys and values, or latents, of every token."""
         return tuple(layer for layer in self.layers if layer.keeps_tokens and layer.window is None)

@@ -32,12 +32,16 @@ class Inventory(Record):
 
     @computed_field  # type: ignore[prop-decorator]
     @property
-    def bytes_per_token(self) -> int:
-        """Bytes that each token adds for good: to the layers whose cache grows with the context."""
+    def bytes_per_token(self) -> int | None:
+        """Bytes that each token adds for good, to the layers whose cache grows; null where a cache is not known."""
+        if self.geometry.unknown:
+            return None
         return sum(map(self.geometry.bytes_per_token, self.geometry.growing))
 
     @computed_field  # type: ignore[prop-decorator]
     @property
-    def bytes_at(self) -> dict[int, int]:
-        """Bytes of the unquantized cache of one sequence, by its tokens of context."""
+    def bytes_at(self) -> dict[int, int] | None:
+        """Bytes of the unquantized cache of one sequence, by its tokens of context; null where a cache is not known."""
+        if self.geometry.unknown:
+            return None
         return {tokens: self.geometry.bytes_at(tokens) for tokens in self.geometry.contexts}

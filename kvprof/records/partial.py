@@ -16,7 +16,7 @@ from typing import Any
 from kvprof.errors import InvalidFile, Mismatch, UsageError
 from kvprof.records.formats import TENSORS, TensorName
 from kvprof.records.sampled import TensorSamples, gradient_scores
-from kvprof.records.scores import CalibrationInfo, AnyLayerScores, Scores, Shard
+from kvprof.records.scores import AnyLayerScores, CalibrationInfo, Scores, Shard
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ AnyLayerPlan = LayerPlan | LatentPlan
 
 
 def layer_plan(layer: int, key: TensorPlan, value: TensorPlan, latent: bool) -> AnyLayerPlan:
-    """Return the entry of a layer. latent: whether it is one of latent attention, whose fields have names of their own."""
+    """Return the entry of a layer. latent: whether it is one of latent attention, with fields of other names."""
     return LatentPlan(layer=layer, latent=key, rope=value) if latent else LayerPlan(layer=layer, key=key, value=value)
 
 

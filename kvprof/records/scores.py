@@ -260,7 +260,7 @@ AnyLayerScores = LayerScores | LatentScores
 
 
 def layer_scores(layer: int, key: TensorScores, value: TensorScores, latent: bool) -> AnyLayerScores:
-    """Return the entry of a layer. latent: whether it is one of latent attention, whose fields have names of their own."""
+    """Return the entry of a layer. latent: whether it is one of latent attention, with fields of other names."""
     if latent:
         return LatentScores(layer=layer, latent=key, rope=value)
     return LayerScores(layer=layer, key=key, value=value)
@@ -403,9 +403,10 @@ class Scores(Document):
             raise ValueError(f"layer {surplus} has no K and V projections in this model; remove its entry")
         if found != sorted(found):
             raise ValueError("layers must stand in ascending order")
-        for entry in self.layers if self.geometry else ():
-            if isinstance(entry, LatentScores) != self.geometry.layers[entry.layer].is_latent:
-                raise ValueError(f"layer {entry.layer} is {self.geometry.layers[entry.layer].kind}: {_FIELDS_OF}")
+        shapes = self.geometry.layers if self.geometry is not None else ()
+        for entry in self.layers if shapes else ():
+            if isinstance(entry, LatentScores) != shapes[entry.layer].is_latent:
+                raise ValueError(f"layer {entry.layer} is {shapes[entry.layer].kind}: {_FIELDS_OF}")
         if self.geometry and self.model and self.geometry.num_layers != self.model.num_layers:
             raise ValueError(
                 f"model.num_layers is {self.model.num_layers}, but the geometry has {self.geometry.num_layers} layers"

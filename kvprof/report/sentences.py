@@ -9,7 +9,9 @@ import math
 from collections.abc import Sequence
 
 from kvprof.records.formats import TENSORS
-from kvprof.records.scores import SCALAR_METRICS, Scores
+from kvprof.records.geometry import CacheGeometry
+from kvprof.records.scores import SCALAR_METRICS, LatentScores, Scores
+from kvprof.records.words import layers_text
 
 
 def larger(key: float, value: float) -> str:
@@ -17,8 +19,27 @@ def larger(key: float, value: float) -> str:
     return "=" if math.isclose(key, value, rel_tol=1e-6) else "K" if key > value else "V"
 
 
-def norm_verdict(scores: Scores) -> str:
-    """Return one line on the key-value norm disparity: in how many layers K exceeds V, in each norm."""
+def latent_remarks(geometry: CacheGeometry | None) -> list[str]:
+    """Return what stands for K and V in layers of latent attention, and what an indexer caches beside it."""
+    layers = [] if geometry is None else [layer for layer in geometry.layers if layer.is_latent]
+    if not layers:
+        return []
+    numbers = layers_text([layer.layer for layer in layers])
+    remarks = [f"{numbers}: latent attention (MLA): K is the latent, V the rotary part of the keys"]
+    if indexed := [layer for layer in layers if layer.indexer_width]:
+        widths = " or ".join(str(width) for width in sorted({layer.indexer_width for layer in indexed}))
+        numbers = layers_text([layer.layer for layer in indexed])
+        remarks.append(f"{numbers}: an indexer caches {widths} numbers a token more, in full precision in any plan")
+    return remarks
+
+
+def norm_verdict(scores: Scores) -> str | None:
+    """Return one line on the key-value norm disparity: in how many layers K exceeds V, in each norm.
+
+    None of a model with latent attention, whose two parts are no keys and values.
+    """
+    if any(isinstance(entry, LatentScores) for entry in scores.layers):
+        return None
     winners = {
         metric: [larger(*pair) for pair in zip(*(scores.column(metric, tensor) for tensor in TENSORS), strict=True)]
         for metric in ("spectral_norm", "frobenius_norm")

@@ -15,7 +15,7 @@ from kvprof.records.words import context_text, layers_text
 from kvprof.report.audits import show_divergence
 from kvprof.report.console import Table, bar, print_flag, print_note, print_plain
 from kvprof.report.losses import show_best_losses, show_losses
-from kvprof.report.sentences import larger, norm_verdict, score_remarks
+from kvprof.report.sentences import larger, latent_remarks, norm_verdict, score_remarks
 
 BAR_CELLS = 6
 """Of the bar beside a gradient norm."""
@@ -31,33 +31,40 @@ def show_inventory(inventory: Inventory) -> None:
     )
     for layer in geometry.layers:
         style = "" if layer.skipped is None else "dim"
-        table.add(*_shape_cells(layer), str(geometry.bytes_per_token(layer)), style=style)
+        size = "not known" if layer in geometry.unknown else str(geometry.bytes_per_token(layer))
+        table.add(*_shape_cells(layer), size, style=style)
     table.print()
     if inventory.dtype_assumed:
         print_plain(f"the config names no dtype, and no weights are here to tell it: {geometry.dtype} is assumed")
     where = f"{len(geometry.growing)} of {geometry.num_layers} layers"
-    if geometry.growing:
-        print_plain(
-            f"each token adds {inventory.bytes_per_token} bytes ({bytes_text(inventory.bytes_per_token)}) in {where}"
-        )
+    if inventory.bytes_per_token is None or inventory.bytes_at is None:
+        print_plain(f"what a token adds is not known: caches of a kind of their own, {_numbers(geometry.unknown)}")
     else:
-        print_plain("no layer grows with the context: tokens that leave a window are let go")
-    print_plain(
-        "  ".join(f"{context_text(tokens)} context: {bytes_text(size)}" for tokens, size in inventory.bytes_at.items())
-    )
+        if geometry.growing:
+            adds = inventory.bytes_per_token
+            print_plain(f"each token adds {adds} bytes ({bytes_text(adds)}) in {where}")
+        else:
+            print_plain("no layer grows with the context: tokens that leave a window are let go")
+        sizes = inventory.bytes_at.items()
+        print_plain("  ".join(f"{context_text(tokens)} context: {bytes_text(size)}" for tokens, size in sizes))
     reasons: dict[str, list[int]] = {}
     for layer in geometry.layers:
         if layer.skipped is not None:
             reasons.setdefault(layer.skipped, []).append(layer.layer)
-    uncounted = [layer.layer for layer in geometry.layers if layer.kind in ("recurrent", "hybrid", "other")]
-    if uncounted:
-        print_plain(f"not counted above: recurrent states and caches of other kinds, {layers_text(uncounted)}")
+    if states := [layer for layer in geometry.layers if layer.kind in ("recurrent", "hybrid")]:
+        print_plain(f"not counted above: recurrent states, {_numbers(states)}")
     for reason, layers in reasons.items():
         print_plain(f"left alone by a plan: {layers_text(layers)}: {reason}")
     show_weight_sharing(geometry)
+    for remark in latent_remarks(geometry):
+        print_plain(remark)
     show_red_flags(inventory)
     if not inventory.red_flags:
         print_plain("no red flags")
+
+
+def _numbers(layers: Sequence[KVLayer]) -> str:
+    return layers_text([layer.layer for layer in layers])
 
 
 def show_weight_sharing(geometry: CacheGeometry) -> None:
@@ -97,7 +104,7 @@ def show_scores(scores: Scores, brief: bool = False) -> None:
         (show_best_losses if brief else show_losses)(scores)
     if not scores.metrics and scores.source != "divergence":  # a measured sample need not cover every layer
         print_plain(f"{title}: {len(scores.layers)} layers, and none of the metrics {', '.join(SCALAR_METRICS)} in all")
-    for remark in score_remarks(scores):
+    for remark in [*latent_remarks(scores.geometry), *score_remarks(scores)]:
         print_note(remark)
 
 
@@ -118,7 +125,8 @@ def _show_norms(scores: Scores, title: str) -> None:
         "spec.: largest singular value; frob.: root of the sum of squares; in: larger one; rank: stable rank",
         style="dim",
     )
-    print_plain(norm_verdict(scores), style="bold")
+    if (verdict := norm_verdict(scores)) is not None:
+        print_plain(verdict, style="bold")
 
 
 def _show_extras(scores: Scores) -> None:

@@ -66,8 +66,9 @@ def attend_as_decoding(
 ) -> Tensor:
     """Attend each query to its own mixture of exact and restored keys and values, as the module does otherwise.
 
-    call: of a whole text. key, value: how what the cache holds is stored; of latents, these in their place. first: the queries before it are left out. dtype: to attend in, once keys and values are
-    rounded and restored in their own; by default the same.
+    call: of a whole text. key, value: how what the cache holds is stored; of latents, these in their place. first: the
+    queries before it are left out. dtype: to attend in, once keys and values are rounded and restored in their own; by
+    default the same.
     Returns (B, T - first, query heads, D).
     """
     tokens = call.key.shape[2]
@@ -184,7 +185,9 @@ class _Expanded:
         latent, rope = self._copies
         if restored not in self._made:
             stop = latent.sinks + min(
-                copies.restored.shape[2] for copies, is_restored in zip(self._copies, restored, strict=True) if is_restored
+                copies.restored.shape[2]
+                for copies, is_restored in zip(self._copies, restored, strict=True)
+                if is_restored
             )
             self._made[restored] = self._expand(
                 latent.cut(latent.sinks, stop, restored[0]), rope.cut(rope.sinks, stop, restored[1])

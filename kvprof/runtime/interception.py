@@ -42,11 +42,12 @@ class Latents:
 
     def expand(self, latent: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values that the module makes of some latents, (B, heads, T, D) each."""
-        made: tuple[Tensor, Tensor] = type(self.module).expand_kv(self.module, latent, rope)  # type: ignore[operator]
+        kind: Any = type(self.module)
+        made: tuple[Tensor, Tensor] = kind.expand_kv(self.module, latent, rope)
         return made
 
     def promoted(self, dtype: torch.dtype) -> Latents:
-        """Return latents that are expanded in a wider dtype. Raises UnsupportedAttention where weights are not at hand."""
+        """Return latents that are expanded in a wider dtype; raise UnsupportedAttention for weights not at hand."""
         up: Any = self.module.kv_b_proj
         if type(up) is not nn.Linear or up.weight.is_meta:
             raise UnsupportedAttention(

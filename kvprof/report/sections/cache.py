@@ -11,7 +11,8 @@ from kvprof.records.gathered import ReportFiles
 from kvprof.records.geometry import CacheGeometry, KVLayer, bytes_text
 from kvprof.records.inventory import Inventory
 from kvprof.records.words import context_text, layers_text
-from kvprof.report.page import Block, Paragraph, Section, Table, missing
+from kvprof.report.page import Block, Paragraph, Section, Table, missing, sentence
+from kvprof.report.sentences import latent_remarks
 
 UNCOUNTED = ("recurrent", "hybrid", "other")
 """Kinds of layer that keep something which is neither a key nor a value of a token."""
@@ -61,6 +62,7 @@ def cache_section(files: ReportFiles, command: str) -> Section:
     if uncounted:
         text = f"Not counted above: recurrent states and caches of other kinds, {layers_text(uncounted)}."
         blocks.append(Paragraph(text, "note"))
+    blocks += [Paragraph(sentence(remark), "note") for remark in latent_remarks(geometry)]
     return Section("cache", "What this model caches", [*blocks, *_flags(files.inventory, command)])
 
 
@@ -91,7 +93,8 @@ def _row(layers: list[KVLayer], geometry: CacheGeometry) -> tuple[str, ...]:
     kind = first.kind + (f", window {first.window} tokens" if first.window else "")
     shape = (first.kv_heads, first.key_head_dim, first.value_head_dim, first.key_width, first.value_width)
     cells = tuple(map(str, shape)) if first.keeps_tokens else ("-",) * 5
-    return numbers, kind, *cells, str(geometry.bytes_per_token(first)), first.skipped or "yes"
+    size = "not known" if first in geometry.unknown else str(geometry.bytes_per_token(first))
+    return numbers, kind, *cells, size, first.skipped or "yes"
 
 
 def _flags(inventory: Inventory | None, command: str) -> list[Block]:

@@ -64,7 +64,8 @@ def _means(scores: Scores) -> str:
             f" The key's norm is {known[most]:#.3g} times the value's in layer {most} and {known[least]:#.3g} times in "
             f"layer {least}."
         )
-    return f"{text} In short: {norm_verdict(scores)}."
+    verdict = norm_verdict(scores)
+    return text if verdict is None else f"{text} In short: {verdict}."
 
 
 def _draw(scores: Scores, norm: Norm, num_layers: int) -> str:
