@@ -26,8 +26,9 @@ from kvprof.profile import losses
 from kvprof.profile.decoder import Formats, usual_formats
 from kvprof.profile.losses import Effects, loss_effects
 from kvprof.records.document import ModelInfo
-from kvprof.records.formats import Format, TensorName, format_named
-from kvprof.records.plan import BitPlan, LayerPlan, Quantizer, TensorPlan, Window
+from kvprof.records.formats import TENSORS, Format, TensorName, format_named
+from kvprof.records.geometry import KVLayer
+from kvprof.records.plan import BitPlan, Quantizer, TensorPlan, Window, format_of, layer_plan
 from kvprof.runtime.attention import attend_as_decoding, decoding_reads
 from kvprof.runtime.interception import _active
 
@@ -52,7 +53,7 @@ def precise(name: str) -> PreTrainedModel:
 def formats_for(model: PreTrainedModel, names: dict[TensorName, tuple[str, ...]] = NAMES) -> Formats:
     layers = take_inventory(model.config).geometry.planned
     return {
-        (layer.layer, tensor): tuple(format_named(name, tensor, layer.key_head_dim) for name in names[tensor])
+        (layer.layer, tensor): tuple(format_of(layer, tensor, name) for name in names[tensor])
         for layer in layers
         for tensor in ("key", "value")
     }
@@ -183,9 +184,10 @@ def measured_kl(model: PreTrainedModel, ids: Tensor, layer: int, tensor: TensorN
         quantizer=Quantizer(),
         window=WINDOW,
         layers=tuple(
-            LayerPlan(
-                layer=at,
-                **{"key": full, "value": full} | ({tensor: TensorPlan(**form.model_dump())} if at == layer else {}),
+            layer_plan(
+                at,
+                *(TensorPlan(**form.model_dump()) if (at, name) == (layer, tensor) else full for name in TENSORS),
+                latent=take_inventory(model.config).geometry.layers[at].is_latent,
             )
             for at in range(2)
         ),
@@ -300,13 +302,25 @@ def configs(model: PreTrainedModel) -> list[tuple[str, Any]]:
     return [(key, part.config) for key, part in model.named_modules() if hasattr(part, "config")]
 
 
+def heads_of(channels: int) -> KVLayer:
+    return KVLayer(layer=0, kind="full", kv_heads=2, key_head_dim=channels, value_head_dim=channels)
+
+
 def test_the_usual_formats_fit_the_heads() -> None:
-    assert [form.name for form in usual_formats("value", 64)][:4] == ["rot1", "rot2", "rot3", "rot4"]
-    assert len(usual_formats("key", 64)) == 15
-    assert len(usual_formats("value", 64)) == 10
-    assert {form.name for form in usual_formats("value", 32)} >= {"int2g32", "rot1"}
-    assert not any(form.scheme == "rotated" for form in usual_formats("key", 80))
-    assert {form.group_size for form in usual_formats("key", 80)} == {64, 128}
+    assert [form.name for form in usual_formats(heads_of(64), "value")][:4] == ["rot1", "rot2", "rot3", "rot4"]
+    assert len(usual_formats(heads_of(64), "key")) == 15
+    assert len(usual_formats(heads_of(64), "value")) == 10
+    assert {form.name for form in usual_formats(heads_of(32), "value")} >= {"int2g32", "rot1"}
+    assert not any(form.scheme == "rotated" for form in usual_formats(heads_of(80), "key"))
+    assert {form.group_size for form in usual_formats(heads_of(80), "key")} == {64, 128}
+
+
+def test_both_parts_of_a_latent_are_tried_in_the_formats_of_keys() -> None:
+    shape = KVLayer(layer=0, kind="latent", kv_heads=1, key_head_dim=512, value_head_dim=64)
+    latent, rope = (usual_formats(shape, tensor) for tensor in ("key", "value"))
+    assert [form.name for form in latent] == [form.name for form in rope]
+    assert {form.axis for form in rope if form.scheme == "asymmetric"} == {"channel"}
+    assert {form.group_size for form in rope if form.scheme == "rotated"} == {64}
 
 
 def test_memory_does_not_grow_with_the_number_of_formats(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer
 from kvprof.models.identity import live_fingerprint
 from kvprof.models.inventory import take_inventory
 from kvprof.records.document import ModelInfo
-from kvprof.records.plan import BitPlan, LayerChoice, LayerPlan, Quantizer, SkippedLayer, Window
+from kvprof.records.plan import AnyLayerPlan, BitPlan, LayerChoice, Quantizer, SkippedLayer, Window, layer_plan
 from kvprof.runtime.layers import RECORDED_TOKENS
 from kvprof.runtime.quantizer import fake_quantize
 
@@ -56,13 +56,12 @@ def plan_for(
     entries = []
     for number, layer in enumerate(geometry.planned):
         key, value = formats[number % len(formats)]
-        entries.append(
-            LayerPlan(
-                layer=layer.layer,
-                key=tensor_plan(key, "channel", layer.key_head_dim, fraction),
-                value=tensor_plan(value, "token", layer.value_head_dim),
-            )
+        axis = "channel" if layer.is_latent else "token"
+        tensors = (
+            tensor_plan(key, "channel", layer.key_head_dim, fraction),
+            tensor_plan(value, axis, layer.value_head_dim),
         )
+        entries.append(layer_plan(layer.layer, *tensors, layer.is_latent))
     return BitPlan(
         model=ModelInfo(
             num_layers=geometry.num_layers, fingerprint=live_fingerprint(model, geometry) if fingerprint else None
@@ -92,7 +91,7 @@ def step(model: PreTrainedModel, ids: Tensor, cache: Cache, **settings: Tensor) 
 class NaiveLayer(DynamicLayer):
     """Everything in full precision; what the plan would have rounded is rounded on the way out."""
 
-    def __init__(self, plan: BitPlan, entry: LayerPlan, span: int | None) -> None:
+    def __init__(self, plan: BitPlan, entry: AnyLayerPlan, span: int | None) -> None:
         super().__init__()
         self.plan = plan
         self.span = span
