@@ -194,6 +194,10 @@ LATENTS = ("deepseek-v2", "deepseek-v3", "deepseek-v32")
 """Those of latent attention, whose latent is what transformers caches from 5.23 on."""
 
 
+MIXTURES = ("mixtral", "qwen3-moe", "gpt-oss", "jetmoe", "dbrx", "deepseek-v2", "deepseek-v3")
+"""Those whose experts are multiplied as groups, which knows no float64: set their implementation to `eager` first."""
+
+
 def skip_unknown(name: str) -> None:
     """Skip a test of what the installed transformers is too old for."""
     if name in LATENTS and not KNOWS_SHARING:

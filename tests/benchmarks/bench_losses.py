@@ -25,7 +25,7 @@ from kvprof.models.load import load_model, load_tokenizer, resolve
 from kvprof.profile import losses
 from kvprof.profile.decoder import usual_formats
 from kvprof.profile.losses import loss_effects
-from kvprof.records.plan import USUAL_WINDOW, Quantizer, head_dim_of
+from kvprof.records.plan import USUAL_WINDOW, Quantizer
 from kvprof.runtime import attention
 
 QUICK = "--quick" in sys.argv  # a look whether it runs: too few tokens for the claim
@@ -43,7 +43,7 @@ def main() -> int:
     text = tokenize(open_text(), load_tokenizer(source), 1, TOKENS)
     (batch,) = batches(text.sequences, 1)
     formats = {
-        (layer.layer, tensor): usual_formats(tensor, head_dim_of(layer, tensor))
+        (layer.layer, tensor): usual_formats(layer, tensor)
         for layer in take_inventory(model.config).geometry.planned
         for tensor in ("key", "value")
     }

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tiny import KNOWS_SHARING, SHARE, TINY, UNUSUAL, tiny_model
+from shrunk import shrunk
+from tiny import KNOWS_SHARING, LATENTS, SHARE, TINY, UNUSUAL, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig
 from typer.testing import CliRunner
 
@@ -217,7 +218,7 @@ def test_a_model_without_attention_has_nothing_to_plan(name: str) -> None:
     assert inventory.geometry.bytes_at(1000) == 0
 
 
-@pytest.mark.parametrize("name", ["deepseek-v2", "deepseek-v3"])
+@pytest.mark.parametrize("name", LATENTS)
 def test_latents_are_counted_as_transformers_holds_them(name: str) -> None:
     model = tiny_model(name)
     cache = DynamicCache(config=model.config)
@@ -227,31 +228,40 @@ def test_latents_are_counted_as_transformers_holds_them(name: str) -> None:
         assert (layer.kind, layer.kv_heads, layer.key_head_dim, layer.value_head_dim) == ("latent", 1, 16, 4)
         assert tuple(held.keys.shape) == (2, 1, 7, 16)
         assert tuple(held.values.shape) == (2, 1, 7, 4)
-    held_bytes = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
+    parts = [x for layer in cache.layers for x in (layer.keys, layer.values, getattr(layer, "indexer_keys", None))]
+    held_bytes = sum(x.numel() * x.element_size() for x in parts if x is not None)
     assert inventory.geometry.bytes_at(7, batch=2) == held_bytes == 14 * inventory.bytes_per_token
 
 
-def test_latents_with_an_index_beside_them_are_a_cache_that_is_not_known() -> None:
-    if not hasattr(transformers, "DeepseekV32Config"):
-        pytest.skip("this transformers has no DeepSeek-V3.2")
-    layer = take_inventory(transformers.DeepseekV32Config(num_hidden_layers=2)).geometry.layers[0]
-    assert (layer.kind, layer.key_width) == ("other", 0)
-    assert "(MLA) with a cache of a kind unknown" in str(layer.skipped)
+@pytest.mark.parametrize(("name", "indexer"), [("DeepseekV3", 0), ("DeepseekV32", 128), ("LongcatFlash", 0)])
+def test_the_numbers_of_a_token_that_published_models_cache(name: str, indexer: int) -> None:
+    """576 a layer by the reports of DeepSeek-V3 and LongCat-Flash; 128 more in FP8 by the inference code of V3.2."""
+    if not (KNOWS_SHARING and hasattr(transformers, f"{name}Config")):
+        pytest.skip("this transformers does not cache the latent, or has no such model")
+    geometry = take_inventory(getattr(transformers, f"{name}Config")()).geometry
+    for layer in geometry.layers:
+        assert (layer.key_width + layer.value_width, layer.indexer_width) == (576, indexer)
+        assert geometry.bytes_per_token(layer) == 2 * (576 + indexer)
+    assert geometry.num_layers == {"LongcatFlash": 56}.get(name, 61)
 
 
-@pytest.mark.parametrize("name", ["DeepseekV2", "DeepseekV3"])
-def test_latent_attention_is_skipped_with_its_name(name: str) -> None:
-    mla = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
-    experts = {
-        "n_routed_experts": 4,
-        "n_group": 1,
-        "topk_group": 1,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-    }
-    inventory = take_inventory(config(name, **mla | experts, num_key_value_heads=4))
-    assert kinds(inventory) == ["latent"] * 4
-    assert "MLA" in str(inventory.geometry.layers[0].skipped)
+def test_a_latent_without_a_rotary_part_is_counted_and_left_alone() -> None:
+    if not hasattr(transformers, "MistralLarge4TextConfig"):
+        pytest.skip("this transformers has no Mistral Large 4")
+    geometry = take_inventory(shrunk("mistral_large4")).geometry
+    rotary, plain = geometry.layers[0], geometry.layers[3]
+    assert (rotary.value_width, rotary.skipped) == (16, None)
+    assert (plain.kind, plain.key_width, plain.value_width, plain.indexer_width) == ("latent", 16, 0, 16)
+    assert "(MLA) without a rotary part" in str(plain.skipped)
+
+
+def test_a_cache_that_is_not_known_has_no_bytes_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = transformers.models.deepseek_v3.modeling_deepseek_v3
+    monkeypatch.delattr(code.DeepseekV3Attention, "expand_kv", raising=False)
+    inventory = take_inventory(TINY["deepseek-v3"]())
+    assert kinds(inventory) == ["other"] * 2
+    assert "caches the keys and values made of the latent" in str(inventory.geometry.layers[0].skipped)
+    assert inventory.bytes_per_token is inventory.bytes_at is None
 
 
 @pytest.mark.parametrize(("name", "limit"), [("llama", 64), ("mpt", 64), ("gpt2", 64), ("opt", 64), ("bloom", None)])

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from tiny import TINY, tiny_model
+from tiny import MIXTURES, TINY, tiny_model
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -22,8 +22,6 @@ from kvprof.models.layouts import find_projections
 from kvprof.profile.gradients import SequenceNorms, gradient_norms
 from kvprof.profile.scoring import SequenceResult, measure_sensitivity
 from kvprof.records.scores import CalibrationInfo, Scores
-
-MIXTURES = ("mixtral", "qwen3-moe", "gpt-oss", "jetmoe", "dbrx")
 
 
 def ragged(lengths: Sequence[int] = (17, 5, 24, 9)) -> CalibrationSet:
@@ -144,7 +142,7 @@ def test_padding_batch_size_and_order_change_no_score(name: str, side: str) -> N
     assert_same({3 - index: norms for index, norms in measured(model, turned, 2, side).items()}, alone)
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", [name for name in MIXTURES if not name.startswith("deepseek")])
 def test_a_mixture_s_balancing_loss_stays_out(name: str) -> None:
     model = precise_model(name)
     text = ragged()

@@ -19,7 +19,7 @@ import scipy.optimize
 import scipy.stats
 import torch
 import transformers
-from tiny import TINY, tiny_model
+from tiny import MIXTURES, TINY, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
@@ -27,7 +27,7 @@ from transformers.cache_utils import DynamicLayer
 from kvprof.errors import KvprofError, Mismatch, UnsupportedAttention
 from kvprof.models.inventory import take_inventory
 from kvprof.records.document import ModelInfo
-from kvprof.records.plan import BitPlan, LayerPlan, Quantizer, SkippedLayer, TensorPlan, Window
+from kvprof.records.plan import BitPlan, LayerPlan, Quantizer, SkippedLayer, TensorPlan, Window, layer_plan
 from kvprof.runtime import attention, interception
 from kvprof.runtime.attention import decoding_reads
 
@@ -57,7 +57,7 @@ def plan_for(model: PreTrainedModel, key: TensorPlan, value: TensorPlan, sinks: 
         quantizer=Quantizer(rotation_seed=SEED),
         window=Window(sink_tokens=sinks, recent_tokens=recent),
         geometry=geometry,
-        layers=tuple(LayerPlan(layer=layer.layer, key=key, value=value) for layer in geometry.planned),
+        layers=tuple(layer_plan(layer.layer, key, value, layer.is_latent) for layer in geometry.planned),
         skipped=tuple(SkippedLayer(layer=at.layer, reason=at.skipped) for at in geometry.layers if at.skipped),
     )
 
@@ -65,7 +65,7 @@ def plan_for(model: PreTrainedModel, key: TensorPlan, value: TensorPlan, sinks: 
 def precise_model(name: str) -> PreTrainedModel:
     """A tiny model in float64, so that no code is a toss-up between two ways to add."""
     model = tiny_model(name).double()
-    if name in ("mixtral", "qwen3-moe", "gpt-oss", "jetmoe", "dbrx"):
+    if name in MIXTURES:
         model.set_experts_implementation("eager")  # the grouped product of experts knows no float64
     return model
 

@@ -70,7 +70,11 @@ def attended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def plan_for(model: PreTrainedModel, sinks: int = 4, recent: int = 8, **forms: Any) -> BitPlan:
     """A plan that gives every layer the same formats."""
     geometry = take_inventory(model.config).geometry
-    layers = [{"layer": layer.layer, **FORMS, **forms} for layer in geometry.planned]
+    given = FORMS | forms
+    layers = [
+        {"layer": layer.layer} | ({"latent": given["key"], "rope": given["value"]} if layer.is_latent else given)
+        for layer in geometry.planned
+    ]
     skipped = [{"layer": layer.layer, "reason": layer.skipped} for layer in geometry.layers if layer.skipped]
     return BitPlan.model_validate(
         {
