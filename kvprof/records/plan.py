@@ -120,6 +120,20 @@ class Solver(Record):
     predicted_kl_stderr_nats: Number | None = Field(None, exclude_if=is_absent)
     """Its standard error over the calibration sequences."""
 
+    @property
+    def factor(self) -> float | None:
+        """What was multiplied into `predicted_kl_nats`: 1 where nothing was; None where the file does not tell.
+
+        Plans made before there was a `kl_factor` lack it, calibrated or not; they lack `selection_nats` and
+        `lower_bound` too. Their prediction was the factor times the objective. In a later plan without a factor the two
+        may also differ by what tensors share, so their ratio is not known to be the factor.
+        """
+        if self.kl_factor is not None or self.predicted_kl_nats is None:
+            return self.kl_factor
+        later = self.selection_nats is not None or self.lower_bound is not None
+        same = self.objective is not None and math.isclose(self.predicted_kl_nats, self.objective, rel_tol=1e-9)
+        return 1.0 if later or same else None
+
 
 class Provenance(Record):
     """What the plan was made from."""
