@@ -47,7 +47,7 @@ from kvprof.records.plan import (
     SkippedLayer,
     TensorPlan,
     Window,
-    layers_left_alone,
+    covered_geometry,
 )
 from kvprof.records.runs import Journal
 from kvprof.records.sampled import loss_scores
@@ -105,7 +105,7 @@ def run_divergence(
     whole_config = load_config(source)
     inventory = take_inventory(whole_config, source.id)
     whole = inventory.geometry
-    geometry = whole.leaving(layers_left_alone(whole, "all", settings.window))
+    geometry = covered_geometry(whole, "all", settings.window)
     inventory = inventory.model_copy(update={"geometry": geometry})
     probes = choose_probes(geometry, settings.layers, settings.tensors, settings.formats)
     mix, tokenizer = read_text(source, whole_config, settings)

@@ -290,6 +290,13 @@ def layers_left_alone(
     return left
 
 
+def covered_geometry(
+    geometry: CacheGeometry, choice: LayerChoice, window: Window, context: int | None = None
+) -> CacheGeometry:
+    """Return the geometry of a plan that leaves alone what `layers_left_alone` says."""
+    return geometry.leaving(layers_left_alone(geometry, choice, window, context))
+
+
 def head_dim_of(layer: KVLayer, tensor: TensorName) -> int:
     """Return the head dimension of a layer's keys or values."""
     return layer.key_head_dim if tensor == "key" else layer.value_head_dim
