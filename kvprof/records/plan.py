@@ -32,7 +32,8 @@ from kvprof.records.formats import (
     Format,
     TensorName,
 )
-from kvprof.records.geometry import CacheGeometry, KVLayer, check_same_model
+from kvprof.records.geometry import CacheGeometry, KVLayer, bytes_text, check_same_model
+from kvprof.records.words import context_text
 
 
 class TensorPlan(Format):
@@ -200,10 +201,20 @@ class BitPlan(Document):
         return None if self.provenance is None else self.provenance.scores
 
     def _repr_html_(self) -> str:
-        """Return the plan as a notebook shows it."""
-        from kvprof.records.notebook import plan_html
+        """Return the plan as a notebook shows it: bits of every layer's K and V, formats on hovering; what it costs."""
+        from kvprof.records.html import page, table
 
-        return plan_html(self)
+        entries, reasons = {entry.layer: entry for entry in self.layers}, self.reasons
+        layers = range(self.model.num_layers)
+
+        def cell(layer: int, tensor: TensorName) -> tuple[str, str, float | None]:
+            if layer in reasons:
+                return "16", f"full precision: {reasons[layer]}", None
+            return _bits_cell(entries[layer].tensor(tensor))
+
+        rows = [(tensor[0].upper(), [cell(layer, tensor) for layer in layers]) for tensor in TENSORS]
+        title = f"bit plan for {self.model.id or 'a model'}" + (f" by {self.solver.method}" if self.solver else "")
+        return page(title, [table(layers, rows)], _cost_lines(self))
 
     def misfit(self, geometry: CacheGeometry) -> str | None:
         """Return why the plan cannot serve a model of this geometry, or None when it can."""
@@ -264,6 +275,35 @@ class BitPlan(Document):
             else:
                 total += layer.tokens_kept(context) * self.geometry.bytes_per_token(layer)
         return batch * total
+
+
+def _bits_cell(form: TensorPlan) -> tuple[str, str, float | None]:
+    """Return the bits of a tensor, the format's name, and how dark the cell is."""
+    recent = f", the last {form.recent_fraction:.0%} in full precision" if form.recent_fraction else ""
+    # Of 16 bits, which a plan seldom has, no darker than of 8: the text must stay readable on any page.
+    return str(form.bits), form.name + recent, 0.06 * min(form.bits, 8)
+
+
+def _cost_lines(plan: BitPlan) -> list[str]:
+    """Return what a plan costs in every unit that it knows, and what it keeps in full precision."""
+    lines = []
+    budget = plan.budget
+    if budget is not None:
+        known = (
+            (budget.nominal_bits, "nominal bits an element"),
+            (budget.stored_bits, "stored bits an element"),
+            (budget.bytes_per_token, "bytes a token"),
+        )
+        if parts := [f"{number:.6g} {unit}" for number, unit in known if number is not None]:
+            lines.append("costs " + ", ".join(parts))
+    if plan.geometry is not None:
+        at = [f"{bytes_text(plan.bytes_at(context))} at {context_text(context)}" for context in plan.geometry.contexts]
+        lines.append(f"cache of one sequence: {', '.join(at)} tokens")
+    window = plan.window
+    lines.append(f"in full precision: the first {window.sink_tokens} and the last {window.recent_tokens} tokens")
+    if plan.solver is not None and plan.solver.predicted_kl_nats is not None:
+        lines.append(f"predicted KL divergence: {plan.solver.predicted_kl_nats:.3g} nats a token")
+    return lines
 
 
 LayerChoice = Literal["all", "full"]
