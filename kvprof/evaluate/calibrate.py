@@ -24,7 +24,7 @@ from kvprof.calibration.sequences import CalibrationSet, choose_length
 from kvprof.calibration.text import BUILTIN
 from kvprof.errors import InvalidFile, KvprofError, Mismatch, UsageError
 from kvprof.evaluate.logits import Route, choose_route, planned_logits, reference_logits
-from kvprof.evaluate.metrics import LOGIT_ROUNDING_NATS, token_kl
+from kvprof.metrics import LOGIT_ROUNDING_NATS, token_kl
 from kvprof.models.decoder import text_config
 from kvprof.models.identity import fingerprint_of
 from kvprof.models.inventory import position_limit, take_inventory

@@ -21,9 +21,9 @@ from kvprof.calibration.sequences import CalibrationSet, choose_length
 from kvprof.calibration.text import BUILTIN
 from kvprof.errors import CalibrationError, Mismatch, UsageError
 from kvprof.evaluate.logits import choose_route
-from kvprof.evaluate.metrics import LOGIT_ROUNDING_NATS, SOFTMAXES
 from kvprof.evaluate.pieces import Pieces
 from kvprof.evaluate.summary import perplexity, summarise
+from kvprof.metrics import LOGIT_ROUNDING_NATS, SOFTMAXES
 from kvprof.models.costs import Passes, estimate_run
 from kvprof.models.decoder import text_config
 from kvprof.models.identity import checkpoint_fingerprint, fingerprint_of, made_with

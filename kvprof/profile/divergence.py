@@ -21,7 +21,7 @@ from kvprof import __version__
 from kvprof.calibration.self_text import batches_of, fill
 from kvprof.calibration.sequences import CalibrationSet
 from kvprof.errors import KvprofError, UsageError
-from kvprof.evaluate.metrics import LOGIT_ROUNDING_NATS, SOFTMAXES, token_kl
+from kvprof.metrics import LOGIT_ROUNDING_NATS, SOFTMAXES, token_kl
 from kvprof.models.costs import Passes, estimate_run
 from kvprof.models.identity import fingerprint_of, made_with
 from kvprof.models.inventory import take_inventory

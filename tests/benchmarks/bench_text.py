@@ -22,7 +22,7 @@ from kvprof.allocate.rules import exact
 from kvprof.calibration.mix import TextRequest, mix_texts
 from kvprof.calibration.self_text import fill
 from kvprof.evaluate.logits import planned_logits, reference_logits
-from kvprof.evaluate.metrics import token_kl
+from kvprof.metrics import token_kl
 from kvprof.models.load import load_model, load_tokenizer, resolve
 from kvprof.profile.request import SensitivitySettings
 from kvprof.profile.sensitivity import run_sensitivity
