@@ -61,12 +61,12 @@ from kvprof.allocate.cheapest import cheapest, parse_kl
 from kvprof.allocate.pins import check_pins
 from kvprof.allocate.rules import GREEDY_METRICS, KVMIX_FRACTION, default_metric, exact, kvmix, norm_greedy, uniform
 from kvprof.allocate.targets import latents_unknown, layer_choice, target_named
-from kvprof.allocate.task import usual_window, without_sinks
+from kvprof.allocate.task import covered_scores, usual_window, without_sinks
 from kvprof.allocate.within import plan_within
 from kvprof.callables import make_callable
 from kvprof.errors import InvalidFile, UsageError, did_you_mean
 from kvprof.records.formats import TensorName, parse_formats
-from kvprof.records.plan import BitPlan, Window, layers_left_alone
+from kvprof.records.plan import BitPlan, Window
 from kvprof.records.scores import LOSS_INCREASE, METRICS, Scores, default_unit
 
 __all__ = ["RULES", "allocate", "check_request", "metric_needed"]
@@ -177,14 +177,16 @@ def allocate(
                 f"--target {runtime.name}: {unknown}.\n  Leave out --target: kvprof's own cache stores it."
             )
         choice = layer_choice(layers, runtime, scores.geometry)
-        left = layers_left_alone(scores.geometry, choice, window, context)
-        if left and len(left) == len(scores.geometry.planned):
-            what = f"a plan would leave every layer of this model alone: {next(iter(left.values()))}."
+        covered = covered_scores(scores, choice, window, context)
+        assert covered.geometry is not None
+        if scores.geometry.planned and not covered.geometry.planned:
+            first = scores.geometry.planned[0].layer
+            what = f"a plan would leave every layer of this model alone: {covered.geometry.layers[first].skipped}."
             if choice == "full":
                 way = "Choose another --target" if layers is None else f"Leave out --layers {layers}"
                 raise UsageError(f"{what}\n  {way}.")
             raise InvalidFile(f"{what}\n  Give fewer --recent-tokens.")
-        scores = scores.leaving(left)
+        scores = covered
     usual_group = USUAL_GROUP_SIZE if group_size is None else group_size
     if rule == "kvmix":
         return kvmix(

@@ -22,7 +22,7 @@ from kvprof.allocate.prediction import Prediction, predict, unscored_remark
 from kvprof.errors import Mismatch
 from kvprof.records.comparison import Comparison, PlanCosts, SettingChange, TensorChange
 from kvprof.records.geometry import CacheGeometry, KVLayer
-from kvprof.records.plan import BitPlan, TensorPlan
+from kvprof.records.plan import BitPlan, Solver, TensorPlan
 from kvprof.records.scores import Scores
 from kvprof.records.words import short_digest
 
@@ -202,13 +202,32 @@ def _remarks(
             remarks.append("the two KLs were predicted from different scores; name one file for both with --scores")
         elif first.window != second.window:
             remarks.append("predicted KL does not know the window: it is that of the window that was scored")
-        was, now = _factor(first), _factor(second)
-        if was and now and not math.isclose(was, now, rel_tol=1e-6):
-            remarks.append(
-                f"the two KLs were predicted with different calibrated factors, {was:.3g} and {now:.3g}; "
-                "--scores FILE counts both anew"
-            )
+        remarks += _factor_remarks((first, second), names)
     return remarks
+
+
+def _factor_remarks(plans: Sequence[BitPlan], names: Sequence[str]) -> list[str]:
+    """Return how the calibrated factors in two recorded predictions differ, or whose is not known."""
+    was, now = (plan.solver for plan in plans)
+    if was is None or now is None or was == now:
+        return []
+    # A ratio that is not known to be the factor, yet equals the other plan's, is it: by chance it would be another.
+    one, other = _likely_factor(was), _likely_factor(now)
+    if one is not None and other is not None and math.isclose(one, other, rel_tol=1e-6):
+        return []
+    unknown = [name for solver, name in zip((was, now), names, strict=True) if solver.factor is None]
+    if unknown:
+        what = f"the calibrated factor in the KL that {' and '.join(unknown)} records is not known"
+    else:
+        what = f"the two KLs were predicted with different calibrated factors, {was.factor:.3g} and {now.factor:.3g}"
+    return [f"{what}; --scores FILE counts both anew"]
+
+
+def _likely_factor(solver: Solver) -> float | None:
+    """Return the calibrated factor in a recorded prediction, or what it is if tensors share nothing."""
+    if solver.factor is not None or solver.predicted_kl_nats is None or not solver.objective:
+        return solver.factor
+    return solver.predicted_kl_nats / solver.objective
 
 
 def _stale_remarks(
@@ -232,9 +251,3 @@ def _shapes(geometry: CacheGeometry | None) -> tuple[KVLayer, ...] | None:
 
 def _predicts(plan: BitPlan) -> bool:
     return plan.solver is not None and plan.solver.predicted_kl_nats is not None
-
-
-def _factor(plan: BitPlan) -> float | None:
-    """Return the calibrated factor in a plan's predicted KL; None where it has no prediction."""
-    solver = plan.solver
-    return None if solver is None or solver.predicted_kl_nats is None else solver.kl_factor or 1.0

@@ -12,7 +12,7 @@ from kvprof.errors import UsageError
 from kvprof.records.document import ModelInfo
 from kvprof.records.formats import TENSORS, TensorName, format_named
 from kvprof.records.geometry import CacheGeometry
-from kvprof.records.plan import USUAL_WINDOW, BitPlan, Provenance, Quantizer, Solver, Window, layers_left_alone
+from kvprof.records.plan import USUAL_WINDOW, BitPlan, Provenance, Quantizer, Solver, Window, covered_geometry
 
 
 def uniform_plan(
@@ -32,7 +32,7 @@ def uniform_plan(
         if len(formats[name]) != 1:
             found = ", ".join(formats[name]) or "none"
             raise UsageError(f"a uniform plan has one format for the {name}s, not {found}: key:int4g64,value:int2g64.")
-    geometry = geometry.leaving(layers_left_alone(geometry, "all", window))
+    geometry = covered_geometry(geometry, "all", window)
     if not geometry.planned:
         raise UsageError(f"{model.id or 'the model'} has no layer that a plan covers.")
     tensors = tensors_of({layer.layer: layer for layer in geometry.planned})

@@ -148,11 +148,15 @@ def _model(plan: BitPlan, scores: Scores) -> Iterator[Check]:
 
 
 def _as_the_plan_knew_them(plan: BitPlan, scores: Scores) -> Scores:
-    """Return scores without the factor that they were given after the plan was made: its prediction shows that."""
+    """Return scores without the factor that they were given after the plan was made: its prediction shows that.
+
+    Of scores with effects, every plan says its factor. Of scores without, older plans do not, but what was predicted is
+    the factor times the objective.
+    """
     solver = plan.solver
-    if scores.kl_calibration is None or solver is None or solver.objective is None:
+    if scores.kl_calibration is None or solver is None or solver.objective is None or solver.predicted_kl_nats is None:
         return scores
-    raw = solver.kl_factor is None and solver.predicted_kl_nats is not None
+    raw = solver.kl_factor is None and (scores.effects is not None or solver.factor == 1.0)
     return scores.model_copy(update={"kl_calibration": None}) if raw else scores
 
 

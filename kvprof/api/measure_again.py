@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from kvprof.calibration.again import read_again, recognise
 from kvprof.calibration.self_text import fill
 from kvprof.errors import InvalidFile, KvprofError, Mismatch
+from kvprof.models.decoder import text_config
 from kvprof.models.identity import fingerprint_of
 from kvprof.models.inventory import take_inventory
 from kvprof.models.load import ModelSource, load_config, load_model, load_tokenizer
@@ -43,7 +44,7 @@ def measure_again(scores: Scores, source: ModelSource, progress: Callable[[int, 
     except KvprofError as error:
         raise InvalidFile(str(error)) from None
     for reading in readings:
-        reading.check_vocabulary(config.get_text_config(decoder=True).vocab_size)
+        reading.check_vocabulary(text_config(config).vocab_size)
     dtype = "auto" if scores.made_with is None or scores.made_with.dtype is None else scores.made_with.dtype
     model = load_model(source, dtype)
     fingerprint = fingerprint_of(model, geometry, source)

@@ -127,47 +127,63 @@ class MixedText:
         return CalibrationSet(tuple(sequences), info, self.skipped, self.notes, self.readings, self.vocabulary)
 
 
-def mix_texts(
-    data: Sequence[str],
-    split: str | None,
-    tokenizer: Any,
-    sequences: int,
-    sequence_length: int,
-    seed: int = 0,
-    pack: bool = False,
-    usual_split: str = "calibration",
-    column: str | None = None,
-    config: str | None = None,
-) -> MixedText:
-    """Take at most `sequences` sequences of at most `sequence_length` tokens from several texts in turns.
+@dataclass(frozen=True)
+class TextRequest:
+    """The text that is asked for: at most `sequences` sequences of at most `sequence_length` tokens.
 
-    data: as `ingredients.parse_data` reads it. A mix asked for more sequences begins with the same ones. A text that
-    runs out is made up for by the others. Of a single text, the result is that of `tokenize`.
-    split: as `open_text` has it, of each text that has it: of several, a word that is no split of kvprof's goes to the
-    hub datasets alone, and a split of kvprof's cuts a hub dataset's train rows by their hash.
-    usual_split: of the built-in text and of `self`, where none is asked for.
+    data: as `ingredients.parse_data` reads it. split: as `open_text` has it, of each text that has it: of several, a
+    word that is no split of kvprof's goes to the hub datasets alone, and a split of kvprof's cuts a hub dataset's train
+    rows by their hash. usual_split: of the built-in text and of `self`, where none is asked for.
     column: of each text whose rows have columns, as `columns.choose_reading` takes it. config: the configuration of the
     one text that has several.
+    """
+
+    data: Sequence[str]
+    sequences: int
+    sequence_length: int
+    split: str | None = None
+    seed: int = 0
+    pack: bool = False
+    usual_split: str = "calibration"
+    column: str | None = None
+    config: str | None = None
+
+    def split_for(self, name: str) -> str | None:
+        """Return the split to take of a text; None where nothing is asked for that it has."""
+        if has_own_splits(name):
+            return self.split
+        return self.split if self.split in _OURS else self.usual_split if name in (BUILTIN, SELF) else None
+
+
+def mix_texts(request: TextRequest, tokenizer: Any) -> MixedText:
+    """Take the sequences that are asked for from their texts in turns.
+
+    A mix asked for more sequences begins with the same ones. A text that runs out is made up for by the others. Of a
+    single text, the result is that of `tokenize`.
     Raises CalibrationError for a text that cannot be read or holds no sequence, UsageError for what makes no sense.
     """
-    check_request(sequences, sequence_length)
-    ingredients = configured(parse_data(data), config)
+    check_request(request.sequences, request.sequence_length)
+    ingredients = configured(parse_data(request.data), request.config)
     names = [ingredient.name for ingredient in ingredients]
-    if split not in (None, *_OURS) and not any(map(has_own_splits, names)):
-        check_split(str(split))
-    if column is not None and not any(map(has_columns, names)):
-        raise UsageError(f"--column {column!r}: the rows of {', '.join(names)} have no columns.\n  Leave it out.")
-
-    def split_for(name: str) -> str | None:
-        if has_own_splits(name):
-            return split
-        return split if split in _OURS else usual_split if name in (BUILTIN, SELF) else None
-
-    splits = [split_for(ingredient.name) for ingredient in ingredients]
+    if request.split not in (None, *_OURS) and not any(map(has_own_splits, names)):
+        check_split(str(request.split))
+    if request.column is not None and not any(map(has_columns, names)):
+        raise UsageError(
+            f"--column {request.column!r}: the rows of {', '.join(names)} have no columns.\n  Leave it out."
+        )
     beginning = beginning_of(tokenizer)
-    check_room(sequence_length, beginning)
-    columns = [column] * len(names)
-    return _mix(ingredients, splits, columns, tokenizer, beginning, sequences, sequence_length, seed, pack)
+    check_room(request.sequence_length, beginning)
+    return _mix(
+        ingredients,
+        [request.split_for(name) for name in names],
+        [request.column] * len(names),
+        tokenizer,
+        beginning,
+        request.sequences,
+        request.sequence_length,
+        request.seed,
+        request.pack,
+    )
 
 
 def mix_again(info: CalibrationInfo, tokenizer: Any, pack: bool = False) -> MixedText:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 
@@ -44,11 +44,13 @@ def schemas(incomplete: str) -> list[str]:
     return _begun(incomplete, schema_words())
 
 
-def tools(incomplete: str) -> list[str]:
-    """Return the tools, whose files can be imported, that begin so."""
-    from kvprof.cli.exchange import TOOLS
+def among(words: Iterable[str]) -> Callable[[str], list[str]]:
+    """Return what completes to any of these words."""
 
-    return _begun(incomplete, TOOLS)
+    def complete(incomplete: str) -> list[str]:
+        return _begun(incomplete, words)
+
+    return complete
 
 
 def _begun(incomplete: str, words: Iterable[str]) -> list[str]:

@@ -84,7 +84,7 @@ def import_(
     tool: Annotated[
         str,
         typer.Option(
-            "--from", help="Whose file it is: `kvtuner`.", show_default=False, autocompletion=completion.tools
+            "--from", help="Whose file it is: `kvtuner`.", show_default=False, autocompletion=completion.among(TOOLS)
         ),
     ],
     model: Annotated[

@@ -49,9 +49,8 @@ def frontier(
 
     from kvprof.allocate.budget import parse_bits
     from kvprof.allocate.frontier import frontier as find_frontier
-    from kvprof.allocate.task import usual_window
+    from kvprof.allocate.task import covered_scores, usual_window
     from kvprof.records.files import frontier_path, newest_scores
-    from kvprof.records.plan import layers_left_alone
     from kvprof.records.scores import LOSS_INCREASE, Scores
     from kvprof.report.console import print_note, print_plain, print_result, print_written
     from kvprof.report.frontiers import show_frontier
@@ -61,8 +60,7 @@ def frontier(
 
     path, found = newest_scores(LOSS_INCREASE) if scores is None else (scores, Scores.load(scores))
     window = usual_window(found, sink_tokens, recent_tokens)
-    if found.geometry is not None:
-        found = found.leaving(layers_left_alone(found.geometry, "all", window, context))
+    found = covered_scores(found, "all", window, context)
     result = find_frontier(
         found,
         low=low,

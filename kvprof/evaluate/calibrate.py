@@ -18,13 +18,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from kvprof import __version__
 from kvprof.calibration.again import read_again, recognise
-from kvprof.calibration.mix import MixedText, mix_texts
+from kvprof.calibration.mix import MixedText, TextRequest, mix_texts
 from kvprof.calibration.self_text import fill
 from kvprof.calibration.sequences import CalibrationSet, choose_length
 from kvprof.calibration.text import BUILTIN
 from kvprof.errors import InvalidFile, KvprofError, Mismatch, UsageError
 from kvprof.evaluate.logits import Route, choose_route, planned_logits, reference_logits
-from kvprof.evaluate.metrics import LOGIT_ROUNDING_NATS, token_kl
+from kvprof.metrics import LOGIT_ROUNDING_NATS, token_kl
+from kvprof.models.decoder import text_config
 from kvprof.models.identity import fingerprint_of
 from kvprof.models.inventory import position_limit, take_inventory
 from kvprof.models.load import ModelSource, load_config, load_model, load_tokenizer, wider_dtype_advice
@@ -84,7 +85,7 @@ def run_calibrate(
     geometry = take_inventory(config, source.id).geometry
     _check_fit(plans, scores, geometry)
     asked = _as_scored(plans, scores)
-    readings, tokenizer = _read_text(source, config.get_text_config(decoder=True), scores, settings)
+    readings, tokenizer = _read_text(source, text_config(config), scores, settings)
     fraction = USUAL_FRACTION if scores.decoding is None else scores.decoding.suffix_fraction
     _check_something_is_read(asked, max(max(reading.lengths) for reading in readings))
     model = load_model(source, settings.dtype, settings.device)
@@ -163,7 +164,7 @@ def _read_text(
     readings: tuple[MixedText, ...]
     if scores.calibration is None:
         length = choose_length(None, positions)
-        readings = (mix_texts([BUILTIN], None, tokenizer, settings.sequences, length),)
+        readings = (mix_texts(TextRequest([BUILTIN], settings.sequences, length), tokenizer),)
     else:
         choose_length(scores.calibration.sequence_length, positions)
         readings = read_again(scores.calibration, tokenizer)

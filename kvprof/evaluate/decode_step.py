@@ -16,7 +16,7 @@ from kvprof.errors import first_line
 from kvprof.evaluate.bench import fill_tokens
 from kvprof.evaluate.planned_attention import put
 from kvprof.evaluate.timing import WARM_UP, time_calls
-from kvprof.models.decoder import cache_argument
+from kvprof.models.decoder import cache_argument, text_config
 from kvprof.models.load import input_device
 from kvprof.models.memory import memory_explained, peak_memory, settled_bytes
 from kvprof.records.benchmark import CacheName, DecodeRun
@@ -119,7 +119,7 @@ def fill(cache: Cache, model: PreTrainedModel, settings: DecodeSettings) -> None
 
 def lacks_positions(model: PreTrainedModel, positions: int) -> bool:
     """Whether the model looks its positions up in a table, and that has fewer than so many."""
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = getattr(text_config(model.config), "max_position_embeddings", None)
     if limit is None or positions <= limit:
         return False
     tokens = model.get_input_embeddings()
@@ -134,5 +134,5 @@ def why_not(error: Exception) -> str:
 
 def _token_ids(model: PreTrainedModel, settings: DecodeSettings, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(settings.seed)
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    vocabulary = text_config(model.config).vocab_size
     return torch.randint(0, vocabulary, (settings.batch, 1), generator=generator).to(device)

@@ -15,16 +15,17 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from kvprof import __version__
-from kvprof.calibration.mix import MixedText, mix_texts
+from kvprof.calibration.mix import MixedText, TextRequest, mix_texts
 from kvprof.calibration.self_text import batches_of, fill, streamable
 from kvprof.calibration.sequences import CalibrationSet, choose_length
 from kvprof.calibration.text import BUILTIN
 from kvprof.errors import CalibrationError, Mismatch, UsageError
 from kvprof.evaluate.logits import choose_route
-from kvprof.evaluate.metrics import LOGIT_ROUNDING_NATS, SOFTMAXES
 from kvprof.evaluate.pieces import Pieces
 from kvprof.evaluate.summary import perplexity, summarise
+from kvprof.metrics import LOGIT_ROUNDING_NATS, SOFTMAXES
 from kvprof.models.costs import Passes, estimate_run
+from kvprof.models.decoder import text_config
 from kvprof.models.identity import checkpoint_fingerprint, fingerprint_of, made_with
 from kvprof.models.inventory import position_limit, take_inventory
 from kvprof.models.load import (
@@ -51,7 +52,7 @@ FINALISTS = 2
 class EvaluationSettings:
     """What to measure on, and how.
 
-    data, split, column, config: as `mix_texts` has them; without a split, held-out text of what kvprof splits itself.
+    data, split, column, config: as `TextRequest` has them; without a split, held-out text of what kvprof splits itself.
     sequence_length: None as `calibration.sequences.choose_length` has it. measure_from: the first position that counts;
     those before it are only read. dtype, device, stream: as `models.load.load_model` takes them. exact: token by token
     through the packed cache.
@@ -112,7 +113,7 @@ def check_request(
     config = load_config(source)
     geometry = take_inventory(config, source.id).geometry
     _check_fit(plans, geometry)
-    mix, _ = _read_text(source, settings, config.get_text_config(decoder=True))
+    mix, _ = _read_text(source, settings, text_config(config))
     lengths = [mix.lengths[index] for index in _long_enough(mix.lengths, settings.measure_from)]
     first = _first_reading(plans[0][1], max(lengths))
     if compares and first is None and not _is_lossless(plans[0][1]):
@@ -155,7 +156,7 @@ def run_evaluation(
     ]
     plans = [(entrant.name, candidate) for entrant in entrants for candidate in entrant.candidates]
     _check_fit(plans, geometry)  # shapes differ without a look at the weights
-    mix, tokenizer = _read_text(source, settings, config.get_text_config(decoder=True))
+    mix, tokenizer = _read_text(source, settings, text_config(config))
     chosen = _long_enough(mix.lengths, settings.measure_from)
     lengths = [mix.lengths[index] for index in chosen]
     announce(_estimate(source, config, settings, lengths, entrants, batches_of(mix)).about(mix.about_text()))
@@ -247,16 +248,18 @@ def _read_text(source: ModelSource, settings: EvaluationSettings, config: Pretra
     if settings.stream:
         data = streamable(data, settings.sequences, length, weight_bytes(config, settings.dtype))
     mix = mix_texts(
-        data,
-        settings.split,
+        TextRequest(
+            data,
+            settings.sequences,
+            length,
+            split=settings.split,
+            seed=settings.seed,
+            pack=settings.pack,
+            usual_split="held-out",
+            column=settings.column,
+            config=settings.config,
+        ),
         tokenizer,
-        settings.sequences,
-        length,
-        settings.seed,
-        settings.pack,
-        "held-out",
-        settings.column,
-        settings.config,
     )
     mix.check_vocabulary(config.vocab_size)
     return mix, tokenizer

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from kvprof.errors import KvprofError
 from kvprof.evaluate.logits import Route, planned_logits, reference_logits
-from kvprof.evaluate.metrics import token_kl, token_nll, top1_agreement
 from kvprof.evaluate.summary import SequenceResult
+from kvprof.metrics import token_kl, token_nll, top1_agreement
 from kvprof.models.load import wider_dtype_advice
 from kvprof.records.plan import BitPlan
 from kvprof.records.runs import Journal

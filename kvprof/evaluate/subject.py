@@ -12,6 +12,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kvprof.errors import Mismatch
+from kvprof.models.decoder import text_config
 from kvprof.models.identity import checkpoint_fingerprint
 from kvprof.models.inventory import take_inventory
 from kvprof.models.load import DTYPES, ModelSource, load_config, load_model
@@ -40,7 +41,7 @@ class Subject:
     @property
     def text_config(self) -> PretrainedConfig:
         """The decoder's config, also of a multimodal model."""
-        return self.config.get_text_config(decoder=True)
+        return text_config(self.config)
 
     def fitted(self, plan: BitPlan) -> BitPlan:
         """Return a plan as this model obeys it; raises Mismatch for one of another model.

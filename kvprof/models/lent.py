@@ -13,6 +13,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kvprof.errors import ModelError, UsageError
+from kvprof.models.decoder import text_config
 
 
 def live_config(model: PreTrainedModel) -> PretrainedConfig:
@@ -21,7 +22,7 @@ def live_config(model: PreTrainedModel) -> PretrainedConfig:
     if config.dtype in (model.dtype, str(model.dtype).removeprefix("torch.")):
         return config
     config = copy.deepcopy(config)
-    for part in {id(part): part for part in (config, config.get_text_config(decoder=True))}.values():
+    for part in {id(part): part for part in (config, text_config(config))}.values():
         part.dtype = model.dtype
     return config
 

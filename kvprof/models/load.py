@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from kvprof.errors import KvprofError, ModelError, UsageError, did_you_mean, first_line, is_out_of_memory
-from kvprof.models.decoder import check_reads_text, loading_class
+from kvprof.models.decoder import check_reads_text, loading_class, text_config
 from kvprof.models.gguf_header import STAND_IN, TOKENS
 from kvprof.models.gguf_model import first_part, models_in, open_gguf, write_without_vocabulary
 from kvprof.models.hub import fetch_from_hub
@@ -174,7 +174,7 @@ def load_config(source: ModelSource) -> PretrainedConfig:
 
 def _set_dtype(config: PretrainedConfig, dtype: torch.dtype) -> None:
     """Let a config name the dtype that transformers will load all of the model in, as transformers then does itself."""
-    for part in {id(part): part for part in (config, config.get_text_config(decoder=True))}.values():
+    for part in {id(part): part for part in (config, text_config(config))}.values():
         part.dtype = dtype
 
 

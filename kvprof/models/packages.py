@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from kvprof.errors import ModelError, UnsupportedStreaming
+from kvprof.models.decoder import text_config
 
 _MODULES: dict[str, tuple[str, ...]] = {
     "compressed-tensors": ("compressed_tensors",),
@@ -134,7 +135,7 @@ _OTHERWISE = "Name the checkpoint that it was quantized from; kvprof norms reads
 
 def _settings(config: PretrainedConfig) -> Mapping[str, Any] | None:
     """Return what a config says of its quantization; None where it says nothing."""
-    for part in (config, config.get_text_config(decoder=True)):
+    for part in (config, text_config(config)):
         found = getattr(part, "quantization_config", None)
         if found is not None:
             return found if isinstance(found, Mapping) else dict(found.to_dict())

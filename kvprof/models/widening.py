@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from kvprof.models.blockwise import Unit, units_of
+from kvprof.models.decoder import text_config
 from kvprof.models.inventory import take_inventory
 from kvprof.models.streaming import is_streamed, streamed_units
 
@@ -42,7 +43,7 @@ def computing_in_float32(model: PreTrainedModel) -> Iterator[None]:
     streamed = is_streamed(model)
     before = {module: module.__dict__.get("forward") for module in model.modules()}
     units = streamed_units(model) if streamed else _held_units(model)
-    head, rows = model.get_output_embeddings(), model.config.get_text_config(decoder=True).vocab_size
+    head, rows = model.get_output_embeddings(), text_config(model.config).vocab_size
     try:
         for unit in units.values():
             module = unit.module

@@ -17,9 +17,9 @@ from kvprof.records.plan import (
     LayerChoice,
     Quantizer,
     Window,
+    covered_geometry,
     format_of,
     head_dim_of,
-    layers_left_alone,
     quantized_tokens,
     stored_like,
 )
@@ -66,7 +66,7 @@ class Decoder:
 
     def covers(self, geometry: CacheGeometry) -> CacheGeometry:
         """Return the geometry of plans for this decoder: what its window holds of sliding layers is left alone."""
-        return geometry.leaving(layers_left_alone(geometry, self.layers, self.window))
+        return covered_geometry(geometry, self.layers, self.window)
 
     def counted(self, text: CalibrationSet) -> list[int]:
         """Return how many positions of each sequence count."""

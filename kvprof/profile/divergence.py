@@ -21,7 +21,7 @@ from kvprof import __version__
 from kvprof.calibration.self_text import batches_of, fill
 from kvprof.calibration.sequences import CalibrationSet
 from kvprof.errors import KvprofError, UsageError
-from kvprof.evaluate.metrics import LOGIT_ROUNDING_NATS, SOFTMAXES, token_kl
+from kvprof.metrics import LOGIT_ROUNDING_NATS, SOFTMAXES, token_kl
 from kvprof.models.costs import Passes, estimate_run
 from kvprof.models.identity import fingerprint_of, made_with
 from kvprof.models.inventory import take_inventory
@@ -46,8 +46,8 @@ from kvprof.records.plan import (
     SkippedLayer,
     TensorPlan,
     Window,
+    covered_geometry,
     layer_plan,
-    layers_left_alone,
 )
 from kvprof.records.runs import Journal
 from kvprof.records.sampled import loss_scores
@@ -105,7 +105,7 @@ def run_divergence(
     whole_config = load_config(source)
     inventory = take_inventory(whole_config, source.id)
     whole = inventory.geometry
-    geometry = whole.leaving(layers_left_alone(whole, "all", settings.window))
+    geometry = covered_geometry(whole, "all", settings.window)
     inventory = inventory.model_copy(update={"geometry": geometry})
     probes = choose_probes(geometry, settings.layers, settings.tensors, settings.formats)
     mix, tokenizer = read_text(source, whole_config, settings)

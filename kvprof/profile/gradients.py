@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from kvprof.calibration.sequences import IGNORED, Batch
 from kvprof.errors import ModelError, NonFiniteGradient, UnknownLayout, UnsupportedAttention, first_line
-from kvprof.models.decoder import decoder_modules
+from kvprof.models.decoder import decoder_modules, text_config
 from kvprof.models.inventory import key_norm_of
 from kvprof.models.layouts import Rows, choose_layout, cut_rows, find_projections
 from kvprof.models.load import input_device, wider_dtype_advice
@@ -105,7 +105,7 @@ def _weight_gradient_norms(
             f"layers {geometry.scored[again[0]].layer} and {geometry.scored[again[1]].layer} of {type(model).__name__} "
             "are the very same module, and nothing tells on the way back which of them a gradient came through."
         )
-    query_heads = model.config.get_text_config(decoder=True).num_attention_heads
+    query_heads = text_config(model.config).num_attention_heads
     try:
         for layer in geometry.scored:
             projection = projections[layer.layer]

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from kvprof.errors import ModelError
+from kvprof.models.decoder import text_config
 
 LOGITS_AT_ONCE = 2**22
 """Logits that are held at a time: 16 MiB in float32, and as much for each of their gradients."""
@@ -42,7 +43,7 @@ class Head:
 
     def chunks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Yield the (start, stop) of runs of positions whose logits may stand at a time."""
-        vocabulary = self._model.config.get_text_config(decoder=True).vocab_size
+        vocabulary = text_config(self._model.config).vocab_size
         step = max(FEWEST_POSITIONS, LOGITS_AT_ONCE // (vocabulary * self._hidden_BTH.shape[0]))
         for first in range(start, stop, step):
             yield first, min(first + step, stop)

@@ -12,9 +12,10 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from kvprof.calibration.ingredients import USUAL_DATA
-from kvprof.calibration.mix import MixedText, mix_texts
+from kvprof.calibration.mix import MixedText, TextRequest, mix_texts
 from kvprof.calibration.self_text import streamable
 from kvprof.calibration.sequences import CALIBRATION_LENGTH, choose_length
+from kvprof.models.decoder import text_config
 from kvprof.models.inventory import position_limit
 from kvprof.models.load import ModelSource, load_tokenizer, weight_bytes
 
@@ -25,7 +26,7 @@ USUAL_SEQUENCES = 8
 class TextSettings:
     """What text to measure on, and how the model is loaded.
 
-    data, split, column, config: as `calibration.mix.mix_texts` takes them. sequence_length: None is CALIBRATION_LENGTH,
+    data, split, column, config: as `calibration.mix.TextRequest` has them. sequence_length: None is CALIBRATION_LENGTH,
     or what the model was made for where that is less. dtype, device, stream: as `models.load.load_model` takes them.
     """
 
@@ -47,22 +48,24 @@ def read_text(source: ModelSource, config: PretrainedConfig, settings: TextSetti
 
     Raises CalibrationError or UsageError for text that cannot be measured on.
     """
-    text_config = config.get_text_config(decoder=True)
-    length = choose_length(settings.sequence_length, position_limit(text_config), CALIBRATION_LENGTH)
+    decoder_config = text_config(config)
+    length = choose_length(settings.sequence_length, position_limit(decoder_config), CALIBRATION_LENGTH)
     tokenizer = load_tokenizer(source)
     data = tuple(settings.data)
     if settings.stream:
         data = streamable(data, settings.sequences, length, weight_bytes(config, settings.dtype))
     mix = mix_texts(
-        data,
-        settings.split,
+        TextRequest(
+            data,
+            settings.sequences,
+            length,
+            split=settings.split,
+            seed=settings.seed,
+            pack=settings.pack,
+            column=settings.column,
+            config=settings.config,
+        ),
         tokenizer,
-        settings.sequences,
-        length,
-        settings.seed,
-        settings.pack,
-        column=settings.column,
-        config=settings.config,
     )
-    mix.check_vocabulary(text_config.vocab_size)
+    mix.check_vocabulary(decoder_config.vocab_size)
     return mix, tokenizer

@@ -36,7 +36,8 @@ from kvprof.records.formats import (
     TensorName,
     format_named,
 )
-from kvprof.records.geometry import CacheGeometry, KVLayer, check_same_model
+from kvprof.records.geometry import CacheGeometry, KVLayer, bytes_text, check_same_model
+from kvprof.records.words import context_text
 
 
 class TensorPlan(Format):
@@ -154,6 +155,20 @@ class Solver(Record):
     predicted_kl_stderr_nats: Number | None = Field(None, exclude_if=is_absent)
     """Its standard error over the calibration sequences."""
 
+    @property
+    def factor(self) -> float | None:
+        """What was multiplied into `predicted_kl_nats`: 1 where nothing was; None where the file does not tell.
+
+        Plans made before there was a `kl_factor` lack it, calibrated or not; they lack `selection_nats` and
+        `lower_bound` too. Their prediction was the factor times the objective. In a later plan without a factor the two
+        may also differ by what tensors share, so their ratio is not known to be the factor.
+        """
+        if self.kl_factor is not None or self.predicted_kl_nats is None:
+            return self.kl_factor
+        later = self.selection_nats is not None or self.lower_bound is not None
+        same = self.objective is not None and math.isclose(self.predicted_kl_nats, self.objective, rel_tol=1e-9)
+        return 1.0 if later or same else None
+
 
 class Provenance(Record):
     """What the plan was made from."""
@@ -222,10 +237,20 @@ class BitPlan(Document):
         return None if self.provenance is None else self.provenance.scores
 
     def _repr_html_(self) -> str:
-        """Return the plan as a notebook shows it."""
-        from kvprof.records.notebook import plan_html
+        """Return the plan as a notebook shows it: bits of every layer's K and V, formats on hovering; what it costs."""
+        from kvprof.records.html import page, table
 
-        return plan_html(self)
+        entries, reasons = {entry.layer: entry for entry in self.layers}, self.reasons
+        layers = range(self.model.num_layers)
+
+        def cell(layer: int, tensor: TensorName) -> tuple[str, str, float | None]:
+            if layer in reasons:
+                return "16", f"full precision: {reasons[layer]}", None
+            return _bits_cell(entries[layer].tensor(tensor))
+
+        rows = [(tensor[0].upper(), [cell(layer, tensor) for layer in layers]) for tensor in TENSORS]
+        title = f"bit plan for {self.model.id or 'a model'}" + (f" by {self.solver.method}" if self.solver else "")
+        return page(title, [table(layers, rows)], _cost_lines(self))
 
     def misfit(self, geometry: CacheGeometry) -> str | None:
         """Return why the plan cannot serve a model of this geometry, or None when it can."""
@@ -299,6 +324,35 @@ def _misnamed(entry: AnyLayerPlan, shape: KVLayer) -> str | None:
     return f"it names {found} of layer {entry.layer}, which has {has}"
 
 
+def _bits_cell(form: TensorPlan) -> tuple[str, str, float | None]:
+    """Return the bits of a tensor, the format's name, and how dark the cell is."""
+    recent = f", the last {form.recent_fraction:.0%} in full precision" if form.recent_fraction else ""
+    # Of 16 bits, which a plan seldom has, no darker than of 8: the text must stay readable on any page.
+    return str(form.bits), form.name + recent, 0.06 * min(form.bits, 8)
+
+
+def _cost_lines(plan: BitPlan) -> list[str]:
+    """Return what a plan costs in every unit that it knows, and what it keeps in full precision."""
+    lines = []
+    budget = plan.budget
+    if budget is not None:
+        known = (
+            (budget.nominal_bits, "nominal bits an element"),
+            (budget.stored_bits, "stored bits an element"),
+            (budget.bytes_per_token, "bytes a token"),
+        )
+        if parts := [f"{number:.6g} {unit}" for number, unit in known if number is not None]:
+            lines.append("costs " + ", ".join(parts))
+    if plan.geometry is not None:
+        at = [f"{bytes_text(plan.bytes_at(context))} at {context_text(context)}" for context in plan.geometry.contexts]
+        lines.append(f"cache of one sequence: {', '.join(at)} tokens")
+    window = plan.window
+    lines.append(f"in full precision: the first {window.sink_tokens} and the last {window.recent_tokens} tokens")
+    if plan.solver is not None and plan.solver.predicted_kl_nats is not None:
+        lines.append(f"predicted KL divergence: {plan.solver.predicted_kl_nats:.3g} nats a token")
+    return lines
+
+
 LayerChoice = Literal["all", "full"]
 LAYER_CHOICES: tuple[LayerChoice, ...] = ("all", "full")
 
@@ -321,6 +375,13 @@ def layers_left_alone(
         elif seen <= sinks + window.recent_tokens:
             left[layer.layer] = f"{layer.window_text}, no more than stay in full precision"
     return left
+
+
+def covered_geometry(
+    geometry: CacheGeometry, choice: LayerChoice, window: Window, context: int | None = None
+) -> CacheGeometry:
+    """Return the geometry of a plan that leaves alone what `layers_left_alone` says."""
+    return geometry.leaving(layers_left_alone(geometry, choice, window, context))
 
 
 def head_dim_of(layer: KVLayer, tensor: TensorName) -> int:

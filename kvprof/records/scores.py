@@ -427,10 +427,25 @@ class Scores(Document):
         return super(Scores, plain).digest
 
     def _repr_html_(self) -> str:
-        """Return the scores as a notebook shows them."""
-        from kvprof.records.notebook import scores_html
+        """Return the scores as a notebook shows them: each metric of one number a tensor, shaded beside its largest."""
+        from kvprof.records.html import page, table
 
-        return scores_html(self)
+        tables, lines = [], []
+        for metric in SCALAR_METRICS:
+            if metric not in self.metrics:
+                continue
+            numbers = {name: [getattr(entry.tensor(name), metric) for entry in self.layers] for name in TENSORS}
+            largest = max((number for each in numbers.values() for number in each if number is not None), default=0.0)
+            rows = [(name[0].upper(), [_number_cell(number, largest) for number in numbers[name]]) for name in TENSORS]
+            tables.append(table([entry.layer for entry in self.layers], rows, metric))
+        forms = {name: None for entry in self.layers for t in TENSORS for name in entry.tensor(t).loss_increase or {}}
+        if forms:
+            lines.append(f"{LOSS_INCREASE} of {len(forms)} formats: {', '.join(forms)}")
+        text = self.calibration
+        if text is not None:
+            lines.append(f"on {text.sequences} sequences of {text.dataset}, {text.tokens} tokens, seed {text.seed}")
+        of = self.model.id if self.model is not None and self.model.id is not None else "a model"
+        return page(f"{self.source or 'scores'} of {of}", tables, lines)
 
     def calibrated_as(self, path: Path) -> Self:
         """Return these scores with the factor of a file of the same scores, measured anew since; else as they are."""
@@ -571,6 +586,13 @@ def _effects_problem(
             if found != blocks.blocks(sequence):
                 return f"has {field}[{sequence}] of {found} blocks, where effects says {blocks.blocks(sequence)}"
     return None
+
+
+def _number_cell(number: float | None, largest: float) -> tuple[str, str, float | None]:
+    """Return a number in three digits, in full, and how dark its cell is beside the largest."""
+    if number is None:
+        return "", "not measured", 0.0
+    return f"{number:.3g}", repr(number), 0.48 * number / largest if largest else 0.0
 
 
 def _unfit(name: str, value: object) -> tuple[str, float] | None:

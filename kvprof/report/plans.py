@@ -104,6 +104,11 @@ def kl_text(kl: float, stderr: float | None) -> str:
     return (f"{kl:#.3g}" if kl else "0") + (f" ± {stderr:#.2g}" if stderr else "")
 
 
+def _shows(part: float, nats: float) -> bool:
+    """Whether a prediction would be printed as another number without a part of it."""
+    return kl_text(nats, None) != kl_text(nats - part, None)
+
+
 def restriction_lines(plan: BitPlan, unrestricted: BitPlan) -> list[str]:
     """Return what a runtime's grammar costs: a plan within it beside the best one that stores no more bits."""
     # What the choice made of noise is known of the unrestricted plan alone.
@@ -152,7 +157,7 @@ def prediction_lines(plan: BitPlan, scores: Scores, best_pair: tuple[str, float]
             f"it is fitted to {counted(scores.kl_calibration.plans, 'plan')} measured on "
             f"{counted(scores.kl_calibration.sequences, 'sequence')} of that text"
         )
-    if solver.selection_nats is not None:
+    if solver.selection_nats is not None and _shows(solver.selection_nats, solver.predicted_kl_nats):
         lines.append(
             f"{solver.selection_nats:.3g} nats of it are for the plan having been chosen by the sequences that predict "
             "it, found by leaving sequences out"

@@ -27,6 +27,7 @@ from kvprof.records.plan import BitPlan
 from kvprof.runtime.hook import hook
 from kvprof.runtime.kernels import TORCH, kernels_named
 from kvprof.runtime.layers import PlannedHybridLayer, PlannedIndexedLayer, PlannedLayer, planned_layer, tokens_left
+from kvprof.runtime.snapshot import Snapshot, save_layers
 
 
 class PlanCache(Cache):  # type: ignore[misc]
@@ -121,9 +122,7 @@ class PlanCache(Cache):  # type: ignore[misc]
 
     def save(self, path: str | Path) -> Path:
         """Write the cache to a .safetensors file, whole or not at all: the plan, every token, every state."""
-        from kvprof.runtime.snapshot import save_cache
-
-        return save_cache(self, Path(path))
+        return save_layers(self.plan, self.layers, Path(path))
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel, kernels: str = "auto") -> PlanCache:
@@ -131,9 +130,10 @@ class PlanCache(Cache):  # type: ignore[misc]
 
         Raises InvalidFile for a file that is none or is damaged, Mismatch for one of another model or dtype.
         """
-        from kvprof.runtime.snapshot import load_cache
-
-        return load_cache(Path(path), model, kernels)
+        snapshot = Snapshot.read(Path(path))
+        cache = cls.from_plan(snapshot.plan, model, kernels)
+        snapshot.fill(cache.plan, cache.layers, model)
+        return cache
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens, by a negative number, of every layer; a positive one is the length to keep.

@@ -23,7 +23,8 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from kvprof.errors import UnsupportedAttention, first_line
 from kvprof.runtime.history import History
 from kvprof.runtime.interception import own_attention, text_decoders
-from kvprof.runtime.kernels import Kernels, say_once
+from kvprof.runtime.kernels import Kernels
+from kvprof.runtime.torch_kernels import say_once
 
 NAMES = {"sdpa": "kvprof", "eager": "kvprof_eager"}
 """What transformers calls the attention, by what it leaves other queries to: a prompt's, or those of another cache."""

@@ -1,12 +1,11 @@
 """Who packs, unpacks and attends: plain torch anywhere, Triton's kernels on a GPU.
 
-Reads what the machine has; chosen once a cache, and says where a slower way is taken. Does not know formats nor blocks.
+Reads what the machine has; chosen once a cache. Does not know formats nor blocks.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -67,13 +66,3 @@ def kernels_named(name: str, device: torch.device | str) -> Kernels:
         triton_kernels.attend,
         triton_kernels.why_not,
     )
-
-
-def say_once(message: str) -> None:
-    """Log, once in a process, what is slower than it could be."""
-    if message not in _said:
-        _said.add(message)
-        logging.getLogger("kvprof").warning(message)
-
-
-_said: set[str] = set()

@@ -7,6 +7,8 @@ model that wrote it. Does not know what the tensors mean.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,6 @@ from kvprof.records.document import Count, Positive, Record
 from kvprof.records.geometry import CacheGeometry, KVLayer
 from kvprof.records.plan import BitPlan, oldest_held, quantized_tokens
 from kvprof.records.runs import replaced_when_whole
-from kvprof.runtime.cache import PlanCache
 from kvprof.runtime.layers import PlannedIndexedLayer, PlannedLayer, planned_layer
 from kvprof.runtime.storage import TensorStore
 
@@ -59,16 +60,16 @@ class LayerFacts(Record):
     """The numbers of the states that have read tokens."""
 
 
-def save_cache(cache: PlanCache, path: Path) -> Path:
-    """Write a cache; raises CacheError for one that could not be read back, OutputError."""
+def save_layers(plan: BitPlan, layers: Sequence[Any], path: Path) -> Path:
+    """Write a cache's plan and layers; raises CacheError where they could not be read back, OutputError."""
     tensors: dict[str, Tensor] = {}
     facts = []
-    for index, layer in enumerate(cache.layers):
+    for index, layer in enumerate(layers):
         if planned_layer(layer) is None and type(layer).__name__ not in KNOWN_LAYERS:
             raise CacheError(f"layer {index} is a {type(layer).__name__}, which kvprof cannot save.")
         tensors |= {f"layers.{index}.{name}": tensor.contiguous() for name, tensor in _take(layer).items()}
         facts.append(_facts(layer).model_dump(mode="json"))
-    held, promised = _full_dtypes(cache), _geometry(cache).dtype
+    held, promised = _full_dtypes(layers), _geometry(plan).dtype
     if held - {promised}:
         raise CacheError(
             f"the cache holds numbers in {' and '.join(sorted(held))}, the model is loaded in {promised}.\n"
@@ -77,7 +78,7 @@ def save_cache(cache: PlanCache, path: Path) -> Path:
     header = {
         "schema": SCHEMA,
         "kvprof_version": __version__,
-        "plan": cache.plan.to_text(),
+        "plan": plan.to_text(),
         "layers": json.dumps(facts),
     }
     with replaced_when_whole(path) as temporary:
@@ -88,27 +89,49 @@ def save_cache(cache: PlanCache, path: Path) -> Path:
     return path
 
 
-def load_cache(path: Path, model: PreTrainedModel, kernels: str) -> PlanCache:
-    """Read a cache for the model that wrote it; raises InvalidFile, Mismatch."""
-    header, tensors = _read(path)
-    try:
-        plan = BitPlan.from_json(json.loads(header["plan"]), f"{path} (its plan)")
-        facts = [LayerFacts.model_validate(fact) for fact in json.loads(header["layers"])]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InvalidFile(f"{path}: truncated or corrupt: its header is damaged: {first_line(error)}.") from None
-    cache = PlanCache.from_plan(plan, model, kernels)
-    saved, own = plan.geometry, _geometry(cache)
-    if saved is None or saved.dtype != own.dtype:
-        raise Mismatch(
-            f"{path} holds keys and values in {saved.dtype if saved else 'an unknown dtype'}, "
-            f"the model is loaded in {own.dtype}.\n  Load the model as it was when the cache was saved."
-        )
-    try:
-        if len(facts) != len(cache.layers):
-            raise ValueError(f"it has {len(facts)} layers, the model {len(cache.layers)}")
-        if any(len({fact[name] for fact in map(dict, facts)} - {None}) > 1 for name in ("batch", "tokens")):
+@dataclass(frozen=True)
+class Snapshot:
+    """What a cache's file holds. facts: of each layer. tensors: by `layers.<index>.<name>`, until they are moved."""
+
+    path: Path
+    plan: BitPlan
+    facts: Sequence[LayerFacts]
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, path: Path) -> Snapshot:
+        """Read a cache's file; raises InvalidFile."""
+        header, tensors = _read(path)
+        try:
+            plan = BitPlan.from_json(json.loads(header["plan"]), f"{path} (its plan)")
+            facts = [LayerFacts.model_validate(fact) for fact in json.loads(header["layers"])]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise InvalidFile(f"{path}: truncated or corrupt: its header is damaged: {first_line(error)}.") from None
+        return cls(path, plan, facts, tensors)
+
+    def fill(self, plan: BitPlan, layers: Sequence[Any], model: PreTrainedModel) -> None:
+        """Move the tensors into the empty layers of a cache that was made for the model from this plan.
+
+        plan: the cache's own, its geometry in the dtype that the model is loaded in. Raises InvalidFile, Mismatch.
+        """
+        saved, own, path = self.plan.geometry, _geometry(plan), self.path
+        if saved is None or saved.dtype != own.dtype:
+            raise Mismatch(
+                f"{path} holds keys and values in {saved.dtype if saved else 'an unknown dtype'}, "
+                f"the model is loaded in {own.dtype}.\n  Load the model as it was when the cache was saved."
+            )
+        try:
+            self._fill(layers, own, model)
+        except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
+            raise InvalidFile(f"{path}: truncated or corrupt: {first_line(error)}.") from None
+
+    def _fill(self, layers: Sequence[Any], own: CacheGeometry, model: PreTrainedModel) -> None:
+        tensors = self.tensors
+        if len(self.facts) != len(layers):
+            raise ValueError(f"it has {len(self.facts)} layers, the model {len(layers)}")
+        if any(len({fact[name] for fact in map(dict, self.facts)} - {None}) > 1 for name in ("batch", "tokens")):
             raise ValueError("its layers hold different numbers of tokens or sequences")
-        for index, (layer, fact) in enumerate(zip(cache.layers, facts, strict=True)):
+        for index, (layer, fact) in enumerate(zip(layers, self.facts, strict=True)):
             prefix = f"layers.{index}."
             names = [name for name in tensors if name.startswith(prefix)]
             given = {name.removeprefix(prefix): tensors.pop(name) for name in names}
@@ -117,9 +140,6 @@ def load_cache(path: Path, model: PreTrainedModel, kernels: str) -> PlanCache:
                 raise ValueError(f"{prefix}{next(iter(given))} belongs to no layer of this kind")
         if tensors:
             raise ValueError(f"{next(iter(tensors))} belongs to no layer")
-    except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
-        raise InvalidFile(f"{path}: truncated or corrupt: {first_line(error)}.") from None
-    return cache
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -262,14 +282,14 @@ def _give_states(layer: Any, tensors: dict[str, Tensor], fact: LayerFacts, model
     layer.has_previous_state.update(dict.fromkeys(fact.seen, True))
 
 
-def _geometry(cache: PlanCache) -> CacheGeometry:
-    assert cache.plan.geometry is not None  # `from_plan` put the model's own there
-    return cache.plan.geometry
+def _geometry(plan: BitPlan) -> CacheGeometry:
+    assert plan.geometry is not None  # of a cache's plan: `from_plan` put the model's own there
+    return plan.geometry
 
 
-def _full_dtypes(cache: PlanCache) -> set[str]:
+def _full_dtypes(layers: Sequence[Any]) -> set[str]:
     """Return the dtypes of what planned layers hold in full precision."""
-    layers = [planned_layer(layer) for layer in cache.layers]
-    stores = [store for layer in layers if layer is not None for store in layer.stores]
+    planned = [planned_layer(layer) for layer in layers]
+    stores = [store for layer in planned if layer is not None for store in layer.stores]
     blocks = [block for store in stores for block in (*store.sinks.blocks, *store.recent.blocks)]
     return {str(block.dtype).removeprefix("torch.") for block in blocks}

@@ -6,6 +6,7 @@ quantized.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -100,6 +101,16 @@ def restored(stored: StoredTensor, unpack_into: Unpack) -> Tensor:
             out_BHTD[:, :, start : start + block.shape[2]] = block
             start += block.shape[2]
     return out_BHTD
+
+
+def say_once(message: str) -> None:
+    """Log, once in a process, why plain torch runs where something faster could."""
+    if message not in _said:
+        _said.add(message)
+        logging.getLogger("kvprof").warning(message)
+
+
+_said: set[str] = set()
 
 
 def _contiguous(x: Tensor) -> Tensor:

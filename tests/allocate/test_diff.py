@@ -183,6 +183,7 @@ def test_predictions_with_different_factors_are_said_to_be_so() -> None:
             "metric": "loss_increase",
             "objective": 0.01,
             "predicted_kl_nats": 0.012 * (factor or 1),
+            "selection_nats": 0.001,
             "kl_factor": factor,
         }
         for factor in (None, 1.5)
@@ -191,6 +192,38 @@ def test_predictions_with_different_factors_are_said_to_be_so() -> None:
     (remark,) = compare(before, after).remarks
     assert "different calibrated factors, 1 and 1.5" in remark
     assert not compare(after, after).remarks
+
+
+OBJECTIVE = {"method": "exact", "metric": "loss_increase", "objective": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "unknown"),
+    [
+        # What older plans record: the factor times the objective, and not the factor.
+        ({"predicted_kl_nats": 0.015}, {"predicted_kl_nats": 0.018}, "first and second"),
+        ({"predicted_kl_nats": 0.015}, {"predicted_kl_nats": 0.03, "kl_factor": 3.0}, "first"),
+        ({"predicted_kl_nats": 0.01}, {"predicted_kl_nats": 0.015}, "second"),
+        ({"predicted_kl_nats": 0.01, "objective": None}, {"predicted_kl_nats": 0.01}, "first"),
+        ({"predicted_kl_nats": 0.012, "selection_nats": 0.001}, {"predicted_kl_nats": 0.015}, "second"),
+        # The same factor, by what they record.
+        ({"predicted_kl_nats": 0.015}, {"predicted_kl_nats": 0.03, "objective": 0.02}, None),
+        ({"predicted_kl_nats": 0.015}, {"predicted_kl_nats": 0.016, "kl_factor": 1.5}, None),
+        # Nothing was multiplied in: the prediction is the objective, or the plan has what only later ones have.
+        ({"predicted_kl_nats": 0.01}, {"predicted_kl_nats": 0.013, "selection_nats": 0.002}, None),
+        ({"predicted_kl_nats": 0.01}, {"predicted_kl_nats": 0.013, "lower_bound": 0.009}, None),
+    ],
+)
+def test_a_factor_that_was_not_written_down_is_said_to_be_unknown(
+    before: dict[str, float], after: dict[str, float], unknown: str | None
+) -> None:
+    plans = [plan_of([PAIR], geometry=geometry_json(1), solver=OBJECTIVE | fields) for fields in (before, after)]
+    expected = (
+        ()
+        if unknown is None
+        else (f"the calibrated factor in the KL that {unknown} records is not known; --scores FILE counts both anew",)
+    )
+    assert compare(*plans).remarks == expected
 
 
 def test_predicted_kl_is_counted_again_from_scores_with_their_factor() -> None:

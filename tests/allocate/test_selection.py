@@ -24,6 +24,7 @@ from kvprof.allocate.problem import ExactProblem
 from kvprof.allocate.rules import exact
 from kvprof.errors import InfeasibleBudget
 from kvprof.records.scores import LOSS_INCREASE
+from kvprof.report.plans import prediction_lines
 
 NAMES = {
     "key": ("int2g64", "int2g64c", "int3g64", "int3g64c", "int4g64", "int6g64", "int8g64"),
@@ -105,6 +106,27 @@ def test_a_plan_without_a_choice_was_not_selected() -> None:
     plan = exact(scores, bit_limit("3.375", "stored"), pins=pins)
     assert plan.solver.selection_nats == pytest.approx(0.0, abs=1e-9)
     assert plan.solver.predicted_kl_nats == pytest.approx(predict(plan, scores).kl_nats)
+
+
+def selection_line(plan: BitPlan, scores: Scores) -> str | None:
+    """The line that says what a choice made of noise, of those that are printed of a prediction."""
+    (line,) = [line for line in prediction_lines(plan, scores, None) if "having been chosen" in line] or [None]
+    return line
+
+
+def test_what_a_choice_made_of_noise_is_printed_where_the_printed_prediction_has_it() -> None:
+    scores = noise(6)
+    plan = exact(scores, ANY)
+    assert selection_line(plan, scores).startswith(f"{plan.solver.selection_nats:.3g} nats of it are for")
+
+    def with_selection(nats: float) -> BitPlan:
+        fields = {"selection_nats": nats, "predicted_kl_nats": 0.0132}
+        return plan.model_copy(update={"solver": plan.solver.model_copy(update=fields)})
+
+    # 0.0132 without 1e-4 is printed as 0.0131; without 1e-5, as 0.0132.
+    assert selection_line(with_selection(1e-4), scores) is not None
+    for nats in (0.0, 1e-5, 1e-18, -1e-18):
+        assert selection_line(with_selection(nats), scores) is None
 
 
 @pytest.mark.parametrize("sequences", [1, 2, 3])

@@ -19,10 +19,10 @@ from statistics import fmean
 from kvprof import BitPlan, Scores
 from kvprof.allocate.budget import bit_limit
 from kvprof.allocate.rules import exact
-from kvprof.calibration.mix import mix_texts
+from kvprof.calibration.mix import TextRequest, mix_texts
 from kvprof.calibration.self_text import fill
 from kvprof.evaluate.logits import planned_logits, reference_logits
-from kvprof.evaluate.metrics import token_kl
+from kvprof.metrics import token_kl
 from kvprof.models.load import load_model, load_tokenizer, resolve
 from kvprof.profile.request import SensitivitySettings
 from kvprof.profile.sensitivity import run_sensitivity
@@ -64,7 +64,7 @@ def main(folder: Path, files: Sequence[str]) -> int:
     print("KL, nats a token   bits" + "".join(f"{name:>16}" for name in MIXES))
     for data in (*KINDS, *files):
         split = "held-out" if data in KINDS else None
-        mixed = mix_texts([data], split, tokenizer, SEQUENCES, TOKENS, pack=True)
+        mixed = mix_texts(TextRequest([data], SEQUENCES, TOKENS, split=split, pack=True), tokenizer)
         text = fill(mixed, model, tokenizer, fingerprint)
         kl: dict[tuple[float, str], list[float]] = {key: [] for key in plans}
         for ids in text.sequences:

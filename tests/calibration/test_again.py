@@ -11,7 +11,7 @@ from folders import save_folder, save_text
 from tokenizers import processors
 
 from kvprof.calibration.again import read_again, recognise
-from kvprof.calibration.mix import MixedText, mix_texts
+from kvprof.calibration.mix import MixedText, TextRequest, mix_texts
 from kvprof.calibration.sequences import CalibrationSet
 from kvprof.errors import CalibrationError
 from kvprof.models.load import load_tokenizer, resolve
@@ -37,7 +37,7 @@ def test_a_text_is_known_again_however_it_was_cut(
 ) -> None:
     text = save_text(tmp_path / "text.txt", rows=60)
     named = [word.format(text=text) for word in data]
-    first = complete(mix_texts(named, None, tokenizer, 5, 12, 3, pack))
+    first = complete(mix_texts(TextRequest(named, 5, 12, seed=3, pack=pack), tokenizer))
     again, same = recognise(first.info, read_again(first.info, tokenizer), complete)
     assert same
     assert again.sequences == first.sequences
@@ -56,7 +56,7 @@ def begun(tokenizer: Any) -> Any:
 @pytest.mark.parametrize("pack", [False, True])
 def test_a_text_with_a_beginning_is_known_again(begun: Any, tmp_path: Path, pack: bool) -> None:
     text = save_text(tmp_path / "text.txt", rows=60)
-    first = complete(mix_texts([str(text), "builtin", "self"], None, begun, 5, 12, 3, pack))
+    first = complete(mix_texts(TextRequest([str(text), "builtin", "self"], 5, 12, seed=3, pack=pack), begun))
     assert first.info.begins_with == ("<unk>",)
     again, same = recognise(first.info, read_again(first.info, begun), complete)
     assert same
@@ -69,7 +69,7 @@ def test_an_old_file_is_read_as_it_was_with_windows_that_begin_in_the_middle_of_
     row = "the cat sat on a mat and another cat saw that mat at all"
     text = tmp_path / "text.txt"
     text.write_text(row)
-    first = mix_texts([str(text)], None, begun, 3, 5, pack=True).complete()
+    first = mix_texts(TextRequest([str(text)], 3, 5, pack=True), begun).complete()
     joined = begun(row)["input_ids"]  # the mark, and fourteen words
     old = tokenize_as_before(joined, 5, 3, first.info)
     again, same = recognise(old.info, read_again(old.info, begun), complete)
@@ -92,7 +92,7 @@ def tokenize_as_before(joined: list[int], length: int, count: int, info: Calibra
 
 def test_a_text_that_has_changed_is_read_but_not_taken_for_the_same(tokenizer: object, tmp_path: Path) -> None:
     text = save_text(tmp_path / "text.txt", rows=60)
-    first = mix_texts([str(text)], None, tokenizer, 5, 12).complete()
+    first = mix_texts(TextRequest([str(text)], 5, 12), tokenizer).complete()
     text.write_text("\n".join(["mat at all no another mat cat saw the"] * 60))
     again, same = recognise(first.info, read_again(first.info, tokenizer), complete)
     assert not same
@@ -104,13 +104,13 @@ def test_a_text_that_has_changed_is_read_but_not_taken_for_the_same(tokenizer: o
 def test_a_text_too_short_to_pack_is_read_row_by_row(tokenizer: object, tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("the cat sat\n")
-    first = mix_texts([str(text)], None, tokenizer, 1, 12).complete()
+    first = mix_texts(TextRequest([str(text)], 1, 12), tokenizer).complete()
     assert recognise(first.info, read_again(first.info, tokenizer), complete)[1]
 
 
 def test_a_text_that_is_gone_is_named(tokenizer: object, tmp_path: Path) -> None:
     text = save_text(tmp_path / "text.txt")
-    info = mix_texts([str(text)], None, tokenizer, 2, 12).complete().info
+    info = mix_texts(TextRequest([str(text)], 2, 12), tokenizer).complete().info
     text.unlink()
     with pytest.raises(CalibrationError, match="cannot be read again") as raised:
         read_again(info, tokenizer)

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from kvprof.calibration.mix import mix_texts
+from kvprof.calibration.mix import TextRequest, mix_texts
 from kvprof.calibration.sequences import CalibrationSet
 from kvprof.errors import CalibrationError
 
@@ -49,7 +49,7 @@ def a_tokenizer(template: str | None, begins: bool = False) -> Any:
 
 def measured(path: Path, rows: list[dict[str, Any]], tokenizer: Any, length: int = 400, **how: Any) -> CalibrationSet:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return mix_texts([str(path)], None, tokenizer, len(rows), length, **how).complete()
+    return mix_texts(TextRequest([str(path)], len(rows), length, **how), tokenizer).complete()
 
 
 @pytest.mark.parametrize("template", [CHATML, BEGUN])
@@ -132,7 +132,7 @@ def test_a_chats_split_does_not_depend_on_the_tokenizer(tmp_path: Path) -> None:
     kept = []
     for template in (CHATML, None):
         tokenizer = a_tokenizer(template)
-        text = mix_texts([str(path)], "held-out", tokenizer, 40, 200).complete()
+        text = mix_texts(TextRequest([str(path)], 40, 200, split="held-out"), tokenizer).complete()
         kept.append({word for ids in text.sequences for word in tokenizer.decode(ids).split() if word.isdigit()})
     assert kept[0] == kept[1]
     assert 0 < len(kept[0]) < 40

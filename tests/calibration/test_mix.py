@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from kvprof.calibration import mix
 from kvprof.calibration.again import read_again, recognise
-from kvprof.calibration.mix import MixedText, mix_again, mix_texts, turns
+from kvprof.calibration.mix import MixedText, TextRequest, mix_again, mix_texts, turns
 from kvprof.calibration.sequences import CalibrationSet, tokenize
 from kvprof.calibration.text import SPLITS, TextSource, open_text, split_of
 from kvprof.errors import CalibrationError, UsageError
@@ -56,7 +56,7 @@ def rows_as_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def mixed(data: Sequence[str], sequences: int, split: str | None = None, length: int = 8, **how: Any) -> MixedText:
-    return mix_texts(data, split, Letters(), sequences, length, **how)
+    return mix_texts(TextRequest(data, sequences, length, split=split, **how), Letters())
 
 
 def befell(text: CalibrationSet, asked: int) -> list[str]:

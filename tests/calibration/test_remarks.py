@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from kvprof.calibration.mix import MixedText, mix_texts
+from kvprof.calibration.mix import MixedText, TextRequest, mix_texts
 
 WORDS = [f"w{number}" for number in range(2000)]
 OWN = "<|im_start|>"
@@ -35,7 +35,7 @@ def some_words(number: int, seed: int) -> str:
 def read(path: Path, rows: list[Any], tokenizer: Any, sequences: int = 8, length: int = 64, **how: Any) -> MixedText:
     entries = [row if isinstance(row, dict) else {"id": f"r{n}", "text": row} for n, row in enumerate(rows)]
     path.write_text("".join(json.dumps(row) + "\n" for row in entries))
-    return mix_texts([str(path)], None, tokenizer, sequences, length, **how)
+    return mix_texts(TextRequest([str(path)], sequences, length, **how), tokenizer)
 
 
 def misleads(text: MixedText) -> list[str]:
@@ -119,7 +119,7 @@ def test_marks_of_its_own_are_said_apart_and_a_few_rows_about_marks_are_not(tmp_
 def test_a_mix_says_of_each_text_what_was_read_of_it(in_tmp: Path, tokenizer: Any) -> None:
     for name in "ab":
         (in_tmp / f"{name}.txt").write_text("\n".join(some_words(80, ord(name) + 9 * number) for number in range(9)))
-    text = mix_texts(["a.txt", "b.txt:2"], None, tokenizer, 6, 64)
+    text = mix_texts(TextRequest(["a.txt", "b.txt:2"], 6, 64), tokenizer)
     assert text.readings == (
         "a.txt: 2 of 9 rows read, of 80 tokens in the median",
         "b.txt: 4 of 9 rows read, of 80 tokens in the median",

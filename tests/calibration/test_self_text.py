@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvprof.calibration import self_text
-from kvprof.calibration.mix import mix_texts
+from kvprof.calibration.mix import TextRequest, mix_texts
 from kvprof.calibration.sampling import sample_documents
 from kvprof.calibration.self_text import batches_of, end_tokens, fill, first_token, streamable, write_text
 from kvprof.errors import CalibrationError
@@ -420,18 +420,18 @@ class Letters:
 
 @pytest.mark.parametrize("token", [2, 9], ids=["empty documents", "one token for ever"])
 def test_text_that_holds_nothing_is_refused_where_it_was_asked_for(token: int) -> None:
-    mix = mix_texts(["self"], None, Letters(), 4, 32)
+    mix = mix_texts(TextRequest(["self"], 4, 32), Letters())
     with pytest.raises(CalibrationError, match=r"of 128 tokens, .*\n.*Leave `self` out of --data"):
         fill(mix, Says(token), Letters(), "sha256:a")  # type: ignore[arg-type]
-    weighted = mix_texts(["builtin", "self:2"], None, Letters(), 9, 32)
+    weighted = mix_texts(TextRequest(["builtin", "self:2"], 9, 32), Letters())
     with pytest.raises(CalibrationError, match="Leave `self` out of --data"):
         fill(weighted, Says(token), Letters(), "sha256:a")  # type: ignore[arg-type]
 
 
 def test_text_that_holds_nothing_is_left_out_of_the_usual_texts_with_a_note() -> None:
-    usual = mix_texts(["builtin", "self"], None, Letters(), 8, 32, seed=3)
+    usual = mix_texts(TextRequest(["builtin", "self"], 8, 32, seed=3), Letters())
     text = fill(usual, Says(9), Letters(), "sha256:a")  # type: ignore[arg-type]
-    alone = mix_texts(["builtin"], None, Letters(), 8, 32, seed=3).complete()
+    alone = mix_texts(TextRequest(["builtin"], 8, 32, seed=3), Letters()).complete()
     assert text.sequences == alone.sequences
     assert text.info == alone.info
     (remark,) = text.notes
@@ -440,7 +440,7 @@ def test_text_that_holds_nothing_is_left_out_of_the_usual_texts_with_a_note() ->
 
 
 def test_what_a_random_model_writes_is_text_like_any_other(model: PreTrainedModel) -> None:
-    mix = mix_texts(["self"], None, Letters(), 4, 64)
+    mix = mix_texts(TextRequest(["self"], 4, 64), Letters())
     assert fill(mix, model, Letters(), "sha256:a").notes == ()
 
 
@@ -471,7 +471,7 @@ def test_a_mix_is_filled_with_what_the_model_writes(model: PreTrainedModel) -> N
             return {"input_ids": [ord(letter) % 96 for letter in row]}
 
     def of(sequences: int) -> list[tuple[int, ...]]:
-        mix = mix_texts(["builtin", "self:2"], None, Letters(), sequences, 16, seed=3)
+        mix = mix_texts(TextRequest(["builtin", "self:2"], sequences, 16, seed=3), Letters())
         text = fill(mix, model, Letters(), "sha256:a")
         assert text.info.dataset == "builtin+self"
         return list(text.sequences)
@@ -482,7 +482,7 @@ def test_a_mix_is_filled_with_what_the_model_writes(model: PreTrainedModel) -> N
     assert found[1::3] != own[1::3]
     assert of(5) == found[:5]
     forwards = Forwards(model)
-    plain = mix_texts(["builtin"], None, Letters(), 2, 16)
+    plain = mix_texts(TextRequest(["builtin"], 2, 16), Letters())
     assert fill(plain, model, Letters(), "sha256:a") == plain.complete()
     assert forwards.number == 0
 
@@ -513,7 +513,7 @@ def test_the_demo_models_own_text_surprises_it_by_as_much_as_it_expects() -> Non
 def test_the_batches_that_are_reckoned_are_those_that_are_written(
     split: str, sequences: int, model: PreTrainedModel
 ) -> None:
-    mix = mix_texts(["self"], split, Letters(), sequences, LENGTH, 0)
+    mix = mix_texts(TextRequest(["self"], sequences, LENGTH, split=split, seed=0), Letters())
     told: list[tuple[int, int]] = []
     written(model, sequences, split=split, progress=lambda done, total: told.append((done, total)))
     assert sum(batches_of(mix)) * LENGTH == told[0][1]

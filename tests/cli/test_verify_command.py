@@ -206,6 +206,11 @@ def test_calibrating_since_changes_no_check_and_another_factor_does(folder: Path
     }  # fmt: skip
 
 
+def test_a_calibrated_plan_of_before_factors_were_written_down_still_holds(folder: Path) -> None:
+    edit(PLAN, lambda plan: plan["solver"].pop("kl_factor"), "old.json")
+    assert "differs" not in statuses("old.json", code=0).values()
+
+
 def test_a_hand_written_plan_is_checked_as_far_as_it_speaks(folder: Path) -> None:
     edit(
         PLAN, lambda plan: [plan.pop(key) for key in ("budget", "solver", "provenance", "kvprof_version")], "hand.json"

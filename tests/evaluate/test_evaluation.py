@@ -20,8 +20,8 @@ from kvprof.errors import CalibrationError, KvprofError, Mismatch, UnsupportedAt
 from kvprof.evaluate import evaluation, logits, pieces
 from kvprof.evaluate.evaluation import EvaluationSettings, Rival, run_evaluation
 from kvprof.evaluate.logits import planned_logits, reference_logits
-from kvprof.evaluate.metrics import token_kl, token_nll
 from kvprof.evaluate.summary import SequenceResult, summarise
+from kvprof.metrics import token_kl, token_nll
 from kvprof.models.identity import checkpoint_fingerprint
 from kvprof.models.inventory import take_inventory
 from kvprof.models.load import ModelSource, load_config, load_model, load_tokenizer, resolve

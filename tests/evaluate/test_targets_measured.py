@@ -15,7 +15,7 @@ from kvprof.allocate.targets import TARGETS
 from kvprof.calibration.sequences import CalibrationSet, tokenize
 from kvprof.calibration.text import open_text
 from kvprof.evaluate.logits import planned_logits, reference_logits
-from kvprof.evaluate.metrics import token_kl
+from kvprof.metrics import token_kl
 from kvprof.models.inventory import take_inventory
 from kvprof.models.load import load_model, load_tokenizer, resolve
 from kvprof.profile.decoder import Decoder, formats_of

@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText, LlavaConfig
 from typer.testing import CliRunner, Result
 
 from kvprof import Scores
-from kvprof.calibration.mix import mix_texts
+from kvprof.calibration.mix import TextRequest, mix_texts
 from kvprof.calibration.sequences import batches
 from kvprof.calibration.text import open_text
 from kvprof.cli.app import app
@@ -212,11 +212,11 @@ def test_a_hub_dataset_is_read_by_the_configuration_that_is_named(
     assert sorted(open_text("hf://datasets/org/words/words-1*.jsonl").rows) == [
         f"a row of words-{number}" for number in sorted(map(str, (1, *range(10, 20))))
     ]
-    ids = mix_texts(["org/words"], None, _Characters(), 1, 64, config="words-59").complete()
+    ids = mix_texts(TextRequest(["org/words"], 1, 64, config="words-59"), _Characters()).complete()
     assert "".join(map(chr, ids.sequences[0])) == "a row of words-59"
     assert ids.info.dataset == "org/words/words-59"  # which reads the same again
     with pytest.raises(UsageError, match=r"--config words-1.*\n.*org/name/config"):
-        mix_texts(["org/words/words-2"], None, _Characters(), 1, 64, config="words-1")
+        mix_texts(TextRequest(["org/words/words-2"], 1, 64, config="words-1"), _Characters())
 
 
 def test_a_hub_dataset_keeps_its_order_and_waits_for_nothing(

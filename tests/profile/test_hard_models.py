@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from kvprof.calibration.sequences import CalibrationSet
 from kvprof.errors import NonFiniteGradient
 from kvprof.evaluate.logits import planned_logits, reference_logits
-from kvprof.evaluate.metrics import token_kl
+from kvprof.metrics import token_kl
 from kvprof.models.inventory import take_inventory
 from kvprof.profile.decoder import Decoder, formats_of
 from kvprof.profile.scoring import measure_sensitivity

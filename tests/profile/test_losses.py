@@ -20,7 +20,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from kvprof.calibration.sequences import IGNORED, Batch
 from kvprof.errors import NonFiniteGradient, UnsupportedAttention
-from kvprof.evaluate.metrics import token_kl
+from kvprof.metrics import token_kl
 from kvprof.models.inventory import take_inventory
 from kvprof.profile import losses
 from kvprof.profile.decoder import Formats, usual_formats

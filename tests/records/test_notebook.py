@@ -10,7 +10,6 @@ from handscored import random_scores as scored
 
 from kvprof import BitPlan, Scores
 from kvprof.records.document import ModelInfo
-from kvprof.records.notebook import plan_html, scores_html
 from kvprof.records.plan import Budget, LayerPlan, Quantizer, SkippedLayer, TensorPlan, Window
 
 VOID: frozenset[str] = frozenset({"br", "hr", "img", "meta", "link", "input"})
@@ -101,7 +100,7 @@ def test_no_colour_is_opaque_or_the_texts_own() -> None:
 
 def test_a_plan_written_by_hand_is_shown_with_what_it_knows() -> None:
     bare = plan(None).model_copy(update={"budget": None})
-    page = Page(plan_html(bare))
+    page = Page(bare._repr_html_())
     assert "bit plan for a model" in page.text
     assert "costs" not in page.text
 
@@ -125,7 +124,7 @@ def test_scores_have_a_table_a_metric() -> None:
         },
         "mine.json",
     )
-    page = Page(scores_html(scores))
+    page = Page(scores._repr_html_())
     assert page.rows == [["layer", "0", "1"], ["K", "62", "8"], ["V", "3.4", "0"]]
     assert page.titles == ["62.03", "8.0", "3.4", "0.0"]
     assert "spectral_norm" in page.text

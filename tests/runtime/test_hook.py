@@ -23,7 +23,7 @@ from transformers import (
 from kvprof.errors import CacheError
 from kvprof.models.inventory import take_inventory
 from kvprof.records.plan import BitPlan
-from kvprof.runtime import PlanCache, kernels
+from kvprof.runtime import PlanCache, torch_kernels
 from kvprof.runtime.attention import decoding_reads
 from kvprof.runtime.kernels import kernels_named
 
@@ -63,7 +63,7 @@ def attended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return attend(*args)
 
     monkeypatch.setattr(triton_kernels, "attend", counted)
-    monkeypatch.setattr(kernels, "_said", set())
+    monkeypatch.setattr(torch_kernels, "_said", set())
     return seen
 
 

@@ -354,5 +354,5 @@ def test_a_layer_of_an_unknown_kind_is_not_written(tmp_path: Path) -> None:
     cache = filled(build("llama"))
     cache.layers[1] = SomeLayer()
     with pytest.raises(CacheError, match="layer 1 is a SomeLayer, which kvprof cannot save"):
-        snapshot.save_cache(cache, tmp_path / "cache.safetensors")
+        snapshot.save_layers(cache.plan, cache.layers, tmp_path / "cache.safetensors")
     assert not list(tmp_path.iterdir())

@@ -16,7 +16,6 @@ from triton.runtime.errors import OutOfResources
 
 from kvprof.runtime import torch_kernels
 from kvprof.runtime.history import PAGE_TOKENS, History, StoredTensor
-from kvprof.runtime.kernels import say_once
 from kvprof.runtime.rotation import rotation
 from kvprof.runtime.triton_kernels import attention_kernels
 from kvprof.runtime.triton_kernels.arithmetic import LOG2_E
@@ -79,7 +78,9 @@ def attend(
             return _attend(query_BHqD, history, scaling, mask, softcap)
         except OutOfResources as error:  # of a GPU that is smaller than those which the tiles are made for
             _too_large.add(kind)
-            say_once(f"a query attends to unpacked keys and values: on {query_BHqD.device} the kernel is {error}")
+            torch_kernels.say_once(
+                f"a query attends to unpacked keys and values: on {query_BHqD.device} the kernel is {error}"
+            )
     return torch_kernels.attend(query_BHqD, history, scaling, mask, softcap)
 
 

@@ -8,8 +8,8 @@ import torch
 from scipy.special import log_softmax, rel_entr
 from torch import Tensor
 
-from kvprof.evaluate import metrics
-from kvprof.evaluate.metrics import token_kl, token_nll, top1_agreement
+from kvprof import metrics
+from kvprof.metrics import token_kl, token_nll, top1_agreement
 
 
 def logits(tokens: int = 37, vocabulary: int = 501, apart: float = 0.5) -> tuple[Tensor, Tensor]:
