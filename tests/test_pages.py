@@ -1,4 +1,4 @@
-"""Every command in the README runs, in the order it stands there, as a new user would type it."""
+"""Every command of every page runs, in the order of the pages, as a new user would type it; links lead somewhere."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from folders import save_folder, save_text
+from pages import PAGES, README, ROOT, blocks, broken_links, commands, links, named_paths, prose
 from quickstart import Quickstart
 from typer.testing import CliRunner
 
@@ -22,30 +23,55 @@ from kvprof import BitPlan
 from kvprof.allocate.targets import TARGETS
 from kvprof.cli.app import COMMANDS, app
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-
+COMMANDS_OF_PAGES = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
+"""What a reader of all pages would type, each once."""
 ELSEWHERE = {
-    "bash recipes/quickstart.sh": "the test above runs it",
+    "bash recipes/quickstart.sh": "the test of the quickstart runs it",
     "bash tests/run.sh": "it is what runs these tests",
 }
+LINES = {README: 250}
+"""The most lines that a page may have, where it is not 300."""
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 
 
-def commands() -> list[str]:
-    """Return every command line of the README's shell blocks, in order."""
-    found = []
-    for language, body in BLOCKS:
-        if language == "sh":
-            found += body.strip().splitlines()
-        elif language == "console":
-            found += [line.removeprefix("$ ") for line in body.splitlines() if line.startswith("$ ")]
-    return found
+def test_the_list_of_pages_is_whole() -> None:
+    folders = [ROOT / name for name in ("kvprof", "recipes", "tests", ".github")]
+    found = {page for folder in folders for page in folder.rglob("*.md")} | set(ROOT.glob("*.md"))
+    assert {page for page in found if "data" not in page.parts} == set(PAGES)
 
 
-def test_the_readme_has_the_three_commands() -> None:
-    for command in ("kvprof norms", "kvprof gradients", "kvprof allocate --budget 2.5", *ELSEWHERE):
-        assert command in commands()
+@every_page
+def test_a_page_is_short_and_says_first_what_it_holds(page: Path) -> None:
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= LINES.get(page, 300)
+    assert lines[0].startswith("# ")
+    assert lines[1] == ""
+    assert not lines[2].startswith(("#", "|", "* ", "```"))
+
+
+@every_page
+def test_links_and_paths_of_a_page_lead_somewhere(page: Path) -> None:
+    assert broken_links(page) == []
+    assert [path for path in named_paths(page) if not (ROOT / path).exists()] == []
+
+
+def test_a_link_that_leads_nowhere_is_found(tmp_path: Path) -> None:
+    (tmp_path / "other.md").write_text("# A `name`, and more\n\n```sh\n# no heading\n```\n")
+    page = tmp_path / "page.md"
+    good = "[a](other.md) [b](other.md#a-name-and-more) [c](#here) [d](https://example.org/none) [e](.)"
+    page.write_text(f"# Here\n\n{good} [f](none.md) [g](other.md#no-heading) [h](#there)\n")
+    assert broken_links(page) == ["none.md", "other.md#no-heading", "#there"]
+
+
+def test_the_first_page_links_to_every_other_page_once() -> None:
+    linked = sorted((README.parent / to).resolve() for to in links(README))
+    assert linked == sorted(page for page in PAGES if page != README)
+
+
+def test_the_first_page_has_the_three_commands() -> None:
+    for command in ("bash recipes/quickstart.sh", "kvprof norms", "kvprof gradients", "kvprof allocate --budget 2.5"):
+        assert command in commands(README)
+    assert set(ELSEWHERE) <= set(COMMANDS_OF_PAGES)
 
 
 @pytest.mark.demo
@@ -55,9 +81,9 @@ def test_quickstart_runs_from_any_folder_and_ends_with_a_plan(quickstart: Quicks
 
 
 @pytest.mark.demo
-def test_every_command_of_the_readme_runs(tmp_path: Path, quickstart: Quickstart) -> None:
+def test_every_command_of_the_pages_runs(tmp_path: Path, quickstart: Quickstart) -> None:
     shutil.copytree(quickstart.folder, tmp_path / "outputs" / "demo")
-    assert quickstart.commands == [command for command in commands() if command in quickstart.commands]
+    assert set(quickstart.commands) <= set(COMMANDS_OF_PAGES)
     save_folder(tmp_path / "my-model")
     rows = [{"text": row} for row in save_text(tmp_path / "rows.txt").read_text().splitlines()]
     (tmp_path / "my-text.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -67,7 +93,7 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, quickstart: Quickstart
     scripts = str(Path(sys.executable).parent)
     environment = os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
     with served(environment) as kvprof:
-        for command in commands():
+        for command in COMMANDS_OF_PAGES:
             if command in ELSEWHERE or command in quickstart.commands:
                 continue
             words = shlex.split(command)
@@ -87,7 +113,7 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, quickstart: Quickstart
             else:
                 assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
             assert "Traceback" not in done.stderr
-    for body in (body for language, body in BLOCKS if language == "python"):  # on the files that the commands left
+    for body in (body for page in PAGES for body in blocks(page, "python")):  # on the files that the commands left
         done = subprocess.run(
             [sys.executable, "-c", body], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
@@ -110,24 +136,28 @@ def served(environment: dict[str, str]) -> Iterator[Callable[[list[str], Path], 
         yield run
 
 
-def test_the_json_files_in_the_readme_are_valid(tmp_path: Path) -> None:
+def test_the_json_files_in_the_pages_are_valid(tmp_path: Path) -> None:
     from kvprof.records.kinds import load_any
 
     kinds = []
-    for number, body in enumerate(body for language, body in BLOCKS if language == "json"):
+    for number, body in enumerate(body for page in PAGES for body in blocks(page, "json")):
         path = tmp_path / f"{number}.json"
         path.write_text(body)
         kinds.append(type(load_any(path)).__name__)
     assert kinds == ["Scores", "BitPlan"]
 
 
-def test_every_flag_named_in_the_readme_exists() -> None:
-    help_texts = "".join(
-        CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output for command in COMMANDS
-    )
-    help_texts += "--install-completion"  # kvprof's own, of no command
-    help_texts += "".join(target.artefact for target in TARGETS.values())  # other runtimes' flags
-    prose = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
-    prose = re.sub(r"`python [^`]*`", "", prose)  # of another program
-    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", prose)):
+@every_page
+def test_every_flag_named_in_the_prose_of_a_page_exists(page: Path, help_texts: str) -> None:
+    words = re.sub(r"`(?:python|bash) [^`]*`", "", prose(page))  # of another program
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", words)):
         assert flag in help_texts, flag
+
+
+@pytest.fixture(scope="module")
+def help_texts() -> str:
+    """The help of every command, and the flags of other runtimes that kvprof writes."""
+    runner = CliRunner()
+    texts = [runner.invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output for command in COMMANDS]
+    texts += ["--install-completion"]  # kvprof's own, of no command
+    return "\n".join([*texts, *(target.artefact for target in TARGETS.values())])
