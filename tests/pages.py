@@ -10,9 +10,9 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 PAGES = (
     README,
-    ROOT / "kvprof/allocate/README.md",
     ROOT / "kvprof/evaluate/README.md",
     ROOT / "kvprof/profile/README.md",
+    ROOT / "kvprof/allocate/README.md",
     ROOT / "kvprof/report/README.md",
     ROOT / "recipes/README.md",
     ROOT / "recipes/cluster.md",
@@ -43,6 +43,22 @@ def commands(page: Path) -> list[str]:
         elif language == "console":
             found += [line.removeprefix("$ ") for line in body.splitlines() if line.startswith("$ ")]
     return found
+
+
+def shown_outputs(page: Path) -> dict[str, list[str]]:
+    """Return the lines that a page shows of what each command of its console blocks prints."""
+    shown: dict[str, list[str]] = {}
+    for body in blocks(page, "console"):
+        command, *lines = body.splitlines()
+        shown[command.removeprefix("$ ")] = [line for line in lines if line.strip() not in ("", "...")]
+    return shown
+
+
+def without_numbers(line: str) -> str:
+    """Return a line without what may differ from machine to machine: numbers, names of formats, bars, spacing."""
+    line = re.sub(r"\b(?:int\d+g\d+c?|rot\d+)\b", "format", line)
+    line = re.sub(r"[-+]?\d[\d,.]*(?:e[-+]?\d+)?", "0", line)
+    return " ".join(re.sub("[\u2580-\u259f]", "", line).split())
 
 
 def prose(page: Path) -> str:

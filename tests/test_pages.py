@@ -15,7 +15,19 @@ from pathlib import Path
 
 import pytest
 from folders import save_folder, save_text
-from pages import PAGES, README, ROOT, blocks, broken_links, commands, links, named_paths, prose
+from pages import (
+    PAGES,
+    README,
+    ROOT,
+    blocks,
+    broken_links,
+    commands,
+    links,
+    named_paths,
+    prose,
+    shown_outputs,
+    without_numbers,
+)
 from quickstart import Quickstart
 from typer.testing import CliRunner
 
@@ -29,6 +41,8 @@ ELSEWHERE = {
     "bash recipes/quickstart.sh": "the test of the quickstart runs it",
     "bash tests/run.sh": "it is what runs these tests",
 }
+SHOWN = {command: lines for page in PAGES for command, lines in shown_outputs(page).items()}
+"""The lines that pages show of what commands print."""
 LINES = {README: 250}
 """The most lines that a page may have, where it is not 300."""
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -81,9 +95,15 @@ def test_quickstart_runs_from_any_folder_and_ends_with_a_plan(quickstart: Quicks
 
 
 @pytest.mark.demo
+def test_the_quickstart_prints_what_the_pages_show(quickstart: Quickstart) -> None:
+    assert set(quickstart.commands) <= set(SHOWN)
+    for command in quickstart.commands:
+        assert unprinted(command, quickstart.output) == []
+
+
+@pytest.mark.demo
 def test_every_command_of_the_pages_runs(tmp_path: Path, quickstart: Quickstart) -> None:
     shutil.copytree(quickstart.folder, tmp_path / "outputs" / "demo")
-    assert set(quickstart.commands) <= set(COMMANDS_OF_PAGES)
     save_folder(tmp_path / "my-model")
     rows = [{"text": row} for row in save_text(tmp_path / "rows.txt").read_text().splitlines()]
     (tmp_path / "my-text.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -102,6 +122,7 @@ def test_every_command_of_the_pages_runs(tmp_path: Path, quickstart: Quickstart)
                 status, said = kvprof(words[1:], folder)
                 assert status == 0, f"{command}\n{said}"
                 assert "Traceback" not in said
+                assert unprinted(command, said) == []
                 continue
             if words[0] == "pip":  # what pip would do, without doing it to the environment under test
                 words, folder = [sys.executable, "-m", *words[:2], "--dry-run", "--quiet", *words[2:]], ROOT
@@ -118,6 +139,18 @@ def test_every_command_of_the_pages_runs(tmp_path: Path, quickstart: Quickstart)
             [sys.executable, "-c", body], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, f"{body}\n{done.stderr}"
+
+
+def unprinted(command: str, said: str) -> list[str]:
+    """Return the lines that a page shows of a command, and that it did not print, numbers aside."""
+    printed = set(map(without_numbers, said.splitlines()))
+    return [line for line in SHOWN.get(command, []) if without_numbers(line) not in printed]
+
+
+def test_a_line_that_a_command_does_not_print_is_found() -> None:
+    said = SHOWN["kvprof norms"]
+    assert unprinted("kvprof norms", "\n".join(said).replace("62.03", "7.5")) == []
+    assert unprinted("kvprof norms", "\n".join(said[:-1])) == said[-1:]
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import pytest
 import transformers
 from coverage_table import PAGE, section
 from packaging.version import Version
+from pages import README
 from shrunk import types
 from walk import MARKERS, OUTCOMES, WALKED, walk
 
@@ -40,3 +41,8 @@ def test_the_table_of_types_is_what_the_command_prints() -> None:
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     page = PAGE.read_text(encoding="utf-8")
     assert section(page, printed.strip(), MARKERS) == page
+
+
+def test_the_first_page_counts_the_types_of_the_whole_chain() -> None:
+    whole = sum(found["outcome"] == "whole" for found in WALKED_TYPES.values())
+    assert f"{whole} of the {len(WALKED_TYPES)} causal," in README.read_text(encoding="utf-8")
