@@ -27,12 +27,12 @@ hypothesis.settings.load_profile("kvprof")  # no test depends on the time it tak
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the README first: its commands take one worker most of the time that all other tests take the second.
+    """Put the pages first: their commands take one worker most of the time that all other tests take the second.
 
     What else looks at the quickstart comes when that is long over, so that no worker waits for it.
     """
     looking = {item.path for item in items if "quickstart" in item.fixturenames}
-    first = [item for item in items if item.path.name == "test_readme.py"]
+    first = [item for item in items if item.path.name == "test_pages.py"]
     late = [item for item in items if item.path in looking and item not in first]
     rest = [item for item in items if item.path not in looking]
     middle = 2 * len(rest) // 5

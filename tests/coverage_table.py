@@ -1,7 +1,7 @@
-"""Which models does kvprof work on? Prints the README's table, from what tests saw of each family.
+"""Which models does kvprof work on? Prints the table of families, from what tests saw of each family.
 
     python tests/coverage_table.py            print it, from tests/data/coverage.json
-    python tests/coverage_table.py --write    put it into README.md, between its two markers
+    python tests/coverage_table.py --write    put it into kvprof/models/README.md, between its two markers
     python tests/coverage_table.py --measure  first run every family through the chain of commands, and keep what came
 
 Reads facts, writes Markdown. Does not know how a family is run (families.py).
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-SEEN, README = HERE / "data" / "coverage.json", HERE.parent / "README.md"
+SEEN, PAGE = HERE / "data" / "coverage.json", HERE.parent / "kvprof/models/README.md"
 MARKERS = ("<!-- models: begin -->", "<!-- models: end -->")
 
 COLUMNS = (
@@ -98,10 +98,10 @@ def _remarks(facts: Mapping[str, Any]) -> list[str]:
     return remarks
 
 
-def section(readme: str, made: str, markers: tuple[str, str]) -> str:
-    """Return a README that has this table between these markers."""
+def section(page: str, made: str, markers: tuple[str, str]) -> str:
+    """Return a page that has this table between these markers."""
     begin, end = markers
-    before, rest = readme.split(begin)
+    before, rest = page.split(begin)
     return f"{before}{begin}\n{made}\n{end}{rest.split(end)[1]}"
 
 
@@ -109,7 +109,7 @@ def main() -> None:
     """Do as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", action="store_true", help="run the chain of every family anew: a minute or two")
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    parser.add_argument("--write", action="store_true", help="put the table into kvprof/models/README.md")
     chosen = parser.parse_args()
     if chosen.measure:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when transformers is first imported
@@ -120,7 +120,7 @@ def main() -> None:
     seen = json.loads(SEEN.read_text(encoding="utf-8"))
     made = table(seen, {name: facts["family"] for name, facts in seen.items()})
     if chosen.write:
-        README.write_text(section(README.read_text(encoding="utf-8"), made, MARKERS), encoding="utf-8")
+        PAGE.write_text(section(PAGE.read_text(encoding="utf-8"), made, MARKERS), encoding="utf-8")
     print(made)
 
 

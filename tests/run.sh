@@ -10,6 +10,6 @@ ruff format --check .
 ruff check .
 mypy
 lint-imports --no-logo
-# Two workers of a thread each: a file of tests goes to one of them as a whole, the README's first (tests/conftest.py).
+# Two workers of a thread each: a file of tests goes to one of them as a whole, the pages' first (tests/conftest.py).
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

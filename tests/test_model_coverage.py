@@ -1,4 +1,4 @@
-"""Every family of models through the whole chain of commands, and the README's table of what came of it.
+"""Every family of models through the whole chain of commands, and the table of what came of it.
 
 Of the chain, 16 bits must generate what a DynamicCache does, and a plan's cache must have the plan's bytes.
 tests/data/coverage.json says what else was seen when the table was made: a difference is a change of what kvprof
@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 import pytest
-from coverage_table import MARKERS, README, SEEN, section
+from coverage_table import MARKERS, PAGE, SEEN, section
 from families import FAMILIES, see
 from tiny import APART, TINY, UNUSUAL
 
@@ -49,8 +49,8 @@ def test_what_is_not_supported_is_what_is_known_not_to_be() -> None:
     assert slow == ["xglm"]
 
 
-def test_the_readme_s_table_is_what_the_command_prints() -> None:
+def test_the_table_of_the_page_is_what_the_command_prints() -> None:
     command = [sys.executable, str(SEEN.parents[1] / "coverage_table.py")]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    readme = README.read_text(encoding="utf-8")
-    assert section(readme, printed.strip(), MARKERS) == readme
+    page = PAGE.read_text(encoding="utf-8")
+    assert section(page, printed.strip(), MARKERS) == page

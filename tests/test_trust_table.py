@@ -1,4 +1,4 @@
-"""Is the README's table of trust what was tried? And would it say so if something had failed?"""
+"""Is the table of trust on the page of models what was tried? And would it say so if something had failed?"""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 import trust_table
-from coverage_table import README, section
+from coverage_table import PAGE, section
 from trials import Trial
 from trust_table import MARKERS, PARTS, load, measure, table
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_readme_s_table_is_what_the_command_prints() -> None:
+def test_the_table_of_the_page_is_what_the_command_prints() -> None:
     done = subprocess.run([sys.executable, trust_table.__file__], capture_output=True, text=True, check=False)
     assert done.returncode == 0  # nothing failed
-    readme = README.read_text(encoding="utf-8")
-    assert section(readme, done.stdout.strip(), MARKERS) == readme
+    page = PAGE.read_text(encoding="utf-8")
+    assert section(page, done.stdout.strip(), MARKERS) == page
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -1,4 +1,4 @@
-"""The README's table of types, and a sample of the walk that it was made from.
+"""The table of types on the page of models, and a sample of the walk that it was made from.
 
 The whole walk takes a quarter of an hour: `python tests/walk.py --measure --write`. Here are one type of each kind that
 is seldom, and every forty-fifth of all.
@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import transformers
-from coverage_table import README, section
+from coverage_table import PAGE, section
 from packaging.version import Version
+from pages import README
 from shrunk import types
 from walk import MARKERS, OUTCOMES, WALKED, walk
 
@@ -35,8 +36,13 @@ def test_every_type_that_transformers_has_was_walked() -> None:
     assert {found["outcome"] for found in WALKED_TYPES.values()} <= OUTCOMES.keys()
 
 
-def test_the_readme_s_table_of_types_is_what_the_command_prints() -> None:
+def test_the_table_of_types_is_what_the_command_prints() -> None:
     command = [sys.executable, str(WALKED.parents[1] / "walk.py")]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    readme = README.read_text(encoding="utf-8")
-    assert section(readme, printed.strip(), MARKERS) == readme
+    page = PAGE.read_text(encoding="utf-8")
+    assert section(page, printed.strip(), MARKERS) == page
+
+
+def test_the_first_page_counts_the_types_of_the_whole_chain() -> None:
+    whole = sum(found["outcome"] == "whole" for found in WALKED_TYPES.values())
+    assert f"{whole} of the {len(WALKED_TYPES)} causal," in README.read_text(encoding="utf-8")

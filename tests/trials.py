@@ -1,4 +1,4 @@
-"""What was tried, how often, and what failed: one row of the README's table of trust (trust_table.py)."""
+"""What was tried, how often, and what failed: one row of the table of trust (trust_table.py)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What was tried to break kvprof, how often, and what failed? Prints the README's table.
+"""What was tried to break kvprof, how often, and what failed? Prints the table of trust.
 
     python tests/trust_table.py                    print it, from tests/data/trust.json
-    python tests/trust_table.py --write            put it into README.md, between its two markers
+    python tests/trust_table.py --write            put it into kvprof/models/README.md, between its two markers
     python tests/trust_table.py --measure          first try all of it again, for hours, and keep what came
     python tests/trust_table.py --measure decode   or a part of it
 
@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from xml.etree import ElementTree
 
-from coverage_table import README, section
+from coverage_table import PAGE, section
 from trials import Trial
 
 HERE = Path(__file__).resolve().parent
@@ -116,7 +116,7 @@ def main() -> int:
     """Do as the command line says; 1 where something failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", nargs="*", choices=PARTS, metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    parser.add_argument("--write", action="store_true", help="put the table into kvprof/models/README.md")
     asked = parser.parse_args()
     if asked.measure is not None:
         for part in asked.measure or PARTS:
@@ -124,7 +124,7 @@ def main() -> int:
     tried = load()
     made = table(tried)
     if asked.write:
-        README.write_text(section(README.read_text(encoding="utf-8"), made, MARKERS), encoding="utf-8")
+        PAGE.write_text(section(PAGE.read_text(encoding="utf-8"), made, MARKERS), encoding="utf-8")
     print(made)
     return int(any(trial.failed for trials in tried.values() for trial in trials))
 

@@ -1,7 +1,7 @@
 """Every type of decoder that the installed transformers has, as a tiny random model, through the whole chain.
 
-    python tests/walk.py                     print the README's table, from tests/data/walk.json
-    python tests/walk.py --write             put it into README.md, between its two markers
+    python tests/walk.py                     print the table of the page of models, from tests/data/walk.json
+    python tests/walk.py --write             put it into kvprof/models/README.md, between its two markers
     python tests/walk.py --measure           first run them all and keep what came: a quarter of an hour on one core
     python tests/walk.py --measure llama     run these alone, and keep what came beside what is known of the others
 
@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from coverage_table import README, section
+from coverage_table import PAGE, section
 
 HERE = Path(__file__).resolve().parent
 WALKED = HERE / "data" / "walk.json"
@@ -97,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", help="model types to run; all by default")
     parser.add_argument("--measure", action="store_true", help="run types anew, and keep what came")
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    parser.add_argument("--write", action="store_true", help="put the table into kvprof/models/README.md")
     chosen = parser.parse_args()
     if chosen.measure:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when transformers is first imported
@@ -110,7 +110,7 @@ def main() -> None:
             WALKED.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n", encoding="utf-8")
     made = table(json.loads(WALKED.read_text(encoding="utf-8")))
     if chosen.write:
-        README.write_text(section(README.read_text(encoding="utf-8"), made, MARKERS), encoding="utf-8")
+        PAGE.write_text(section(PAGE.read_text(encoding="utf-8"), made, MARKERS), encoding="utf-8")
     print(made)
 
 

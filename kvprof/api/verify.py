@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-3
 """Relative to a tensor's largest number of its kind; what two measurements on other threads, batches or devices may
-differ by. README, "Numbers that repeat", says what was seen."""
+differ by. kvprof/models/README.md, "Numbers repeat", says what was seen."""
 
 SOLVED_FROM_SCORES = ("scores", "model of the scores", "predicted loss", "formats", "optimality")
 
