@@ -177,7 +177,7 @@ UNUSUAL: dict[str, Callable[[], PretrainedConfig]] = {
         q_lora_rank=8,
         index_topk=12,
         index_head_dim=8,
-        index_n_heads=2,
+        index_n_heads=32,
     ),
 }
 """Layers with a recurrent state beside attention or in its place, layers that read another layer's cache, and layers

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from kvprof.allocate.budget import CachedTensor, known_bits
 from kvprof.errors import UsageError, did_you_mean
-from kvprof.records.formats import FULL_BITS, TENSORS, Format, TensorName, format_named, usual_format
+from kvprof.records.formats import FULL_BITS, TENSORS, Format, TensorName, format_named, tensor_named, usual_format
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _parse(text: str) -> tuple[TensorName, range | None, Pin]:
             f"cannot read the pin {text!r}.\n  Write it as key:0=8, value:3-5=4, key:*=4 or key:0=int4g64."
         )
     word, every, first, last, wanted = match.groups()
-    name = next((tensor for tensor in TENSORS if tensor == word), None)
+    name = tensor_named(word)
     if name is None:
         raise UsageError(f"pin {text!r}: no tensor is called {word!r}: {did_you_mean(word, TENSORS)}")
     try:

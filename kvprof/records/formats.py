@@ -43,6 +43,11 @@ CODE_BITS = (1, 2, 3, 4, 5, 6, 8)
 FULL_BITS = 16
 """In a plan: kept in the model's own dtype, no codes, no scales."""
 
+def tensor_named(word: str) -> TensorName | None:
+    """Return the tensor of a word: `key`, `value`, and `latent` and `rope` for what stands in their place."""
+    return next((tensor for tensor in TENSORS if word in (tensor, LATENT_TENSORS[tensor])), None)
+
+
 ASYMMETRIC_GROUP_BITS = 32
 """A float16 scale and a float16 zero point."""
 ROTATED_GROUP_BITS = 16
@@ -209,7 +214,7 @@ def parse_formats(text: str) -> dict[TensorName, tuple[str, ...]]:
     chosen: dict[TensorName, dict[str, None]] = {"key": {}, "value": {}}
     for word in (part.strip() for part in text.split(",")):
         before, colon, name = word.rpartition(":")
-        wanted = [tensor for tensor in TENSORS if not colon or before in (tensor, LATENT_TENSORS[tensor])]
+        wanted = [tensor for tensor in TENSORS if not colon or tensor == tensor_named(before)]
         if not wanted:
             raise UsageError(f"{word!r}: no tensor is called {before!r}; write key:{name} or value:{name}.")
         for tensor in wanted:

@@ -104,7 +104,7 @@ def test_an_element_has_the_bytes_of_its_dtype(hybrid_geometry_json: dict[str, A
         (0, {"kv_heads": 0}, "layer 0 caches nothing"),
         (0, {"value_head_dim": 0}, "layer 0 caches nothing"),
         (0, {"kind": "recurrent"}, "layer 0 .recurrent. keeps no tokens' own keys"),
-        (0, {"kind": "latent"}, "layer 0 .latent. keeps no tokens' own keys"),
+        (0, {"kind": "other"}, "layer 0 .other. keeps no tokens' own keys"),
         (0, {"window": 0}, "window"),
         (0, {"kv_heads": -1}, "kv_heads"),
         (0, {"kv_heads": 2.0}, "kv_heads"),
