@@ -32,6 +32,10 @@ def circle(imports: Imports) -> list[str] | None:
     return path[path.index(found) :]
 
 
+def within(module: str, place: str) -> bool:
+    return f"{module}.".startswith(f"{place}.")
+
+
 @pytest.fixture(scope="module")
 def imports() -> Imports:
     return imports_of("kvprof")
@@ -54,12 +58,20 @@ def test_no_module_imports_itself_by_way_of_others(imports: Imports) -> None:
     ],
 )
 def test_rooms_that_no_row_keeps_apart_do_not_know_each_other(imports: Imports, room: str, other: str) -> None:
-    def within(module: str, place: str) -> bool:
-        return f"{module}.".startswith(f"{place}.")
-
     assert other in imports
     met = [(module, found) for module in imports if within(module, room) for found in imports[module]]
     assert [f"{module} -> {found}" for module, found in met if within(found, other)] == []
+
+
+def test_what_prints_needs_no_numpy(imports: Imports) -> None:
+    """Not even by way of the records that turn samples into scores: loading numpy takes longer than most commands."""
+    reached: set[str] = set()
+    found = {module for module in imports if within(module, "kvprof.report")}
+    while found:
+        reached |= found
+        found = set().union(*(imports[module] for module in found)) - reached
+    assert "kvprof.records.scores" in reached
+    assert "numpy" not in reached
 
 
 def test_a_circle_of_functions_imports_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
