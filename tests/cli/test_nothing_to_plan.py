@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from folders import save_folder, save_text
+from tiny import skip_unknown
+from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from typer.testing import CliRunner, Result
 
 from kvprof.cli.app import app
@@ -25,18 +27,22 @@ def said(result: Result) -> str:
 
 
 @pytest.fixture
-def latent(in_tmp: Path) -> str:
-    """A DeepSeek-V3 whose layers keep latents alone."""
+def latent(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A DeepSeek-V3 in a transformers that caches keys and values, and not the latent that they are made of."""
     save_text(in_tmp / "text.txt")
-    return str(save_folder(in_tmp / "model", "deepseek-v3"))
+    folder = str(save_folder(in_tmp / "model", "deepseek-v3"))
+    monkeypatch.delattr(modeling_deepseek_v3.DeepseekV3Attention, "expand_kv", raising=False)
+    return folder
 
 
-def test_inspect_shows_the_latents_their_bytes_and_why_no_plan_has_them(latent: str) -> None:
+def test_inspect_says_what_is_not_known_and_no_number(latent: str) -> None:
     result = run("inspect", latent)
     assert result.exit_code == 0
-    assert "each token adds 160 bytes (160 B) in 2 of 2 layers" in said(result)  # 2 x (16 + 4) x 4
+    assert "what a token adds is not known: caches of a kind of their own, layers 0-1" in said(result)
     assert "left alone by a plan: layers 0-1: layer of latent attention (MLA)" in said(result)
-    assert "not counted" not in said(result)
+    assert "0 B" not in said(result)
+    found = json.loads(run("inspect", latent, "--json").output)
+    assert found["bytes_per_token"] is found["bytes_at"] is None
 
 
 @pytest.mark.parametrize(
@@ -87,3 +93,20 @@ def test_a_plan_of_another_model_does_not_fit_latents(latent: str) -> None:
         result = run(*words)
         assert result.exit_code == 4, result.output
         assert "latent" in said(result)
+
+
+def test_a_plan_of_keys_and_values_does_not_fit_latents_that_can_be_planned(in_tmp: Path) -> None:
+    skip_unknown("deepseek-v3")
+    save_folder(in_tmp / "model", "deepseek-v3")
+    full = {"bits": 16, "group_size": 8, "axis": "token"}
+    plan = {
+        "schema": "kvprof.plan/1",
+        "model": {"num_layers": 2},
+        "quantizer": {},
+        "window": {"sink_tokens": 0, "recent_tokens": 0},
+        "layers": [{"layer": layer, "key": full, "value": full} for layer in range(2)],
+    }
+    Path("plan.json").write_text(json.dumps(plan))
+    result = run("validate", "plan.json", "model")
+    assert result.exit_code == 4
+    assert "names key and value of layer 0, which has latent and rope" in said(result)
