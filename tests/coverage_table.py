@@ -29,7 +29,7 @@ KINDS = {
     "shared": "shared keys and values are stored once, by the layer that makes them",
     "recurrent": "recurrent states stay as they are",
     "hybrid": "the recurrent state beside each attention stays as it is",
-    "latent": "K and V are one compressed vector, whose bytes `inspect` counts",
+    "latent": "the latent and its rotary part are planned in the place of K and V",
 }
 """What is to be said of layers that are more, or other, than attention to all tokens."""
 FLAGS = {
@@ -60,7 +60,7 @@ def _row(family: str, facts: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _attention(facts: Mapping[str, Any]) -> str:
-    if facts["heads"] is None:
+    if "latent" in facts["kinds"]:
         return "MLA"
     query, key_value = facts["heads"]["query"], facts["heads"]["key_value"]
     grouping = "MHA" if query == key_value else "MQA" if key_value == 1 else "GQA"

@@ -68,6 +68,7 @@ FAMILIES = {
     "dbrx": "DBRX",
     "deepseek-v2": "DeepSeek-V2",
     "deepseek-v3": "DeepSeek-V3",
+    "deepseek-v32": "DeepSeek-V3.2",
     "jamba": "Jamba",
     "bamba": "Bamba",
     "falcon-h1": "Falcon-H1",

@@ -27,7 +27,7 @@ _LAYER_COUNT = r"^(num_hidden_layers|n_layers?|num_layers|num_decoder_layers|dec
 _SIZES: tuple[tuple[str, int], ...] = (
     (r"index_n_heads", 32),  # with few, the scores of many keys are 0, and which of them are read is anybody's choice
     (r"rotary_dim|index_topk", 8),
-    (r"n_group|topk_group", 1),
+    (r"n_group|topk_group|num_expert_group", 1),
     (r"expand$|attn_layer_offset|^vision_feature_layer$", 1),
     (r"attn_layer_period|attention_layer_period", 2),
     (_LAYER_COUNT, LAYERS),

@@ -27,7 +27,7 @@ MARKERS = ("<!-- types: begin -->", "<!-- types: end -->")
 OUTCOMES = {
     "whole": "the whole chain, `evaluate` in one forward",
     "exact": "the whole chain, `evaluate` token by token; no losses are predicted",
-    "unplanned": "`inspect`, and nothing is planned: latent, recurrent or sliding layers alone; each command says so",
+    "unplanned": "`inspect`, and nothing is planned: recurrent or short sliding layers alone; each command says so",
     "partly": "a part of the chain; the other commands say why not",
     "image": "`inspect` and `norms`: the model does not run on text alone, or not in the size that was tried",
     "refused": "refused by every command, in one sentence",

@@ -335,7 +335,7 @@ def _describe(skeleton: Skeleton, index: int, kind: LayerKind, window: int | Non
         raise UnknownLayout(
             f"layer {index} has attention of kind {kind!r}, but no projection of K and V was found in it."
         )
-    projection, config = skeleton.projections[index], skeleton.config
+    projection, config = skeleton.projections[index], config_of_layer(skeleton.config, index)
     head_dim = (
         getattr(skeleton.attention(index), "head_dim", None)
         or getattr(config, "head_dim", None)
