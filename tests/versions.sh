@@ -51,8 +51,10 @@ cd "$ROOT"
 export PATH="$VENV/bin:$PATH" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 if [ "$#" = 0 ]; then
     set -- tests/records tests/allocate tests/export tests/api tests/calibration tests/report tests/cli/test_manner.py \
-        tests/models/test_load.py tests/models/test_inventory.py tests/models/test_wrappers.py tests/models/test_weights.py tests/models/test_gguf.py tests/profile/test_gradients.py \
-        tests/profile/test_losses.py tests/runtime/test_cache.py tests/runtime/test_packing.py \
+        tests/models/test_load.py tests/models/test_streaming.py tests/models/test_inventory.py \
+        tests/models/test_wrappers.py tests/models/test_weights.py tests/models/test_gguf.py \
+        tests/profile/test_gradients.py tests/profile/test_losses.py tests/runtime/test_cache.py \
+        tests/runtime/test_packing.py \
         tests/evaluate/test_harness.py tests/test_public_names.py tests/test_packaging.py \
         -m "not demo"
 fi
