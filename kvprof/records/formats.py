@@ -43,15 +43,15 @@ CODE_BITS = (1, 2, 3, 4, 5, 6, 8)
 FULL_BITS = 16
 """In a plan: kept in the model's own dtype, no codes, no scales."""
 
-def tensor_named(word: str) -> TensorName | None:
-    """Return the tensor of a word: `key`, `value`, and `latent` and `rope` for what stands in their place."""
-    return next((tensor for tensor in TENSORS if word in (tensor, LATENT_TENSORS[tensor])), None)
-
-
 ASYMMETRIC_GROUP_BITS = 32
 """A float16 scale and a float16 zero point."""
 ROTATED_GROUP_BITS = 16
 """A float16 scale for each token and head."""
+
+
+def tensor_named(word: str) -> TensorName | None:
+    """Return the tensor of a word: `key`, `value`, and `latent` and `rope` for what stands in their place."""
+    return next((tensor for tensor in TENSORS if word in (tensor, LATENT_TENSORS[tensor])), None)
 
 
 class Format(Record):
