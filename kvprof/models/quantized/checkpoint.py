@@ -18,6 +18,7 @@ from kvprof.models.quantized.fp8 import fp8_matrix
 from kvprof.models.quantized.gptq import gptq_matrix
 from kvprof.models.quantized.matrix import CodedMatrix, Parts, Settings
 from kvprof.models.quantized.mlx import mlx_matrix
+from kvprof.models.quantized.modelopt import modelopt_matrix
 from kvprof.models.shards import FLOATS
 
 _CODES = (".weight_packed", ".qweight")
@@ -28,6 +29,7 @@ _FORMATS: tuple[Callable[[Parts, Settings], CodedMatrix | None], ...] = (
     bitsandbytes_matrix,
     mlx_matrix,
     compressed_matrix,
+    modelopt_matrix,
     fp8_matrix,
 )
 """The first that knows a matrix has it: FP8 is what is left."""

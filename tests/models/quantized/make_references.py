@@ -302,11 +302,22 @@ def mlx() -> None:
         add(f"mlx {mode}", parts, torch_of(expected), {"bits": bits, "group_size": size, "mode": mode})
 
 
+def modelopt() -> None:
+    from modelopt.torch.quantization.qtensor import NVFP4QTensor
+
+    weight = weights(8, 64)
+    codes, scales, whole = NVFP4QTensor.quantize(weight, block_size=16)
+    options = {"scale": scales, "double_scale": whole, "block_sizes": {-1: 16}}
+    parts = {"weight": codes._quantized_data, "weight_scale": scales, "weight_scale_2": whole}
+    settings = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    add("modelopt nvfp4", parts, codes.dequantize(dtype=torch.float32, **options), settings)
+
+
 def main() -> None:
     torch.manual_seed(0)
-    for make in (compressed_tensors, gptq, awq, bitsandbytes, mlx):
+    for make in (compressed_tensors, gptq, awq, bitsandbytes, mlx, modelopt):
         make()
-    names = ("compressed-tensors", "bitsandbytes", "mlx", "torch")
+    names = ("compressed-tensors", "bitsandbytes", "mlx", "nvidia-modelopt", "torch")
     versions = {name: metadata.version(name) for name in names}
     versions |= {"gptqmodel": os.environ["GPTQMODEL_VERSION"], "autoawq": os.environ["AUTOAWQ_VERSION"]}
     save_file(TENSORS, HERE / "references.safetensors")

@@ -85,7 +85,7 @@ def test_parts_that_do_not_go_together_are_one_message(tmp_path: Path, case: str
         elif damage == "dtype":
             if leaf == "weight_format":
                 continue
-            parts[leaf] = tensor.view(torch.uint8).to(torch.int16)
+            parts[leaf] = tensor.reshape(-1).view(torch.uint8).to(torch.int16)
         elif tensor.is_floating_point() and tensor.dtype.itemsize > 1:
             parts[leaf] = torch.full_like(tensor, float("nan"))
         else:
