@@ -1,8 +1,8 @@
 """NVFP4 weights of ModelOpt: 4-bit floats, an FP8 scale for 16 columns, and a number that multiplies all of these.
 
 Under ModelOpt's names two codes a byte are `weight`, and both scales are multiplied by; compressed-tensors' NVFP4
-divides by its number of the matrix. The reference is `NVFP4QTensor.dequantize` of nvidia-modelopt, in float32. ModelOpt's
-FP8 weights are plain FP8 (fp8.py).
+divides by its number of the matrix. The reference is `NVFP4QTensor.dequantize` of nvidia-modelopt, in float32; FP8 of
+ModelOpt is plain FP8 (fp8.py).
 """
 
 from __future__ import annotations
