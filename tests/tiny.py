@@ -191,7 +191,7 @@ KNOWS_SHARING = Version(transformers.__version__) >= Version("5.23")
 
 
 LATENTS = ("deepseek-v2", "deepseek-v3", "deepseek-v32")
-"""Those of latent attention, whose latent is what transformers caches from 5.23 on."""
+"""Those of latent attention, whose latent is what transformers caches."""
 
 
 MIXTURES = ("mixtral", "qwen3-moe", "gpt-oss", "jetmoe", "dbrx", "deepseek-v2", "deepseek-v3")
@@ -200,8 +200,6 @@ MIXTURES = ("mixtral", "qwen3-moe", "gpt-oss", "jetmoe", "dbrx", "deepseek-v2", 
 
 def skip_unknown(name: str) -> None:
     """Skip a test of what the installed transformers is too old for."""
-    if name in LATENTS and not KNOWS_SHARING:
-        pytest.skip("before transformers 5.23 keys and values of latent attention are cached, and not the latent")
     if name in SHARE and not KNOWS_SHARING:
         pytest.skip("before transformers 5.23 a model that shares keys and values is refused (test_inventory.py)")
 

@@ -33,6 +33,11 @@ def check_lent(model: PreTrainedModel, dtype: str, device: torch.device | None, 
     dtype: `auto` is its own. device: None is where it is.
     """
     own = str(model.dtype).removeprefix("torch.")
+    if any(type(module).__name__ == "QuantizedKVCache" for module in model.modules()):  # of compressed-tensors
+        raise UsageError(
+            "the loaded model rounds its keys and values itself, by its checkpoint's kv_cache_scheme.\n"
+            "  Name its folder or hub id instead of the loaded model."
+        )
     if stream:
         raise UsageError("--stream leaves weights in the checkpoint; this model has them.\n  Name its folder instead.")
     if dtype not in ("auto", own):

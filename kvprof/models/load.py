@@ -40,7 +40,7 @@ from kvprof.models.memory import free_bytes
 from kvprof.models.names import DEMO, nearest_path
 from kvprof.models.opening import check_config, check_loadable, read_headers, refuse_adapter
 from kvprof.models.own_code import check_code, find_code, refused_code
-from kvprof.models.packages import check_packages, check_streamable, dequantizing, plain_weights
+from kvprof.models.packages import check_packages, check_streamable, dequantizing, drop_cache_scheme, plain_weights
 from kvprof.models.quiet import quiet
 from kvprof.models.shelf import Shelf
 from kvprof.models.stored_dtype import stored_dtype
@@ -256,6 +256,7 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto", s
         check_reads_text(source.live)
         return source.live
     config = load_config(source)
+    changed = drop_cache_scheme(config)
     check_packages(source.id, config)
     if stream:
         check_streamable(source.id, config)
@@ -282,7 +283,10 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto", s
         spread = {"device_map": {"": "disk"}, "offload_folder": shelf.folder}
     arguments = loading_arguments(source, place)
     arguments |= {"quantization_config": dequantizing(config)} if place.is_dir() and dequantizing(config) else {}
-    arguments |= {"use_safetensors": True} if place.is_dir() else {"config": config}  # which takes long to read again
+    if place.is_dir():
+        arguments |= {"use_safetensors": True}
+    if changed or not place.is_dir():  # a GGUF file's takes long to read again
+        arguments |= {"config": config}
     model = _from_pretrained(source, config, arguments | spread | {"dtype": DTYPES.get(dtype, "auto")})
     with _explained(source), _quiet():
         model = model.eval().requires_grad_(False)

@@ -101,6 +101,25 @@ def dequantizing(config: PretrainedConfig) -> Any | None:
     return getattr(transformers, name)(dequantize=True, **(kept if "FP8" in name else {}))
 
 
+def drop_cache_scheme(config: PretrainedConfig) -> bool:
+    """Take out of a config how the checkpoint wants keys and values rounded; return whether it said anything of it.
+
+    compressed-tensors rounds by its kv_cache_scheme in front of every cache, under transformers before 5.23 even where
+    weights are dequantized. What kvprof compares with is a cache in full precision, and how to round is the plan's.
+    """
+    dropped = False
+    for part in _parts(config):
+        settings = getattr(part, "quantization_config", None)
+        if not isinstance(settings, Mapping) or settings.get("kv_cache_scheme") is None:
+            continue
+        dropped = True
+        if settings.get("config_groups"):
+            part.quantization_config = {key: value for key, value in settings.items() if key != "kv_cache_scheme"}
+        else:  # the weights are plain
+            del part.quantization_config
+    return dropped
+
+
 def plain_weights(model: PreTrainedModel) -> PreTrainedModel:
     """Return a model whose linear layers have weights that gradients can be asked of, whatever was loaded.
 
@@ -135,11 +154,16 @@ _OTHERWISE = "Name the checkpoint that it was quantized from; kvprof norms reads
 
 def _settings(config: PretrainedConfig) -> Mapping[str, Any] | None:
     """Return what a config says of its quantization; None where it says nothing."""
-    for part in (config, text_config(config)):
+    for part in _parts(config):
         found = getattr(part, "quantization_config", None)
         if found is not None:
             return found if isinstance(found, Mapping) else dict(found.to_dict())
     return None
+
+
+def _parts(config: PretrainedConfig) -> tuple[PretrainedConfig, PretrainedConfig]:
+    """Return where a config may say how weights are quantized: itself and that of its decoder, often the same."""
+    return config, config.get_text_config(decoder=True)
 
 
 def _method(settings: Mapping[str, Any]) -> str | None:

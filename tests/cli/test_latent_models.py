@@ -10,7 +10,6 @@ import pytest
 import torch
 from folders import save_folder, save_text
 from safetensors.torch import load_file
-from tiny import skip_unknown
 from typer.testing import CliRunner, Result
 
 from kvprof import BitPlan, Scores
@@ -33,7 +32,6 @@ def said(result: Result) -> str:
 @pytest.fixture
 def model(in_tmp: Path) -> str:
     """A DeepSeek-V3.2: latents, and an indexer beside them."""
-    skip_unknown("deepseek-v32")
     save_text(in_tmp / "text.txt", rows=60)
     save_folder(in_tmp / "model", "deepseek-v32")
     return "./model"

@@ -9,13 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from coded import code_folder
-from folders import edit_json, save_folder
+from folders import edit_json, edit_weights, save_folder
 from tiny import tiny_model
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from typer.testing import CliRunner, Result
 
 from kvprof.cli.app import app
-from kvprof.errors import ModelError
+from kvprof.errors import ModelError, UsageError
+from kvprof.models.load import lend, load_model, resolve
 from kvprof.models.packages import plain_weights
 
 LAST = ["--data", "builtin", "--sequences", "1", "--sequence-length", "32", "--formats", "none", "--out", "out"]
@@ -68,6 +70,59 @@ def test_weights_that_cannot_be_streamed_say_so(in_tmp: Path, method: str, monke
     assert (
         f"is quantized with {method}, whose weights cannot be loaded one block at a time. Leave out --stream." in said
     )
+
+
+SCHEME = {"num_bits": 4, "type": "int", "strategy": "tensor", "symmetric": True, "dynamic": False}
+
+
+def add_cache_scheme(folder: Path, **settings: object) -> Path:
+    """Let a folder want keys and values rounded to 4 bits, as compressed-tensors does it in front of every cache."""
+    scales = [f"model.layers.{layer}.self_attn.{side}_scale" for layer in range(2) for side in "kv"]
+    edit_weights(folder, lambda state: state.update({name: torch.tensor([0.5]) for name in scales}))
+    method = {"quant_method": "compressed-tensors", "quantization_status": "compressed"}
+    edit_json(folder / "config.json", quantization_config=method | {"kv_cache_scheme": SCHEME} | settings)
+    return folder
+
+
+@torch.no_grad()
+def cached_keys(model: PreTrainedModel) -> list[Tensor]:
+    cache = DynamicCache(config=model.config)
+    model(torch.arange(12)[None], past_key_values=cache)
+    return [layer.keys for layer in cache.layers]
+
+
+def test_a_checkpoints_scheme_for_the_cache_is_left_to_the_plan(in_tmp: Path) -> None:
+    truth = cached_keys(load_model(resolve(str(save_folder(in_tmp / "plain")))))
+    folder = add_cache_scheme(save_folder(in_tmp / "model"), format="dense", config_groups={})
+    for model in (load_model(resolve(str(folder))), load_model(resolve(str(folder)), stream=True)):
+        assert all(map(torch.equal, cached_keys(model), truth))
+    assert run("norms", "model", "--out", "out").exit_code == 0
+
+
+def test_quantized_weights_are_loaded_without_the_scheme_for_the_cache(in_tmp: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    settings = {"format": "float-quantized", "ignore": ["lm_head"], "config_groups": groups}
+
+    def code(module: str, weight: Tensor) -> dict[str, Tensor]:
+        scale = weight.abs().amax(1, keepdim=True) / 448
+        return {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale.bfloat16()}
+
+    plain = {"quant_method": "compressed-tensors", "quantization_status": "compressed"} | settings
+    truth = cached_keys(load_model(resolve(str(code_folder(in_tmp / "plain", code, plain)))))
+    folder = add_cache_scheme(code_folder(in_tmp / "model", code, plain), **settings)
+    assert all(map(torch.equal, cached_keys(load_model(resolve(str(folder)))), truth))
+
+
+def test_a_loaded_model_that_rounds_its_keys_itself_is_refused(in_tmp: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    folder = add_cache_scheme(save_folder(in_tmp / "model"), format="dense", config_groups={})
+    live = AutoModelForCausalLM.from_pretrained(folder)
+    if not any(name.endswith("kv_cache") for name, _ in live.named_modules()):
+        pytest.skip("this transformers and this compressed-tensors leave the scheme out")
+    with pytest.raises(UsageError, match="rounds its keys and values itself, by its checkpoint's kv_cache_scheme"):
+        load_model(lend(live))
 
 
 def test_every_extra_that_is_named_is_one() -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from shrunk import build as build_type
-from tiny import KNOWS_SHARING
 from tiny_plans import FULL, MIXED, NaiveLayer, build, plan_for, prompt, step
 from torch import Tensor
 from transformers import CONFIG_MAPPING, Cache, DynamicCache, PreTrainedModel
@@ -25,8 +24,6 @@ from kvprof.records.plan import BitPlan, LayerPlan
 from kvprof.runtime.attention import decoding_reads
 from kvprof.runtime.cache import PlanCache
 from kvprof.runtime.interception import _active
-
-pytestmark = pytest.mark.skipif(not KNOWS_SHARING, reason="before transformers 5.23 the latent is not cached")
 
 INDEXED = "deepseek-v32"
 OPERATIONS = {
