@@ -60,7 +60,7 @@ from kvprof.allocate.candidates import USUAL_GROUP_SIZE, Allowed
 from kvprof.allocate.cheapest import cheapest, parse_kl
 from kvprof.allocate.pins import check_pins
 from kvprof.allocate.rules import GREEDY_METRICS, KVMIX_FRACTION, default_metric, exact, kvmix, norm_greedy, uniform
-from kvprof.allocate.targets import latents_unknown, layer_choice, target_named
+from kvprof.allocate.targets import check_latents, layer_choice, target_named
 from kvprof.allocate.task import covered_scores, usual_window, without_sinks
 from kvprof.allocate.within import plan_within
 from kvprof.callables import make_callable
@@ -172,10 +172,8 @@ def allocate(
     if as_published:
         window = without_sinks(window)
     if scores.geometry is not None:
-        if runtime is not None and (unknown := latents_unknown(runtime, scores.geometry)) is not None:
-            raise UsageError(
-                f"--target {runtime.name}: {unknown}.\n  Leave out --target: kvprof's own cache stores it."
-            )
+        if runtime is not None:
+            check_latents(runtime, scores.geometry)
         choice = layer_choice(layers, runtime, scores.geometry)
         covered = covered_scores(scores, choice, window, context)
         assert covered.geometry is not None

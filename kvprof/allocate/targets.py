@@ -116,6 +116,12 @@ def layer_choice(layers: str | None, target: Target | None, geometry: CacheGeome
     return "full" if layers == "full" else "all"
 
 
+def check_latents(target: Target, geometry: CacheGeometry | None) -> None:
+    """Raise UsageError where a runtime can be told nothing of a model, since it has latent attention."""
+    if (unknown := latents_unknown(target, geometry)) is not None:
+        raise UsageError(f"--target {target.name}: {unknown}.\n  Leave out --target: kvprof's own cache stores it.")
+
+
 def latents_unknown(target: Target, geometry: CacheGeometry | None) -> str | None:
     """Return why a runtime can be told nothing of a model with latent attention (MLA), or None where it can."""
     if target.name == "transformers" or geometry is None or not any(shape.is_latent for shape in geometry.planned):

@@ -38,7 +38,7 @@ def uniform_plan(
     tensors = tensors_of({layer.layer: layer for layer in geometry.planned})
     return assemble(
         tensors,
-        [format_named(formats[tensor.stored_as][0], tensor.name, tensor.head_dim) for tensor in tensors],
+        [format_named(formats[tensor.name][0], tensor.stored_as, tensor.head_dim) for tensor in tensors],
         model=model,
         geometry=geometry,
         quantizer=Quantizer(),

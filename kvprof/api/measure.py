@@ -5,6 +5,7 @@ Read a model, and text; return records. Write a file only where a folder is name
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -182,17 +183,21 @@ def decoder_asked(
     sink_tokens, recent_tokens: instead of the runtime's window, or of the usual one. layers: `all` or `full`, by
     default as the runtime does. Raises UsageError for another word.
     """
-    from kvprof.allocate.targets import layer_choice
+    from kvprof.allocate.targets import check_latents, layer_choice
     from kvprof.profile.decoder import Decoder, read_formats
     from kvprof.records.plan import USUAL_WINDOW
 
-    window = USUAL_WINDOW if runtime is None else runtime.window
+    if runtime is None:
+        window, usual, check = USUAL_WINDOW, None, Decoder.check
+    else:
+        window, usual, check = runtime.window, runtime.to_score, functools.partial(check_latents, runtime)
     return Decoder(
-        read_formats(formats) if formats is not None or runtime is None else runtime.to_score,
+        usual if formats is None else read_formats(formats),
         window.with_tokens(sink_tokens, recent_tokens),
         suffix_fraction,
         passes_over=formats is None,
         layers=layer_choice(layers, runtime),
+        check=check,
     )
 
 

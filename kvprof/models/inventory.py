@@ -45,7 +45,7 @@ PROJECTING = ("full", "sliding", "chunked", "hybrid", "latent")
 
 LATENT = "layer of latent attention (MLA)"
 
-CROSSING: tuple[LayerKind, str] = (
+CROSSING: tuple[LayerKind, str | None] = (
     "cross",
     "cross-attention layer: its keys and values are of an image or sound, not of the text",
 )
@@ -74,8 +74,9 @@ class Skeleton:
     projections: dict[int, Projection]
     architecture: str
     """The class of the model; of its text decoder, where its wrapper cannot be built here."""
-    left_alone: Mapping[int, tuple[LayerKind, str]] = field(default_factory=dict)
-    """The layers that no plan can cover, as their modules show: what they are, and why."""
+    left_alone: Mapping[int, tuple[LayerKind, str | None]] = field(default_factory=dict)
+    """The layers that are other than the config says, as their modules show: what they are, and why no plan covers
+    them; null where one does."""
 
     @property
     def query_heads(self) -> int:
@@ -133,7 +134,7 @@ def build_skeleton(config: PretrainedConfig) -> Skeleton:
     modules = dict(model.named_modules(remove_duplicate=False))
     decoder = decoder_modules(model)
     left_alone = dict.fromkeys(cross_attention_layers(decoder), CROSSING)
-    kinds = {layer: kind for layer, (kind, _, reason) in enumerate(_layer_kinds(text)) if kind in PROJECTING}
+    kinds = {layer: kind for layer, (kind, _, _) in enumerate(_layer_kinds(text)) if kind in PROJECTING}
     attending = kinds.keys() - left_alone.keys()
     latent = {layer for layer in attending if kinds[layer] == "latent"}
     unplanned = _unplanned_latents(decoder, latent)
@@ -157,18 +158,22 @@ def build_skeleton(config: PretrainedConfig) -> Skeleton:
     return Skeleton(text, modules, projections, architecture, left_alone)
 
 
-def _unplanned_latents(decoder: Mapping[str, nn.Module], layers: Collection[int]) -> dict[int, tuple[LayerKind, str]]:
-    """Return which of the layers of latent attention no plan can cover, what they cache instead, and why."""
+def _unplanned_latents(
+    decoder: Mapping[str, nn.Module], layers: Collection[int]
+) -> dict[int, tuple[LayerKind, str | None]]:
+    """Return which of the layers of latent attention are other than that, or are not planned: what, and why."""
     if not layers:
         return {}
     try:
         found = find_projections(decoder, layers=layers)
     except UnknownLayout:
         return dict.fromkeys(layers, ("other", f"{LATENT}, whose projection kvprof does not find"))
-    unplanned: dict[int, tuple[LayerKind, str]] = {}
+    unplanned: dict[int, tuple[LayerKind, str | None]] = {}
     for layer in layers:
         attention = decoder[found[layer].attention]
-        if not hasattr(attention, "expand_kv"):
+        if not found[layer].is_fused:  # a config may name a rank that its model does not use
+            unplanned[layer] = "full", None
+        elif not hasattr(attention, "expand_kv"):
             version = transformers.__version__
             unplanned[layer] = (
                 "other",
@@ -246,7 +251,8 @@ def _kinds_of(skeleton: Skeleton) -> list[tuple[LayerKind, int | None, str | Non
     for layer, (kind, window, reason) in enumerate(_layer_kinds(skeleton.config)):
         if layer in skeleton.left_alone:
             kind, reason = skeleton.left_alone[layer]
-            window = None
+            window = window if kind in ("latent", "full") else None
+            kind = "sliding" if kind == "full" and window is not None else kind
         found.append((kind, window, reason))
     return found
 
@@ -297,8 +303,11 @@ def _kind(
         return "shared", None, "layer that reads another layer's keys and values"
     if recurrent and not isinstance(cache_layer, DynamicLayer):
         return "recurrent", None, "recurrent layer with a state of fixed size"
+    is_latent = getattr(own, "kv_lora_rank", None) is not None
     if isinstance(cache_layer, DynamicSlidingWindowLayer):
         window = int(cache_layer.sliding_window)
+        if is_latent:
+            return "latent", window, f"{LATENT} with a window of {window} tokens"
         if window >= getattr(config, "max_position_embeddings", window + 1) and not recurrent:
             return "full", None, None  # the window never moves within the context that the model was made for
         kind: LayerKind = "chunked" if layer_type == "chunked_attention" else "sliding"
@@ -306,8 +315,7 @@ def _kind(
         return kind, window, beside
     if recurrent:
         return "hybrid", None, None
-    is_latent = getattr(own, "kv_lora_rank", None) is not None
-    if is_latent and type(cache_layer).__name__ in ("DynamicLayer", "DynamicIndexedLayer"):
+    if is_latent and type(cache_layer).__name__ in ("DynamicLayer", "DynamicIndexedLayer"):  # not in every version
         return "latent", None, None
     if type(cache_layer) is not DynamicLayer:
         what = LATENT if is_latent else "layer"
@@ -326,6 +334,7 @@ def _describe(skeleton: Skeleton, index: int, kind: LayerKind, window: int | Non
             kv_heads=1,
             key_head_dim=attention.kv_lora_rank,
             value_head_dim=attention.qk_rope_head_dim,
+            window=window,
             skipped=reason,
             indexer_width=0 if indexer is None else indexer.head_dim,
         )

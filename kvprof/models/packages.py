@@ -15,7 +15,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from kvprof.errors import ModelError, UnsupportedStreaming
-from kvprof.models.decoder import text_config
 
 _MODULES: dict[str, tuple[str, ...]] = {
     "compressed-tensors": ("compressed_tensors",),

@@ -5,7 +5,7 @@ Reads options and a geometry; does not know models, nor how a loss is predicted 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvprof.calibration.sequences import CalibrationSet
@@ -54,7 +54,7 @@ class Decoder:
     formats: names by tensor; None: those of `usual_formats`; none at all: no losses are predicted. passes_over: whether
     a format that heads cannot have is left out of these, instead of refused.
     suffix_fraction: the share of each sequence, at its end, whose loss counts. layers: whether layers that slide are
-    asked too.
+    asked too. check: raises for a model that the decoder cannot serve.
     """
 
     formats: Mapping[TensorName, Sequence[str]] | None = None
@@ -63,6 +63,7 @@ class Decoder:
     quantizer: Quantizer = field(default_factory=Quantizer)
     passes_over: bool = False
     layers: LayerChoice = "all"
+    check: Callable[[CacheGeometry], None] = lambda geometry: None
 
     def covers(self, geometry: CacheGeometry) -> CacheGeometry:
         """Return the geometry of plans for this decoder: what its window holds of sliding layers is left alone."""

@@ -81,6 +81,7 @@ def prepare(
     inventory = take_inventory(config, source.id)
     inventory = inventory.model_copy(update={"geometry": settings.decoder.covers(inventory.geometry)})
     check_projects(inventory.geometry)
+    settings.decoder.check(inventory.geometry)
     formats = formats_of(inventory.geometry, settings.decoder)
     wanted = settings.decoder.formats is None or any(settings.decoder.formats.values())
     if until_stable and not wanted:

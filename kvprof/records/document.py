@@ -53,8 +53,8 @@ _PEEKED_BYTES = 256  # a file of kvprof's begins with its schema
 _LONG_WORD = re.compile(r"(\S{60})\S{60,}")
 """A name in a message that is no name; its beginning is enough."""
 
-FIRST, SECOND = "#first", "#second"
-"""Tags of the two kinds that an entry may be; no key of a file."""
+PLAIN, LATENT = "#plain", "#latent"
+"""Tags of a layer's entry, of keys and values or of a latent, within pydantic's error locations; no keys of a file."""
 
 _compact = json.JSONEncoder(allow_nan=False).encode
 
@@ -292,12 +292,12 @@ def explain_invalid(error: ValidationError, name: str, model: type[BaseModel]) -
     return f"{name}: " + "\n  ".join(lines)
 
 
-def either(other: str) -> Discriminator:
-    """Return what tells the two kinds of an entry apart, tagged FIRST and SECOND: the second has a field `other`."""
+def latent_or_plain() -> Discriminator:
+    """Return what tells a layer's entry with `latent` and `rope` from one with `key` and `value`."""
 
     def tag(entry: object) -> str:
-        has_other = other in entry if isinstance(entry, dict) else hasattr(entry, other)
-        return SECOND if has_other else FIRST
+        has = entry.__contains__ if isinstance(entry, dict) else lambda name: hasattr(entry, name)
+        return LATENT if has("latent") or (has("rope") and not has("key")) else PLAIN
 
     return Discriminator(tag)
 
@@ -309,7 +309,7 @@ def _place(location: tuple[int | str, ...]) -> str:
         if isinstance(part, int)
         else f".{part if part.isidentifier() and len(part) <= 60 else _brief(part)}"
         for part in location
-        if part not in (FIRST, SECOND)
+        if part not in (PLAIN, LATENT)
     )
     return "".join(parts).removeprefix(".")
 
@@ -333,8 +333,8 @@ def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list
 
     for part in location:
         node = resolve(node)
-        if part in (FIRST, SECOND) and "oneOf" in node:
-            node = node["oneOf"][(FIRST, SECOND).index(str(part))]
+        if part in (PLAIN, LATENT) and "oneOf" in node:
+            node = node["oneOf"][(PLAIN, LATENT).index(str(part))]
         else:
             node = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, {})
     return list(resolve(node).get("properties", {}))

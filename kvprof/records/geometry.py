@@ -231,6 +231,7 @@ def _shape(layer: KVLayer) -> str:
     heads = f"{layer.kv_heads} KV heads of {layer.key_head_dim} and {layer.value_head_dim}"
     if layer.is_latent:
         heads = f"a latent of {layer.key_head_dim} and a rotary part of {layer.value_head_dim}"
+        heads += f", an indexer of {layer.indexer_width}" if layer.indexer_width else ""
     return f"{layer.kind} attention, {heads}" + (f", window {layer.window}" if layer.window else "")
 
 

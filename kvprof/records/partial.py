@@ -16,7 +16,7 @@ from typing import Any
 from kvprof.errors import InvalidFile, Mismatch, UsageError
 from kvprof.records.formats import TENSORS, TensorName
 from kvprof.records.sampled import TensorSamples, gradient_scores
-from kvprof.records.scores import AnyLayerScores, CalibrationInfo, Scores, Shard
+from kvprof.records.scores import AnyLayerScores, CalibrationInfo, LatentScores, Scores, Shard, layer_scores
 
 
 @dataclass(frozen=True)
@@ -63,17 +63,17 @@ def as_shard(
         text=text,
         settings=json.loads(json.dumps(settings)),
     )
-    layers = tuple(
-        entry.model_copy(
-            update={
-                tensor: entry.tensor(tensor).model_copy(
-                    update={"gradient_norm_samples": tuple(samples[entry.layer, tensor].gradient_norms)}
-                )
-                for tensor in TENSORS
-            }
+
+    def with_samples(entry: AnyLayerScores) -> AnyLayerScores:
+        key, value = (
+            entry.tensor(tensor).model_copy(
+                update={"gradient_norm_samples": tuple(samples[entry.layer, tensor].gradient_norms)}
+            )
+            for tensor in TENSORS
         )
-        for entry in scores.layers
-    )
+        return layer_scores(entry.layer, key, value, isinstance(entry, LatentScores))
+
+    layers = tuple(map(with_samples, scores.layers))
     open_ = scores.model_copy(update={"layers": layers, "shard": shard})
     return open_.model_copy(update={"shard": shard.model_copy(update={"checksum": seal(open_)})})
 

@@ -17,8 +17,8 @@ from typing_extensions import Self
 
 from kvprof.errors import KvprofError, Mismatch
 from kvprof.records.document import (
-    FIRST,
-    SECOND,
+    LATENT,
+    PLAIN,
     Count,
     Document,
     Integer,
@@ -27,8 +27,8 @@ from kvprof.records.document import (
     Number,
     Record,
     Text,
-    either,
     is_absent,
+    latent_or_plain,
 )
 from kvprof.records.formats import (
     TENSORS,
@@ -190,7 +190,7 @@ class BitPlan(Document):
     window: Window
     geometry: CacheGeometry | None = None
     layers: tuple[
-        Annotated[Annotated[LayerPlan, Tag(FIRST)] | Annotated[LatentPlan, Tag(SECOND)], either("latent")], ...
+        Annotated[Annotated[LayerPlan, Tag(PLAIN)] | Annotated[LatentPlan, Tag(LATENT)], latent_or_plain()], ...
     ]
     skipped: tuple[SkippedLayer, ...] | None = None
     solver: Solver | None = None

@@ -18,8 +18,8 @@ from typing_extensions import Self
 
 from kvprof.errors import InvalidFile, KvprofError, UsageError, did_you_mean
 from kvprof.records.document import (
-    FIRST,
-    SECOND,
+    LATENT,
+    PLAIN,
     Count,
     Document,
     Integer,
@@ -29,8 +29,8 @@ from kvprof.records.document import (
     Record,
     SparseRecord,
     Text,
-    either,
     is_absent,
+    latent_or_plain,
 )
 from kvprof.records.effects import MOST_BLOCKS, decode
 from kvprof.records.formats import TENSORS, TensorName, format_named
@@ -267,7 +267,7 @@ def layer_scores(layer: int, key: TensorScores, value: TensorScores, latent: boo
 
 
 _TaggedLayerScores = Annotated[
-    Annotated[LayerScores, Tag(FIRST)] | Annotated[LatentScores, Tag(SECOND)], either("latent")
+    Annotated[LayerScores, Tag(PLAIN)] | Annotated[LatentScores, Tag(LATENT)], latent_or_plain()
 ]
 
 

@@ -14,7 +14,7 @@ from kvprof.records.scores import LOSS_INCREASE, CalibrationInfo, Scores
 from kvprof.records.stability import Stability
 from kvprof.records.words import context_text, counted
 from kvprof.report.console import Table, print_plain
-from kvprof.report.sentences import latent_remarks, score_remarks
+from kvprof.report.sentences import indexer_remark, latent_remarks, score_remarks
 
 
 def show_plan(plan: BitPlan) -> None:
@@ -183,6 +183,8 @@ def plan_remarks(plan: BitPlan, scores: Scores) -> list[str]:
     remarks = score_remarks(scores, [solver.metric]) if solver.metric else []
     if solver.metric == LOSS_INCREASE:
         remarks += loss_remarks(scores, plan.window, solver.target is not None)
+        if (unseen := indexer_remark(plan.geometry)) is not None:
+            remarks.append(unseen)
         if solver.predicted_kl_nats is None:
             remarks.append("not all of these formats were scored, so no KL is predicted")
     elif solver.method == "exact" and (lacking := _partly_predicted(scores)):

@@ -33,6 +33,16 @@ def latent_remarks(geometry: CacheGeometry | None) -> list[str]:
     return remarks
 
 
+def indexer_remark(geometry: CacheGeometry | None) -> str | None:
+    """Return what predictions leave out where an indexer selects the keys that are read, or None without one."""
+    if geometry is None or not any(layer.indexer_width for layer in geometry.planned):
+        return None
+    return (
+        "predicted losses take the keys that indexers select for fixed; rounding changes the selection: measure plans "
+        "with `kvprof evaluate`"
+    )
+
+
 def norm_verdict(scores: Scores) -> str | None:
     """Return one line on the key-value norm disparity: in how many layers K exceeds V, in each norm.
 

@@ -72,7 +72,9 @@ def larger_text(spectra: Spectra) -> str:
     }
     total = len(spectra.layers)
     spectral, frobenius = (found.count("K") for found in winners.values())
-    text = f"keys larger in {spectral} of {total} layers by spectral norm, in {frobenius} of {total} by Frobenius norm"
+    latent = spectra.geometry is not None and any(layer.is_latent for layer in spectra.geometry.layers)
+    names = "latents larger than their rotary parts" if latent else "keys larger"
+    text = f"{names} in {spectral} of {total} layers by spectral norm, in {frobenius} of {total} by Frobenius norm"
     others = [entry.layer for entry, winner in zip(spectra.layers, winners["spectral"], strict=True) if winner != "K"]
     return text + (f"; not by spectral norm: {layers_text(others)}" if 0 < len(others) < total else "")
 

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from kvprof.records.formats import TENSORS
 from kvprof.records.geometry import CacheGeometry, KVLayer, bytes_text
 from kvprof.records.inventory import Inventory
-from kvprof.records.scores import SCALAR_METRICS, Scores
+from kvprof.records.scores import LOSS_INCREASE, SCALAR_METRICS, Scores
 from kvprof.records.words import context_text, layers_text
 from kvprof.report.audits import show_divergence
 from kvprof.report.console import Table, bar, print_flag, print_note, print_plain
 from kvprof.report.losses import show_best_losses, show_losses
-from kvprof.report.sentences import larger, latent_remarks, norm_verdict, score_remarks
+from kvprof.report.sentences import indexer_remark, larger, latent_remarks, norm_verdict, score_remarks
 
 BAR_CELLS = 6
 """Of the bar beside a gradient norm."""
@@ -106,6 +106,8 @@ def show_scores(scores: Scores, brief: bool = False) -> None:
         print_plain(f"{title}: {len(scores.layers)} layers, and none of the metrics {', '.join(SCALAR_METRICS)} in all")
     for remark in [*latent_remarks(scores.geometry), *score_remarks(scores)]:
         print_note(remark)
+    if LOSS_INCREASE in scores.metrics and (unseen := indexer_remark(scores.geometry)) is not None:
+        print_note(unseen)
 
 
 def _show_norms(scores: Scores, title: str) -> None:

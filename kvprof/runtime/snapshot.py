@@ -33,6 +33,7 @@ SCHEMA = "kvprof.cache/2"
 
 KNOWN_LAYERS = {
     "DynamicLayer",
+    "DynamicIndexedLayer",
     "DynamicSlidingWindowLayer",
     "LinearAttentionLayer",
     "LinearAttentionAndSlidingWindowAttentionLayer",
@@ -172,6 +173,8 @@ def _take(layer: Any) -> dict[str, Tensor]:
             tensors["indexer"] = planned.indexer_keys
     elif isinstance(layer, DynamicLayer) and layer.is_initialized:
         tensors = {"keys": layer.keys, "values": layer.values}
+        if (indexed := getattr(layer, "indexer_keys", None)) is not None:
+            tensors["indexer"] = indexed
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         for name, states in (("conv", layer.conv_states), ("recurrent", layer.recurrent_states)):
             tensors |= {f"{name}.{number}": state for number, state in states.items() if state is not None}
@@ -217,6 +220,8 @@ def _give(layer: Any, tensors: dict[str, Tensor], fact: LayerFacts, shape: KVLay
                 raise ValueError(f"layer {shape.layer} holds {held.dtype} of {tuple(held.shape)}, which does not fit")
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values
+        if shape.indexer_width:
+            layer.update_indexer(_indexer_keys(tensors, fact, shape, model).to(model.device))
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer.cumulative_length = fact.tokens
     if hasattr(layer, "record_past"):
@@ -235,11 +240,16 @@ def _give_planned(planned: PlannedLayer, tensors: dict[str, Tensor], fact: Layer
         if not _obeys(store, fact):
             raise ValueError(f"the {name}s of layer {planned.shape.layer} are not cut as the plan says")
     if isinstance(planned, PlannedIndexedLayer):
-        planned.indexer_keys = tensors.pop("indexer")
-        size = fact.batch, fact.tokens, planned.shape.indexer_width
-        if planned.indexer_keys.shape != size or planned.indexer_keys.dtype != model.dtype:
-            raise ValueError(f"the indexer of layer {planned.shape.layer} holds no {size} of {model.dtype}")
+        planned.indexer_keys = _indexer_keys(tensors, fact, planned.shape, model)
     planned.is_initialized = True
+
+
+def _indexer_keys(tensors: dict[str, Tensor], fact: LayerFacts, shape: KVLayer, model: PreTrainedModel) -> Tensor:
+    """Take the keys of a layer's indexer, (B, T, width), out of its tensors."""
+    keys, size = tensors.pop("indexer"), (fact.batch, fact.tokens, shape.indexer_width)
+    if keys.shape != size or keys.dtype != model.dtype:
+        raise ValueError(f"the indexer of layer {shape.layer} holds no {size} of {model.dtype}")
+    return keys
 
 
 def _obeys(store: TensorStore, fact: LayerFacts) -> bool:

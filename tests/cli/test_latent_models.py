@@ -161,3 +161,35 @@ def test_a_plan_that_is_not_right_says_where(scores: str, change: dict[str, Any]
     result = run("show", "plan.json")
     assert result.exit_code == 1
     assert words in said(result)
+
+
+def test_two_shards_merge_to_what_one_run_measures(scores: str) -> None:
+    formats = ("--formats", "latent:int2g8,latent:int4g8,latent:rot3,rope:int4g8,rope:int8g8")
+    for shard in ("1/2", "2/2"):
+        assert run("gradients", "./model", *formats, *TEXT, *WINDOW, "--shard", shard, "--out", "parts").exit_code == 0
+    parts = sorted(map(str, Path("parts").glob("gradients-*.json")))
+    assert run("merge", *parts, "--out", "merged").exit_code == 0
+    assert Scores.load("merged/gradients.json").layers == Scores.load(scores).layers
+
+
+def test_scores_for_a_runtime_that_stores_no_latents_are_not_measured(model: str) -> None:
+    result = run("gradients", model, *TEXT, "--target", "vllm", "--out", "out")
+    assert result.exit_code == 2
+    assert "kvprof does not know how vllm stores a latent" in said(result)
+    assert not Path("out/gradients.json").exists()
+
+
+def test_a_plan_of_another_indexer_does_not_fit(scores: str) -> None:
+    run("allocate", "--scores", scores, "--budget", "7", "--out", "plan.json")
+    plan = json.loads(Path("plan.json").read_text())
+    plan["geometry"]["layers"][0]["indexer_width"] = 99
+    Path("plan.json").write_text(json.dumps(plan))
+    result = run("validate", "plan.json", "./model")
+    assert result.exit_code == 4
+    assert "an indexer of 99" in said(result)
+
+
+def test_what_the_indexer_selects_is_said_not_to_be_predicted(scores: str) -> None:
+    assert "rounding changes the selection" in said(run("show", scores))
+    allocated = run("allocate", "--scores", scores, "--budget", "7", "--out", "plan.json")
+    assert "rounding changes the selection" in said(allocated)

@@ -255,6 +255,27 @@ def test_a_latent_without_a_rotary_part_is_counted_and_left_alone() -> None:
     assert "(MLA) without a rotary part" in str(plain.skipped)
 
 
+def test_a_latent_with_a_window_is_counted_by_its_window_and_left_alone() -> None:
+    config = TINY["deepseek-v3"]()
+    config.sliding_window = 5
+    model = AutoModelForCausalLM.from_config(config).eval()
+    cache = DynamicCache(config=config)
+    model(torch.full((1, 4), 5), past_key_values=cache)
+    geometry = take_inventory(config).geometry
+    layer = geometry.layers[0]
+    assert (layer.kind, layer.window, layer.key_width, layer.value_width) == ("latent", 5, 16, 4)
+    assert "(MLA) with a window of 5 tokens" in str(layer.skipped)
+    held = (cache.layers[0].keys, cache.layers[0].values)
+    assert geometry.bytes_at(4) == 2 * sum(x.numel() * 4 for x in held)
+    assert geometry.bytes_at(400) == geometry.bytes_at(5)
+
+
+def test_a_rank_that_a_model_does_not_use_makes_no_latent() -> None:
+    config = TINY["llama"]()
+    config.kv_lora_rank = 16
+    assert take_inventory(config).geometry == take_inventory(TINY["llama"]()).geometry
+
+
 def test_a_cache_that_is_not_known_has_no_bytes_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     code = transformers.models.deepseek_v3.modeling_deepseek_v3
     monkeypatch.delattr(code.DeepseekV3Attention, "expand_kv", raising=False)

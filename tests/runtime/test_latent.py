@@ -216,6 +216,18 @@ def test_a_cache_whose_indexer_was_cut_is_refused(tmp_path: Path) -> None:
         PlanCache.load(path, model)
 
 
+def test_a_layer_with_an_indexer_that_is_left_alone_is_saved_too(tmp_path: Path) -> None:
+    model = of_type("mistral_large4").float()
+    plan = plan_for(model, MIXED)
+    assert plan.skipped
+    ids = prompt(30)
+    cache, whole = PlanCache.from_plan(plan, model), PlanCache.from_plan(plan, model)
+    step(model, ids[:, :20], cache)
+    again = PlanCache.load(cache.save(tmp_path / "cache.safetensors"), model)
+    step(model, ids[:, :20], whole)
+    assert torch.equal(step(model, ids[:, 20:], again), step(model, ids[:, 20:], whole))
+
+
 def test_latents_are_counted_with_the_indexer_s_keys() -> None:
     model = build(INDEXED)
     geometry = take_inventory(model.config).geometry

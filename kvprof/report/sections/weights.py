@@ -53,6 +53,8 @@ def _means(scores: Scores) -> str:
         return f"These scores have one of the two norms, of {len(scores.layers)} layers."
     pairs = {entry.layer: (entry.key.spectral_norm or 0.0, entry.value.spectral_norm or 0.0) for entry in scores.layers}
     total = len(pairs)
+    if (verdict := norm_verdict(scores)) is None:
+        return f"Norms of the matrices that make the latent (K) and its rotary part (V), of {total} layers."
     wins = [layer for layer, pair in pairs.items() if larger(*pair) == "K"]
     text = f"By spectral norm, keys are larger in {len(wins)} of {total} layers"
     others = [layer for layer in pairs if layer not in wins]
@@ -64,8 +66,7 @@ def _means(scores: Scores) -> str:
             f" The key's norm is {known[most]:#.3g} times the value's in layer {most} and {known[least]:#.3g} times in "
             f"layer {least}."
         )
-    verdict = norm_verdict(scores)
-    return text if verdict is None else f"{text} In short: {verdict}."
+    return f"{text} In short: {verdict}."
 
 
 def _draw(scores: Scores, norm: Norm, num_layers: int) -> str:
