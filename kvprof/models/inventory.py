@@ -328,7 +328,7 @@ def _describe(skeleton: Skeleton, index: int, kind: LayerKind, window: int | Non
     if kind == "latent":
         attention: Any = skeleton.attention(index)
         indexer = getattr(attention, "indexer", None)
-        return KVLayer(
+        latent = KVLayer(
             layer=index,
             kind=kind,
             kv_heads=1,
@@ -338,6 +338,8 @@ def _describe(skeleton: Skeleton, index: int, kind: LayerKind, window: int | Non
             skipped=reason,
             indexer_width=0 if indexer is None else indexer.head_dim,
         )
+        _check_width(latent)
+        return latent
     if kind not in PROJECTING:
         return KVLayer(layer=index, kind=kind, kv_heads=0, key_head_dim=0, value_head_dim=0, skipped=reason)
     if index not in skeleton.projections:
@@ -372,14 +374,19 @@ def _describe(skeleton: Skeleton, index: int, kind: LayerKind, window: int | Non
         values_of_key_projection=projection.value == projection.key and not projection.is_fused,
         block_of=skeleton.first_of_block(index),
     )
-    if (widest := max(layer.key_width, layer.value_width)) > WIDEST:
-        raise ModelError(
-            f"layer {index} would cache {widest} numbers a token ({kv_heads} heads of {head_dim}); no model has more "
-            f"than {WIDEST}."
-        )
+    _check_width(layer)
     if projection.is_fused:
         cut_rows(projection.layout, layer, skeleton.query_heads)  # raises where the heads do not fit the matrix
     return layer
+
+
+def _check_width(layer: KVLayer) -> None:
+    """Raise ModelError for a layer that would cache more than any model does."""
+    if (widest := max(layer.key_width, layer.value_width, layer.indexer_width)) > WIDEST:
+        raise ModelError(
+            f"layer {layer.layer} would cache {widest} numbers a token ({layer.kv_heads} heads of "
+            f"{layer.key_head_dim}); no model has more than {WIDEST}."
+        )
 
 
 def _fused_kv_heads(config: PretrainedConfig) -> int:

@@ -258,16 +258,23 @@ def test_a_latent_without_a_rotary_part_is_counted_and_left_alone() -> None:
 def test_a_latent_with_a_window_is_counted_by_its_window_and_left_alone() -> None:
     config = TINY["deepseek-v3"]()
     config.sliding_window = 5
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     cache = DynamicCache(config=config)
     model(torch.full((1, 4), 5), past_key_values=cache)
-    geometry = take_inventory(config).geometry
+    geometry = take_inventory(model.config).geometry
     layer = geometry.layers[0]
     assert (layer.kind, layer.window, layer.key_width, layer.value_width) == ("latent", 5, 16, 4)
     assert "(MLA) with a window of 5 tokens" in str(layer.skipped)
     held = (cache.layers[0].keys, cache.layers[0].values)
     assert geometry.bytes_at(4) == 2 * sum(x.numel() * 4 for x in held)
     assert geometry.bytes_at(400) == geometry.bytes_at(5)
+
+
+def test_a_latent_or_an_indexer_wider_than_any_model_s_is_refused() -> None:
+    config = UNUSUAL["deepseek-v32"]()
+    config.index_head_dim = 2**40
+    with pytest.raises(ModelError, match="would cache 1099511627776 numbers a token"):
+        take_inventory(config)
 
 
 def test_a_rank_that_a_model_does_not_use_makes_no_latent() -> None:
