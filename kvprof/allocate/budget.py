@@ -17,7 +17,7 @@ from typing import Literal
 from kvprof.errors import UsageError, did_you_mean
 from kvprof.records.formats import CODE_BITS, FULL_BITS, Format, TensorName
 from kvprof.records.geometry import CacheGeometry, KVLayer
-from kvprof.records.plan import Budget, head_dim_of, stored_like
+from kvprof.records.plan import Budget, head_dim_of, stored_like, tensor_word
 
 Unit = Literal["nominal", "stored", "bytes"]
 BIT_UNITS = ("nominal", "stored")
@@ -60,6 +60,11 @@ class CachedTensor:
     def head_dim(self) -> int | None:
         """Elements a head, where known."""
         return None if self.shape is None else head_dim_of(self.shape, self.name)
+
+    @property
+    def word(self) -> str:
+        """What it is called: its name, or `latent` and `rope` in a layer of latent attention."""
+        return tensor_word(self.shape, self.name)
 
     @property
     def stored_as(self) -> TensorName:

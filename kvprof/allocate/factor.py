@@ -78,6 +78,6 @@ def _unscored(name: str, prediction: Prediction) -> str:
     more = f", nor {others} other tensors' format" if others else ""
     recent = " with a recent_fraction" if entry.recent_fraction else ""
     return (
-        f"{name}: {entry.name}{recent} was not scored for the {tensor.name} of layer {tensor.layer}{more}.\n"
+        f"{name}: {entry.name}{recent} was not scored for the {tensor.word} of layer {tensor.layer}{more}.\n"
         f"  Score it with kvprof gradients --formats {tensor.name}:{entry.name},... or name other plans."
     )

@@ -80,7 +80,7 @@ def measured_formats(scores: Scores, tensor: CachedTensor, head_dim: int | None 
     found = None if entry is None else entry.tensor(tensor.name)
     if found is None or not found.loss_increase:
         raise InvalidFile(
-            f"these scores have no {LOSS_INCREASE} for the {tensor.name} of layer {tensor.layer}.\n"
+            f"these scores have no {LOSS_INCREASE} for the {tensor.word} of layer {tensor.layer}.\n"
             "  Measure it with `kvprof gradients` or `kvprof divergence`."
         )
     factor = kl_factor(scores)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from kvprof.allocate.budget import CachedTensor, known_bits
 from kvprof.errors import UsageError, did_you_mean
-from kvprof.records.formats import FULL_BITS, TENSORS, Format, TensorName, format_named, tensor_named, usual_format
+from kvprof.records.formats import FULL_BITS, TENSOR_WORDS, Format, TensorName, format_named, tensor_named, usual_format
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _parse(text: str) -> tuple[TensorName, range | None, Pin]:
     word, every, first, last, wanted = match.groups()
     name = tensor_named(word)
     if name is None:
-        raise UsageError(f"pin {text!r}: no tensor is called {word!r}: {did_you_mean(word, TENSORS)}")
+        raise UsageError(f"pin {text!r}: no tensor is called {word!r}: {did_you_mean(word, TENSOR_WORDS)}")
     try:
         pin = _pin(wanted, name, text)
     except UsageError as error:

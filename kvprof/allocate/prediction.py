@@ -117,6 +117,6 @@ def unscored_remark(name: str, unscored: Sequence[tuple[CachedTensor, TensorPlan
     recent = " with a recent_fraction" if entry.recent_fraction else ""
     more = f", nor the formats of {len(unscored) - 1} more tensors" if len(unscored) > 1 else ""
     return (
-        f"the loss of {name} cannot be predicted: {entry.name}{recent} was not scored for the {tensor.name} "
+        f"the loss of {name} cannot be predicted: {entry.name}{recent} was not scored for the {tensor.word} "
         f"of layer {tensor.layer}{more}"
     )

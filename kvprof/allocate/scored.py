@@ -30,7 +30,7 @@ class ScoredFormats:
         for tensor in tensors:
             if not self._of(tensor):
                 raise InvalidFile(
-                    f"none of the formats that were scored for the {tensor.name} of layer {tensor.layer} is one that a "
+                    f"none of the formats that were scored for the {tensor.word} of layer {tensor.layer} is one that a "
                     "plan can give it"
                     + (", its head dimension being unknown" if tensor.head_dim is None else "")
                     + ".\n  Score others with `kvprof gradients --formats`, or choose another --metric."
@@ -73,12 +73,12 @@ class ScoredFormats:
         grouped = [choice for choice in choices if _has_group(choice, tensor, group_size)]
         if not any(_has_groups(choice.format) for choice in grouped) and any(_has_groups(c.format) for c in choices):
             raise UsageError(
-                f"--group-size {group_size}: no format of such groups was scored for the {tensor.name} of layer "
+                f"--group-size {group_size}: no format of such groups was scored for the {tensor.word} of layer "
                 f"{tensor.layer}.\n  scored: {', '.join(self._names(tensor))}"
             )
         if not grouped:
             raise UsageError(
-                f"none of the formats scored for the {tensor.name} of layer {tensor.layer} is left to choose from.\n"
+                f"none of the formats scored for the {tensor.word} of layer {tensor.layer} is left to choose from.\n"
                 f"  scored: {', '.join(self._names(tensor))}\n  Loosen --formats or --bits."
             )
         return grouped
@@ -98,7 +98,7 @@ class ScoredFormats:
         if not choices:
             groups = "" if group_size is None or pin.format is not None else f" in groups of {group_size}"
             raise UsageError(
-                f"pin {pin.text!r}: {pin}{groups} was not scored for the {tensor.name} of layer {tensor.layer}.\n"
+                f"pin {pin.text!r}: {pin}{groups} was not scored for the {tensor.word} of layer {tensor.layer}.\n"
                 f"  scored: {', '.join(self._names(tensor))}; {FULL_BITS} bits can always be had"
             )
         return choices
@@ -116,7 +116,7 @@ class ScoredFormats:
         own = [choice for choice in self._of(tensor) if not choice.format.is_foreign]
         if not own and not words:
             raise UsageError(
-                f"all that was scored for the {tensor.name} of layer {tensor.layer} is other runtimes': "
+                f"all that was scored for the {tensor.word} of layer {tensor.layer} is other runtimes': "
                 f"{', '.join(self._names(tensor))}.\n"
                 "  Plan for one of them with --target, as `kvprof targets` lists them, or score kvprof's own with "
                 "`kvprof gradients`."

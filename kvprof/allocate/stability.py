@@ -126,7 +126,7 @@ class StableAt:
         for tensor, forms in zip(tensors, choices, strict=True):
             if not forms:
                 raise UsageError(
-                    f"--until-stable looks at plans, and no format is predicted for the {tensor.name} of layer "
+                    f"--until-stable looks at plans, and no format is predicted for the {tensor.word} of layer "
                     f"{tensor.layer}.\n  Name --formats for keys and values."
                 )
         for limit in filter(None, self._limits):

@@ -108,7 +108,7 @@ def formats_compared(name: str, plan: BitPlan, solved: BitPlan) -> Check:
     if not changes:
         return Check(name=name, status="holds", said=f"{total} tensors", found=f"{total} tensors")
     tensor, said, found = changes[0]
-    where = f"the {tensor.name} of layer {tensor.layer}"
+    where = f"the {tensor.word} of layer {tensor.layer}"
     note = f"{len(changes)} of {total} tensors differ, {where} first"
     return Check(name=name, status="differs", said=_form(said), found=_form(found), note=note)
 

@@ -54,7 +54,7 @@ def told(plan: BitPlan, target: Target) -> Told:
             what = f"layer {tensor.layer} has a {tensor.shape.window_text}, which it keeps in 16 bits"
             raise refused(plan, target, what)
         head_dim = tensor.head_dim or (entry.group_size if entry.is_foreign else None)
-        place = f"the {tensor.name} of layer {tensor.layer}"
+        place = f"the {tensor.word} of layer {tensor.layer}"
         if entry.recent_fraction and not entry.is_full:
             raise refused(plan, target, f"{place} keeps a share of the recent past in full precision")
         name = _name_for(entry, target, tensor.name, head_dim)

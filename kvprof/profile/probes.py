@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from kvprof.errors import UsageError, did_you_mean
 from kvprof.profile.decoder import MORE_TOKENS, reads_codes
-from kvprof.records.formats import TENSORS, Format, TensorName, parse_formats, tensor_named
+from kvprof.records.formats import TENSOR_WORDS, TENSORS, Format, TensorName, parse_formats, tensor_named
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import Window, format_of
 from kvprof.records.words import read_layers
@@ -55,7 +55,7 @@ def choose_probes(geometry: CacheGeometry, layers: str | None, tensors: str, for
 def _tensor_named(word: str) -> TensorName:
     found = tensor_named(word)
     if found is None:
-        raise UsageError(f"--tensors: no tensor is called {word!r}: {did_you_mean(word, TENSORS)}")
+        raise UsageError(f"--tensors: no tensor is called {word!r}: {did_you_mean(word, TENSOR_WORDS)}")
     return found
 
 

@@ -37,6 +37,8 @@ TENSORS: tuple[TensorName, TensorName] = ("key", "value")
 LATENT_TENSORS: dict[TensorName, str] = {"key": "latent", "value": "rope"}
 """What a layer of latent attention (MLA) caches in the place of each: the vector that keys and values are made of, and
 the rotary part of all its heads' keys."""
+TENSOR_WORDS = (*TENSORS, *LATENT_TENSORS.values())
+"""What an option may call a tensor."""
 USUAL_AXIS: dict[TensorName, Axis] = {"key": "channel", "value": "token"}
 CODE_BITS = (1, 2, 3, 4, 5, 6, 8)
 """Widths that codes can be packed to without waste."""

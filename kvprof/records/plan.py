@@ -31,6 +31,7 @@ from kvprof.records.document import (
     latent_or_plain,
 )
 from kvprof.records.formats import (
+    LATENT_TENSORS,
     TENSORS,
     Format,
     TensorName,
@@ -264,14 +265,15 @@ class BitPlan(Document):
                 return problem
             for tensor in TENSORS:
                 form, head_dim = entry.tensor(tensor), head_dim_of(planned[entry.layer], tensor)
+                name = tensor_word(planned[entry.layer], tensor)
                 if form.scheme == "rotated" and form.group_size != head_dim:
                     return (
-                        f"layer {entry.layer} rotates its {tensor} in groups of {form.group_size}, "
+                        f"layer {entry.layer} rotates its {name} in groups of {form.group_size}, "
                         f"but the head dimension is {head_dim}"
                     )
                 if form.is_foreign and not form.is_foreign_of(head_dim):
                     return (
-                        f"layer {entry.layer} stores its {tensor} as {form.name}, in blocks of {form.group_size}, "
+                        f"layer {entry.layer} stores its {name} as {form.name}, in blocks of {form.group_size}, "
                         f"but the head dimension is {head_dim}"
                     )
         free = {layer.layer for layer in geometry.sliding} & {entry.layer for entry in self.skipped or ()}
@@ -392,6 +394,11 @@ def head_dim_of(layer: KVLayer, tensor: TensorName) -> int:
 def stored_like(layer: KVLayer | None, tensor: TensorName) -> TensorName:
     """Return whose formats a tensor has: both parts of a latent are made into keys, and are grouped as these."""
     return "key" if layer is not None and layer.is_latent else tensor
+
+
+def tensor_word(layer: KVLayer | None, tensor: TensorName) -> str:
+    """Return what a layer's tensor is called: `key`, `value`, or `latent` and `rope` in their place."""
+    return LATENT_TENSORS[tensor] if layer is not None and layer.is_latent else tensor
 
 
 def format_of(layer: KVLayer, tensor: TensorName, name: str) -> Format:

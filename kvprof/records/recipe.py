@@ -22,7 +22,7 @@ from typing_extensions import Self
 
 from kvprof.errors import InvalidFile, UsageError, did_you_mean
 from kvprof.records.document import Count, Number, Positive, Record, Text, explain_invalid, read_at_most
-from kvprof.records.formats import TENSORS, parse_formats
+from kvprof.records.formats import TENSOR_WORDS, parse_formats, tensor_named
 from kvprof.records.plan import LayerChoice
 from kvprof.records.runs import RESERVED_ON_WINDOWS
 from kvprof.records.scores import METRICS
@@ -73,8 +73,8 @@ def _known_layers(layers: str) -> str:
 
 def _known_tensors(tensors: str) -> str:
     for word in (part.strip() for part in tensors.split(",")):
-        if word not in TENSORS:
-            raise ValueError(f"no tensor is called {word!r}: {did_you_mean(word, TENSORS)}")
+        if tensor_named(word) is None:
+            raise ValueError(f"no tensor is called {word!r}: {did_you_mean(word, TENSOR_WORDS)}")
     return tensors
 
 
