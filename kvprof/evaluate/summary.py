@@ -14,7 +14,7 @@ import numpy as np
 
 from kvprof.errors import KvprofError
 from kvprof.records.evaluation import ContextBytes, PlanResult, PositionResult, Role
-from kvprof.records.formats import TENSORS
+from kvprof.records.formats import FULL_BITS, TENSORS
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import BitPlan, head_dim_of
 
@@ -104,11 +104,14 @@ def context_bytes(plan: BitPlan, geometry: CacheGeometry, tokens: int) -> Contex
 
 
 def costs(plan: BitPlan, geometry: CacheGeometry) -> tuple[float, float, float]:
-    """Return nominal and stored bits an element, weighted by cached width, and the bytes that one more token adds."""
+    """Return nominal and stored bits an element, weighted by cached width, and the bytes that one more token adds.
+
+    What is kept in full precision counts 16 bits, whatever dtype the model has.
+    """
     width, nominal, stored, adds = 0, 0, Fraction(0), Fraction(0)
     for entry in plan.layers:
         shape = geometry.layers[entry.layer]
-        adds += geometry.indexer_bytes(shape, 1)
+        adds += shape.indexer_width * Fraction(FULL_BITS, 8)
         for tensor in TENSORS:
             form, head_dim = entry.tensor(tensor), head_dim_of(shape, tensor)
             elements = shape.kv_heads * head_dim
@@ -116,7 +119,7 @@ def costs(plan: BitPlan, geometry: CacheGeometry) -> tuple[float, float, float]:
             nominal += elements * form.bits
             stored += elements * form.stored_bits(head_dim)
             if shape.window is None:  # a window that is full grows no more
-                adds += elements * (geometry.element_bytes if form.is_full else form.stored_bits(head_dim) / 8)
+                adds += elements * form.stored_bits(head_dim) / 8
     return float(Fraction(nominal, width)), float(stored / width), float(adds)
 
 

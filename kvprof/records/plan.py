@@ -371,7 +371,8 @@ def layers_left_alone(
     for layer in geometry.sliding:
         assert layer.window is not None
         seen = layer.window if context is None else min(context, layer.window)
-        sinks = window.sink_tokens if seen == context else 0  # of a longer text they are no longer seen
+        # Of the sinks, those before the window are no longer seen: of a long text, all of them.
+        sinks = 0 if context is None else max(0, window.sink_tokens - (context - seen))
         if choice == "full":
             left[layer.layer] = layer.window_text
         elif seen <= sinks + window.recent_tokens:

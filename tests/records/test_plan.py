@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvprof.errors import InvalidFile, KvprofError, Mismatch
@@ -367,6 +367,7 @@ def test_sliding_layers_are_left_alone_where_their_window_is_all_in_full_precisi
 
 
 @settings(max_examples=60, deadline=None)
+@example(2, 0, 1, 2)
 @given(st.integers(0, 9), st.integers(0, 40), st.integers(1, 50), st.integers(0, 130))
 def test_what_is_left_alone_is_that_of_which_nothing_would_be_quantized(
     sinks: int, recent: int, span: int, context: int
