@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from kvprof.errors import ModelError, UnsupportedStreaming
+from kvprof.models.decoder import text_config
 
 _MODULES: dict[str, tuple[str, ...]] = {
     "compressed-tensors": ("compressed_tensors",),
@@ -162,7 +163,7 @@ def _settings(config: PretrainedConfig) -> Mapping[str, Any] | None:
 
 def _parts(config: PretrainedConfig) -> tuple[PretrainedConfig, PretrainedConfig]:
     """Return where a config may say how weights are quantized: itself and that of its decoder, often the same."""
-    return config, config.get_text_config(decoder=True)
+    return config, text_config(config)
 
 
 def _method(settings: Mapping[str, Any]) -> str | None:
