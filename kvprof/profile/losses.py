@@ -150,7 +150,11 @@ class _Probe:
         # In half precision an output is rounded by more than 6 or 8 bits change it: d is taken between wider ones.
         dtype = torch.promote_types(exact.dtype, torch.float32)
         attend = functools.partial(
-            attend_as_decoding, window=self.window, quantizer=self.quantizer, first=self.suffix.first, dtype=dtype
+            attend_as_decoding,
+            window=self.window,
+            quantizer=self.quantizer,
+            first=self.suffix.first,
+            wide=call if dtype == exact.dtype else call.promoted(dtype),  # once for all formats
         )
         if dtype != exact.dtype:
             exact = attend(call, _UNTOUCHED, _UNTOUCHED)

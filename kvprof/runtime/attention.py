@@ -62,13 +62,13 @@ def attend_as_decoding(
     window: Window,
     quantizer: Quantizer,
     first: int = 0,
-    dtype: torch.dtype | None = None,
+    wide: AttentionCall | None = None,
 ) -> Tensor:
     """Attend each query to its own mixture of exact and restored keys and values, as the module does otherwise.
 
     call: of a whole text. key, value: how what the cache holds is stored; of latents, these in their place. first: the
-    queries before it are left out. dtype: to attend in, once keys and values are rounded and restored in their own; by
-    default the same.
+    queries before it are left out. wide: the call in a wider dtype, to attend in once keys and values are rounded and
+    restored in their own; by default the same.
     Returns (B, T - first, query heads, D).
     """
     tokens = call.key.shape[2]
@@ -79,10 +79,11 @@ def attend_as_decoding(
         )
     keys = _copies(call.layer, "key", key, window, quantizer, call.cached[0])
     values = _copies(call.layer, "value", value, window, quantizer, call.cached[1])
-    if keys.counts[-1] == values.counts[-1] == 0 and first == 0 and dtype is None:
+    if keys.counts[-1] == values.counts[-1] == 0 and first == 0 and wide is None:
         return call.run()
-    if dtype is not None:
-        call, keys, values = call.promoted(dtype), keys.promoted(dtype), values.promoted(dtype)
+    if wide is not None:
+        dtype = wide.query.dtype
+        call, keys, values = wide, keys.promoted(dtype), values.promoted(dtype)
     expanded = None if call.latents is None else _Expanded(call, call.latents, keys, values)
     mask = _additive(call.mask, tokens, call.query)
     bias = call.options.get("position_bias")
