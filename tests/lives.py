@@ -107,7 +107,7 @@ def hold_after_a_piece() -> None:
 
     def add_and_hold(journal: Journal, key: str, result: object) -> None:
         add(journal, key, result)
-        hold(journal.path.parent)
+        hold()
 
     Journal.add = add_and_hold  # type: ignore[method-assign]
 
@@ -118,7 +118,7 @@ def hold_before_the_result() -> None:
 
     def hold_and_replace(source: Path, target: Path) -> None:
         if Path(target).suffix != ".journal":
-            hold(Path(target).parent)
+            hold()
         replace(source, target)
 
     os.replace = hold_and_replace  # type: ignore[assignment]
@@ -128,10 +128,10 @@ HELD_BACK = {signal.SIGINT, signal.SIGTERM}
 MOMENTS = {"piece": hold_after_a_piece, "result": hold_before_the_result}
 
 
-def hold(folder: Path) -> None:
+def hold() -> None:
     Path("held").touch()
     while True:
-        signal.pause()
+        time.sleep(0.01)  # signal.pause would sleep for ever where the signal comes just before it
 
 
 def wait_until_held(begun: tuple[int, Path], place: Path) -> None:
