@@ -6,6 +6,7 @@ together. It decides nothing about bits. The files of this room, in the order th
     what is asked for
       budget      limits as a user writes them; what a plan costs in bits and bytes
       pins        tensors set by hand
+      coverage    the layers that a plan covers
     what may be chosen, at what cost and loss
       measured    the losses that were measured of each format of a tensor
       prediction  what those of a plan are predicted to cost together
@@ -58,13 +59,14 @@ from typing import Any
 from kvprof.allocate.budget import Limit, bit_limit, memory_limit
 from kvprof.allocate.candidates import USUAL_GROUP_SIZE, Allowed
 from kvprof.allocate.cheapest import cheapest, parse_kl
+from kvprof.allocate.coverage import covered_scores
 from kvprof.allocate.pins import check_pins
 from kvprof.allocate.rules import GREEDY_METRICS, KVMIX_FRACTION, default_metric, exact, kvmix, norm_greedy, uniform
-from kvprof.allocate.targets import check_latents, layer_choice, target_named
-from kvprof.allocate.task import covered_scores, usual_window, without_sinks
+from kvprof.allocate.targets import check_latents, target_named
+from kvprof.allocate.task import usual_window, without_sinks
 from kvprof.allocate.within import plan_within
 from kvprof.callables import make_callable
-from kvprof.errors import InvalidFile, UsageError, did_you_mean
+from kvprof.errors import UsageError, did_you_mean
 from kvprof.records.formats import TensorName, parse_formats
 from kvprof.records.plan import BitPlan, Window
 from kvprof.records.scores import LOSS_INCREASE, METRICS, Scores, default_unit
@@ -171,20 +173,9 @@ def allocate(
     window = window or usual_window(scores, own=None if runtime is None else runtime.window)
     if as_published:
         window = without_sinks(window)
-    if scores.geometry is not None:
-        if runtime is not None:
-            check_latents(runtime, scores.geometry)
-        choice = layer_choice(layers, runtime, scores.geometry)
-        covered = covered_scores(scores, choice, window, context)
-        assert covered.geometry is not None
-        if scores.geometry.planned and not covered.geometry.planned:
-            first = scores.geometry.planned[0].layer
-            what = f"a plan would leave every layer of this model alone: {covered.geometry.layers[first].skipped}."
-            if choice == "full":
-                way = "Choose another --target" if layers is None else f"Leave out --layers {layers}"
-                raise UsageError(f"{what}\n  {way}.")
-            raise InvalidFile(f"{what}\n  Give fewer --recent-tokens.")
-        scores = covered
+    if runtime is not None:
+        check_latents(runtime, scores.geometry)
+    scores = covered_scores(scores, layers, window, context, runtime)
     usual_group = USUAL_GROUP_SIZE if group_size is None else group_size
     if rule == "kvmix":
         return kvmix(

@@ -15,7 +15,7 @@ from fractions import Fraction
 from typing import Literal
 
 from kvprof.errors import UsageError, did_you_mean
-from kvprof.records.formats import CODE_BITS, FULL_BITS, Format, TensorName
+from kvprof.records.formats import CODE_BITS, FULL_BITS, Format, TensorName, TensorWord
 from kvprof.records.geometry import CacheGeometry, KVLayer
 from kvprof.records.plan import Budget, head_dim_of, stored_like, tensor_word
 
@@ -62,7 +62,7 @@ class CachedTensor:
         return None if self.shape is None else head_dim_of(self.shape, self.name)
 
     @property
-    def word(self) -> str:
+    def word(self) -> TensorWord:
         """What it is called: its name, or `latent` and `rope` in a layer of latent attention."""
         return tensor_word(self.shape, self.name)
 

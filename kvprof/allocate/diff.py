@@ -120,7 +120,7 @@ def _change(tensor: CachedTensor, before: TensorPlan, after: TensorPlan, scores:
         predicted = None if was is None or now is None else now.loss - was.loss
     return TensorChange(
         layer=tensor.layer,
-        tensor=tensor.name,
+        tensor=tensor.word,
         before=before,
         after=after,
         stored_bits_before=float(before.stored_bits(tensor.head_dim)),

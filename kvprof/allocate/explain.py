@@ -27,7 +27,7 @@ from kvprof.allocate.prediction import predicted_kl, unscored_remark
 from kvprof.allocate.recorded import read_request
 from kvprof.errors import InvalidFile, UsageError, did_you_mean
 from kvprof.records.explanation import Explanation, Move, Offer, TensorExplanation, Verdict
-from kvprof.records.formats import TENSORS, TensorName
+from kvprof.records.formats import TENSORS
 from kvprof.records.plan import BitPlan
 from kvprof.records.scores import LOSS_INCREASE, METRICS, Scores
 from kvprof.records.words import layers_text, read_layers
@@ -48,17 +48,17 @@ def explain(
 ) -> Explanation:
     """Return what the K and V of some layers cost at each format, and what moving them would do to the plan.
 
-    layers: "7" or "3-5", any number of them. tensor: "key" or "value" alone. metric: by default the plan's own, else
-    the first that the scores have. formats: those that compete for the budget besides the chosen ones, as
-    `parse_formats` reads them; by default all that were scored. names: what the two files are called.
+    layers: "7" or "3-5", any number of them. tensor: "key", "value", "latent" or "rope" alone. metric: by default the
+    plan's own, else the first that the scores have. formats: those that compete for the budget besides the chosen ones,
+    as `parse_formats` reads them; by default all that were scored. names: what the two files are called.
     Raises UsageError for a layer, tensor, metric or format that there is not, Mismatch for scores of another model,
     InvalidFile for scores that lack the metric.
     """
     scores = fitting_scores(plan, scores)
     asked = parse_layers(layers, plan)
-    wanted = _tensors_named(tensor)
     metric = metric or _metric_of(plan, scores)
     cases = cases_of(plan, scores, metric, formats)
+    _check_tensor(tensor, cases)
     width = sum(case.tensor.width for case in cases)
     spent = sum((case.entry.stored_bits(case.tensor.head_dim) * case.tensor.width for case in cases), Fraction(0))
     price = shadow_price([case.points for case in cases], spent)
@@ -79,9 +79,9 @@ def explain(
         tensors=tuple(
             _explain_tensor(case, market)
             for layer in asked
-            for name in wanted
+            for name in TENSORS
             for case in cases
-            if (case.tensor.layer, case.tensor.name) == (layer, name)
+            if (case.tensor.layer, case.tensor.name) == (layer, name) and tensor in (None, case.tensor.word)
         ),
         remarks=(
             *_remarks(names[0], plan, scores, cases, by_nats),
@@ -109,11 +109,10 @@ def parse_layers(texts: Sequence[str], plan: BitPlan) -> list[int]:
     return sorted(found)
 
 
-def _tensors_named(name: str | None) -> list[TensorName]:
-    found = [tensor for tensor in TENSORS if name in (None, tensor)]
-    if not found:
-        raise UsageError(f"no tensor is called {name!r}: {did_you_mean(str(name), TENSORS)}")
-    return found
+def _check_tensor(word: str | None, cases: Sequence[Case]) -> None:
+    words = list(dict.fromkeys(case.tensor.word for case in cases))
+    if word is not None and word not in words:
+        raise UsageError(f"no tensor is called {word!r}: {did_you_mean(word, words)}")
 
 
 def _metric_of(plan: BitPlan, scores: Scores) -> str:
@@ -151,7 +150,7 @@ def _explain_tensor(case: Case, market: _Market) -> TensorExplanation:
     verdict, prefers, gain = _verdict(case, price)
     return TensorExplanation(
         layer=tensor.layer,
-        tensor=tensor.name,
+        tensor=tensor.word,
         chosen=case.entry.name,
         stored_bits=float(case.entry.stored_bits(tensor.head_dim)),
         loss=None if chosen is None else chosen.loss,

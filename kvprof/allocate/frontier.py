@@ -15,11 +15,13 @@ from typing_extensions import Unpack
 from kvprof import __version__
 from kvprof.allocate.budget import Limit, bit_limit
 from kvprof.allocate.candidates import Allowed
+from kvprof.allocate.coverage import covered_scores
 from kvprof.allocate.pricing import written
 from kvprof.allocate.problem import ExactProblem
 from kvprof.allocate.rules import default_metric
 from kvprof.allocate.solver import Solution
 from kvprof.allocate.solver import frontier as solve_all
+from kvprof.allocate.task import usual_window
 from kvprof.errors import UsageError
 from kvprof.records.frontier import Frontier, FrontierPoint
 from kvprof.records.plan import BitPlan, Window
@@ -44,6 +46,7 @@ def frontier(
     unit: str | None = None,
     context: int | None = None,
     batch: int | None = None,
+    layers: str | None = None,
     tie: str | None = None,
     window: Window | None = None,
     command: str | None = None,
@@ -53,7 +56,8 @@ def frontier(
 
     low, high: bits an element, by default what the cheapest and the dearest plan cost. points: so many budgets, evenly
     spaced; by default round ones, at most about USUAL_POINTS. unit: what budgets count, "stored" (the default) or
-    "nominal". context, batch: where the bytes of each plan are wanted too. The rest is as for `rules.exact`.
+    "nominal". context, batch: where the bytes of each plan are wanted too. layers: as for `covered_scores`. The rest
+    is as for `rules.exact`.
     Raises InfeasibleBudget for an end that no plan meets, UsageError for options that contradict each other or scores
     without `loss_increase`, which is all that tells nats.
     """
@@ -70,6 +74,8 @@ def frontier(
         raise UsageError("--batch needs to know how many tokens to hold.\n  Add --context 32768.")
     if context is not None and scores.geometry is None:
         raise UsageError("these scores carry no geometry, so the bytes of a plan are unknown.\n  Leave out --context.")
+    window = window or usual_window(scores)
+    scores = covered_scores(scores, layers, window, context)
     measure = bit_limit(0, default_unit(LOSS_INCREASE) if unit is None else unit)
     problem = ExactProblem(scores, measure, LOSS_INCREASE, allowed, tie, window, command)
     limits = [Limit(amount, measure.unit) for amount in _budgets(problem, low, high, points)]

@@ -28,13 +28,11 @@ from kvprof.records.geometry import KVLayer
 from kvprof.records.plan import (
     USUAL_WINDOW,
     BitPlan,
-    LayerChoice,
     Provenance,
     Quantizer,
     Solver,
     TensorPlan,
     Window,
-    layers_left_alone,
 )
 from kvprof.records.scores import LOSS_INCREASE, Scores
 
@@ -53,13 +51,6 @@ def usual_window(
 def without_sinks(window: Window) -> Window:
     """Return a window as the published rules have it: their papers know no sinks."""
     return window.model_copy(update={"sink_tokens": 0})
-
-
-def covered_scores(scores: Scores, choice: LayerChoice, window: Window, context: int | None = None) -> Scores:
-    """Return the scores for plans that leave alone what `layers_left_alone` says; as they are without a geometry."""
-    if scores.geometry is None:
-        return scores
-    return scores.leaving(layers_left_alone(scores.geometry, choice, window, context))
 
 
 class Selection(NamedTuple):

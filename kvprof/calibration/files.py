@@ -31,6 +31,7 @@ MOST_COLUMNS = 1000
 BATCH_ROWS = 1000
 """Rows of a file of columns that are held as Python objects at a time."""
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -40,10 +41,7 @@ def read_rows(kind: str, files: Sequence[Path], seed: int) -> Iterator[Fields]:
     FILES_AT_ONCE of them are open at a time. Raises CalibrationError for a row that breaks its file's format,
     and whatever else reading raises.
     """
-    order = list(files)
-    if len(order) > 1:
-        random.Random(seed).shuffle(order)
-    return _in_turns([_READERS[kind](file) for file in order])
+    return in_turns(files, _READERS[kind], seed)
 
 
 def shuffled(rows: Iterable[T], seed: int, buffer_rows: int = SHUFFLE_ROWS) -> Iterator[T]:
@@ -65,9 +63,14 @@ def shuffled(rows: Iterable[T], seed: int, buffer_rows: int = SHUFFLE_ROWS) -> I
     yield from (buffer[place] for place in generator.permutation(len(buffer)))
 
 
-def _in_turns(readers: Sequence[Iterator[T]]) -> Iterator[T]:
-    """Yield a row of each reader in turn, the next reader beginning where one ends."""
-    waiting = iter(readers)
+def in_turns(parts: Iterable[S], read: Callable[[S], Iterator[T]], seed: int) -> Iterator[T]:
+    """Yield a row of each part in turn, the next part beginning where one ends; the seed decides their order.
+
+    FILES_AT_ONCE parts are read at a time.
+    """
+    order = list(parts)
+    random.Random(seed).shuffle(order)
+    waiting = (read(part) for part in order)
     taking = list(islice(waiting, FILES_AT_ONCE))
     while taking:
         for reader in list(taking):

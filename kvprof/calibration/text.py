@@ -18,7 +18,7 @@ from typing import Any
 
 from kvprof.calibration.chat import Row, text_of
 from kvprof.calibration.columns import choose_reading
-from kvprof.calibration.files import SHUFFLE_ROWS, Fields, check_columns, peeked, read_rows, shuffled
+from kvprof.calibration.files import Fields, check_columns, in_turns, peeked, read_rows, shuffled
 from kvprof.calibration.remarks import RowCounts
 from kvprof.errors import CalibrationError, KvprofError, UsageError, did_you_mean, first_line
 from kvprof.records.text_files import (
@@ -239,10 +239,9 @@ def _streamed(repository: str, arguments: dict[str, Any], name: str, seed: int) 
         stream = datasets.load_dataset(repository, streaming=True, **arguments)
     except ValueError as error:
         raise _of_configurations(repository, arguments.get("name"), name, error) from None
-    if stream.num_shards == 1:  # the same order, without the threads that datasets waits five seconds for
-        yield from shuffled(stream, seed)
-    else:
-        yield from stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS)
+    # Shuffled here: of a stream that datasets shuffles it reads with threads, and waits five seconds for their end.
+    parts = in_turns(range(stream.num_shards), lambda part: iter(stream.shard(stream.num_shards, part)), seed)
+    yield from shuffled(parts, seed)
 
 
 def _of_configurations(repository: str, config: str | None, name: str, error: ValueError) -> Exception:

@@ -14,7 +14,9 @@ from kvprof.cli import completion
 def explain(
     plan: Annotated[Path, typer.Argument(help="A BitPlan file.")],
     layer: Annotated[list[str], typer.Option(help="Layers to explain: 7 or 3-5. Can be repeated.", show_default=False)],
-    tensor: Annotated[str | None, typer.Option(help="`key` or `value` alone.", show_default="both")] = None,
+    tensor: Annotated[
+        str | None, typer.Option(help="`key` or `value` alone; of latents `latent` or `rope`.", show_default="both")
+    ] = None,
     scores: Annotated[
         Path | None,
         typer.Option(

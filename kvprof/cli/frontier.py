@@ -10,7 +10,18 @@ from typing import Annotated
 
 import typer
 
-from kvprof.cli.allowed import Bits, Formats, GroupSize, MinKeyBits, Pin, RecentTokens, ScoresFile, SinkTokens, Tie
+from kvprof.cli.allowed import (
+    Bits,
+    Formats,
+    GroupSize,
+    Layers,
+    MinKeyBits,
+    Pin,
+    RecentTokens,
+    ScoresFile,
+    SinkTokens,
+    Tie,
+)
 
 
 def frontier(
@@ -30,6 +41,7 @@ def frontier(
         int | None, typer.Option(min=1, help="Count each plan's bytes at so many tokens, too.", show_default=False)
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Sequences that --context counts.", show_default="1")] = None,
+    layers: Layers = None,
     bits: Bits = None,
     formats: Formats = None,
     group_size: GroupSize = None,
@@ -49,7 +61,7 @@ def frontier(
 
     from kvprof.allocate.budget import parse_bits
     from kvprof.allocate.frontier import frontier as find_frontier
-    from kvprof.allocate.task import covered_scores, usual_window
+    from kvprof.allocate.task import usual_window
     from kvprof.records.files import frontier_path, newest_scores
     from kvprof.records.scores import LOSS_INCREASE, Scores
     from kvprof.report.console import print_note, print_plain, print_result, print_written
@@ -60,7 +72,6 @@ def frontier(
 
     path, found = newest_scores(LOSS_INCREASE) if scores is None else (scores, Scores.load(scores))
     window = usual_window(found, sink_tokens, recent_tokens)
-    found = covered_scores(found, "all", window, context)
     result = find_frontier(
         found,
         low=low,
@@ -69,6 +80,7 @@ def frontier(
         unit=unit,
         context=context,
         batch=batch,
+        layers=layers,
         tie=tie,
         window=window,
         command=shlex.join(["kvprof", *sys.argv[1:]]),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -427,7 +427,18 @@ def _red_flags(skeleton: Skeleton, geometry: CacheGeometry) -> tuple[RedFlag, ..
             raised["softcap"].append(layer.layer)
         if any("sink" in name for name, _ in attention.named_parameters(recurse=False)):
             raised["attention_sinks"].append(layer.layer)
-    return tuple(RedFlag(name=name, layers=tuple(layers), why=WHY[name]) for name, layers in raised.items() if layers)
+    return tuple(
+        RedFlag(name=name, layers=tuple(layers), why=_why(name, layers, geometry))
+        for name, layers in raised.items()
+        if layers
+    )
+
+
+def _why(name: str, layers: Sequence[int], geometry: CacheGeometry) -> str:
+    """Return what a red flag means in some layers: latents have a word of their own."""
+    if name == "key_norm" and all(geometry.layers[layer].is_latent for layer in layers):
+        return "latents are normalised after their projection: the weight norm says nothing about the cache's scale"
+    return WHY[name]
 
 
 def _key_norm_offset(skeleton: Skeleton, geometry: CacheGeometry) -> float | None:

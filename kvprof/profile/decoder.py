@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from kvprof.calibration.sequences import CalibrationSet
 from kvprof.errors import UsageError
-from kvprof.records.formats import TENSORS, Format, TensorName, parse_formats
+from kvprof.records.formats import TENSOR_WORDS, TENSORS, Format, TensorName, parse_formats
 from kvprof.records.geometry import CacheGeometry, KVLayer
 from kvprof.records.plan import (
     USUAL_WINDOW,
@@ -22,6 +22,7 @@ from kvprof.records.plan import (
     head_dim_of,
     quantized_tokens,
     stored_like,
+    tensor_word,
 )
 from kvprof.records.scores import DecodingSetup, suffix_start
 
@@ -115,7 +116,7 @@ def usual_formats(layer: KVLayer, tensor: TensorName) -> tuple[Format, ...]:
     return _named(USUAL_FORMATS[stored_like(layer, tensor)], layer, tensor, passes_over=True)
 
 
-def readable(formats: Formats, decoder: Decoder, longest: int) -> tuple[Formats, str | None]:
+def readable(formats: Formats, geometry: CacheGeometry, decoder: Decoder, longest: int) -> tuple[Formats, str | None]:
     """Return the formats that a sequence of so many tokens reads at all, and what to say of the others.
 
     What is never read costs nothing there; to score it 0 would be a lie about longer texts.
@@ -125,14 +126,15 @@ def readable(formats: Formats, decoder: Decoder, longest: int) -> tuple[Formats,
         for key, forms in formats.items()
     }
     found = {key: forms for key, forms in found.items() if forms}
+    words = {key: tensor_word(geometry.layers[key[0]], key[1]) for key in formats}
     left = []
-    for tensor in TENSORS:
+    for word in TENSOR_WORDS:
         names = [
-            {form.name: form.group_size for (_, name), forms in some.items() if name == tensor for form in forms}
+            {form.name: form.group_size for key, forms in some.items() if words[key] == word for form in forms}
             for some in (formats, found)
         ]
         if missing := sorted(set(names[0]) - set(names[1]), key=lambda name: (names[0][name], name)):
-            left.append(f"{tensor}s in {', '.join(missing)}")
+            left.append(f"{word}s in {', '.join(missing)}")
     if not left:
         return found, None
     window = f"{decoder.window.sink_tokens} + {decoder.window.recent_tokens}"

@@ -87,7 +87,7 @@ def prepare(
     if until_stable and not wanted:
         raise UsageError("--until-stable looks at plans, which need predicted losses.\n  Leave out --formats none.")
     mix, tokenizer = read_text(source, config, settings)
-    formats, unread = readable(formats, settings.decoder, max(mix.lengths))
+    formats, unread = readable(formats, inventory.geometry, settings.decoder, max(mix.lengths))
     if check is not None and formats:
         check(inventory.geometry, formats)
     if settings.share is not None:

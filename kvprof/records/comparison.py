@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import computed_field
 
 from kvprof.records.document import Count, LayerIndex, Number, Positive, Record, Text
-from kvprof.records.formats import TensorName
+from kvprof.records.formats import TensorWord
 from kvprof.records.plan import TensorPlan
 
 Direction = Literal["up", "down", "level"]
@@ -21,7 +21,7 @@ class TensorChange(Record):
     """One tensor that the second plan stores differently from the first."""
 
     layer: LayerIndex
-    tensor: TensorName
+    tensor: TensorWord
     before: TensorPlan
     after: TensorPlan
     stored_bits_before: Number
@@ -67,7 +67,7 @@ class Comparison(Record):
     first: PlanCosts
     second: PlanCosts
     tensors: Positive
-    """Keys and values that each plan gives bits to."""
+    """Tensors that each plan gives bits to: keys and values, or the parts of latents."""
     changes: tuple[TensorChange, ...]
     settings: tuple[SettingChange, ...]
     predicted_change_nats: Number | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 from kvprof.records.document import LayerIndex, Number, Record, Text
-from kvprof.records.formats import TensorName
+from kvprof.records.formats import TensorWord
 
 Verdict = Literal["stays", "would move", "dominated", "unknown"]
 """stays: no other format is better at the shadow price. would move: another one is. dominated: another one stores no
@@ -53,7 +53,7 @@ class TensorExplanation(Record):
     """Why one tensor has the format that it has."""
 
     layer: LayerIndex
-    tensor: TensorName
+    tensor: TensorWord
     chosen: Text
     stored_bits: Number
     loss: Number | None = None

@@ -32,9 +32,10 @@ Scheme = Annotated[str, Field(strict=True, json_schema_extra={"enum": list(SCHEM
 Axis = Literal["channel", "token"]
 Clip = Literal["none", "mse"]
 TensorName = Literal["key", "value"]
+TensorWord = Literal["key", "value", "latent", "rope"]
 
 TENSORS: tuple[TensorName, TensorName] = ("key", "value")
-LATENT_TENSORS: dict[TensorName, str] = {"key": "latent", "value": "rope"}
+LATENT_TENSORS: dict[TensorName, TensorWord] = {"key": "latent", "value": "rope"}
 """What a layer of latent attention (MLA) caches in the place of each: the vector that keys and values are made of, and
 the rotary part of all its heads' keys."""
 TENSOR_WORDS = (*TENSORS, *LATENT_TENSORS.values())

@@ -35,6 +35,7 @@ from kvprof.records.formats import (
     TENSORS,
     Format,
     TensorName,
+    TensorWord,
     format_named,
 )
 from kvprof.records.geometry import CacheGeometry, KVLayer, bytes_text, check_same_model
@@ -397,7 +398,7 @@ def stored_like(layer: KVLayer | None, tensor: TensorName) -> TensorName:
     return "key" if layer is not None and layer.is_latent else tensor
 
 
-def tensor_word(layer: KVLayer | None, tensor: TensorName) -> str:
+def tensor_word(layer: KVLayer | None, tensor: TensorName) -> TensorWord:
     """Return what a layer's tensor is called: `key`, `value`, or `latent` and `rope` in their place."""
     return LATENT_TENSORS[tensor] if layer is not None and layer.is_latent else tensor
 

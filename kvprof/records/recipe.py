@@ -187,6 +187,7 @@ class Frontier(Windowed):
     unit: Unit | None = None
     context: Positive | None = None
     batch: Positive | None = None
+    layers: LayerChoice | None = None
 
     @model_validator(mode="after")
     def _goes_up(self) -> Self:

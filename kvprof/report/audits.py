@@ -147,7 +147,7 @@ def _show_plans(audit: Audit) -> None:
     if audit.kl_calibration is not None:
         print_plain(f"predictions hold the factor {audit.kl_calibration.factor:.3f} that kvprof calibrate found")
     else:
-        print_plain("predictions are plain sums over tensors: kvprof calibrate finds the factor that they lack")
+        print_plain("predictions hold no factor: kvprof calibrate measures one")
 
 
 def _tables(columns: Sequence[tuple[TensorName, str]]) -> Iterator[Sequence[tuple[TensorName, str]]]:

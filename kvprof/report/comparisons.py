@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from kvprof.records.comparison import Comparison, Direction, TensorChange
-from kvprof.records.formats import USUAL_AXIS, TensorName
+from kvprof.records.formats import USUAL_AXIS, TensorWord
 from kvprof.records.geometry import bytes_text
 from kvprof.records.plan import TensorPlan
 from kvprof.records.words import context_text
@@ -49,11 +49,12 @@ def comparison_verdict(comparison: Comparison) -> str:
     return f"{len(comparison.changes)} of {comparison.tensors} tensors moved: {parts}"
 
 
-def format_text(form: TensorPlan, tensor: TensorName) -> str:
+def format_text(form: TensorPlan, tensor: TensorWord) -> str:
     """Return a format's name with what the name leaves out: an unusual axis, a share of the recent past kept."""
     if form.is_full:
         return form.name
-    axis = f" per {form.axis}" if form.scheme == "asymmetric" and form.axis != USUAL_AXIS[tensor] else ""
+    usual = USUAL_AXIS["value" if tensor == "value" else "key"]  # the parts of a latent are stored as keys are
+    axis = f" per {form.axis}" if form.scheme == "asymmetric" and form.axis != usual else ""
     recent = f" recent {form.recent_fraction:.0%}" if form.recent_fraction else ""
     return form.name + axis + recent
 

@@ -29,5 +29,5 @@ def show_continuations(found: Continuations, plan_name: str) -> None:
 def _paragraphs(heading: str, one: Continuation, prompt_tokens: int) -> list[str]:
     # The last token written was never read, so the cache does not hold it.
     tokens = prompt_tokens + len(one.tokens) - 1
-    cost = f"{one.cache_bytes} bytes ({bytes_text(one.cache_bytes)}) of keys and values, {tokens} tokens cached"
+    cost = f"{one.cache_bytes} bytes ({bytes_text(one.cache_bytes)}) of cache, {tokens} tokens held"
     return [heading, one.text or "(nothing)", cost]

@@ -33,6 +33,16 @@ def latent_remarks(geometry: CacheGeometry | None) -> list[str]:
     return remarks
 
 
+def latent_reading(geometry: CacheGeometry | None) -> str | None:
+    """Return how to read a page on keys and values where a model caches latents, or None where it caches none."""
+    if geometry is None or not any(layer.is_latent for layer in geometry.layers):
+        return None
+    return (
+        "this model has latent attention (MLA): what this report says of keys (K) is of the latents that it caches, "
+        "and what it says of values (V) is of the rotary part (rope) of the keys"
+    )
+
+
 def indexer_remark(geometry: CacheGeometry | None) -> str | None:
     """Return what predictions leave out where an indexer selects the keys that are read, or None without one."""
     if geometry is None or not any(layer.indexer_width for layer in geometry.planned):
@@ -78,5 +88,7 @@ def score_remarks(scores: Scores, metrics: Sequence[str] | None = None) -> list[
     if any(metric != "gradient_norm" for metric in scalar) and any(
         entry.key.gain_rms is not None for entry in scores.layers
     ):
-        remarks.append("keys are normalised after k_proj: their weight norm says nothing about the cache's scale")
+        latent = all(isinstance(entry, LatentScores) for entry in scores.layers)
+        what = "latents are normalised after their projection" if latent else "keys are normalised after k_proj"
+        remarks.append(f"{what}: their weight norm says nothing about the cache's scale")
     return remarks

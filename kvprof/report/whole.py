@@ -22,6 +22,7 @@ from kvprof.report.sections.plan import plan_section
 from kvprof.report.sections.quality import quality_section
 from kvprof.report.sections.spectra import spectra_section
 from kvprof.report.sections.weights import weights_section
+from kvprof.report.sentences import latent_reading
 
 
 def make_page(files: ReportFiles) -> Page:
@@ -49,7 +50,7 @@ def make_page(files: ReportFiles) -> Page:
         subtitle=", ".join(part for part in about if part),
         facts=_facts(files),
         sections=sections,
-        remarks=files.remarks,
+        remarks=[remark for remark in (latent_reading(files.geometry), *files.remarks) if remark is not None],
     )
 
 

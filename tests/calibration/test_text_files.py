@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from kvprof.calibration.files import shuffled
-from kvprof.calibration.text import SPLITS, open_text
+from kvprof.calibration.text import SPLITS, _streamed, open_text
 from kvprof.errors import CalibrationError, KvprofError, UsageError
 
 ROWS = [f"row {number}: the quick brown fox, the lazy dog, ümläut" for number in range(40)]
@@ -261,3 +261,21 @@ def test_reading_parquet_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.M
     next(rows)
     del rows
     assert slept == []
+
+
+def test_several_files_of_parquet_on_a_hub_wait_for_nothing_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder stands for the hub's dataset: datasets streams both alike."""
+    slept: list[float] = []
+    for number in range(3):
+        write_parquet(tmp_path / f"part-{number}.parquet", ROWS[number::3])
+    rows = _streamed(str(tmp_path), {"split": "train"}, "hub", 0)
+    monkeypatch.setattr("time.sleep", slept.append)
+    first = next(rows)["text"]
+    del rows
+    assert slept == []
+    orders = [[row["text"] for row in _streamed(str(tmp_path), {"split": "train"}, "hub", seed)] for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+    assert orders[0][0] == first
+    assert sorted(orders[0]) == sorted(orders[2]) == sorted(ROWS)

@@ -193,3 +193,34 @@ def test_what_the_indexer_selects_is_said_not_to_be_predicted(scores: str) -> No
     assert "rounding changes the selection" in said(run("show", scores))
     allocated = run("allocate", "--scores", scores, "--budget", "7", "--out", "plan.json")
     assert "rounding changes the selection" in said(allocated)
+
+
+def test_plans_are_explained_and_compared_in_the_words_of_latents(scores: str) -> None:
+    for budget in ("6", "8"):
+        assert run("allocate", "--scores", scores, "--budget", budget, "--out", f"plan-{budget}.json").exit_code == 0
+    result = run("explain", "plan-6.json", "--layer", "0", "--scores", scores)
+    assert "the latent of layer 0 has" in said(result)
+    assert "the rope of layer 0 has" in said(result)
+    alone = said(run("explain", "plan-6.json", "--layer", "0", "--tensor", "rope", "--scores", scores))
+    assert "the rope of layer 0 has" in alone
+    assert "the latent of layer 0" not in alone
+    result = run("explain", "plan-6.json", "--layer", "0", "--tensor", "key", "--scores", scores)
+    assert result.exit_code == 2
+    assert "no tensor is called 'key': choose from latent, rope" in said(result)
+    result = run("diff", "plan-6.json", "plan-8.json", "--json")
+    assert {change["tensor"] for change in json.loads(result.stdout)["changes"]} <= {"latent", "rope"}
+    assert "per channel" not in run("diff", "plan-6.json", "plan-8.json").output  # the usual axis of both parts
+
+
+def test_a_report_says_how_to_read_it_for_latents(scores: str) -> None:
+    assert run("allocate", "--scores", scores, "--budget", "7", "--out", "out/plan.json").exit_code == 0
+    assert run("report", "out").exit_code == 0
+    assert "what this report says of keys (K) is of the latents that it caches" in Path("out/report.md").read_text()
+
+
+def test_what_no_query_reads_is_named_as_it_is(model: str) -> None:
+    text = ("--data", "text.txt", "--pack", "--sequences", "2", "--sequence-length", "40")
+    formats = ("--formats", "latent:int4g8,latent:int4g16,rope:int4g8,rope:rot4")
+    result = run("gradients", model, *formats, *text, "--sink-tokens", "2", "--recent-tokens", "28", "--out", "out")
+    assert result.exit_code == 0
+    assert "not predicted: latents in int4g16: no group of 40 tokens leaves the window" in said(result)

@@ -136,3 +136,27 @@ def test_evaluating_a_plan_of_sliding_layers_token_by_token_gives_the_same(in_tm
     fast, exact = found.values()
     assert fast == pytest.approx(exact, rel=1e-3)
     assert exact > 1e-3
+
+
+def test_a_frontier_covers_the_layers_that_allocate_covers(in_tmp: Path) -> None:
+    assert scored(in_tmp, "gemma3", *WINDOW).exit_code == 0
+    losses = {}
+    for choice in ("all", "full"):
+        words = ("--scores", "out/gradients.json", "--layers", choice)
+        result = run("frontier", *words, "--from", "4", "--to", "5", "--points", "2", "--out", "frontier.json")
+        assert result.exit_code == 0, result.output
+        losses[choice] = json.loads(Path("frontier.json").read_text())["points"][0]["predicted_kl_nats"]
+        plan = plan_of("--budget", "4", "--layers", choice)
+        assert losses[choice] == pytest.approx(plan["solver"]["predicted_kl_nats"])
+    assert losses["full"] != losses["all"]
+    result = run("frontier", "--scores", "out/gradients.json", "--layers", "ful")
+    assert result.exit_code == 2
+    assert "--layers 'ful': did you mean 'full'?" in said(result)
+
+
+def test_a_frontier_of_no_layers_says_why(in_tmp: Path) -> None:
+    assert scored(in_tmp, "mistral-sliding", *WINDOW).exit_code == 0
+    result = run("frontier", "--scores", "out/gradients.json", "--layers", "full")
+    assert result.exit_code == 2
+    assert f"a plan would leave every layer of this model alone: {LEFT}." in said(result)
+    assert "Leave out --layers full." in said(result)

@@ -105,7 +105,7 @@ def _means(frontier: Frontier) -> str:
         )
         text += f" It bends at {knees}."
     if frontier.kl_calibration is None:
-        text += " Predictions are sums over tensors; kvprof calibrate measures the factor that they lack."
+        text += " Predictions hold no factor; kvprof calibrate measures one."
     else:
         text += f" Predictions hold the factor {frontier.kl_calibration.factor:.3g} that kvprof calibrate found."
     return text
