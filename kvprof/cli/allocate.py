@@ -21,90 +21,118 @@ from kvprof.cli.allowed import (
     SinkTokens,
     Tie,
 )
+from kvprof.cli.options import BASELINES, BUDGET, FORMATS
 
 
 def allocate(
     budget: Annotated[
         str | None,
-        typer.Option(help="Bits an element of the cache may cost on average, such as 2.5.", show_default=False),
+        typer.Option(help="Average bits per element of the cache, such as 2.5.", show_default=False),
+    ] = None,
+    max_kl: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of a budget: the cheapest plan with at most this predicted KL, in nats per token, such as "
+            "0.01. Cheapest in stored bits; with --context in bytes.",
+            show_default=False,
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="Plan for another runtime, in its own formats and within its constraints; `kvprof targets` lists "
+            "them.",
+            show_default="kvprof's own cache",
+            autocompletion=completion.targets,
+        ),
+    ] = None,
+    scores: ScoresFile = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the plan, or a file that ends in .json.", show_default="outputs/<model>"),
     ] = None,
     unit: Annotated[
         str | None,
         typer.Option(
-            help="What --budget counts: `stored` bits (codes and scales) or `nominal` (the codes).",
-            show_default="stored; by a norm nominal",
+            help="What --budget counts: `stored` bits (codes and scales) or `nominal` bits (codes alone).",
+            show_default="stored; for a norm nominal",
+            rich_help_panel=BUDGET,
         ),
     ] = None,
     memory: Annotated[
         str | None,
         typer.Option(
-            help="Bytes of cache instead of bits, window and all: 1.5GiB. Needs --context.", show_default=False
+            help="Instead of --budget: bytes of the cache, window included, such as 1.5GiB. Needs --context.",
+            show_default=False,
+            rich_help_panel=BUDGET,
         ),
     ] = None,
     context: Annotated[
         int | None,
-        typer.Option(help="Tokens a sequence that --memory, or the bytes of --max-kl, must hold.", show_default=False),
-    ] = None,
-    batch: Annotated[int | None, typer.Option(help="Sequences, likewise.", show_default="1")] = None,
-    max_kl: Annotated[
-        str | None,
         typer.Option(
-            help="The cheapest plan predicted to stay at or below so many nats a token, such as 0.01; in stored bits, "
-            "or in bytes with --context.",
+            help="Tokens per sequence at which --memory and --max-kl count bytes.",
             show_default=False,
+            rich_help_panel=BUDGET,
         ),
     ] = None,
-    rule: Annotated[
-        str,
-        typer.Option(
-            help="`exact`, or a published rival: `norm-greedy`, `kvmix`, `uniform`.", autocompletion=completion.rules
-        ),
-    ] = "exact",
+    batch: Annotated[
+        int | None,
+        typer.Option(help="Sequences at which they count bytes.", show_default="1", rich_help_panel=BUDGET),
+    ] = None,
     metric: Annotated[
         str | None,
         typer.Option(
-            help="Score to spend by: loss_increase, gradient_norm, spectral_norm or frobenius_norm.",
-            show_default="the scores' first of these",
+            help="Score to minimize: loss_increase, gradient_norm, spectral_norm or frobenius_norm.",
+            show_default="the first of these that the scores have",
             autocompletion=completion.metrics,
+            rich_help_panel=FORMATS,
         ),
     ] = None,
     bits: Bits = None,
     formats: Formats = None,
     group_size: GroupSize = None,
     pin: Pin = None,
-    layers: Layers = None,
     tie: Tie = None,
     min_key_bits: MinKeyBits = None,
+    layers: Layers = None,
     recent_tokens: RecentTokens = None,
     sink_tokens: SinkTokens = None,
-    target: Annotated[
-        str | None,
+    rule: Annotated[
+        str,
         typer.Option(
-            help="Plan for another runtime, within what it can be told and in its own formats: `kvprof targets` lists "
-            "them.",
-            show_default="kvprof's own cache",
-            autocompletion=completion.targets,
+            help="`exact` (the optimal plan), or a published baseline: `norm-greedy`, `kvmix`, `uniform`.",
+            autocompletion=completion.rules,
+            rich_help_panel=BASELINES,
         ),
-    ] = None,
-    top_fraction: Annotated[
-        str | None, typer.Option(help="kvmix: the share of layers that get more bits.", show_default="0.2")
-    ] = None,
+    ] = "exact",
     as_published: Annotated[
         bool,
         typer.Option(
             "--as-published",
-            help="norm-greedy, kvmix: as their papers have it, without sinks, KVmix's 3-bit keys in groups of 11.",
+            help="norm-greedy, kvmix: exactly as in their papers: no sinks; KVmix's 3-bit keys in groups of 11.",
+            rich_help_panel=BASELINES,
         ),
     ] = False,
-    bits_key: Annotated[int | None, typer.Option(help="uniform: bits of every key.", show_default=False)] = None,
-    bits_value: Annotated[int | None, typer.Option(help="uniform: bits of every value.", show_default=False)] = None,
-    scores: ScoresFile = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for the plan, or a file that ends in .json.", show_default="outputs/<model>"),
+    top_fraction: Annotated[
+        str | None,
+        typer.Option(
+            help="kvmix: share of the layers that get more bits.", show_default="0.2", rich_help_panel=BASELINES
+        ),
+    ] = None,
+    bits_key: Annotated[
+        int | None,
+        typer.Option(help="uniform: bits of every key.", show_default=False, rich_help_panel=BASELINES),
+    ] = None,
+    bits_value: Annotated[
+        int | None,
+        typer.Option(help="uniform: bits of every value.", show_default=False, rich_help_panel=BASELINES),
     ] = None,
 ) -> None:
-    """Spend a budget of bits where they buy the most; write the plan. Reads scores, never a model."""
+    """Choose the format of every tensor within a budget; write a plan.
+
+    The plan is the one of least predicted loss within --budget, --memory or --max-kl. Reads a Scores file, never a
+    model.
+    """
     options = dict(locals())
     # For arrays as small as these, starting numpy's pool of threads would cost more than all of the arithmetic.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -10,37 +10,36 @@ import typer
 
 from kvprof import __version__
 from kvprof.cli.errors import explains_errors
-from kvprof.cli.manner import speaks
+from kvprof.cli.manner import Command, Group, speaks, unwrapped
 
-COMMANDS = {
-    "inspect": "measure",
-    "norms": "measure",
-    "gradients": "measure",
-    "spectra": "spectra",
-    "allocate": "allocate",
-    "frontier": "frontier",
-    "explain": "explain",
-    "diff": "explain",
-    "evaluate": "evaluate",
-    "divergence": "audit",
-    "calibrate": "audit",
-    "audit": "audit",
-    "benchmark": "benchmark",
-    "plot": "plot",
-    "generate": "generate",
-    "show": "show",
-    "validate": "show",
-    "verify": "verify",
-    "schema": "show",
-    "merge": "merge",
-    "targets": "exchange",
-    "export": "exchange",
-    "import": "exchange",
-    "report": "report",
-    "run": "run",
+PANELS = {
+    "Measure": {
+        "inspect": "measure",
+        "norms": "measure",
+        "gradients": "measure",
+        "spectra": "spectra",
+        "divergence": "audit",
+    },
+    "Plan": {"allocate": "allocate", "frontier": "frontier", "explain": "explain"},
+    "Check": {"evaluate": "evaluate", "verify": "verify", "audit": "audit", "benchmark": "benchmark", "show": "show"},
+    "Share": {"report": "report", "export": "exchange", "import": "exchange", "run": "run"},
 }
-"""Each command, in the order of the help, and the module beside this one that has its function."""
+"""The commands that `kvprof --help` lists, by panel and in order, each with the module here that has its function."""
 
+UNLISTED = {
+    "calibrate": "audit",
+    "diff": "explain",
+    "generate": "generate",
+    "merge": "merge",
+    "plot": "plot",
+    "schema": "show",
+    "targets": "exchange",
+    "validate": "show",
+}
+"""The commands that the last line of `kvprof --help` only names, likewise."""
+
+COMMANDS = {name: module for commands in (*PANELS.values(), UNLISTED) for name, module in commands.items()}
+"""All commands, listed or not, likewise."""
 
 QUICK = frozenset({"allocate", "explain", "diff", "show", "schema", "merge", "targets", "export"})
 """Those that read a file or two, write one and stop."""
@@ -50,17 +49,24 @@ def make_app(names: Iterable[str] = COMMANDS) -> typer.Typer:
     """Return the app with these commands. To make all of them, for one to run, takes a good part of a short run."""
     made = typer.Typer(
         name="kvprof",
-        help="Which bits does a language model's KV cache need? Measure, allocate, obey.",
+        cls=Group,
+        epilog=f"More: {', '.join(UNLISTED)}.",
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     made.callback()(_main)
+    panels = {name: panel for panel, commands in PANELS.items() for name in commands}
     for name in names:
         module = import_module(f"kvprof.cli.{COMMANDS[name]}")
         function = getattr(module, name, None) or getattr(module, f"{name}_")  # no function can be called `import`
-        several = module.TakesSeveralFiles if name == "evaluate" else None
-        made.command(name, cls=several)(explains_errors(speaks(function)))
+        made.command(
+            name,
+            cls=module.TakesSeveralFiles if name == "evaluate" else Command,
+            help=unwrapped(function.__doc__),
+            rich_help_panel=panels.get(name),
+            hidden=name not in panels,
+        )(explains_errors(speaks(function)))
     return made
 
 
@@ -92,11 +98,11 @@ def _main(
             "--version",
             callback=_version,
             is_eager=True,
-            help="Print the versions of kvprof, torch and transformers, and the device.",
+            help="Print the versions, and the device.",
         ),
     ] = False,
 ) -> None:
-    """Which bits does a language model's KV cache need? Measure, allocate, obey."""
+    """Measure, plan and check the bits of a language model's KV cache."""
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,8 @@ import typer
 
 from kvprof.cli.measure import Model
 from kvprof.cli.options import (
+    MEASUREMENT,
+    TEXT,
     CalibrationLength,
     Column,
     Config,
@@ -34,34 +36,43 @@ from kvprof.cli.watching import Watch
 
 def divergence(
     model: Model = None,
-    layers: Annotated[
-        str | None, typer.Option(help="Layers to measure: 0-3,7.", show_default="all that a plan covers")
-    ] = None,
-    tensors: Annotated[str, typer.Option(help="`key`, `value` or both.")] = "key,value",
     formats: Annotated[
-        str, typer.Option(help="Formats to measure: int2g64, key:int3g64c,value:rot2. Time grows with them.")
+        str,
+        typer.Option(help="Formats to measure: int2g64 or key:int3g64c,value:rot2; time is proportional."),
     ] = "int2g64",
-    suffix_fraction: SuffixFraction = 0.5,
-    sink_tokens: SinkTokens = 4,
-    recent_tokens: RecentTokens = 128,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Layers to measure, such as 0-3,7.", show_default="all that a plan covers"),
+    ] = None,
     data: Texts = None,
+    out: Out = None,
+    dry_run: DryRun = False,
+    sequences: Annotated[
+        int, typer.Option(help="Calibration sequences; time is proportional.", rich_help_panel=TEXT)
+    ] = 2,
     split: Split = None,
     column: Column = None,
     config: Config = None,
-    sequences: Annotated[int, typer.Option(help="Calibration sequences. Time grows with them.")] = 2,
     sequence_length: CalibrationLength = None,
     seed: Seed = 0,
     pack: Pack = False,
+    recent_tokens: RecentTokens = 128,
+    sink_tokens: SinkTokens = 4,
+    tensors: Annotated[
+        str, typer.Option(help="Tensors to measure: `key`, `value` or both.", rich_help_panel=MEASUREMENT)
+    ] = "key,value",
+    suffix_fraction: SuffixFraction = 0.5,
     dtype: Dtype = "auto",
     device: Device = "auto",
     stream: Stream = False,
     tokenizer: TokenizerName = None,
     trust_remote_code: TrustRemoteCode = False,
-    out: Out = None,
-    dry_run: DryRun = False,
     restart: Restart = False,
 ) -> None:
-    """How far do predictions move when one tensor of one layer is quantized? Measured, a forward for each number."""
+    """Measure the KL of quantizing one tensor of one layer at a time.
+
+    One forward pass per layer, tensor, format and sequence; `audit` compares the result with predictions.
+    """
     from kvprof.calibration.ingredients import USUAL_DATA
     from kvprof.models.load import resolve
     from kvprof.profile.divergence import DivergenceSettings, run_divergence
@@ -112,18 +123,22 @@ def calibrate(
     scores: Annotated[
         Path | None,
         typer.Option(
-            help="The Scores file that foretold the plans.",
+            help="Scores file that predicted the plans.",
             show_default="what the plans were made from; else the newest in outputs/",
         ),
     ] = None,
-    sequences: Annotated[int, typer.Option(help="Sequences to measure on, of those that the scores read.")] = 4,
+    sequences: Annotated[int, typer.Option(help="Sequences to measure on, out of those that were scored.")] = 4,
     dtype: Dtype = "auto",
     device: Device = "auto",
     tokenizer: TokenizerName = None,
     trust_remote_code: TrustRemoteCode = False,
     restart: Restart = False,
 ) -> None:
-    """By what factor do whole plans cost more than the sum of their tensors? Measured, and kept with the scores."""
+    """Measure the ratio of a plan's KL to its prediction.
+
+    Whole plans can cost more than the sum of their tensors. The factor found is kept with the scores, and later
+    predictions are multiplied by it.
+    """
     from kvprof.allocate.factor import foretell, usual_plans
     from kvprof.records.files import short_names
     from kvprof.records.plan import BitPlan
@@ -160,29 +175,38 @@ def audit(
         Path | None,
         typer.Argument(
             metavar="DIVERGENCE",
-            help="A measured divergence, or the folder that holds divergence.json.",
+            help="Measured divergence.json, or its folder.",
             show_default="the newest in outputs/",
         ),
     ] = None,
     scores: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Scores to hold against it. Can be repeated.", show_default="gradients.json and norms.json beside it"
+            help="Scores to compare with it. Can be repeated.",
+            show_default="gradients.json and norms.json of its folder",
         ),
     ] = None,
     evaluations: Annotated[
         list[Path] | None,
-        typer.Option(help="Evaluations of whole plans, besides those in its folder.", show_default=False),
+        typer.Option(
+            help="Further evaluations of plans, besides those of its folder. Can be repeated.", show_default=False
+        ),
     ] = None,
     plans: Annotated[
         list[Path] | None,
-        typer.Option(help="Plans that were evaluated, besides those in its folder.", show_default=False),
+        typer.Option(
+            help="Further plans that were evaluated, besides those of its folder. Can be repeated.",
+            show_default=False,
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the result.", show_default="that of the divergence")
     ] = None,
 ) -> None:
-    """How well do scores foretell what was measured? Ranks, sizes, whole plans, a picture. Never loads a model."""
+    """Compare predicted losses with measured divergence.
+
+    Rank correlation and ratio for single tensors and for whole plans, with a picture. Never loads a model.
+    """
     from kvprof.allocate.agreement import hold_against
     from kvprof.records.beside import find_audit_files
     from kvprof.records.runs import output_folder

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvprof.cli.options import Out, Restart, TrustRemoteCode
+from kvprof.cli.options import DEVICE, MEASUREMENT, Out, Restart, TrustRemoteCode, within
 from kvprof.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,66 +22,90 @@ def benchmark(
     plan: Annotated[
         str,
         typer.Argument(
-            help="A BitPlan file; or formats for every layer: int4g64, or key:int4g64,value:int2g64 with 4 sinks and a "
+            help="BitPlan file; or formats for all layers, int4g64 or key:int4g64,value:int2g64, with 4 sinks and a "
             "window of 128 tokens."
         ),
     ],
     model: Annotated[
         str | None,
         typer.Argument(
-            help="A hub id, a folder, a .gguf file, or `demo`.", show_default="the plan's own; else the demo model"
+            help="Hub id, folder, .gguf file, or `demo`.",
+            show_default="the plan's model; if it names none, the demo model",
         ),
     ] = None,
     shape: Annotated[
         str | None,
         typer.Option(
-            help="Instead of a model: random weights of a published shape, such as llama-2-7b, llama-3-8b, qwen3-8b.",
+            help="Instead of MODEL: random weights of a published shape, such as llama-2-7b, llama-3-8b, qwen3-8b.",
             show_default=False,
         ),
-    ] = None,
-    layers: Annotated[
-        int | None, typer.Option(help="Of a --shape, keep only so many layers, the first.", show_default="all")
     ] = None,
     context: Annotated[
         list[str] | None,
         typer.Option(
-            help="Tokens in the cache: 4096,32768. Can be repeated.",
-            show_default="4096,32768,131072 on a GPU; else 1024,4096; the model's own limit at most",
+            help="Tokens in the cache, such as 4096,32768. Can be repeated.",
+            show_default="4096,32768,131072 on a GPU; else 1024,4096; no more than the model's limit",
         ),
     ] = None,
     batch: Annotated[
-        list[str] | None, typer.Option(help="Sequences, likewise.", show_default="1,8 on a GPU; else 1")
+        list[str] | None,
+        typer.Option(help="Sequences in a batch, such as 1,8. Can be repeated.", show_default="1,8 on a GPU; else 1"),
     ] = None,
     memory: Annotated[
         str | None,
         typer.Option(
-            help="Bytes for weights and cache, such as 24GiB: which batch of the longest context fits, and how fast is "
-            "it?",
-            show_default="all that a GPU has; on a CPU not asked",
+            help="Bytes for weights and cache, such as 24GiB: find and time the largest batch of the longest context "
+            "that fits.",
+            show_default="all of the GPU's; on a CPU none, and no batch is sought",
         ),
     ] = None,
-    kernels: Annotated[
-        str, typer.Option(help="`triton` reads codes in place, on a GPU; `torch` restores them first; `auto` chooses.")
-    ] = "auto",
-    repeats: Annotated[int, typer.Option(help="Times that attention is timed.")] = 30,
-    tokens: Annotated[int, typer.Option(help="Decoding steps of the whole model that are timed.")] = 16,
+    out: Out = None,
+    repeats: Annotated[int, typer.Option(help="Number of timings of attention.", rich_help_panel=MEASUREMENT)] = 30,
+    tokens: Annotated[
+        int, typer.Option(help="Number of decoding steps of the whole model to time.", rich_help_panel=MEASUREMENT)
+    ] = 16,
     attention_only: Annotated[
-        bool, typer.Option("--attention-only", help="Leave the whole model out: nothing needs its weights then.")
+        bool,
+        typer.Option(
+            "--attention-only", help="Time attention alone; no weights are needed.", rich_help_panel=MEASUREMENT
+        ),
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the random keys, values and weights.")] = 0,
+    kernels: Annotated[
+        str,
+        typer.Option(
+            help="`triton` reads codes in place, on a GPU; `torch` dequantizes them first; `auto` chooses.",
+            rich_help_panel=MEASUREMENT,
+        ),
+    ] = "auto",
+    layers: Annotated[
+        int | None,
+        typer.Option(help="Keep only the first layers of --shape.", show_default="all", rich_help_panel=DEVICE),
+    ] = None,
+    seed: Annotated[
+        int,
+        typer.Option(
+            callback=within(0, 2**32 - 1),
+            help="Seed of random keys, values and weights.",
+            rich_help_panel=MEASUREMENT,
+        ),
+    ] = 0,
     dtype: Annotated[
         str,
         typer.Option(
-            help="auto (the checkpoint's own; of a --shape bfloat16 on a GPU, else float32), float32, bfloat16 or "
-            "float16."
+            help="float32, bfloat16, float16, or auto: the checkpoint's; for --shape bfloat16 on a GPU, else float32.",
+            rich_help_panel=DEVICE,
         ),
     ] = "auto",
-    device: Annotated[str, typer.Option(help="auto (the GPU, else the CPU), cpu, cuda:1.")] = "auto",
-    out: Out = None,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda:1, or auto: the GPU, else the CPU.", rich_help_panel=DEVICE)
+    ] = "auto",
     trust_remote_code: TrustRemoteCode = False,
     restart: Restart = False,
 ) -> None:
-    """How fast does the plan's cache decode on this device? Beside 16 bits, and what the memory's bandwidth allows."""
+    """Measure a plan's decoding speed and memory on this device.
+
+    Compared with a 16-bit cache, and with what the memory bandwidth allows.
+    """
     if shape is not None and model is not None:
         raise UsageError("--shape takes random weights, and MODEL names a real model; leave out one of them.")
     if layers is not None and shape is None:

@@ -1,14 +1,18 @@
-"""The command that measures what a plan costs in quality, beside rivals that store no more."""
+"""The command that measures what a plan costs in quality, beside baselines that store no more bits."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
+from kvprof.cli.manner import Command
 from kvprof.cli.options import (
+    BASELINES,
+    DEVICE,
+    MEASUREMENT,
     Column,
     Config,
     Device,
@@ -18,7 +22,6 @@ from kvprof.cli.options import (
     HeldOutTexts,
     Out,
     Pack,
-    PlannedModel,
     Restart,
     Seed,
     SequenceLength,
@@ -27,9 +30,10 @@ from kvprof.cli.options import (
     TrustRemoteCode,
 )
 from kvprof.cli.watching import Watch
+from kvprof.errors import UsageError
 
 
-class TakesSeveralFiles(TyperCommand):
+class TakesSeveralFiles(Command):
     """A command whose `--against a.json b.json` means `--against a.json --against b.json`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -45,47 +49,95 @@ class TakesSeveralFiles(TyperCommand):
         return super().parse_args(ctx, repeated)
 
 
+def model_asked(named: str | None, model: str | None) -> str | None:
+    """Return the model that the argument MODEL or the option --model names.
+
+    Raises UsageError where both do, and where MODEL is a file that holds no model: most likely a second plan.
+    """
+    if named is None:
+        return model
+    if model is not None:
+        raise UsageError(f"MODEL is {named!r} and --model is {model!r}.\n  Leave out one of them.")
+    path = Path(os.path.expanduser(named))
+    if (path.suffix == ".json" and not os.path.isdir(path)) or (os.path.isfile(path) and path.suffix != ".gguf"):
+        raise UsageError(f"{named} is no model, which the second argument is.\n  Compare plans with --against {named}.")
+    return named
+
+
 def evaluate(
-    plan: Annotated[Path, typer.Argument(help="A BitPlan file.")],
-    model: PlannedModel = None,
+    plan: Annotated[Path, typer.Argument(help="BitPlan file.")],
+    named: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="Hub id, folder, .gguf file, or `demo`.",
+            show_default="the plan's model; if it names none, the demo model",
+        ),
+    ] = None,
     against: Annotated[
         list[Path] | None,
-        typer.Option(help="Further plans to compare with: one file or several, after PLAN.", show_default=False),
+        typer.Option(help="Further plans to compare with: one file or several.", show_default=False),
     ] = None,
-    check: Annotated[
-        bool,
-        typer.Option("--check", help="Exit with 5 unless the plan beats all that store no more bits, by mean KL."),
-    ] = False,
-    rivals: Annotated[
-        bool, typer.Option("--rivals/--no-rivals", help="Compare with published rules that store no more.")
-    ] = True,
-    exact: Annotated[
-        bool, typer.Option("--exact", help="Token by token through the packed cache; the same numbers, far slower.")
-    ] = False,
     data: HeldOutTexts = None,
+    sequences: Annotated[
+        int, typer.Option(help="Sequences of text; time is proportional, and the error shrinks.")
+    ] = 12,
+    out: Out = None,
+    dry_run: DryRun = False,
     split: HeldOutSplit = None,
     column: Column = None,
     config: Config = None,
-    sequences: Annotated[int, typer.Option(help="Sequences of text. Time grows with them; the error shrinks.")] = 12,
     sequence_length: SequenceLength = None,
-    measure_from: Annotated[
-        int, typer.Option(min=0, help="First position that counts; those before it are only read.")
-    ] = 0,
     seed: Seed = 0,
     pack: Pack = False,
+    rivals: Annotated[
+        bool,
+        typer.Option(
+            "--rivals/--no-rivals",
+            help="Compare with published baselines that store no more bits.",
+            rich_help_panel=BASELINES,
+        ),
+    ] = True,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Exit with 5 unless the plan's mean KL is the lowest of all that store no more bits.",
+            rich_help_panel=BASELINES,
+        ),
+    ] = False,
+    measure_from: Annotated[
+        int,
+        typer.Option(
+            min=0, help="First position that is measured; earlier ones are only read.", rich_help_panel=MEASUREMENT
+        ),
+    ] = 0,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact",
+            help="Decode token by token with the packed cache: the same numbers, far slower.",
+            rich_help_panel=MEASUREMENT,
+        ),
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(help="The same as MODEL.", show_default=False, rich_help_panel=DEVICE),
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     stream: Stream = False,
     tokenizer: TokenizerName = None,
     trust_remote_code: TrustRemoteCode = False,
-    out: Out = None,
-    dry_run: DryRun = False,
     restart: Restart = False,
 ) -> None:
-    """What does the plan cost in quality? KL, top-1 and perplexity on held-out text, beside rivals of equal size."""
+    """Measure a plan's KL, top-1 and perplexity against baselines.
+
+    Reads held-out text with the plan's cache and in full precision. Baselines are published rules with no more stored
+    bits than the plan.
+    """
     from kvprof.api.quality import find_rival_scores, published_rivals, require_better
     from kvprof.calibration.text import BUILTIN
-    from kvprof.errors import UsageError
     from kvprof.evaluate.evaluation import EvaluationSettings, check_request, run_evaluation
     from kvprof.models.load import resolve
     from kvprof.profile.request import SensitivitySettings
@@ -97,6 +149,7 @@ def evaluate(
 
     if check and not rivals and not against:
         raise UsageError("--check has nothing to compare with.\n  Leave out --no-rivals, or name plans with --against.")
+    model = model_asked(named, model)
     found = BitPlan.load(plan)
     name, *others = short_names([plan, *(against or ())])
     further = [(other, BitPlan.load(path)) for other, path in zip(others, against or (), strict=True)]

@@ -19,7 +19,10 @@ TOOLS = ("kvtuner",)
 
 
 def targets() -> None:
-    """Which runtimes can a plan be made for? What each can be told, its formats, what was checked and how."""
+    """List the runtimes that a plan can be made for.
+
+    For each: its constraints, its formats, what `export` writes for it, and how that was checked.
+    """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's pool of threads would cost more than it saves
 
     from kvprof.allocate.targets import TARGETS
@@ -45,19 +48,22 @@ def targets() -> None:
 
 
 def export(
-    plan: Annotated[Path, typer.Argument(help="A plan's file.")],
+    plan: Annotated[Path, typer.Argument(help="BitPlan file.")],
     to: Annotated[
         str,
         typer.Option(
-            help="The runtime: `kvprof targets` lists them.", show_default=False, autocompletion=completion.targets
+            help="Runtime; `kvprof targets` lists them.", show_default=False, autocompletion=completion.targets
         ),
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help="File or folder for what is written.", show_default="beside the plan"),
+        typer.Option(help="File or folder for the result.", show_default="beside the plan"),
     ] = None,
 ) -> None:
-    """Write a plan in the syntax of a runtime, exactly; a plan that it cannot be told is refused."""
+    """Write a plan in the syntax of another runtime.
+
+    A plan that the runtime cannot carry out exactly is refused.
+    """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's pool of threads would cost more than it saves
 
     from kvprof.allocate.targets import target_named
@@ -84,27 +90,32 @@ def import_(
     tool: Annotated[
         str,
         typer.Option(
-            "--from", help="Whose file it is: `kvtuner`.", show_default=False, autocompletion=completion.among(TOOLS)
+            "--from", help="Tool that wrote it: `kvtuner`.", show_default=False, autocompletion=completion.among(TOOLS)
         ),
     ],
     model: Annotated[
         str | None,
-        typer.Option(help="The model it is for: a hub id, a folder, a .gguf file, or `demo`.", show_default=False),
+        typer.Option(
+            help="Model of the plan: hub id, folder, .gguf file, or `demo`. The plan is checked against it and names "
+            "it.",
+            show_default="none",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the plan, or a file that ends in .json.",
+            show_default="outputs/<model, or the file's name>",
+        ),
     ] = None,
     group_size: GroupSize = 32,
     recent_tokens: RecentTokens = 32,
     sink_tokens: SinkTokens = 0,
     trust_remote_code: TrustRemoteCode = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for the plan, or a file that ends in .json.", show_default="outputs/<model, or file's name>"
-        ),
-    ] = None,
 ) -> None:
-    """Make a plan of another tool's bits. With --model the plan says for which model it is, and is checked against it.
+    """Make a plan from the file of another tool.
 
-    KVTuner's files do not say how to run them; the defaults are those of its KIVI presets (`residual_length=32,
+    KVTuner's files do not say how to run them. The defaults are those of its KIVI presets (`residual_length=32,
     q_group_size=32` in its `sh_gen_presets.py`): keys per channel, values per token.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's pool of threads would cost more than it saves

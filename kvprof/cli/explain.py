@@ -9,25 +9,22 @@ from typing import Annotated
 import typer
 
 from kvprof.cli import completion
+from kvprof.cli.options import PlanScores
 
 
 def explain(
-    plan: Annotated[Path, typer.Argument(help="A BitPlan file.")],
-    layer: Annotated[list[str], typer.Option(help="Layers to explain: 7 or 3-5. Can be repeated.", show_default=False)],
+    plan: Annotated[Path, typer.Argument(help="BitPlan file.")],
+    layer: Annotated[
+        list[str], typer.Option(help="Layer or range, such as 7 or 3-5. Can be repeated.", show_default=False)
+    ],
     tensor: Annotated[
-        str | None, typer.Option(help="`key` or `value` alone; of latents `latent` or `rope`.", show_default="both")
+        str | None, typer.Option(help="`key` or `value` alone; for latents `latent` or `rope`.", show_default="both")
     ] = None,
-    scores: Annotated[
-        Path | None,
-        typer.Option(
-            help="The Scores file that the plan was made from.",
-            show_default="found by its digest beside the plan, or in outputs/",
-        ),
-    ] = None,
+    scores: PlanScores = None,
     metric: Annotated[
         str | None,
         typer.Option(
-            help="Score to explain by: loss_increase, gradient_norm, spectral_norm or frobenius_norm.",
+            help="Score to explain with: loss_increase, gradient_norm, spectral_norm or frobenius_norm.",
             show_default="the plan's",
             autocompletion=completion.metrics,
         ),
@@ -35,11 +32,16 @@ def explain(
     formats: Annotated[
         str | None,
         typer.Option(
-            help="Formats that compete for the budget: int3g64,key:int2g64c,value:rot2.", show_default="all scored"
+            help="Formats that compete for the budget: int3g64,rot2 or key:int2g64c,value:rot2.",
+            show_default="all scored",
         ),
     ] = None,
 ) -> None:
-    """Why does this layer have these bits? What its K and V cost at each format, against the price everywhere."""
+    """Explain why a layer got its bits.
+
+    Lists what each format of its keys and values costs in bits and in loss, beside the price of a bit in the whole
+    plan. Reads files, never a model.
+    """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of so little arithmetic, starting threads is the most
 
     from kvprof.allocate.explain import explain as explain_plan
@@ -59,17 +61,20 @@ def explain(
 
 
 def diff(
-    first: Annotated[Path, typer.Argument(metavar="A", help="A BitPlan file.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="A BitPlan file for the same model.")],
+    first: Annotated[Path, typer.Argument(metavar="A", help="BitPlan file.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="BitPlan file for the same model.")],
     scores: Annotated[
         Path | None,
         typer.Option(
-            help="Scores to predict both plans' KL from.",
-            show_default="those that both were made from, else what each file says",
+            help="Scores file to predict the KL of both plans with.",
+            show_default="the one both were made from; else what each plan says",
         ),
     ] = None,
 ) -> None:
-    """Which tensors does plan B store differently from plan A? And what does it do to bytes and predicted KL?"""
+    """Compare two plans: formats, bytes and predicted KL.
+
+    Lists the tensors that plan B stores differently from plan A. Reads files, never a model.
+    """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
     from kvprof.allocate.diff import compare

@@ -22,41 +22,63 @@ from kvprof.cli.allowed import (
     SinkTokens,
     Tie,
 )
+from kvprof.cli.options import BUDGET
 
 
 def frontier(
     low: Annotated[
         str | None,
-        typer.Option("--from", help="First budget, in bits an element.", show_default="the cheapest plan's"),
+        typer.Option("--from", help="Smallest budget, in bits per element.", show_default="the cheapest plan's"),
     ] = None,
-    high: Annotated[str | None, typer.Option("--to", help="Last budget.", show_default="the dearest plan's")] = None,
+    high: Annotated[
+        str | None, typer.Option("--to", help="Largest budget.", show_default="the most expensive plan's")
+    ] = None,
     points: Annotated[
         int | None,
-        typer.Option(min=2, max=1000, help="Budgets, evenly spaced.", show_default="round ones, at most about 200"),
+        typer.Option(
+            min=2, max=1000, help="Number of budgets, evenly spaced.", show_default="round ones, at most about 200"
+        ),
+    ] = None,
+    scores: ScoresFile = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the frontier, or a file that ends in .json.", show_default="outputs/<model>"),
     ] = None,
     unit: Annotated[
-        str, typer.Option(help="What budgets count: `stored` bits (codes and scales) or `nominal` (the codes).")
+        str,
+        typer.Option(
+            help="What a budget counts: `stored` bits (codes and scales) or `nominal` bits (codes alone).",
+            rich_help_panel=BUDGET,
+        ),
     ] = "stored",
     context: Annotated[
-        int | None, typer.Option(min=1, help="Count each plan's bytes at so many tokens, too.", show_default=False)
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens per sequence at which to count each plan's bytes as well.",
+            show_default=False,
+            rich_help_panel=BUDGET,
+        ),
     ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Sequences that --context counts.", show_default="1")] = None,
-    layers: Layers = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Sequences at which to count them.", show_default="1", rich_help_panel=BUDGET),
+    ] = None,
     bits: Bits = None,
     formats: Formats = None,
     group_size: GroupSize = None,
     pin: Pin = None,
     tie: Tie = None,
     min_key_bits: MinKeyBits = None,
+    layers: Layers = None,
     recent_tokens: RecentTokens = None,
     sink_tokens: SinkTokens = None,
-    scores: ScoresFile = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for the frontier, or a file that ends in .json.", show_default="outputs/<model>"),
-    ] = None,
 ) -> None:
-    """What would each budget buy? The best plan of every budget, its predicted KL, and where more bits buy less."""
+    """Compute the best plan of every budget and its predicted KL.
+
+    Marks the knees, the budgets above which more bits buy less, and draws a picture. Reads a Scores file, never a
+    model.
+    """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as for allocate: threads cost more than the arithmetic
 
     from kvprof.allocate.budget import parse_bits

@@ -8,25 +8,32 @@ from typing import Annotated
 
 import typer
 
-from kvprof.cli.options import Dtype, PlannedModel, TokenizerName, TrustRemoteCode
+from kvprof.cli.options import DEVICE, MEASUREMENT, Dtype, PlannedModel, TokenizerName, TrustRemoteCode, within
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="The text to go on from; `-` reads it from standard input.")],
-    plan: Annotated[Path, typer.Option(help="A BitPlan file.", show_default=False)],
+    prompt: Annotated[str, typer.Argument(help="Text to continue; `-` reads it from standard input.")],
+    plan: Annotated[Path, typer.Option(help="BitPlan file.", show_default=False)],
     model: PlannedModel = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 64,
-    temperature: Annotated[float, typer.Option(help="Randomness of the choice; 0 takes the likeliest token.")] = 0.0,
-    seed: Annotated[
-        int, typer.Option(min=0, max=2**32 - 1, help="Where the randomness begins, the same for both.")
-    ] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Largest number of tokens to generate.")] = 64,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the most likely token.")] = 0.0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    seed: Annotated[
+        int,
+        typer.Option(
+            callback=within(0, 2**32 - 1),
+            help="Seed of the sampling, the same for both texts.",
+            rich_help_panel=MEASUREMENT,
+        ),
+    ] = 0,
     dtype: Dtype = "auto",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda:1, or auto: the GPU, else the CPU.", rich_help_panel=DEVICE)
+    ] = "auto",
     tokenizer: TokenizerName = None,
     trust_remote_code: TrustRemoteCode = False,
-    device: Annotated[str, typer.Option(help="auto (the GPU, else the CPU), cpu, cuda:1.")] = "auto",
 ) -> None:
-    """What does the plan do to the model's words? The same prompt continued in full precision and as planned."""
+    """Continue a prompt in full precision and with a plan, side by side."""
     from kvprof.records.plan import BitPlan
 
     obeyed = BitPlan.load(plan)

@@ -9,6 +9,11 @@ import typer
 from kvprof.cli import completion
 from kvprof.cli.allowed import Layers
 from kvprof.cli.options import (
+    FORMATS,
+    MEASUREMENT,
+    RECENT_TOKENS,
+    SINK_TOKENS,
+    WINDOW,
     CalibrationLength,
     Column,
     Config,
@@ -25,17 +30,21 @@ from kvprof.cli.options import (
     Texts,
     TokenizerName,
     TrustRemoteCode,
+    within,
 )
 from kvprof.cli.watching import Watch
 
 Model = Annotated[
     str | None,
-    typer.Argument(help="A hub id, a folder, a .gguf file, or `demo`.", show_default="the demo model"),
+    typer.Argument(help="Hub id, folder, .gguf file, or `demo`.", show_default="the demo model"),
 ]
 
 
 def inspect(model: Model = None, trust_remote_code: TrustRemoteCode = False) -> None:
-    """What does this model cache? Heads, widths and bytes layer by layer, from the config."""
+    """List the KV heads, widths and bytes that each layer caches.
+
+    Reads the model's config alone.
+    """
     from kvprof.models.inventory import take_inventory
     from kvprof.models.load import load_config, resolve
     from kvprof.report.console import print_result
@@ -50,11 +59,14 @@ def inspect(model: Model = None, trust_remote_code: TrustRemoteCode = False) -> 
 def norms(
     model: Model = None,
     out: Out = None,
-    trust_remote_code: TrustRemoteCode = False,
     dry_run: DryRun = False,
+    trust_remote_code: TrustRemoteCode = False,
     restart: Restart = False,
 ) -> None:
-    """How large are W_k and W_v, layer by layer? Spectral and Frobenius norm, stable rank. Never loads the model."""
+    """Compute the norms of each layer's key and value projections.
+
+    Spectral norm, Frobenius norm and stable rank of W_k and W_v, read tensor by tensor: the model is never loaded.
+    """
     from kvprof.models.load import resolve
     from kvprof.profile.norms import run_norms
     from kvprof.records.runs import output_folder
@@ -79,67 +91,90 @@ def norms(
 
 def gradients(
     model: Model = None,
-    out: Out = None,
     data: Texts = None,
-    split: Split = None,
-    column: Column = None,
-    config: Config = None,
     sequences: Annotated[
         int | None,
-        typer.Option(help="Calibration sequences. Time grows with them.", show_default="8; 32 with --until-stable"),
-    ] = None,
-    sequence_length: CalibrationLength = None,
-    formats: Annotated[
-        str | None,
-        typer.Option(
-            help="Formats whose loss to predict: int3g64,key:int2g64c,value:rot2; or `none`.",
-            show_default="15 for keys, 10 for values",
-        ),
+        typer.Option(help="Calibration sequences; time is proportional.", show_default="8; 32 with --until-stable"),
     ] = None,
     target: Annotated[
         str | None,
         typer.Option(
-            help="Score the formats of another runtime, as it keeps them: `kvprof targets` lists them.",
+            help="Predict the losses of another runtime's formats; `kvprof targets` lists the runtimes.",
             show_default="kvprof's own cache",
             autocompletion=completion.targets,
+        ),
+    ] = None,
+    out: Out = None,
+    dry_run: DryRun = False,
+    split: Split = None,
+    column: Column = None,
+    config: Config = None,
+    sequence_length: CalibrationLength = None,
+    seed: Seed = 0,
+    pack: Pack = False,
+    formats: Annotated[
+        str | None,
+        typer.Option(
+            help="Formats whose loss to predict: int3g64,rot2 or key:int2g64c,value:rot2; or `none`.",
+            show_default="15 for keys, 10 for values",
+            rich_help_panel=FORMATS,
         ),
     ] = None,
     layers: Layers = None,
     recent_tokens: Annotated[
         int | None,
-        typer.Option(min=0, max=2**31, help="Last tokens kept in full precision.", show_default="128; a target's own"),
+        typer.Option(
+            callback=within(0, 2**31),
+            help=RECENT_TOKENS,
+            show_default="128, or the target's",
+            rich_help_panel=WINDOW,
+        ),
     ] = None,
     sink_tokens: Annotated[
         int | None,
-        typer.Option(min=0, max=2**31, help="First tokens kept in full precision.", show_default="4; a target's own"),
+        typer.Option(
+            callback=within(0, 2**31), help=SINK_TOKENS, show_default="4, or the target's", rich_help_panel=WINDOW
+        ),
     ] = None,
     suffix_fraction: SuffixFraction = 0.5,
     until_stable: Annotated[
-        bool, typer.Option("--until-stable", help="Stop before --sequences once more of them would change no plan.")
+        bool,
+        typer.Option(
+            "--until-stable",
+            help="Stop before --sequences once more sequences would change no plan.",
+            rich_help_panel=MEASUREMENT,
+        ),
     ] = False,
     stable_at: Annotated[
         list[str] | None,
         typer.Option(
-            help="A budget in stored bits whose plan --until-stable looks at. Can be repeated.",
+            help="Budget, in stored bits, of a plan that --until-stable watches. Can be repeated.",
             show_default="2.5, 3, 3.5",
+            rich_help_panel=MEASUREMENT,
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Sequences in one forward; changes memory, no score.")] = 1,
-    seed: Seed = 0,
-    pack: Pack = False,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure one part of the sequences, such as 2/8; `kvprof merge` adds the parts up.",
+            rich_help_panel=MEASUREMENT,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int,
+        typer.Option(help="Sequences per forward; changes speed and memory, no score.", rich_help_panel=MEASUREMENT),
+    ] = 1,
     dtype: Dtype = "auto",
     device: Device = "auto",
     stream: Stream = False,
     tokenizer: TokenizerName = None,
     trust_remote_code: TrustRemoteCode = False,
-    shard: Annotated[
-        str | None,
-        typer.Option(help="Measure one part of the sequences alone, say 2/8; `kvprof merge` adds them up."),
-    ] = None,
-    dry_run: DryRun = False,
     restart: Restart = False,
 ) -> None:
-    """How much does the loss feel each layer's keys and values? Gradient norms, and the loss that each format costs."""
+    """Measure gradient norms and the predicted loss of every format.
+
+    Both on calibration text, for the keys and the values of each layer; `allocate` plans from the result.
+    """
     from kvprof.allocate.stability import StableAt
     from kvprof.allocate.targets import target_named
     from kvprof.api.measure import decoder_asked

@@ -11,10 +11,15 @@ from kvprof.cli.options import Out
 
 
 def merge(
-    shards: Annotated[list[Path], typer.Argument(help="Files that `gradients --shard` wrote, every shard once.")],
+    shards: Annotated[
+        list[Path], typer.Argument(metavar="SHARD", help="Files that `gradients --shard` wrote, every shard once.")
+    ],
     out: Out = None,
 ) -> None:
-    """What do the shards of one measurement make together? The same scores as one run over the whole text."""
+    """Merge the shards of one measurement.
+
+    The scores are the same as those of one run over the whole text.
+    """
     from kvprof.errors import UsageError
     from kvprof.records.partial import merge_shards
     from kvprof.records.runs import output_folder

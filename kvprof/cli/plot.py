@@ -7,12 +7,15 @@ from typing import Annotated
 
 import typer
 
+from kvprof.cli.options import OUTPUT
+
 Pictures = Annotated[
     list[str] | None,
     typer.Argument(
-        help="norms, spectra, gradients, losses, plan, frontier, positions, audit, benchmark; or files to draw, as "
-        "outputs/demo/plan-2.50.json.",
-        show_default="all whose files are there",
+        metavar="PICTURE",
+        help="norms, spectra, gradients, losses, plan, frontier, positions, audit, benchmark; or a file to draw, such "
+        "as outputs/demo/plan-2.50.json.",
+        show_default="all whose files exist",
     ),
 ]
 
@@ -22,7 +25,7 @@ def plot(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Whose files: a hub id, a folder, a .gguf file, or `demo`; or the folder that holds them.",
+            help="Model whose files to draw: hub id, folder, .gguf file, or `demo`; or the folder of the files.",
             show_default="the newest in outputs/",
         ),
     ] = None,
@@ -30,15 +33,15 @@ def plot(
     width: Annotated[
         float | None,
         typer.Option(
-            min=3, max=40, help="Inches: 3.3 is one column of a paper, 7 both.", show_default="what suits the picture"
+            min=3,
+            max=40,
+            help="Inches: 3.3 is one column of a paper, 7 both.",
+            show_default="what suits the picture",
         ),
-    ] = None,
-    dpi: Annotated[
-        int | None, typer.Option(min=50, max=1200, help="Pixels an inch, of a PNG.", show_default="200")
     ] = None,
     layers: Annotated[
         str | None,
-        typer.Option(help="Panels of `spectra`: 0-3,7.", show_default="a dozen, evenly spaced"),
+        typer.Option(help="Layers to draw `spectra` of, such as 0-3,7.", show_default="a dozen, evenly spaced"),
     ] = None,
     out: Annotated[
         Path | None,
@@ -46,8 +49,12 @@ def plot(
             help="Folder for the pictures, or a file that ends in .png or .svg.", show_default="outputs/<model>/plots"
         ),
     ] = None,
+    dpi: Annotated[
+        int | None,
+        typer.Option(min=50, max=1200, help="Pixels per inch of a PNG.", show_default="200", rich_help_panel=OUTPUT),
+    ] = None,
 ) -> None:
-    """What does it look like? Norms, spectra, losses, plans and what was measured, as pictures for a paper."""
+    """Draw measurements and plans as pictures for a paper."""
     from kvprof.records.answers import Written
     from kvprof.report.console import print_note, print_result, print_written
     from kvprof.report.plots.drawing import Order, draw_pictures

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Model = Annotated[
     str | None,
     typer.Argument(
-        help="A hub id, a folder, a .gguf file, or `demo`; or the folder that holds its files.",
+        help="Hub id, folder, .gguf file, or `demo`; or the folder of its results.",
         show_default="the newest in outputs/",
     ),
 ]
@@ -24,27 +24,28 @@ Model = Annotated[
 
 def report(
     model: Model = None,
-    plan: Annotated[Path | None, typer.Option(help="The plan to show.", show_default="the newest of the model")] = None,
+    plan: Annotated[Path | None, typer.Option(help="Plan to show.", show_default="the newest of the model")] = None,
     scores: Annotated[
         list[Path] | None,
-        typer.Option(help="Scores to show. Can be repeated.", show_default="the plan's own; the newest of the model"),
+        typer.Option(help="Scores to show. Can be repeated.", show_default="the plan's; else the newest of the model"),
     ] = None,
     evaluation: Annotated[
         Path | None,
-        typer.Option(help="The evaluation to show.", show_default="that of the plan; the newest of the model"),
+        typer.Option(help="Evaluation to show.", show_default="the plan's; else the newest of the model"),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for the report, or a file that ends in .html; what it is made of is read there, too, where "
-            "that holds files of kvprof's.",
+            help="Folder for the page, or a file that ends in .html. A folder that holds results is also where they "
+            "are read.",
             show_default="outputs/<model>",
         ),
     ] = None,
 ) -> None:
-    """What does all of this say of one model? One page with every picture, as HTML that needs no network, and Markdown.
+    """Write one page of all results of a model, as HTML and Markdown.
 
-    A section whose file does not exist names the command that makes it. Loads no weights, and never asks the hub.
+    The page holds every picture and needs no network. A section without results names the command that makes them.
+    Loads no weights, and never asks the hub.
     """
     from kvprof.records.answers import Written
     from kvprof.records.gathered import folder_of, gather, holds_files

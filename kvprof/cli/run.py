@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvprof.cli.completion import recipes
-from kvprof.cli.options import TokenizerName, TrustRemoteCode
+from kvprof.cli.options import OUTPUT, TokenizerName, TrustRemoteCode
 from kvprof.cli.stops import STOPPED
 from kvprof.errors import InvalidFile, UsageError
 
@@ -28,7 +28,7 @@ def run(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            help="A recipe that comes with kvprof, such as `quickstart`, or a .toml file.",
+            help="Recipe that comes with kvprof, such as `quickstart`, or a .toml file.",
             show_default="list them",
             autocompletion=recipes,
         ),
@@ -36,24 +36,25 @@ def run(
     lists: Annotated[bool, typer.Option("--list", help="List the recipes that come with kvprof.")] = False,
     model: Annotated[
         str | None,
-        typer.Option(
-            help="Instead of the recipe's: a hub id, a folder, a .gguf file, or `demo`.", show_default="the recipe's"
-        ),
+        typer.Option(help="Hub id, folder, .gguf file, or `demo`.", show_default="the recipe's"),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for the results.", show_default="the recipe's; else outputs/<model>"),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the command lines, and which would be skipped; stop there.")
+        bool, typer.Option("--dry-run", help="Print the commands, and which would be skipped; run nothing.")
     ] = False,
     tokenizer: TokenizerName = None,
     trust_remote_code: TrustRemoteCode = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Do every step again, from its beginning.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Run every step again from its beginning.", rich_help_panel=OUTPUT)
+    ] = False,
 ) -> None:
-    """Carry out a recipe: measure, plan, evaluate, report. What is done already is skipped; a stopped run goes on.
+    """Run a recipe: measure, plan, evaluate and report.
 
-    A step is done again when a file that it reads or wrote, its settings, the model or kvprof changed.
+    Steps that are done are skipped, and an interrupted run is resumed. A step is done again when a file that it reads
+    or wrote, its settings, the model or kvprof changed.
     """
     from kvprof.recipes.done import Past
     from kvprof.recipes.shipped import find_recipe

@@ -11,13 +11,14 @@ import typer
 from kvprof.cli import completion
 from kvprof.cli.options import TrustRemoteCode
 
-File = Annotated[
-    Path, typer.Argument(help="A Scores, BitPlan, Evaluation, Frontier, Audit, Benchmark or Spectra file.")
-]
+File = Annotated[Path, typer.Argument(help="Scores, BitPlan, Evaluation, Frontier, Audit, Benchmark or Spectra file.")]
 
 
 def show(file: File) -> None:
-    """Print any Scores, BitPlan, Evaluation, Frontier, Audit, Benchmark or Spectra file as a table."""
+    """Print any file that kvprof writes as a table.
+
+    Scores, BitPlan, Evaluation, Frontier, Audit, Benchmark or Spectra.
+    """
     from kvprof.records.audit import Audit
     from kvprof.records.benchmark import Benchmark
     from kvprof.records.evaluation import Evaluation
@@ -55,11 +56,17 @@ def show(file: File) -> None:
 def validate(
     file: File,
     model: Annotated[
-        str | None, typer.Argument(help="Check too that the file is for this model.", show_default=False)
+        str | None,
+        typer.Argument(
+            help="Model that the file must be for: hub id, folder, .gguf file, or `demo`.", show_default="not checked"
+        ),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Exit with 0, or say what is wrong with a file (1), or that it is for another model than the one named (4)."""
+    """Check that a file is valid, and that it fits a model.
+
+    Exits with 1 if the file is not valid, and with 4 if it is for another model.
+    """
     from kvprof.records.answers import Validated
     from kvprof.records.kinds import load_any
     from kvprof.report.console import print_plain, print_result
@@ -78,13 +85,13 @@ def schema(
     kind: Annotated[
         str,
         typer.Argument(
-            help="A kind of file (`scores`, `plan`, `evaluation`, `frontier`, `audit`, `benchmark` ...), a command, or "
-            "`estimate` for what --dry-run answers.",
+            help="Kind of file (`scores`, `plan`, `evaluation`, `frontier`, `audit`, `benchmark` ...), a command, or "
+            "`estimate` for the answer of --dry-run.",
             autocompletion=completion.schemas,
         ),
     ],
 ) -> None:
-    """Print the JSON Schema of a kind of file, or of what a command prints under --json."""
+    """Print the JSON Schema of a file, or of a command's answer to --json."""
     from kvprof.records.schemas import schema_for
     from kvprof.report.console import print_json
 

@@ -29,12 +29,13 @@ from kvprof.cli.watching import Watch
 
 def spectra(
     model: Model = None,
-    out: Out = None,
     data: Texts = None,
+    sequences: Annotated[int, typer.Option(help="Calibration sequences; time is proportional.")] = 8,
+    out: Out = None,
+    dry_run: DryRun = False,
     split: Split = None,
     column: Column = None,
     config: Config = None,
-    sequences: Annotated[int, typer.Option(help="Calibration sequences. Time grows with them.")] = 8,
     sequence_length: CalibrationLength = None,
     seed: Seed = 0,
     pack: Pack = False,
@@ -43,10 +44,12 @@ def spectra(
     stream: Stream = False,
     tokenizer: TokenizerName = None,
     trust_remote_code: TrustRemoteCode = False,
-    dry_run: DryRun = False,
     restart: Restart = False,
 ) -> None:
-    """How large are the cached keys and values, and how many directions do they fill? Their singular values on text."""
+    """Measure the singular values of the cached keys and values.
+
+    Computed on calibration text, for each layer, with the number of directions that hold most of the energy.
+    """
     from kvprof.calibration.ingredients import USUAL_DATA
     from kvprof.models.load import resolve
     from kvprof.profile.reading import TextSettings

@@ -8,34 +8,31 @@ from typing import Annotated
 
 import typer
 
-from kvprof.cli.options import TokenizerName, TrustRemoteCode
+from kvprof.cli.options import PlanScores, TokenizerName, TrustRemoteCode
 
 
 def verify(
-    plan: Annotated[Path, typer.Argument(help="A BitPlan file.")],
+    plan: Annotated[Path, typer.Argument(help="BitPlan file.")],
     model: Annotated[
         str | None,
         typer.Option(
-            help="Its model: a hub id, a folder, a .gguf file, or `demo`. Its weights and the calibration text are "
-            "then read again.",
+            help="Model of the plan: hub id, folder, .gguf file, or `demo`. Reads its weights and the calibration "
+            "text again.",
             show_default="not read",
         ),
     ] = None,
-    scores: Annotated[
-        Path | None,
-        typer.Option(
-            help="The Scores file that the plan was made from.",
-            show_default="found by its digest beside the plan, or in outputs/",
-        ),
-    ] = None,
+    scores: PlanScores = None,
     measure: Annotated[
         bool,
-        typer.Option("--measure", help="Measure the scores again too, and plan from them. Needs --model."),
+        typer.Option("--measure", help="Measure the scores again and plan from them. Needs --model."),
     ] = False,
     tokenizer: TokenizerName = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Are a plan's numbers what its scores, its text and its model give? Exit with 4 where one of them differs."""
+    """Check a plan against the scores, text and model it names.
+
+    Computes the plan's numbers again. Exits with 4 if one of them differs.
+    """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of so little arithmetic, starting threads is the most
 
     from kvprof.api.verify import verify as verify_plan

@@ -68,7 +68,7 @@ def without_id(scores: Scores) -> Scores:
 def test_a_function_takes_what_its_command_takes(name: str) -> None:
     (made,) = make_app([name]).registered_commands
     options = set(inspect.signature(made.callback).parameters)
-    beside = {"dry_run", "quiet", "as_json"}  # these are about printing
+    beside = {"dry_run", "quiet", "as_json", "named"}  # about printing; the last is another spelling of --model
     assert options - beside <= set(inspect.signature(getattr(kvprof, name)).parameters)
     assert name in COMMANDS
 

@@ -137,6 +137,24 @@ def test_a_plan_without_a_model_is_evaluated_on_the_model_that_is_named(folder: 
     assert Path("results/gradients.json").exists()  # measured beside the result
 
 
+@pytest.mark.parametrize("place", ["model", "./model", "model.json"])
+def test_the_model_can_be_named_after_the_plan(folder: Path, place: str) -> None:
+    Path("model").rename(place)  # a folder is a model whatever its name ends in
+    again = run("evaluate", "fine.json", place, "--no-rivals", "--against", "coarse.json", *TEXT, "--out", "named")
+    assert again.exit_code == 0, again.output
+    assert run(
+        "evaluate", "fine.json", "--model", place, "--no-rivals", "--against", "coarse.json", *TEXT, "--out", "option"
+    ).exit_code == 0  # fmt: skip
+    assert Path("named/evaluation.json").read_bytes() == Path("option/evaluation.json").read_bytes()
+
+
+def test_the_model_after_the_plan_is_the_one_that_is_read(folder: Path) -> None:
+    tiny_model("llama-mha").save_pretrained("other")
+    result = run("evaluate", "fine.json", "./other", *TEXT)
+    assert result.exit_code == 4
+    assert "KV heads" in result.output
+
+
 def test_a_plan_for_another_model_exits_with_four_before_anything_is_measured(folder: Path) -> None:
     tiny_model("llama-mha").save_pretrained("other")
     result = run("evaluate", "fine.json", "--model", "./other", *TEXT)
@@ -229,6 +247,14 @@ def test_the_gradients_that_a_plan_was_made_from_are_taken_before_others(folder:
         (("fine.json", "--no-rivals", "--dtype", "float23"), 2, "did you mean 'float32'?"),
         (("fine.json", "--no-rivals", "--model", "./nowhere"), 1, "no model at ./nowhere"),
         (("outputs",), 1, "outputs"),
+        (("fine.json", "coarse.json"), 2, "coarse.json is no model, which the second argument is. Compare plans with"),
+        (("fine.json", "missing.json"), 2, "missing.json is no model"),
+        (("fine.json", "text.txt"), 2, "text.txt is no model"),
+        (("fine.json", "./nowhere"), 1, "no model at ./nowhere"),
+        (("fine.json", "nowhere.gguf"), 1, "no model at nowhere.gguf"),
+        (("fine.json", "./model", "--model", "./model"), 2, "MODEL is './model' and --model is './model'."),
+        (("fine.json", "./model", "coarse.json"), 2, "unexpected extra argument"),
+        (("fine.json", "--against", "coarse.json", "./model"), 1, "model"),
     ],
 )
 def test_a_bad_request_is_one_message_and_its_exit_code(
