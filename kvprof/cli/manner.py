@@ -56,6 +56,12 @@ class Group(TyperGroup):
                 option.help = "Print what completes words in this shell."
         return options
 
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """Return what a word may become: commands that the help does not list, too."""
+        for command in self.commands.values():
+            command.hidden = False
+        return super().shell_complete(ctx, incomplete)
+
 
 def unwrapped(text: str | None) -> str:
     """Return a docstring with each paragraph on one line: the terminal wraps it at its own width."""

@@ -13,6 +13,7 @@ from kvprof.cli import completion
 
 LINES = {
     "alloc": ["allocate"],
+    "val": ["validate"],
     "run qu": ["quickstart"],
     "export plan.json --to ll": ["llama.cpp"],
     "allocate --target vl": ["vllm"],
