@@ -1,4 +1,4 @@
-"""The command that spends a budget: from Scores to a plan file."""
+"""The command `allocate`: from a budget and Scores to a plan file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options that say what a plan may choose from, which `allocate` and `frontier` have in common."""
+"""The options of what a plan may choose from, shared by `allocate` and `frontier`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Typer app: every command by name. Nothing is imported before a command needs it, other commands neither."""
+"""The Typer app: all commands by name and panel; a command's module is imported when the command is needed."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ COMMANDS = {name: module for commands in (*PANELS.values(), UNLISTED) for name, 
 """All commands, listed or not, likewise."""
 
 QUICK = frozenset({"allocate", "explain", "diff", "show", "schema", "merge", "targets", "export"})
-"""Those that read a file or two, write one and stop."""
+"""Commands that read a file or two, write one and end."""
 
 
 def make_app(names: Iterable[str] = COMMANDS) -> typer.Typer:
-    """Return the app with these commands. To make all of them, for one to run, takes a good part of a short run."""
+    """Return the app with these commands. Making all of them would take a good part of a short command's time."""
     made = typer.Typer(
         name="kvprof",
         cls=Group,

@@ -1,4 +1,4 @@
-"""The commands that hold scores against what is measured: divergence, calibrate, audit."""
+"""The commands `divergence`, `calibrate` and `audit`: measured losses, and predictions compared with them."""
 
 from __future__ import annotations
 

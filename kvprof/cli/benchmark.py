@@ -1,4 +1,4 @@
-"""The command that times a plan's cache on this device."""
+"""The command `benchmark`: speed and memory of a plan's cache on this device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a shell may complete a word to, where it is neither a command nor a file: recipes, runtimes, rules, metrics."""
+"""Shell completion of words that are neither commands nor files: recipes, runtimes, rules, metrics, schemas."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def recipes(incomplete: str) -> list[str]:
-    """Return the shipped recipes, and the recipes and folders here, that begin so."""
+    """Return the recipes of kvprof, and the recipe files and folders here, that begin with this text."""
     from kvprof.recipes.shipped import shipped_recipes
 
     folder, slash, last = incomplete.rpartition("/")
@@ -17,35 +17,35 @@ def recipes(incomplete: str) -> list[str]:
 
 
 def targets(incomplete: str) -> list[str]:
-    """Return the runtimes that begin so."""
+    """Return the runtimes that begin with this text."""
     from kvprof.allocate.targets import TARGETS
 
     return _begun(incomplete, TARGETS)
 
 
 def rules(incomplete: str) -> list[str]:
-    """Return what `--rule` knows and begins so."""
+    """Return the values of `--rule` that begin with this text."""
     from kvprof.allocate import RULES
 
     return _begun(incomplete, RULES)
 
 
 def metrics(incomplete: str) -> list[str]:
-    """Return the scores to plan by that begin so."""
+    """Return the metrics that begin with this text."""
     from kvprof.records.scores import METRICS
 
     return _begun(incomplete, METRICS)
 
 
 def schemas(incomplete: str) -> list[str]:
-    """Return the kinds of file and the commands that begin so."""
+    """Return the kinds of file and the commands that begin with this text."""
     from kvprof.records.schemas import schema_words
 
     return _begun(incomplete, schema_words())
 
 
 def among(words: Iterable[str]) -> Callable[[str], list[str]]:
-    """Return what completes to any of these words."""
+    """Return a completion to these words."""
 
     def complete(incomplete: str) -> list[str]:
         return _begun(incomplete, words)

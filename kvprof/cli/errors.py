@@ -1,4 +1,4 @@
-"""Every failure of a command leaves as one message and the right exit code."""
+"""Failures of a command as one message and the right exit code."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from kvprof.records.processes import launched_rank, launched_size
 P = ParamSpec("P")
 
 SHARED = frozenset({"gradients"})
-"""The commands that several processes can share."""
+"""Commands that may run as several processes."""
 
 PATIENCE_SECONDS = 3.0
-"""The first of several processes to end takes all others with it: let the one that speaks be that."""
+"""Seconds that a failed process waits for rank 0 to print the error: the first one to exit ends the others."""
 
 
 MORE_MEMORY = (

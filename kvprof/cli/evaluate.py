@@ -1,4 +1,4 @@
-"""The command that measures what a plan costs in quality, beside baselines that store no more bits."""
+"""The command `evaluate`: the quality that a plan costs, beside baselines that store no more bits."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def evaluate(
         column,
         config,
     )
-    if rivals or check:  # run_evaluation asks the same, but after what the rivals need
+    if rivals or check:  # run_evaluation checks the same, but after the baselines are measured
         check_request(source, [(name, found), *further], settings, compares=check)
     measuring = SensitivitySettings(dtype=dtype, device=device, stream=stream)
     published = []
@@ -181,7 +181,7 @@ def evaluate(
         if ready.norms is not None and ready.gradients is not None:
             published = ready.rivals(ready.norms, ready.gradients)
         else:
-            print_note("rivals are not counted: their scores are measured first, then nine forwards a sequence more")
+            print_note("baselines are not counted: their scores are measured first, then nine forwards a sequence more")
     watch = Watch(dry_run)
     with watch.over(device), progress("evaluate", "forwards") as advance:
         writing = advance.beside("writing text", "tokens")

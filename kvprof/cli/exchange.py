@@ -1,4 +1,4 @@
-"""Commands that trade plans with other tools: targets, export, import."""
+"""The commands `targets`, `export` and `import`: plans for other runtimes, and from other tools."""
 
 from __future__ import annotations
 

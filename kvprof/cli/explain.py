@@ -1,4 +1,4 @@
-"""Commands that say why a plan is as it is: explain, diff. They read files, never a model."""
+"""The commands `explain` and `diff`: reasons for a plan's bits, and differences of two plans. They read files only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command that answers for every budget at once."""
+"""The command `frontier`: the best plan of every budget."""
 
 from __future__ import annotations
 

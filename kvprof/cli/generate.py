@@ -1,4 +1,4 @@
-"""The command that lets a person read what a plan does to a model's words."""
+"""The command `generate`: text as the model writes it in full precision and with a plan's cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every command has: --json, --quiet and --help, placeholders for the values of its options, plain paragraphs."""
+"""Common parts of all commands: --json, --quiet, --help, placeholders of values, paragraphs of the help."""
 
 from __future__ import annotations
 

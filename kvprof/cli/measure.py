@@ -1,4 +1,4 @@
-"""Commands that look at a model: inspect, norms, gradients."""
+"""The commands `inspect`, `norms` and `gradients`, which read a model."""
 
 from __future__ import annotations
 

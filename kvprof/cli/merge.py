@@ -1,4 +1,4 @@
-"""The command that adds up what several machines measured: merge."""
+"""The command `merge`: the shards of one measurement added up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command that draws what was measured."""
+"""The command `plot`: pictures of results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command that writes all of it down on one page."""
+"""The command `report`: all results of a model on one page."""
 
 from __future__ import annotations
 

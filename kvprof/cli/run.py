@@ -1,4 +1,4 @@
-"""The command that carries out a recipe: run."""
+"""The command `run`: a recipe, step by step."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def run(
 
 
 def _take(steps: Sequence[Step], number: int, past: Past) -> RecipeStep:
-    """Do a step, or skip it; leave with the exit code of its command where that fails."""
+    """Run a step or skip it; exit with the code of its command if that fails."""
     from kvprof.records.runs import Journal
     from kvprof.report.console import print_note, print_plain
     from kvprof.report.runs import show_step
@@ -162,7 +162,7 @@ def _run_command(arguments: list[str]) -> int:
 
 @contextlib.contextmanager
 def _typed(arguments: list[str]) -> Iterator[None]:
-    """Let a command find itself on the command line: plans say how they were made."""
+    """Set sys.argv to a step's command, which plans record in their provenance."""
     before = sys.argv
     sys.argv = [before[0], *arguments]
     try:
@@ -172,7 +172,7 @@ def _typed(arguments: list[str]) -> Iterator[None]:
 
 
 def _named_model(model: str, home: Path) -> str | Path:
-    """Return what a model is called from here: a place where it is on the disk, or is said to be."""
+    """Return the model as a path where the recipe means one, relative to `home`; else as it is named."""
     from kvprof.models.names import DEMO
     from kvprof.recipes.words import place_of
 

@@ -1,4 +1,4 @@
-"""Commands that read a file: show, validate, schema."""
+"""The commands `show`, `validate` and `schema`, which read a file."""
 
 from __future__ import annotations
 

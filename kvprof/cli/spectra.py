@@ -1,4 +1,4 @@
-"""The command that looks into what a model caches: spectra."""
+"""The command `spectra`: singular values of what a model caches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A command as it was typed: what a file says that it was made by."""
+"""The command line as the user typed it, for the provenance of a file."""
 
 from __future__ import annotations
 

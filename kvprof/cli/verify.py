@@ -1,4 +1,4 @@
-"""The command that holds a plan against all that it was made from."""
+"""The command `verify`: a plan checked against everything it was made from."""
 
 from __future__ import annotations
 

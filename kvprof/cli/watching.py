@@ -1,4 +1,4 @@
-"""What the long commands have in common: an estimate first, which may be all; what it took at the end."""
+"""Cost estimate before a long command, and the time and memory it took after."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Watch:
-    """Called with a step's estimate; says what the step took when its `with` ends well."""
+    """Prints the estimate that it is called with, and what the step took when its `with` ends without an error."""
 
     def __init__(self, dry_run: bool) -> None:
         self._dry_run = dry_run
@@ -24,7 +24,7 @@ class Watch:
         self._peak: Peak | None = None
 
     def __call__(self, estimate: Estimate) -> None:
-        """Say what a step will take, and stop there where that was all that was asked."""
+        """Print the estimate of a step's cost; exit there on --dry-run."""
         from kvprof.report.console import print_result
         from kvprof.report.estimates import show_estimate
 
@@ -33,7 +33,7 @@ class Watch:
             print_result(estimate)
             raise typer.Exit
         self._estimate = estimate
-        # What libraries, config and text took is over, and no part of what was estimated.
+        # The estimate leaves out the loading of libraries, config and text, which is over by now.
         self._start = time.monotonic()
         if self._peak is not None:
             self._peak.restart()
