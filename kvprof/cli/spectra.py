@@ -48,7 +48,7 @@ def spectra(
 ) -> None:
     """Measure the singular values of the cached keys and values.
 
-    Computed on calibration text, for each layer, with the number of directions that hold most of the energy.
+    Computed on calibration text, for each layer, with their effective rank.
     """
     from kvprof.calibration.ingredients import USUAL_DATA
     from kvprof.models.load import resolve

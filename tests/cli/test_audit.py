@@ -129,7 +129,7 @@ def test_an_audit_prints_ranks_ratios_and_whole_plans_and_draws_a_picture(folder
         "loss_increase: predicted over measured, tensor by tensor",
         "spectral_norm",
         "whole plans: predicted KL and what evaluate measured",
-        "kvprof calibrate finds the factor",
+        "kvprof calibrate measures one",
         f"written to {file}",
         f"written to {outputs() / 'plots' / 'audit.png'}",
     ):
