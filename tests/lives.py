@@ -101,7 +101,7 @@ def ended(begun: tuple[int, Path]) -> tuple[int, str]:
 
 def hold_after_a_piece() -> None:
     """Let this process stop for ever once its journal has a piece."""
-    from kvprof.records.runs import Journal
+    from kvprof.storage.journal import Journal
 
     add = Journal.add
 

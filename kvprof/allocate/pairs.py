@@ -16,7 +16,7 @@ from kvprof.allocate.budget import CachedTensor
 from kvprof.allocate.candidates import USUAL_GROUP_SIZE
 from kvprof.allocate.measured import Measured, measured_formats, storage
 from kvprof.errors import UsageError
-from kvprof.records.foreign import FOREIGN
+from kvprof.records.external_formats import FOREIGN
 from kvprof.records.formats import (
     CODE_BITS,
     FULL_BITS,

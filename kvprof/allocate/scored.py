@@ -11,7 +11,7 @@ from kvprof.allocate.budget import CachedTensor
 from kvprof.allocate.measured import Measured, measured_formats, storage
 from kvprof.allocate.pins import Pin
 from kvprof.errors import InvalidFile, UsageError
-from kvprof.records.foreign import FOREIGN
+from kvprof.records.external_formats import FOREIGN
 from kvprof.records.formats import FULL_BITS, TENSORS, Format, TensorName, format_named, usual_format
 from kvprof.records.scores import Scores
 

@@ -21,7 +21,7 @@ from kvprof.allocate.grammars import (
     SomeInFull,
 )
 from kvprof.errors import UsageError, did_you_mean
-from kvprof.records.foreign import EXL3, FOREIGN, GGML, MLX
+from kvprof.records.external_formats import EXL3, FOREIGN, GGML, MLX
 from kvprof.records.formats import TENSORS, Format, TensorName, format_named
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import LAYER_CHOICES, USUAL_WINDOW, BitPlan, LayerChoice, Window

@@ -16,9 +16,9 @@ from kvprof.allocate.recorded import Request, read_request
 from kvprof.allocate.targets import target_named
 from kvprof.allocate.task import PlanTask, usual_window
 from kvprof.errors import InvalidFile, KvprofError, Mismatch, first_line
-from kvprof.records.answers import Check
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import BitPlan, Solver, TensorPlan
+from kvprof.records.replies import Check
 from kvprof.records.scores import METRICS, Scores
 
 ROUNDING = 1e-9

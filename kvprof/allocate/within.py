@@ -20,7 +20,7 @@ from kvprof.allocate.scored import every_format
 from kvprof.allocate.targets import Target
 from kvprof.allocate.task import PlanTask
 from kvprof.errors import InfeasibleBudget, InvalidFile, UsageError
-from kvprof.records.foreign import FOREIGN
+from kvprof.records.external_formats import FOREIGN
 from kvprof.records.formats import TENSORS, parse_formats
 from kvprof.records.plan import BitPlan, Window
 from kvprof.records.scores import LOSS_INCREASE, Scores

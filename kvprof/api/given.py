@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvprof.errors import UsageError
 from kvprof.records.plan import BitPlan
-from kvprof.records.runs import output_folder
 from kvprof.records.scores import Scores
+from kvprof.storage.folders import output_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -121,7 +121,7 @@ def gradients(
     from kvprof.profile.reading import USUAL_SEQUENCES
     from kvprof.profile.request import SEQUENCES_UNTIL_STABLE, SensitivitySettings
     from kvprof.profile.sensitivity import run_sensitivity
-    from kvprof.records.partial import read_share
+    from kvprof.profile.shards import read_share
 
     if stable_at is not None and not until_stable:
         raise UsageError("stable_at says what until_stable looks at, which is not asked for.\n  Add until_stable=True.")

@@ -25,9 +25,10 @@ from kvprof.api.given import (
     several,
 )
 from kvprof.errors import UsageError
-from kvprof.records.files import newest_scores, plan_path, scores_for
 from kvprof.records.plan import BitPlan
 from kvprof.records.scores import Scores
+from kvprof.workspace.discovery import newest_scores, scores_for
+from kvprof.workspace.names import plan_path
 
 LARGEST_GROUP = 2**31
 

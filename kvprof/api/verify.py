@@ -23,10 +23,10 @@ from kvprof.allocate.verification import (
     verify_versions,
 )
 from kvprof.errors import InvalidFile, KvprofError, UsageError, first_line
-from kvprof.records.answers import Check, Verified
 from kvprof.records.plan import BitPlan
-from kvprof.records.provenance import find_scores
+from kvprof.records.replies import Check, Verified
 from kvprof.records.scores import CalibrationInfo, Scores
+from kvprof.workspace.scores_of_plans import find_scores
 
 if TYPE_CHECKING:
     from kvprof.models.load import ModelSource

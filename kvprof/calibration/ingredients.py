@@ -14,7 +14,7 @@ from fractions import Fraction
 
 from kvprof.calibration.text import BUILTIN, SELF, is_hub_dataset, may_be_configured, with_config
 from kvprof.errors import UsageError
-from kvprof.records.text_files import kind_of
+from kvprof.workspace.text_files import kind_of
 
 USUAL_DATA = (BUILTIN, SELF)
 """Half and half, where nothing is named: text of one kind alone makes plans that are worse on other text."""

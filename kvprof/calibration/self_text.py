@@ -25,7 +25,8 @@ from kvprof.calibration.sampling import sample_documents
 from kvprof.calibration.sequences import CalibrationSet
 from kvprof.calibration.text import SELF
 from kvprof.errors import CalibrationError, OutputError, UsageError
-from kvprof.records.runs import cache_folder, write_atomically
+from kvprof.storage.atomic import write_atomically
+from kvprof.storage.folders import cache_folder
 
 logger = logging.getLogger(__name__)
 

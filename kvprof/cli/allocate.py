@@ -119,11 +119,12 @@ def allocate(
     from kvprof.allocate.within import unrestricted
     from kvprof.cli.typed import typed_command
     from kvprof.errors import UsageError
-    from kvprof.records.files import newest_scores, plan_path, scores_for
     from kvprof.records.geometry import bytes_text
     from kvprof.records.scores import Scores
     from kvprof.report.console import print_note, print_plain, print_result, print_written
     from kvprof.report.plans import plan_remarks, prediction_lines, restriction_lines, show_plan, stability_lines
+    from kvprof.workspace.discovery import newest_scores, scores_for
+    from kvprof.workspace.names import plan_path
 
     typed = typed_command("allocate", options)
     if as_published and sink_tokens:

@@ -39,7 +39,7 @@ def metrics(incomplete: str) -> list[str]:
 
 def schemas(incomplete: str) -> list[str]:
     """Return the kinds of file and the commands that begin so."""
-    from kvprof.records.schemas import schema_words
+    from kvprof.api.schemas import schema_words
 
     return _begun(incomplete, schema_words())
 

@@ -44,10 +44,10 @@ def explain(
 
     from kvprof.allocate.explain import explain as explain_plan
     from kvprof.records.plan import BitPlan
-    from kvprof.records.provenance import find_scores
     from kvprof.records.scores import Scores
     from kvprof.report.console import print_result
     from kvprof.report.explanations import show_explanation
+    from kvprof.workspace.scores_of_plans import find_scores
 
     read = BitPlan.load(plan)
     path, found = find_scores(read, plan) if scores is None else (scores, Scores.load(scores))
@@ -74,10 +74,10 @@ def diff(
 
     from kvprof.allocate.diff import compare
     from kvprof.records.plan import BitPlan
-    from kvprof.records.provenance import find_common_losses
     from kvprof.records.scores import Scores
     from kvprof.report.comparisons import show_comparison
     from kvprof.report.console import print_result
+    from kvprof.workspace.scores_of_plans import find_common_losses
 
     before, after = BitPlan.load(first), BitPlan.load(second)
     found = find_common_losses({first: before, second: after}) if scores is None else Scores.load(scores)

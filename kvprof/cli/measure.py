@@ -57,9 +57,9 @@ def norms(
     """How large are W_k and W_v, layer by layer? Spectral and Frobenius norm, stable rank. Never loads the model."""
     from kvprof.models.load import resolve
     from kvprof.profile.norms import run_norms
-    from kvprof.records.runs import output_folder
     from kvprof.report.console import print_fetched, print_note, print_result, print_written, progress
     from kvprof.report.tables import show_red_flags, show_scores, show_weight_sharing
+    from kvprof.storage.folders import output_folder
 
     source = resolve(model, trust_remote_code)
     folder = output_folder(source.id, out)
@@ -149,10 +149,10 @@ def gradients(
     from kvprof.profile.reading import USUAL_SEQUENCES
     from kvprof.profile.request import SEQUENCES_UNTIL_STABLE, SensitivitySettings
     from kvprof.profile.sensitivity import run_sensitivity
-    from kvprof.records.partial import read_share
-    from kvprof.records.runs import OUTPUTS, output_folder, slug
+    from kvprof.profile.shards import read_share
     from kvprof.report.console import print_note, print_result, print_written, progress
     from kvprof.report.tables import show_scores
+    from kvprof.storage.folders import OUTPUTS, output_folder, slug
 
     if stable_at and not until_stable:
         raise UsageError("--stable-at says what --until-stable looks at, which is not there.\n  Add --until-stable.")

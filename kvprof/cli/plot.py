@@ -48,7 +48,7 @@ def plot(
     ] = None,
 ) -> None:
     """What does it look like? Norms, spectra, losses, plans and what was measured, as pictures for a paper."""
-    from kvprof.records.answers import Written
+    from kvprof.records.replies import Written
     from kvprof.report.console import print_note, print_result, print_written
     from kvprof.report.plots.drawing import Order, draw_pictures
 

@@ -60,8 +60,8 @@ def validate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Exit with 0, or say what is wrong with a file (1), or that it is for another model than the one named (4)."""
-    from kvprof.records.answers import Validated
     from kvprof.records.kinds import load_any
+    from kvprof.records.replies import Validated
     from kvprof.report.console import print_plain, print_result
 
     document = load_any(file)
@@ -85,7 +85,7 @@ def schema(
     ],
 ) -> None:
     """Print the JSON Schema of a kind of file, or of what a command prints under --json."""
-    from kvprof.records.schemas import schema_for
+    from kvprof.api.schemas import schema_for
     from kvprof.report.console import print_json
 
     print_json(json.dumps(schema_for(kind), indent=2) + "\n")

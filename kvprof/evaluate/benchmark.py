@@ -34,8 +34,8 @@ from kvprof.records.document import LARGEST_COUNT
 from kvprof.records.formats import TENSORS
 from kvprof.records.geometry import DType
 from kvprof.records.plan import BitPlan, quantized_tokens
-from kvprof.records.runs import Journal
 from kvprof.runtime.kernels import KERNELS, kernels_named
+from kvprof.storage.journal import Journal
 
 CONTEXTS = {"cuda": (4096, 32_768, 131_072), "cpu": (1024, 4096)}
 BATCHES = {"cuda": (1, 8), "cpu": (1,)}

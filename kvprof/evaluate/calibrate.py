@@ -33,9 +33,9 @@ from kvprof.records.audit import ForetoldPlan, PlanCheck
 from kvprof.records.formats import TENSORS
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import quantized_tokens
-from kvprof.records.runs import Journal
 from kvprof.records.scores import KlCalibration, Scores, suffix_start
 from kvprof.records.words import counted
+from kvprof.storage.journal import Journal
 
 USUAL_FRACTION = 0.5
 """The share of each sequence, at its end, that counts where the scores do not say."""

@@ -20,8 +20,8 @@ from kvprof.models.decoder import cache_argument
 from kvprof.models.inventory import position_limit
 from kvprof.models.load import ModelSource, load_config, load_model, load_tokenizer
 from kvprof.models.memory import memory_explained
-from kvprof.records.answers import Continuation, Continuations
 from kvprof.records.plan import BitPlan
+from kvprof.records.replies import Continuation, Continuations
 from kvprof.runtime.cache import PlanCache, cache_bytes
 
 LEAST_TEMPERATURE = 1e-3

@@ -40,7 +40,7 @@ from kvprof.records.evaluation import Evaluation, Role
 from kvprof.records.formats import TENSORS
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import BitPlan, quantized_tokens
-from kvprof.records.runs import Journal
+from kvprof.storage.journal import Journal
 
 BYTES_A_PIECE = 8 * 2**10
 """Of a plan on a sequence: its line in the journal."""

@@ -19,7 +19,7 @@ from kvprof.evaluate.summary import SequenceResult
 from kvprof.metrics import token_kl, token_nll, top1_agreement
 from kvprof.models.load import wider_dtype_advice
 from kvprof.records.plan import BitPlan
-from kvprof.records.runs import Journal
+from kvprof.storage.journal import Journal
 
 
 class Pieces:

@@ -16,7 +16,7 @@ from kvprof.allocate.measured import entries_of, planned_tensors
 from kvprof.allocate.pricing import written
 from kvprof.allocate.targets import WHOLE_CACHE, Target, sliding_remark
 from kvprof.errors import Inexpressible
-from kvprof.records.foreign import FOREIGN
+from kvprof.records.external_formats import FOREIGN
 from kvprof.records.formats import TENSORS, USUAL_AXIS, TensorName, format_named
 from kvprof.records.plan import BitPlan, TensorPlan
 

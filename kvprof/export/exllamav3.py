@@ -9,7 +9,7 @@ from __future__ import annotations
 from kvprof.allocate.grammars import pairs_of
 from kvprof.allocate.targets import Target
 from kvprof.export.artefact import Artefact, skipped_remarks, told
-from kvprof.records.foreign import FOREIGN
+from kvprof.records.external_formats import FOREIGN
 from kvprof.records.plan import BitPlan
 
 _TEXT = '''"""A cache layer for ExLlamaV3, as kvprof planned it.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from kvprof.allocate.grammars import FULL, pairs_of
 from kvprof.allocate.targets import Target
 from kvprof.export.artefact import Artefact, told
-from kvprof.records.foreign import FOREIGN
+from kvprof.records.external_formats import FOREIGN
 from kvprof.records.plan import BitPlan
 
 _TEXT = '''"""A prompt cache for mlx-lm, as kvprof planned it.

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from kvprof.allocate.grammars import OneOfAll, pairs_of
 from kvprof.allocate.targets import Target
 from kvprof.export.artefact import Artefact, skipped_remarks, told
-from kvprof.records.foreign import FOREIGN
+from kvprof.records.external_formats import FOREIGN
 from kvprof.records.plan import BitPlan
 
 

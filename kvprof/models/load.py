@@ -46,7 +46,7 @@ from kvprof.models.shelf import Shelf
 from kvprof.models.stored_dtype import stored_dtype
 from kvprof.models.streaming import stream_weights
 from kvprof.records.geometry import bytes_text
-from kvprof.records.runs import cache_folder
+from kvprof.storage.folders import cache_folder
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kvprof.errors import OutputError
-from kvprof.records.runs import cache_folder
+from kvprof.storage.folders import cache_folder
 
 HELD_BYTES = 256 * 2**20
 """What may wait in memory."""

@@ -49,10 +49,10 @@ from kvprof.records.plan import (
     covered_geometry,
     layer_plan,
 )
-from kvprof.records.runs import Journal
 from kvprof.records.sampled import loss_scores
 from kvprof.records.scores import MadeWith, Scores, layer_scores, suffix_start
 from kvprof.runtime.attention import decoding_reads
+from kvprof.storage.journal import Journal
 
 BYTES_A_NUMBER = 160
 """Of each number: the line of it in the journal, and what the result says of it."""

@@ -31,8 +31,8 @@ from kvprof.models.weights import LayerReads, LayerWeights, Projections
 from kvprof.profile.matrix_norms import CHUNK_BYTES, matrix_norms
 from kvprof.records.estimate import Estimate
 from kvprof.records.inventory import Inventory
-from kvprof.records.runs import Journal
 from kvprof.records.scores import AnyLayerScores, Scores, TensorScores, layer_scores, read_layer_scores
+from kvprof.storage.journal import Journal
 
 LIBRARY_BYTES = 20 * 2**20
 """What the libraries take once they compute, and headers."""

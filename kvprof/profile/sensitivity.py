@@ -26,15 +26,15 @@ from kvprof.models.load import ModelSource, input_device, load_model
 from kvprof.profile.decoder import Formats, within_the_window
 from kvprof.profile.request import Prepared, SensitivitySettings, estimate, prepare
 from kvprof.profile.scoring import SequenceResult, measure_sensitivity, samples_of
+from kvprof.profile.shards import as_shard
 from kvprof.profile.team import join_team
 from kvprof.records.effects import block_tokens, decode
 from kvprof.records.estimate import Estimate
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.inventory import Inventory
-from kvprof.records.partial import as_shard
-from kvprof.records.runs import Journal
 from kvprof.records.scores import Scores
 from kvprof.runtime.interception import AttentionCall, attention_through
+from kvprof.storage.journal import Journal
 
 
 @dataclass(frozen=True)

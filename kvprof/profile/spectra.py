@@ -28,8 +28,8 @@ from kvprof.records.formats import TENSORS
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.inventory import Inventory
 from kvprof.records.plan import head_dim_of
-from kvprof.records.runs import Journal
 from kvprof.records.spectra import LayerSpectra, Spectra, Spectrum
+from kvprof.storage.journal import Journal
 
 BYTES_A_NUMBER = 20
 """Of each singular value of each sequence, in the journal."""

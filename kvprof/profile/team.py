@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from kvprof.errors import KvprofError
-from kvprof.records.processes import launched_size
+from kvprof.storage.processes import launched_size
 
 T = TypeVar("T")
 

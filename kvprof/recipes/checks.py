@@ -16,7 +16,7 @@ from kvprof.allocate.targets import TARGETS
 from kvprof.errors import InvalidFile, UsageError, did_you_mean
 from kvprof.recipes.words import OWN_TEXTS
 from kvprof.records.recipe import Plans, Recipe, Target
-from kvprof.records.text_files import files_below, is_pattern
+from kvprof.workspace.text_files import files_below, is_pattern
 
 
 def check_recipe(recipe: Recipe, texts: dict[str, dict[str, Path | None]]) -> None:

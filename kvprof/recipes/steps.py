@@ -17,7 +17,7 @@ from kvprof.recipes.checks import check_recipe
 from kvprof.recipes.words import Words, amount, as_words, place_of, plan_name, text_file
 from kvprof.records.document import Record
 from kvprof.records.recipe import Plans, Reading, Recipe, Target
-from kvprof.records.text_files import files_below
+from kvprof.workspace.text_files import files_below
 
 MEASUREMENTS = ("norms", "spectra", "gradients", "divergence")
 """What measures the model, each in a file of its name."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvprof.errors import BeyondFormat
-from kvprof.records.foreign import FOREIGN, Family, ForeignFormat
+from kvprof.records.external_formats import FOREIGN, Family, ForeignFormat
 from kvprof.records.formats import Format
 from kvprof.runtime.rotation import level_edges, lloyd_max_levels, rotation
 

@@ -22,7 +22,7 @@ from kvprof.calibration.sampling import sample_documents
 from kvprof.calibration.self_text import batches_of, end_tokens, fill, first_token, streamable, write_text
 from kvprof.errors import CalibrationError
 from kvprof.models.load import load_model, load_tokenizer, resolve
-from kvprof.records.runs import cache_folder
+from kvprof.storage.folders import cache_folder
 
 LENGTH = 12
 ROWS = 4

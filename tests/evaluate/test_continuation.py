@@ -12,9 +12,9 @@ from tiny import tiny_model
 from kvprof.errors import Mismatch, UsageError
 from kvprof.evaluate.continuation import GenerationSettings, compare_continuations
 from kvprof.models.load import resolve
-from kvprof.records.answers import Continuations
 from kvprof.records.document import ModelInfo
 from kvprof.records.plan import BitPlan, LayerPlan, Quantizer, SkippedLayer, TensorPlan, Window
+from kvprof.records.replies import Continuations
 
 PROMPT = "the cat sat on a mat and saw another cat that sat on no mat"
 

@@ -20,7 +20,7 @@ from kvprof.models.inventory import take_inventory
 from kvprof.models.load import load_model, load_tokenizer, resolve
 from kvprof.profile.decoder import Decoder, formats_of
 from kvprof.profile.scoring import measure_sensitivity
-from kvprof.records.foreign import GGML
+from kvprof.records.external_formats import GGML
 from kvprof.records.formats import format_named
 
 BUDGET = 5

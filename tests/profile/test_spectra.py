@@ -27,8 +27,8 @@ from kvprof.profile.reading import TextSettings
 from kvprof.profile.singular_values import cached_singular_values, singular_values
 from kvprof.profile.spectra import run_spectra, summed_up
 from kvprof.records.formats import TENSORS
-from kvprof.records.runs import Journal
 from kvprof.records.spectra import Spectra
+from kvprof.storage.journal import Journal
 
 Truth = dict[tuple[int, str], np.ndarray]
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvprof.records.foreign import FOREIGN, GGML, MLX
+from kvprof.records.external_formats import FOREIGN, GGML, MLX
 from kvprof.records.formats import format_named
 from kvprof.runtime import fake_quantize
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from kvprof.errors import InvalidFile, KvprofError, first_line
 from kvprof.records.evaluation import Evaluation
-from kvprof.records.files import newest_first, short_names
 from kvprof.records.kinds import load_any
 from kvprof.records.plan import BitPlan
-from kvprof.records.runs import OUTPUTS, slug
 from kvprof.records.scores import Scores
+from kvprof.storage.folders import OUTPUTS, slug
+from kvprof.workspace.discovery import newest_first
+from kvprof.workspace.names import short_names
 
 OTHERS = ("gradients.json", "norms.json")
 """The scores that are looked for beside a divergence."""

@@ -16,17 +16,17 @@ from kvprof.errors import InvalidFile, KvprofError, Mismatch, first_line
 from kvprof.records.audit import Audit
 from kvprof.records.document import Document, ModelInfo
 from kvprof.records.evaluation import Evaluation
-from kvprof.records.files import newest_first
 from kvprof.records.formats import TENSORS
 from kvprof.records.frontier import Frontier
 from kvprof.records.geometry import CacheGeometry, check_same_model
 from kvprof.records.inventory import Inventory
 from kvprof.records.kinds import load_any
 from kvprof.records.plan import BitPlan
-from kvprof.records.runs import OUTPUTS, slug
 from kvprof.records.scores import LOSS_INCREASE, Scores
 from kvprof.records.spectra import Spectra
 from kvprof.records.words import short_digest
+from kvprof.storage.folders import OUTPUTS, slug
+from kvprof.workspace.discovery import newest_first
 
 T = TypeVar("T", bound=Document)
 

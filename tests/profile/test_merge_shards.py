@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvprof.errors import InvalidFile, KvprofError, Mismatch, UsageError
+from kvprof.profile.shards import Share, as_shard, merge_shards, read_share, seal
 from kvprof.records.document import ModelInfo
 from kvprof.records.effects import encode
 from kvprof.records.geometry import CacheGeometry, KVLayer
-from kvprof.records.partial import Share, as_shard, merge_shards, read_share, seal
 from kvprof.records.plan import Window
 from kvprof.records.sampled import TensorSamples, gradient_scores
 from kvprof.records.scores import CalibrationInfo, DecodingSetup, Scores

@@ -11,8 +11,8 @@ from handscored import plan_of, random_scores
 
 from kvprof import BitPlan, Scores
 from kvprof.errors import InvalidFile, UsageError
-from kvprof.records.provenance import find_common_losses, find_scores, scores_of_plans
 from kvprof.records.scores import KlCalibration
+from kvprof.workspace.scores_of_plans import find_common_losses, find_scores, scores_of_plans
 
 SCORES = random_scores(2, 2)
 

@@ -11,9 +11,9 @@ import reported
 
 from kvprof.errors import InvalidFile, Mismatch
 from kvprof.records.document import ModelInfo
-from kvprof.records.gathered import folder_of, gather
 from kvprof.records.inventory import Inventory
 from kvprof.records.scores import Scores
+from kvprof.workspace.report_inputs import folder_of, gather
 
 OTHER = {"id": "other", "fingerprint": "sha256:two", "architecture": "LlamaForCausalLM", "num_layers": 4}
 

@@ -12,7 +12,14 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from kvprof.errors import UsageError, did_you_mean
-from kvprof.records.answers import (
+from kvprof.records.comparison import Comparison
+from kvprof.records.document import Record
+from kvprof.records.estimate import Estimate
+from kvprof.records.explanation import Explanation
+from kvprof.records.inventory import Inventory
+from kvprof.records.kinds import KINDS
+from kvprof.records.recipe import Recipe
+from kvprof.records.replies import (
     Calibrated,
     Continuations,
     Exported,
@@ -23,13 +30,6 @@ from kvprof.records.answers import (
     Verified,
     Written,
 )
-from kvprof.records.comparison import Comparison
-from kvprof.records.document import Record
-from kvprof.records.estimate import Estimate
-from kvprof.records.explanation import Explanation
-from kvprof.records.inventory import Inventory
-from kvprof.records.kinds import KINDS
-from kvprof.records.recipe import Recipe
 
 ANSWERS: dict[str, type[Record]] = {
     "inspect": Inventory,

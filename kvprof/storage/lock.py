@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kvprof.errors import OutputError
-from kvprof.records.processes import host_name, is_gone
+from kvprof.storage.processes import host_name, is_gone
 
 HOLDER_BYTES = 65_536
 """Of the file beside a lock no more is read: it may be anybody's."""

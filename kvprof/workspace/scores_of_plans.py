@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from kvprof.errors import InvalidFile, KvprofError, Mismatch, UsageError, first_line
-from kvprof.records.files import newest_scores
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import BitPlan
-from kvprof.records.runs import OUTPUTS
 from kvprof.records.scores import LOSS_INCREASE, Scores
 from kvprof.records.words import short_digest
+from kvprof.storage.folders import OUTPUTS
+from kvprof.workspace.discovery import newest_scores
 
 
 def find_scores(plan: BitPlan, path: Path, outputs: Path = OUTPUTS) -> tuple[Path, Scores]:

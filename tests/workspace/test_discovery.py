@@ -11,7 +11,8 @@ import pytest
 
 from kvprof import BitPlan
 from kvprof.errors import InvalidFile, UsageError
-from kvprof.records.files import newest_scores, plan_name
+from kvprof.workspace.discovery import newest_scores
+from kvprof.workspace.names import plan_name
 
 LOSSES = {"loss_increase": {"int2g64": 0.1}}
 

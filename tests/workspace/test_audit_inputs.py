@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from kvprof.errors import InvalidFile
-from kvprof.records.beside import find_audit_files
-from kvprof.records.files import short_names
 from kvprof.records.scores import Scores
+from kvprof.workspace.audit_inputs import find_audit_files
+from kvprof.workspace.names import short_names
 
 
 def save_scores(path: Path, source: str = "gradients", **tensor: Any) -> Path:

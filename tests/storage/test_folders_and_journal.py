@@ -18,7 +18,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kvprof.errors import Mismatch, OutputError
-from kvprof.records.runs import Journal, output_folder, slug, write_atomically
+from kvprof.storage.atomic import write_atomically
+from kvprof.storage.folders import output_folder, slug
+from kvprof.storage.journal import Journal
 
 # Folder names
 
@@ -237,7 +239,7 @@ def test_an_altered_piece_and_all_after_it_are_measured_again(stopped: Path) -> 
 
 
 def test_a_line_without_end_is_not_read_into_memory(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvprof.records.runs.LONGEST_LINE_BYTES", 2**16)
+    monkeypatch.setattr("kvprof.storage.journal.LONGEST_LINE_BYTES", 2**16)
     whole = stopped.stat().st_size
     os.truncate(stopped, 2**33)  # a hole in the file, which takes no room
     tracemalloc.start()
@@ -322,7 +324,7 @@ def holder(stopped: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Yield another process, which holds the journal."""
     script = (
         "import json, sys, pathlib\n"
-        "from kvprof.records.runs import Journal\n"
+        "from kvprof.storage.journal import Journal\n"
         "with Journal(pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])):\n"
         "    print('held', flush=True)\n"
         "    sys.stdin.read()\n"
@@ -373,7 +375,7 @@ def test_a_disk_that_fills_up_is_told_in_one_error_and_costs_no_finished_piece(t
     script = (
         "import json, pathlib, resource, sys\n"
         "from kvprof.errors import OutputError\n"
-        "from kvprof.records.runs import Journal\n"
+        "from kvprof.storage.journal import Journal\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "try:\n"
         "    with Journal(pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])) as run:\n"
@@ -394,7 +396,7 @@ def test_a_disk_that_fills_up_is_told_in_one_error_and_costs_no_finished_piece(t
 MAKE = """
 import sys, time
 from pathlib import Path
-from kvprof.records.runs import output_folder
+from kvprof.storage.folders import output_folder
 time.sleep(max(0.0, float(sys.argv[1]) - time.time()))
 for number in range(200):
     output_folder("m", Path(f"{number}/made"))

@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 
 from kvprof.errors import OutputError
-from kvprof.records.locks import Lock
-from kvprof.records.processes import host_name, is_gone
-from kvprof.records.runs import Journal, replaced_when_whole, write_atomically
+from kvprof.storage.atomic import replaced_when_whole, write_atomically
+from kvprof.storage.journal import Journal
+from kvprof.storage.lock import Lock
+from kvprof.storage.processes import host_name, is_gone
 
 HOLD = """
 import pathlib, sys
-from kvprof.records.locks import Lock
+from kvprof.storage.lock import Lock
 sys.argv[0] = "/usr/bin/kvprof"
 lock = Lock(pathlib.Path("run.lock"), "is writing here")
 lock.acquire()
@@ -112,7 +113,7 @@ def test_a_lock_holds_where_its_holder_cannot_be_written_down(in_tmp: Path) -> N
 
 KILLED_WRITING = """
 import os, pathlib, signal, sys
-from kvprof.records.runs import replaced_when_whole
+from kvprof.storage.atomic import replaced_when_whole
 with replaced_when_whole(pathlib.Path(sys.argv[1])) as temporary:
     temporary.write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -159,7 +160,7 @@ def test_a_disk_that_is_full_by_any_name_is_told_with_what_to_do(
     with Journal(Path("run.journal"), {}) as journal:
         journal.add("0", 0)
         with monkeypatch.context() as patch:
-            patch.setattr("kvprof.records.runs.os.fsync", fail)
+            patch.setattr("kvprof.storage.atomic.os.fsync", fail)
             for write in (lambda: journal.add("1", 1), lambda: write_atomically("a.json", "b")):
                 with pytest.raises(OutputError, match=r"cannot write .*\n  Free some space .* is kept"):
                     write()
