@@ -201,8 +201,8 @@ def prepare_imports() -> None:
 
     import kvprof.__main__
     import kvprof.allocate.stability
-    import kvprof.evaluate.calibrate
     import kvprof.evaluate.evaluation
+    import kvprof.evaluate.kl_factor
     import kvprof.profile.divergence
     import kvprof.profile.norms
     import kvprof.profile.sensitivity

@@ -53,7 +53,7 @@ def test_no_module_imports_itself_by_way_of_others(imports: Imports) -> None:
         ("kvprof.report", "kvprof.export"),
         ("kvprof.report", "kvprof.recipes"),
         ("kvprof.runtime", "kvprof.calibration"),
-        ("kvprof.runtime", "kvprof.models.hub"),
+        ("kvprof.runtime", "kvprof.models.checkpoint.hub"),
         ("kvprof.runtime", "datasets"),
     ],
 )

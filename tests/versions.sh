@@ -53,7 +53,7 @@ if [ "$#" = 0 ]; then
     set -- tests/records tests/allocate tests/export tests/api tests/calibration tests/report tests/cli/test_manner.py \
         tests/models/test_load.py tests/models/test_streaming.py tests/models/test_inventory.py \
         tests/models/test_wrappers.py tests/models/test_weights.py tests/models/test_gguf.py \
-        tests/profile/test_gradients.py tests/profile/test_losses.py tests/runtime/test_cache.py \
+        tests/profile/test_gradients.py tests/profile/test_loss_increase.py tests/runtime/test_cache.py \
         tests/runtime/test_packing.py \
         tests/evaluate/test_harness.py tests/test_public_names.py tests/test_packaging.py \
         -m "not demo"

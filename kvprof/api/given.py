@@ -43,8 +43,8 @@ def borrowed(
     """
     from transformers import PreTrainedModel
 
-    from kvprof.models.lent import as_found
     from kvprof.models.load import lend, resolve
+    from kvprof.models.loaded import as_found
     from kvprof.models.quiet import quiet
 
     if isinstance(model, PreTrainedModel):

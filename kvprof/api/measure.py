@@ -117,7 +117,7 @@ def gradients(
     """
     from kvprof.allocate.stability import StableAt
     from kvprof.allocate.targets import target_named
-    from kvprof.calibration.ingredients import USUAL_DATA
+    from kvprof.calibration.spec import USUAL_DATA
     from kvprof.profile.reading import USUAL_SEQUENCES
     from kvprof.profile.request import SEQUENCES_UNTIL_STABLE, SensitivitySettings
     from kvprof.profile.sensitivity import run_sensitivity
@@ -228,7 +228,7 @@ def spectra(
     sequences and heads with the least and the largest head's; in the units of keys and values.
     Raises what `gradients` does.
     """
-    from kvprof.calibration.ingredients import USUAL_DATA
+    from kvprof.calibration.spec import USUAL_DATA
     from kvprof.profile.reading import TextSettings
     from kvprof.profile.spectra import run_spectra
 

@@ -62,7 +62,7 @@ def divergence(
     restart: Restart = False,
 ) -> None:
     """How far do predictions move when one tensor of one layer is quantized? Measured, a forward for each number."""
-    from kvprof.calibration.ingredients import USUAL_DATA
+    from kvprof.calibration.spec import USUAL_DATA
     from kvprof.models.load import resolve
     from kvprof.profile.divergence import DivergenceSettings, run_divergence
     from kvprof.records.plan import Window
@@ -135,7 +135,7 @@ def calibrate(
     named = dict(zip(short_names(read), read.values(), strict=True)) if read else usual_plans(found)
     foretold = foretell(found, named)
 
-    from kvprof.evaluate.calibrate import CalibrateSettings, run_calibrate
+    from kvprof.evaluate.kl_factor import CalibrateSettings, run_calibrate
     from kvprof.models.load import resolve
     from kvprof.records.replies import Calibrated
     from kvprof.report.audits import show_calibration

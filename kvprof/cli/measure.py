@@ -143,7 +143,7 @@ def gradients(
     from kvprof.allocate.stability import StableAt
     from kvprof.allocate.targets import target_named
     from kvprof.api.measure import decoder_asked
-    from kvprof.calibration.ingredients import USUAL_DATA
+    from kvprof.calibration.spec import USUAL_DATA
     from kvprof.errors import UsageError
     from kvprof.models.load import resolve
     from kvprof.profile.reading import USUAL_SEQUENCES

@@ -47,7 +47,7 @@ def spectra(
     restart: Restart = False,
 ) -> None:
     """How large are the cached keys and values, and how many directions do they fill? Their singular values on text."""
-    from kvprof.calibration.ingredients import USUAL_DATA
+    from kvprof.calibration.spec import USUAL_DATA
     from kvprof.models.load import resolve
     from kvprof.profile.reading import TextSettings
     from kvprof.profile.spectra import run_spectra

@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from kvprof.calibration.mix import MixedText
-from kvprof.calibration.self_text import batches_of
+from kvprof.calibration.mixture import MixedText
+from kvprof.calibration.self_generated import batches_of
 from kvprof.errors import UsageError
 from kvprof.models.costs import Passes, estimate_run
 from kvprof.models.inventory import take_inventory

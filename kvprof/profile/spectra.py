@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvprof import __version__
-from kvprof.calibration.self_text import batches_of, fill
+from kvprof.calibration.self_generated import batches_of, fill
 from kvprof.calibration.sequences import CalibrationSet
 from kvprof.models.costs import Passes, estimate_run
 from kvprof.models.identity import fingerprint_of, made_with

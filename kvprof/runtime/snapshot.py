@@ -26,7 +26,7 @@ from kvprof.records.document import Count, Positive, Record
 from kvprof.records.geometry import CacheGeometry, KVLayer
 from kvprof.records.plan import BitPlan, oldest_held, quantized_tokens
 from kvprof.runtime.layers import PlannedIndexedLayer, PlannedLayer, planned_layer
-from kvprof.runtime.storage import TensorStore
+from kvprof.runtime.store import TensorStore
 from kvprof.storage.atomic import replaced_when_whole
 
 SCHEMA = "kvprof.cache/2"

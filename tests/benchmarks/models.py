@@ -32,8 +32,8 @@ from kvprof.allocate.prediction import predicted_kl
 from kvprof.allocate.ranks import spearman
 from kvprof.allocate.rivals import rival_plans
 from kvprof.allocate.rules import uniform
-from kvprof.evaluate.calibrate import CalibrateSettings, run_calibrate
 from kvprof.evaluate.evaluation import EvaluationSettings, Rival, run_evaluation
+from kvprof.evaluate.kl_factor import CalibrateSettings, run_calibrate
 from kvprof.models.load import ModelSource, resolve
 from kvprof.profile.divergence import DivergenceSettings, run_divergence
 from kvprof.records.evaluation import PlanResult

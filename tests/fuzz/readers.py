@@ -13,9 +13,9 @@ from kvprof.allocate.budget import bit_limit
 from kvprof.allocate.rules import exact
 from kvprof.errors import KvprofError
 from kvprof.export.kvtuner import kvtuner_plan, read_kvtuner
-from kvprof.models.gguf_header import read_gguf_header
+from kvprof.models.checkpoint.gguf_header import read_gguf_header
+from kvprof.models.checkpoint.shards import LENGTH_BYTES, find_shards, header_bytes, parse_header
 from kvprof.models.own_code import find_code
-from kvprof.models.shards import LENGTH_BYTES, find_shards, header_bytes, parse_header
 from kvprof.profile.shards import merge_shards, seal
 from kvprof.records.effects import encode
 from kvprof.records.history import History, StepTaken
@@ -227,7 +227,7 @@ def _read_config(path: Path) -> None:
     folder = path.parent / "model"
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_bytes(path.read_bytes())
-    from kvprof.models.opening import check_config
+    from kvprof.models.checkpoint.validation import check_config
 
     check_config(folder)
     code = find_code(folder)

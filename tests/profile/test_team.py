@@ -11,7 +11,7 @@ import pytest
 from folders import save_folder, save_text
 
 from kvprof.errors import KvprofError, UsageError
-from kvprof.profile.team import Team, join_team
+from kvprof.profile.distributed import Team, join_team
 from kvprof.storage.processes import launched_rank, launched_size
 
 MEASURE = "gradients model --data text.txt --pack --sequences 5 --sequence-length 24 --recent-tokens 4 --sink-tokens 1"
