@@ -200,7 +200,7 @@ def prepare_imports() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import kvprof.__main__
-    import kvprof.allocate.stability
+    import kvprof.analysis.stability
     import kvprof.evaluate.evaluation
     import kvprof.evaluate.kl_factor
     import kvprof.profile.divergence

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 from kvprof.allocate.budget import CachedTensor
-from kvprof.allocate.measured import Measured, measured_formats, storage
+from kvprof.allocate.losses import Measured, measured_formats, storage
 from kvprof.allocate.pins import Pin
 from kvprof.errors import InvalidFile, UsageError
 from kvprof.records.external_formats import FOREIGN

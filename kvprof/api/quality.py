@@ -184,7 +184,7 @@ class RivalScores:
 
     def rivals(self, norms: Scores, gradients: Scores) -> list[Rival]:
         """Return the rivals that these scores make."""
-        from kvprof.allocate.rivals import rival_plans
+        from kvprof.allocate.baselines import rival_plans
         from kvprof.evaluate.evaluation import Rival
 
         return [Rival(name, candidates) for name, candidates in rival_plans(self.plan, norms, gradients)]

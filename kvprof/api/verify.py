@@ -11,8 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvprof.allocate.recorded import read_request
-from kvprof.allocate.verification import (
+from kvprof.analysis.recorded import read_request
+from kvprof.analysis.verify import (
     compared,
     formats_compared,
     geometry_compared,

@@ -124,7 +124,7 @@ def calibrate(
     restart: Restart = False,
 ) -> None:
     """By what factor do whole plans cost more than the sum of their tensors? Measured, and kept with the scores."""
-    from kvprof.allocate.factor import foretell, usual_plans
+    from kvprof.analysis.calibration_plans import foretell, usual_plans
     from kvprof.records.plan import BitPlan
     from kvprof.records.scores import Scores
     from kvprof.workspace.names import short_names
@@ -183,7 +183,7 @@ def audit(
     ] = None,
 ) -> None:
     """How well do scores foretell what was measured? Ranks, sizes, whole plans, a picture. Never loads a model."""
-    from kvprof.allocate.agreement import hold_against
+    from kvprof.analysis.correlation import hold_against
     from kvprof.report.audits import show_audit, show_pictures
     from kvprof.report.console import print_note, print_plain, print_result, print_written
     from kvprof.storage.folders import output_folder

@@ -18,7 +18,7 @@ def recipes(incomplete: str) -> list[str]:
 
 def targets(incomplete: str) -> list[str]:
     """Return the runtimes that begin so."""
-    from kvprof.allocate.targets import TARGETS
+    from kvprof.targets.registry import TARGETS
 
     return _begun(incomplete, TARGETS)
 

@@ -42,7 +42,7 @@ def explain(
     """Why does this layer have these bits? What its K and V cost at each format, against the price everywhere."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of so little arithmetic, starting threads is the most
 
-    from kvprof.allocate.explain import explain as explain_plan
+    from kvprof.analysis.explain import explain as explain_plan
     from kvprof.records.plan import BitPlan
     from kvprof.records.scores import Scores
     from kvprof.report.console import print_result
@@ -72,7 +72,7 @@ def diff(
     """Which tensors does plan B store differently from plan A? And what does it do to bytes and predicted KL?"""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-    from kvprof.allocate.diff import compare
+    from kvprof.analysis.diff import compare
     from kvprof.records.plan import BitPlan
     from kvprof.records.scores import Scores
     from kvprof.report.comparisons import show_comparison

@@ -140,8 +140,7 @@ def gradients(
     restart: Restart = False,
 ) -> None:
     """How much does the loss feel each layer's keys and values? Gradient norms, and the loss that each format costs."""
-    from kvprof.allocate.stability import StableAt
-    from kvprof.allocate.targets import target_named
+    from kvprof.analysis.stability import StableAt
     from kvprof.api.measure import decoder_asked
     from kvprof.calibration.spec import USUAL_DATA
     from kvprof.errors import UsageError
@@ -153,6 +152,7 @@ def gradients(
     from kvprof.report.console import print_note, print_result, print_written, progress
     from kvprof.report.tables import show_scores
     from kvprof.storage.folders import OUTPUTS, output_folder, slug
+    from kvprof.targets.registry import target_named
 
     if stable_at and not until_stable:
         raise UsageError("--stable-at says what --until-stable looks at, which is not there.\n  Add --until-stable.")

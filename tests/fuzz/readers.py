@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kvprof.allocate.budget import bit_limit
-from kvprof.allocate.rules import exact
+from kvprof.allocate.methods import exact
 from kvprof.errors import KvprofError
-from kvprof.export.kvtuner import kvtuner_plan, read_kvtuner
 from kvprof.models.checkpoint.gguf_header import read_gguf_header
 from kvprof.models.checkpoint.shards import LENGTH_BYTES, find_shards, header_bytes, parse_header
 from kvprof.models.own_code import find_code
@@ -24,6 +23,7 @@ from kvprof.records.plan import BitPlan
 from kvprof.records.recipe import read_recipe
 from kvprof.records.scores import LOSS_INCREASE, Scores
 from kvprof.storage.journal import Journal, _line
+from kvprof.targets.kvtuner import kvtuner_plan, read_kvtuner
 
 CORPUS = Path(__file__).parent.parent / "data" / "fuzz"
 """A folder for each reader: inputs that a defect was found with, and are read again by each run of the tests."""
