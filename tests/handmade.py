@@ -11,7 +11,7 @@ from kvprof import BitPlan
 from kvprof.records.geometry import CacheGeometry, KVLayer
 from kvprof.records.scores import Scores
 
-PUBLISHED = json.loads((Path(__file__).parents[1] / "data" / "published_norms.json").read_text())
+PUBLISHED = json.loads((Path(__file__).parent / "data" / "published_norms.json").read_text())
 
 
 def full(layer: int, kv_heads: int = 2, key_head_dim: int = 64, value_head_dim: int = 64) -> KVLayer:
