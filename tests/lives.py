@@ -101,7 +101,7 @@ def ended(begun: tuple[int, Path]) -> tuple[int, str]:
 
 def hold_after_a_piece() -> None:
     """Let this process stop for ever once its journal has a piece."""
-    from kvprof.records.runs import Journal
+    from kvprof.storage.journal import Journal
 
     add = Journal.add
 
@@ -200,9 +200,9 @@ def prepare_imports() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import kvprof.__main__
-    import kvprof.allocate.stability
-    import kvprof.evaluate.calibrate
+    import kvprof.analysis.stability
     import kvprof.evaluate.evaluation
+    import kvprof.evaluate.kl_factor
     import kvprof.profile.divergence
     import kvprof.profile.norms
     import kvprof.profile.sensitivity

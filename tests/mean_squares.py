@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvprof.profile.losses import Effects
+from kvprof.profile.loss_increase import Effects
 
 
 def mean_squares(effects: Effects) -> dict[tuple[int, str, str], Tensor]:

@@ -18,7 +18,7 @@ PAGES = (
     ROOT / "recipes/cluster.md",
     ROOT / "kvprof/runtime/README.md",
     ROOT / "kvprof/api/README.md",
-    ROOT / "kvprof/export/README.md",
+    ROOT / "kvprof/targets/README.md",
     ROOT / "kvprof/models/README.md",
     ROOT / "tests/README.md",
     ROOT / ".github/CONTRIBUTING.md",

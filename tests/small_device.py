@@ -10,5 +10,5 @@ SMALL_CACHE = 4096
 @pytest.fixture
 def small_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times then are of caches, not of memory; no test looks at them."""
-    monkeypatch.setattr("kvprof.evaluate.machine._cpu_cache_bytes", lambda: SMALL_CACHE)
-    monkeypatch.setattr("kvprof.evaluate.timing.LEAST_COPIED", 2**16)
+    monkeypatch.setattr("kvprof.benchmark.hardware._cpu_cache_bytes", lambda: SMALL_CACHE)
+    monkeypatch.setattr("kvprof.benchmark.timing.LEAST_COPIED", 2**16)

@@ -32,8 +32,8 @@ from quickstart import Quickstart
 from typer.testing import CliRunner
 
 from kvprof import BitPlan
-from kvprof.allocate.targets import TARGETS
 from kvprof.cli.app import COMMANDS, app
+from kvprof.targets.registry import TARGETS
 
 COMMANDS_OF_PAGES = list(dict.fromkeys(command for page in PAGES for command in commands(page)))
 """What a reader of all pages would type, each once."""

@@ -112,7 +112,7 @@ def test_importing_kvprof_loads_no_library() -> None:
 
 
 def test_records_load_neither_torch_nor_numpy() -> None:
-    loaded = modules_after("from kvprof import BitPlan, KvprofError, Scores, Spectra; import kvprof.records.runs")
+    loaded = modules_after("from kvprof import BitPlan, KvprofError, Scores, Spectra; import kvprof.storage.folders")
     assert "pydantic" in loaded
     assert not loaded & {"torch", "numpy", "transformers", "rich", "matplotlib", "typer"}
 

@@ -1,54 +1,7 @@
-"""Arithmetic on records: from Scores and a budget to a BitPlan. No tensors.
+"""From Scores and a budget to a BitPlan: arithmetic on records, no tensors.
 
-`allocate` is what the command calls: it picks the rule by name, reads the limit and refuses options that do not go
-together. It decides nothing about bits. The files of this room, in the order that the data flows:
-
-    what is asked for
-      budget      limits as a user writes them; what a plan costs in bits and bytes
-      pins        tensors set by hand
-      coverage    the layers that a plan covers
-    what may be chosen, at what cost and loss
-      measured    the losses that were measured of each format of a tensor
-      prediction  what those of a plan are predicted to cost together
-      scored      the formats that were scored, and what a user's words leave of them
-      candidates  each tensor's candidates, of scored formats or of usual widths
-      pricing     what each candidate costs, in integers
-    what is chosen
-      hull        the corners of loss over cost, and the price of a bit that they make
-      pareto      dynamic programming over Pareto lists
-      solver      the exact knapsack, at one capacity or many
-      co_moments  what the errors of formats share, and how far it is believed
-      exchange    the quadratic knapsack, where losses do not add up
-      problem     the knapsack of a model: tensors in, a plan out
-      rules       exact, and the published rules
-      cheapest    the inverse: a KL divergence instead of a budget
-      frontier    every budget at once, and its knees
-    what is written
-      assemble    all that a plan says besides its formats
-      task        the tensors to plan, and how a plan of them is put together
-    plans that other runtimes obey
-      targets     the runtimes: what each can be told
-      grammars    sets of assignments, and the best of each
-      within      a plan solved within one
-    how far to trust it
-      relaxed     many knapsacks at once, in the linear relaxation
-      sampled     the problem with every sequence's own losses
-      stability   would other sequences have made another plan?
-      sources     do the calibration texts agree about the plan?
-      doubts      both, of a plan just made
-    plans verified, explained, compared, beaten
-      recorded    what a plan was asked for, by the command in it
-      verification  what a plan's file says, computed again
-      cases       every tensor of a plan with all that it could have
-      explain     why a tensor has the format that it has
-      diff        two plans side by side
-      pairs       uniform plans to beat
-      rivals      all plans that a plan must beat at no more stored bits
-    scores and predictions held against measurements
-      factor      plans to calibrate with, and what is foretold of them
-      ranks       Spearman's rank correlation
-      checks      whole plans, predicted and measured
-      agreement   single tensors, metric by metric
+`allocate` is what the command calls: it picks the method by name, reads the limit and refuses options that do not go
+together. It decides nothing about bits.
 """
 
 from __future__ import annotations
@@ -58,13 +11,13 @@ from typing import Any
 
 from kvprof.allocate.budget import Limit, bit_limit, memory_limit
 from kvprof.allocate.candidates import USUAL_GROUP_SIZE, Allowed
-from kvprof.allocate.cheapest import cheapest, parse_kl
+from kvprof.allocate.constrained import plan_within
 from kvprof.allocate.coverage import covered_scores
+from kvprof.allocate.kl_target import cheapest, parse_kl
+from kvprof.allocate.methods import GREEDY_METRICS, KVMIX_FRACTION, default_metric, exact, kvmix, norm_greedy, uniform
 from kvprof.allocate.pins import check_pins
-from kvprof.allocate.rules import GREEDY_METRICS, KVMIX_FRACTION, default_metric, exact, kvmix, norm_greedy, uniform
-from kvprof.allocate.targets import check_latents, target_named
+from kvprof.allocate.target import Target, check_latents
 from kvprof.allocate.task import usual_window, without_sinks
-from kvprof.allocate.within import plan_within
 from kvprof.callables import make_callable
 from kvprof.errors import UsageError, did_you_mean
 from kvprof.records.formats import TensorName, parse_formats
@@ -122,7 +75,7 @@ def allocate(
     formats: str | None = None,
     min_key_bits: int | None = None,
     tie: str | None = None,
-    target: str | None = None,
+    target: Target | None = None,
     top_fraction: str | float | None = None,
     as_published: bool = False,
     bits_key: int | None = None,
@@ -137,9 +90,9 @@ def allocate(
 
     budget, unit: bits per element, "nominal" or "stored"; by default what the metric's own is: stored bits of formats
     that were scored, nominal bits by a norm. memory, context, batch: bytes of cache, such as "1.5GiB", for `batch`
-    (default 1) sequences of `context` tokens. max_kl: instead of a limit, see `cheapest.cheapest`; costs are counted
+    (default 1) sequences of `context` tokens. max_kl: instead of a limit, see `kl_target.cheapest`; costs are counted
     in `unit`, stored bits by default, or in bytes where a context is given. metric, bits, formats, min_key_bits, tie:
-    see `rules.exact`. target: a runtime of `targets.TARGETS`, within whose grammar the plan is solved. top_fraction:
+    see `methods.exact`. target: a runtime, within whose constraints the plan is solved. top_fraction:
     for `kvmix`. as_published: `norm-greedy` and `kvmix` as their papers have them, without sinks, and KVmix with the
     groups of its kernels. bits_key, bits_value, or formats as "key:rot3,value:rot2": for `uniform`. group_size: of
     scored formats, all by default; else USUAL_GROUP_SIZE. pins: see pins.py. window: by default the scores' own, or the
@@ -169,13 +122,12 @@ def allocate(
             "--bits-value": bits_value,
         },
     )
-    runtime = None if target is None else target_named(target)
-    window = window or usual_window(scores, own=None if runtime is None else runtime.window)
+    window = window or usual_window(scores, own=None if target is None else target.window)
     if as_published:
         window = without_sinks(window)
-    if runtime is not None:
-        check_latents(runtime, scores.geometry)
-    scores = covered_scores(scores, layers, window, context, runtime)
+    if target is not None:
+        check_latents(target, scores.geometry)
+    scores = covered_scores(scores, layers, window, context, target)
     usual_group = USUAL_GROUP_SIZE if group_size is None else group_size
     if rule == "kvmix":
         return kvmix(
@@ -193,13 +145,13 @@ def allocate(
             scores, key, value, metric=metric, group_size=usual_group, pins=pins, window=window, command=command
         )
     allowed = Allowed(bits=bits, formats=formats, group_size=group_size, min_key_bits=min_key_bits, pins=pins)
-    if runtime is not None:
+    if target is not None:
         if max_kl is not None or tie is not None:
             raise UsageError("--target takes a --budget or --memory; leave out --max-kl and --tie.")
         if metric not in (None, LOSS_INCREASE):
             raise UsageError(f"--target needs {LOSS_INCREASE}: {metric} knows no formats.")
         limit = _limit(rule, LOSS_INCREASE, budget, unit, memory, context, batch)
-        return plan_within(scores, runtime, limit, window=window, command=command, **allowed)
+        return plan_within(scores, target, limit, window=window, command=command, **allowed)
     if max_kl is not None:
         _check_inverse(metric, budget, memory)
         measure = _measure(unit, context, batch)
@@ -211,7 +163,7 @@ def allocate(
     return exact(scores, limit, metric=metric, tie=tie, window=window, command=command, **allowed)
 
 
-def check_request(rule: str = "exact", target: str | None = None, metric: str | None = None, **options: Any) -> None:
+def check_request(rule: str = "exact", target: object = None, metric: str | None = None, **options: Any) -> None:
     """Raise the UsageError that `allocate` would for a request whatever the scores: before they are measured.
 
     options: as `allocate` takes them; None where one is not given.

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing_extensions import TypedDict
 
 from kvprof.allocate.budget import CachedTensor, known_bits
-from kvprof.allocate.measured import Measured
+from kvprof.allocate.losses import Measured
 from kvprof.allocate.pins import Pin, parse_pins
 from kvprof.allocate.scored import ScoredFormats
 from kvprof.errors import UsageError

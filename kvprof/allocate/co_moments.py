@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvprof.allocate.budget import CachedTensor
-from kvprof.allocate.measured import measured_formats, storage
+from kvprof.allocate.losses import measured_formats, storage
 from kvprof.records.formats import Format
 from kvprof.records.long_run import Floats, blended, effects_of, long_run, share_of
 from kvprof.records.scores import Scores

@@ -5,7 +5,7 @@ Reads Scores, and the words of a user. Does not know how bits are chosen.
 
 from __future__ import annotations
 
-from kvprof.allocate.targets import Target, layer_choice
+from kvprof.allocate.target import Target, layer_choice
 from kvprof.errors import InvalidFile, UsageError
 from kvprof.records.plan import Window, layers_left_alone
 from kvprof.records.scores import Scores

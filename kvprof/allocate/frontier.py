@@ -15,10 +15,10 @@ from typing_extensions import Unpack
 from kvprof import __version__
 from kvprof.allocate.budget import Limit, bit_limit
 from kvprof.allocate.candidates import Allowed
+from kvprof.allocate.costs import written
 from kvprof.allocate.coverage import covered_scores
-from kvprof.allocate.pricing import written
+from kvprof.allocate.methods import default_metric
 from kvprof.allocate.problem import ExactProblem
-from kvprof.allocate.rules import default_metric
 from kvprof.allocate.solver import Solution
 from kvprof.allocate.solver import frontier as solve_all
 from kvprof.allocate.task import usual_window
@@ -52,12 +52,12 @@ def frontier(
     command: str | None = None,
     **allowed: Unpack[Allowed],
 ) -> Frontier:
-    """Return the frontier of the plans that `rules.exact` makes by `loss_increase` at budgets from low to high.
+    """Return the frontier of the plans that `methods.exact` makes by `loss_increase` at budgets from low to high.
 
     low, high: bits an element, by default what the cheapest and the dearest plan cost. points: so many budgets, evenly
     spaced; by default round ones, at most about USUAL_POINTS. unit: what budgets count, "stored" (the default) or
     "nominal". context, batch: where the bytes of each plan are wanted too. layers: as for `covered_scores`. The rest
-    is as for `rules.exact`.
+    is as for `methods.exact`.
     Raises InfeasibleBudget for an end that no plan meets, UsageError for options that contradict each other or scores
     without `loss_increase`, which is all that tells nats.
     """

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from kvprof.allocate.budget import CachedTensor
-from kvprof.allocate.measured import (
+from kvprof.allocate.losses import (
     Measured,
     entries_of,
     fitting_scores,

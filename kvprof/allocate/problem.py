@@ -16,10 +16,10 @@ import numpy as np
 
 from kvprof.allocate.budget import Limit
 from kvprof.allocate.candidates import Allowed, candidates_of, narrowing
+from kvprof.allocate.costs import Prices, check_reach, price
 from kvprof.allocate.exchange import Floats, QuadraticKnapsack
-from kvprof.allocate.measured import Measured, kl_factor
+from kvprof.allocate.losses import Measured, kl_factor
 from kvprof.allocate.prediction import prediction_of
-from kvprof.allocate.pricing import Prices, check_reach, price
 from kvprof.allocate.solver import Knapsack, Solution, solve
 from kvprof.allocate.task import PlanTask, Selection
 from kvprof.errors import InvalidFile, UsageError, did_you_mean

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 from kvprof.allocate.budget import CachedTensor
-from kvprof.allocate.measured import Measured, measured_formats, storage
+from kvprof.allocate.losses import Measured, measured_formats, storage
 from kvprof.allocate.pins import Pin
 from kvprof.errors import InvalidFile, UsageError
-from kvprof.records.foreign import FOREIGN
+from kvprof.records.external_formats import FOREIGN
 from kvprof.records.formats import FULL_BITS, TENSORS, Format, TensorName, format_named, usual_format
 from kvprof.records.scores import Scores
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from kvprof.allocate.assemble import assemble, tensors_of
 from kvprof.allocate.budget import CachedTensor, Limit
 from kvprof.allocate.co_moments import ScoredCoMoments, has_effects
-from kvprof.allocate.measured import (
+from kvprof.allocate.losses import (
     Measured,
     kl_factor,
     measured_as,

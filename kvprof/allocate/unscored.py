@@ -1,6 +1,6 @@
 """A plan of one format for all keys and one for all values, of a cache that nothing has been scored of.
 
-Reads a geometry and two names of formats; writes a BitPlan. Knows no scores: `rules.uniform` predicts from them.
+Reads a geometry and two names of formats; writes a BitPlan. Knows no scores: `methods.uniform` predicts from them.
 """
 
 from __future__ import annotations

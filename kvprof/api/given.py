@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvprof.errors import UsageError
 from kvprof.records.plan import BitPlan
-from kvprof.records.runs import output_folder
 from kvprof.records.scores import Scores
+from kvprof.storage.folders import output_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,8 +43,8 @@ def borrowed(
     """
     from transformers import PreTrainedModel
 
-    from kvprof.models.lent import as_found
     from kvprof.models.load import lend, resolve
+    from kvprof.models.loaded import as_found
     from kvprof.models.quiet import quiet
 
     if isinstance(model, PreTrainedModel):

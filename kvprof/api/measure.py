@@ -35,7 +35,7 @@ from kvprof.records.spectra import Spectra
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from kvprof.allocate.targets import Target
+    from kvprof.allocate.target import Target
     from kvprof.profile.decoder import Decoder
 
 
@@ -115,13 +115,13 @@ def gradients(
     Raises UsageError for options that do not go together or a loaded model without a tokenizer, CalibrationError for
     text that cannot be read, ModelError for a model that cannot be measured, NonFiniteGradient where numbers overflow.
     """
-    from kvprof.allocate.stability import StableAt
-    from kvprof.allocate.targets import target_named
-    from kvprof.calibration.ingredients import USUAL_DATA
+    from kvprof.analysis.stability import StableAt
+    from kvprof.calibration.spec import USUAL_DATA
     from kvprof.profile.reading import USUAL_SEQUENCES
     from kvprof.profile.request import SEQUENCES_UNTIL_STABLE, SensitivitySettings
     from kvprof.profile.sensitivity import run_sensitivity
-    from kvprof.records.partial import read_share
+    from kvprof.profile.shards import read_share
+    from kvprof.targets.registry import target_named
 
     if stable_at is not None and not until_stable:
         raise UsageError("stable_at says what until_stable looks at, which is not asked for.\n  Add until_stable=True.")
@@ -183,7 +183,7 @@ def decoder_asked(
     sink_tokens, recent_tokens: instead of the runtime's window, or of the usual one. layers: `all` or `full`, by
     default as the runtime does. Raises UsageError for another word.
     """
-    from kvprof.allocate.targets import check_latents, layer_choice
+    from kvprof.allocate.target import check_latents, layer_choice
     from kvprof.profile.decoder import Decoder, read_formats
     from kvprof.records.plan import USUAL_WINDOW
 
@@ -228,7 +228,7 @@ def spectra(
     sequences and heads with the least and the largest head's; in the units of keys and values.
     Raises what `gradients` does.
     """
-    from kvprof.calibration.ingredients import USUAL_DATA
+    from kvprof.calibration.spec import USUAL_DATA
     from kvprof.profile.reading import TextSettings
     from kvprof.profile.spectra import run_spectra
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from kvprof.calibration.again import read_again, recognise
-from kvprof.calibration.self_text import fill
+from kvprof.calibration.self_generated import fill
 from kvprof.errors import InvalidFile, KvprofError, Mismatch
 from kvprof.models.decoder import text_config
 from kvprof.models.identity import fingerprint_of

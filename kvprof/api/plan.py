@@ -11,7 +11,6 @@ from pathlib import Path
 from kvprof.allocate import allocate as make_plan
 from kvprof.allocate import metric_needed
 from kvprof.allocate.budget import known_bits, parse_bits
-from kvprof.allocate.targets import target_named
 from kvprof.allocate.task import usual_window
 from kvprof.api.given import (
     check_around,
@@ -25,9 +24,11 @@ from kvprof.api.given import (
     several,
 )
 from kvprof.errors import UsageError
-from kvprof.records.files import newest_scores, plan_path, scores_for
 from kvprof.records.plan import BitPlan
 from kvprof.records.scores import Scores
+from kvprof.targets.registry import target_named
+from kvprof.workspace.discovery import newest_scores, scores_for
+from kvprof.workspace.names import plan_path
 
 LARGEST_GROUP = 2**31
 
@@ -115,7 +116,7 @@ def allocate(
     window = usual_window(found, sink_tokens, recent_tokens, None if runtime is None else runtime.window)
     pins = () if pin is None else several(pin)
     command = _spelled({**given, "pin": pins or None, "sink_tokens": sink_tokens, "recent_tokens": recent_tokens})
-    plan = make_plan(found, **given, pins=pins, window=window, command=command)  # type: ignore[arg-type]
+    plan = make_plan(found, **{**given, "target": runtime}, pins=pins, window=window, command=command)  # type: ignore[arg-type]
     if out is not None:
         plan.save(plan_path(plan, path, Path(out), None if max_kl is None else str(max_kl)))
     return plan

@@ -31,9 +31,9 @@ from kvprof.api.given import (
 )
 from kvprof.errors import NotBetter, UsageError
 from kvprof.records.evaluation import Evaluation
-from kvprof.records.files import short_names
 from kvprof.records.plan import BitPlan
 from kvprof.records.scores import Scores
+from kvprof.workspace.names import short_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -184,7 +184,7 @@ class RivalScores:
 
     def rivals(self, norms: Scores, gradients: Scores) -> list[Rival]:
         """Return the rivals that these scores make."""
-        from kvprof.allocate.rivals import rival_plans
+        from kvprof.allocate.baselines import rival_plans
         from kvprof.evaluate.evaluation import Rival
 
         return [Rival(name, candidates) for name, candidates in rival_plans(self.plan, norms, gradients)]
@@ -199,8 +199,8 @@ def find_rival_scores(plan: BitPlan, path: Path | None, source: ModelSource, fol
     from kvprof.models.identity import checkpoint_fingerprint
     from kvprof.models.inventory import take_inventory
     from kvprof.models.load import load_config
-    from kvprof.records.provenance import find_fitting
-    from kvprof.records.runs import OUTPUTS, slug
+    from kvprof.storage.folders import OUTPUTS, slug
+    from kvprof.workspace.scores_of_plans import find_fitting
 
     geometry = take_inventory(load_config(source), source.id).geometry
     fingerprint = plan.model.fingerprint or checkpoint_fingerprint(source, geometry)

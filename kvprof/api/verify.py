@@ -11,8 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvprof.allocate.recorded import read_request
-from kvprof.allocate.verification import (
+from kvprof.analysis.recorded import read_request
+from kvprof.analysis.verify import (
     compared,
     formats_compared,
     geometry_compared,
@@ -23,10 +23,10 @@ from kvprof.allocate.verification import (
     verify_versions,
 )
 from kvprof.errors import InvalidFile, KvprofError, UsageError, first_line
-from kvprof.records.answers import Check, Verified
 from kvprof.records.plan import BitPlan
-from kvprof.records.provenance import find_scores
+from kvprof.records.replies import Check, Verified
 from kvprof.records.scores import CalibrationInfo, Scores
+from kvprof.workspace.scores_of_plans import find_scores
 
 if TYPE_CHECKING:
     from kvprof.models.load import ModelSource

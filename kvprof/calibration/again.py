@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kvprof.calibration.mix import MixedText, mix_again
+from kvprof.calibration.mixture import MixedText, mix_again
 from kvprof.calibration.sequences import CalibrationSet
 from kvprof.errors import CalibrationError
 from kvprof.records.scores import CalibrationInfo

@@ -21,7 +21,7 @@ from kvprof.calibration.columns import choose_reading
 from kvprof.calibration.files import Fields, check_columns, in_turns, peeked, read_rows, shuffled
 from kvprof.calibration.remarks import RowCounts
 from kvprof.errors import CalibrationError, KvprofError, UsageError, did_you_mean, first_line
-from kvprof.records.text_files import (
+from kvprof.workspace.text_files import (
     HUB,
     KINDS,
     TextFiles,

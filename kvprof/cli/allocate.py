@@ -141,17 +141,19 @@ def allocate(
     from kvprof.allocate import metric_needed
     from kvprof.allocate.budget import parse_bits
     from kvprof.allocate.candidates import Allowed
-    from kvprof.allocate.doubts import doubts
-    from kvprof.allocate.targets import sliding_remark, target_named
+    from kvprof.allocate.constrained import unrestricted
+    from kvprof.allocate.target import sliding_remark
     from kvprof.allocate.task import usual_window
-    from kvprof.allocate.within import unrestricted
+    from kvprof.analysis.uncertainty import doubts
     from kvprof.cli.typed import typed_command
     from kvprof.errors import UsageError
-    from kvprof.records.files import newest_scores, plan_path, scores_for
     from kvprof.records.geometry import bytes_text
     from kvprof.records.scores import Scores
     from kvprof.report.console import print_note, print_plain, print_result, print_written
     from kvprof.report.plans import plan_remarks, prediction_lines, restriction_lines, show_plan, stability_lines
+    from kvprof.targets.registry import target_named
+    from kvprof.workspace.discovery import newest_scores, scores_for
+    from kvprof.workspace.names import plan_path
 
     typed = typed_command("allocate", options)
     if as_published and sink_tokens:
@@ -172,7 +174,7 @@ def allocate(
     plan = make_plan(
         found,
         rule=rule,
-        target=target,
+        target=runtime,
         budget=budget,
         unit=unit,
         memory=memory,

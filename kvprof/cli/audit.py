@@ -73,13 +73,13 @@ def divergence(
 
     One forward pass per layer, tensor, format and sequence; `audit` compares the result with predictions.
     """
-    from kvprof.calibration.ingredients import USUAL_DATA
+    from kvprof.calibration.spec import USUAL_DATA
     from kvprof.models.load import resolve
     from kvprof.profile.divergence import DivergenceSettings, run_divergence
     from kvprof.records.plan import Window
-    from kvprof.records.runs import output_folder
     from kvprof.report.audits import show_divergence
     from kvprof.report.console import print_note, print_result, print_written, progress
+    from kvprof.storage.folders import output_folder
 
     source = resolve(model, trust_remote_code, tokenizer)
     folder = output_folder(source.id, out)
@@ -139,23 +139,23 @@ def calibrate(
     Whole plans can cost more than the sum of their tensors. The factor found is kept with the scores, and later
     predictions are multiplied by it.
     """
-    from kvprof.allocate.factor import foretell, usual_plans
-    from kvprof.records.files import short_names
+    from kvprof.analysis.calibration_plans import foretell, usual_plans
     from kvprof.records.plan import BitPlan
-    from kvprof.records.provenance import scores_of_plans
     from kvprof.records.scores import Scores
+    from kvprof.workspace.names import short_names
+    from kvprof.workspace.scores_of_plans import scores_of_plans
 
     read = {path: BitPlan.load(path) for path in plans or []}
     path, found = scores_of_plans(read) if scores is None else (scores, Scores.load(scores))
     named = dict(zip(short_names(read), read.values(), strict=True)) if read else usual_plans(found)
     foretold = foretell(found, named)
 
-    from kvprof.evaluate.calibrate import CalibrateSettings, run_calibrate
+    from kvprof.evaluate.kl_factor import CalibrateSettings, run_calibrate
     from kvprof.models.load import resolve
-    from kvprof.records.answers import Calibrated
-    from kvprof.records.runs import output_folder
+    from kvprof.records.replies import Calibrated
     from kvprof.report.audits import show_calibration
     from kvprof.report.console import print_note, print_result, print_written, progress
+    from kvprof.storage.folders import output_folder
 
     source = resolve(model or foretold[0].plan.model.id, trust_remote_code, tokenizer)
     folder = output_folder(source.id, path.parent)
@@ -207,11 +207,11 @@ def audit(
 
     Rank correlation and ratio for single tensors and for whole plans, with a picture. Never loads a model.
     """
-    from kvprof.allocate.agreement import hold_against
-    from kvprof.records.beside import find_audit_files
-    from kvprof.records.runs import output_folder
+    from kvprof.analysis.correlation import hold_against
     from kvprof.report.audits import show_audit, show_pictures
     from kvprof.report.console import print_note, print_plain, print_result, print_written
+    from kvprof.storage.folders import output_folder
+    from kvprof.workspace.audit_inputs import find_audit_files
 
     files = find_audit_files(divergence, scores or (), evaluations or (), plans or ())
     found = hold_against(files.divergence, files.scores, files.plans, files.evaluations)

@@ -115,13 +115,13 @@ def benchmark(
 
     from kvprof.allocate.budget import parse_memory
     from kvprof.allocate.unscored import uniform_plan
-    from kvprof.evaluate.benchmark import BenchmarkSettings, check_settings, run_benchmark
-    from kvprof.evaluate.subject import random_subject, real_subject
+    from kvprof.benchmark.run import BenchmarkSettings, check_settings, run_benchmark
+    from kvprof.benchmark.subject import random_subject, real_subject
     from kvprof.models.load import resolve
     from kvprof.records.plan import BitPlan
-    from kvprof.records.runs import output_folder
     from kvprof.report.benchmarks import show_benchmark, show_benchmark_picture
     from kvprof.report.console import print_result, print_written, progress
+    from kvprof.storage.folders import output_folder
 
     settings = BenchmarkSettings(
         contexts=contexts,

@@ -18,7 +18,7 @@ def recipes(incomplete: str) -> list[str]:
 
 def targets(incomplete: str) -> list[str]:
     """Return the runtimes that begin with this text."""
-    from kvprof.allocate.targets import TARGETS
+    from kvprof.targets.registry import TARGETS
 
     return _begun(incomplete, TARGETS)
 
@@ -39,7 +39,7 @@ def metrics(incomplete: str) -> list[str]:
 
 def schemas(incomplete: str) -> list[str]:
     """Return the kinds of file and the commands that begin with this text."""
-    from kvprof.records.schemas import schema_words
+    from kvprof.api.schemas import schema_words
 
     return _begun(incomplete, schema_words())
 

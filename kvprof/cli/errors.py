@@ -15,7 +15,7 @@ import typer
 
 from kvprof.cli.stops import INTERRUPTED, SAID, Stopped
 from kvprof.errors import KvprofError, OutOfMemory, UsageError, first_line, is_out_of_memory
-from kvprof.records.processes import launched_rank, launched_size
+from kvprof.storage.processes import launched_rank, launched_size
 
 P = ParamSpec("P")
 

@@ -141,11 +141,11 @@ def evaluate(
     from kvprof.evaluate.evaluation import EvaluationSettings, check_request, run_evaluation
     from kvprof.models.load import resolve
     from kvprof.profile.request import SensitivitySettings
-    from kvprof.records.files import short_names
     from kvprof.records.plan import BitPlan
-    from kvprof.records.runs import output_folder
     from kvprof.report.console import print_note, print_result, print_written, progress
     from kvprof.report.evaluations import show_evaluation
+    from kvprof.storage.folders import output_folder
+    from kvprof.workspace.names import short_names
 
     if check and not rivals and not against:
         raise UsageError("--check has nothing to compare with.\n  Leave out --no-rivals, or name plans with --against.")

@@ -25,10 +25,10 @@ def targets() -> None:
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's pool of threads would cost more than it saves
 
-    from kvprof.allocate.targets import TARGETS
-    from kvprof.records.answers import Runtime, Runtimes, StoredFormat
+    from kvprof.records.replies import Runtime, Runtimes, StoredFormat
     from kvprof.report.console import print_result
     from kvprof.report.targets import show_targets
+    from kvprof.targets.registry import TARGETS
 
     found = Runtimes(
         targets=tuple(
@@ -66,13 +66,13 @@ def export(
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's pool of threads would cost more than it saves
 
-    from kvprof.allocate.targets import target_named
-    from kvprof.export.writers import export as write_for
-    from kvprof.records.answers import Exported
     from kvprof.records.document import check_replaces
     from kvprof.records.plan import BitPlan
-    from kvprof.records.runs import write_atomically
+    from kvprof.records.replies import Exported
     from kvprof.report.console import print_note, print_plain, print_result
+    from kvprof.storage.atomic import write_atomically
+    from kvprof.targets.registry import export as write_for
+    from kvprof.targets.registry import target_named
 
     target = target_named(to)
     artefact, place = write_for(BitPlan.load(plan), target, plan, out)
@@ -120,11 +120,11 @@ def import_(
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's pool of threads would cost more than it saves
 
-    from kvprof.export.kvtuner import kvtuner_plan, read_kvtuner
     from kvprof.records.plan import Window
-    from kvprof.records.runs import output_folder, slug
     from kvprof.report.console import print_plain, print_result, print_written
     from kvprof.report.plans import show_plan
+    from kvprof.storage.folders import output_folder, slug
+    from kvprof.targets.kvtuner import kvtuner_plan, read_kvtuner
 
     if tool not in TOOLS:
         raise UsageError(f"kvprof cannot import from {tool!r}: {did_you_mean(tool, TOOLS)}")

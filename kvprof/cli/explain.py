@@ -44,12 +44,12 @@ def explain(
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of so little arithmetic, starting threads is the most
 
-    from kvprof.allocate.explain import explain as explain_plan
+    from kvprof.analysis.explain import explain as explain_plan
     from kvprof.records.plan import BitPlan
-    from kvprof.records.provenance import find_scores
     from kvprof.records.scores import Scores
     from kvprof.report.console import print_result
     from kvprof.report.explanations import show_explanation
+    from kvprof.workspace.scores_of_plans import find_scores
 
     read = BitPlan.load(plan)
     path, found = find_scores(read, plan) if scores is None else (scores, Scores.load(scores))
@@ -77,12 +77,12 @@ def diff(
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-    from kvprof.allocate.diff import compare
+    from kvprof.analysis.diff import compare
     from kvprof.records.plan import BitPlan
-    from kvprof.records.provenance import find_common_losses
     from kvprof.records.scores import Scores
     from kvprof.report.comparisons import show_comparison
     from kvprof.report.console import print_result
+    from kvprof.workspace.scores_of_plans import find_common_losses
 
     before, after = BitPlan.load(first), BitPlan.load(second)
     found = find_common_losses({first: before, second: after}) if scores is None else Scores.load(scores)

@@ -84,13 +84,14 @@ def frontier(
     from kvprof.allocate.budget import parse_bits
     from kvprof.allocate.frontier import frontier as find_frontier
     from kvprof.allocate.task import usual_window
-    from kvprof.records.files import frontier_path, newest_scores
     from kvprof.records.scores import LOSS_INCREASE, Scores
     from kvprof.report.console import print_note, print_plain, print_result, print_written
     from kvprof.report.frontiers import show_frontier
     from kvprof.report.plans import loss_remarks
     from kvprof.report.plots.frontier import frontier_figure
     from kvprof.report.plots.style import MissingMatplotlib, NothingToDraw, save_figure
+    from kvprof.workspace.discovery import newest_scores
+    from kvprof.workspace.names import frontier_path
 
     path, found = newest_scores(LOSS_INCREASE) if scores is None else (scores, Scores.load(scores))
     window = usual_window(found, sink_tokens, recent_tokens)

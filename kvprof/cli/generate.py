@@ -38,7 +38,7 @@ def generate(
 
     obeyed = BitPlan.load(plan)
 
-    from kvprof.evaluate.continuation import GenerationSettings, compare_continuations
+    from kvprof.evaluate.generation import GenerationSettings, compare_continuations
     from kvprof.models.load import resolve
     from kvprof.report.console import print_note, print_result, progress
     from kvprof.report.continuations import show_continuations

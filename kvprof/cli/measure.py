@@ -69,9 +69,9 @@ def norms(
     """
     from kvprof.models.load import resolve
     from kvprof.profile.norms import run_norms
-    from kvprof.records.runs import output_folder
     from kvprof.report.console import print_fetched, print_note, print_result, print_written, progress
     from kvprof.report.tables import show_red_flags, show_scores, show_weight_sharing
+    from kvprof.storage.folders import output_folder
 
     source = resolve(model, trust_remote_code)
     folder = output_folder(source.id, out)
@@ -175,19 +175,19 @@ def gradients(
 
     Both on calibration text, for the keys and the values of each layer; `allocate` plans from the result.
     """
-    from kvprof.allocate.stability import StableAt
-    from kvprof.allocate.targets import target_named
+    from kvprof.analysis.stability import StableAt
     from kvprof.api.measure import decoder_asked
-    from kvprof.calibration.ingredients import USUAL_DATA
+    from kvprof.calibration.spec import USUAL_DATA
     from kvprof.errors import UsageError
     from kvprof.models.load import resolve
     from kvprof.profile.reading import USUAL_SEQUENCES
     from kvprof.profile.request import SEQUENCES_UNTIL_STABLE, SensitivitySettings
     from kvprof.profile.sensitivity import run_sensitivity
-    from kvprof.records.partial import read_share
-    from kvprof.records.runs import OUTPUTS, output_folder, slug
+    from kvprof.profile.shards import read_share
     from kvprof.report.console import print_note, print_result, print_written, progress
     from kvprof.report.tables import show_scores
+    from kvprof.storage.folders import OUTPUTS, output_folder, slug
+    from kvprof.targets.registry import target_named
 
     if stable_at and not until_stable:
         raise UsageError("--stable-at says what --until-stable looks at, which is not there.\n  Add --until-stable.")

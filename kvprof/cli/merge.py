@@ -21,11 +21,11 @@ def merge(
     The scores are the same as those of one run over the whole text.
     """
     from kvprof.errors import UsageError
-    from kvprof.records.partial import merge_shards
-    from kvprof.records.runs import output_folder
+    from kvprof.profile.shards import merge_shards
     from kvprof.records.scores import Scores
     from kvprof.report.console import print_result, print_written
     from kvprof.report.tables import show_scores
+    from kvprof.storage.folders import output_folder
 
     if twice := sorted({str(path) for path in shards if shards.count(path) > 1}):
         raise UsageError(f"{twice[0]} is named twice.\n  Name each shard once.")

@@ -55,7 +55,7 @@ def plot(
     ] = None,
 ) -> None:
     """Draw measurements and plans as pictures for a paper."""
-    from kvprof.records.answers import Written
+    from kvprof.records.replies import Written
     from kvprof.report.console import print_note, print_result, print_written
     from kvprof.report.plots.drawing import Order, draw_pictures
 

@@ -47,13 +47,13 @@ def report(
     The page holds every picture and needs no network. A section without results names the command that makes them.
     Loads no weights, and never asks the hub.
     """
-    from kvprof.records.answers import Written
-    from kvprof.records.gathered import folder_of, gather, holds_files
-    from kvprof.records.runs import write_atomically
+    from kvprof.records.replies import Written
     from kvprof.report.console import print_note, print_plain, print_result, print_written
     from kvprof.report.html import to_html
     from kvprof.report.markdown import to_markdown
     from kvprof.report.whole import absent, make_page
+    from kvprof.storage.atomic import write_atomically
+    from kvprof.workspace.report_inputs import folder_of, gather, holds_files
 
     named = [path for path in (plan, *(scores or ()), evaluation) if path is not None]
     folder = out if out is not None and holds_files(out) else folder_of(model, named)

@@ -21,7 +21,7 @@ from kvprof.errors import InvalidFile, UsageError
 if TYPE_CHECKING:
     from kvprof.recipes.done import Past
     from kvprof.recipes.steps import Step
-    from kvprof.records.answers import RecipeStep, ShippedRecipes
+    from kvprof.records.replies import RecipeStep, ShippedRecipes
 
 
 def run(
@@ -60,8 +60,8 @@ def run(
     from kvprof.recipes.shipped import find_recipe
     from kvprof.recipes.steps import steps_of
     from kvprof.recipes.words import own_place
-    from kvprof.records.answers import RecipeRun
     from kvprof.records.recipe import read_recipe
+    from kvprof.records.replies import RecipeRun
     from kvprof.report.console import print_note, print_result
     from kvprof.report.runs import show_planned, show_recipes, show_run
 
@@ -80,7 +80,7 @@ def run(
 
     from kvprof.models.load import resolve
     from kvprof.models.names import DEMO
-    from kvprof.records.runs import OUTPUTS, output_folder, slug
+    from kvprof.storage.folders import OUTPUTS, output_folder, slug
 
     named = _named_model(found.model, home) if model is None else _named_model(model, Path.cwd())
     # The demo model may have to be converted first.
@@ -120,9 +120,9 @@ def run(
 
 def _take(steps: Sequence[Step], number: int, past: Past) -> RecipeStep:
     """Run a step or skip it; exit with the code of its command if that fails."""
-    from kvprof.records.runs import Journal
     from kvprof.report.console import print_note, print_plain
     from kvprof.report.runs import show_step
+    from kvprof.storage.journal import Journal
 
     step, later = steps[number], steps[number + 1 :]
     show_step(number + 1, len(steps), step.line)
@@ -191,7 +191,7 @@ def _read_model(past: Past, model: str) -> None:
 
 
 def _answer(step: Step, past: Past, status: str, reason: str, seconds: float | None = None) -> RecipeStep:
-    from kvprof.records.answers import RecipeStep
+    from kvprof.records.replies import RecipeStep
 
     return RecipeStep.model_validate(
         {
@@ -206,8 +206,8 @@ def _answer(step: Step, past: Past, status: str, reason: str, seconds: float | N
 
 def _shipped() -> ShippedRecipes:
     from kvprof.recipes.shipped import shipped_recipes
-    from kvprof.records.answers import ShippedRecipe, ShippedRecipes
     from kvprof.records.recipe import read_recipe
+    from kvprof.records.replies import ShippedRecipe, ShippedRecipes
 
     return ShippedRecipes(
         recipes=tuple(

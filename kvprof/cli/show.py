@@ -67,8 +67,8 @@ def validate(
 
     Exits with 1 if the file is not valid, and with 4 if it is for another model.
     """
-    from kvprof.records.answers import Validated
     from kvprof.records.kinds import load_any
+    from kvprof.records.replies import Validated
     from kvprof.report.console import print_plain, print_result
 
     document = load_any(file)
@@ -92,7 +92,7 @@ def schema(
     ],
 ) -> None:
     """Print the JSON Schema of a file, or of a command's answer to --json."""
-    from kvprof.records.schemas import schema_for
+    from kvprof.api.schemas import schema_for
     from kvprof.report.console import print_json
 
     print_json(json.dumps(schema_for(kind), indent=2) + "\n")

@@ -50,13 +50,13 @@ def spectra(
 
     Computed on calibration text, for each layer, with their effective rank.
     """
-    from kvprof.calibration.ingredients import USUAL_DATA
+    from kvprof.calibration.spec import USUAL_DATA
     from kvprof.models.load import resolve
     from kvprof.profile.reading import TextSettings
     from kvprof.profile.spectra import run_spectra
-    from kvprof.records.runs import output_folder
     from kvprof.report.console import print_note, print_result, print_written, progress
     from kvprof.report.spectra import show_spectra
+    from kvprof.storage.folders import output_folder
 
     source = resolve(model, trust_remote_code, tokenizer)
     folder = output_folder(source.id, out)

@@ -13,7 +13,7 @@ import time
 from types import FrameType
 from typing import NoReturn
 
-from kvprof.records.processes import launched_size
+from kvprof.storage.processes import launched_size
 
 SAID = "stopped. The same command goes on from the last finished piece, or begins again."
 INTERRUPTED = 130

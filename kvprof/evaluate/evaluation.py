@@ -15,13 +15,13 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from kvprof import __version__
-from kvprof.calibration.mix import MixedText, TextRequest, mix_texts
-from kvprof.calibration.self_text import batches_of, fill, streamable
+from kvprof.calibration.mixture import MixedText, TextRequest, mix_texts
+from kvprof.calibration.self_generated import batches_of, fill, streamable
 from kvprof.calibration.sequences import CalibrationSet, choose_length
 from kvprof.calibration.text import BUILTIN
 from kvprof.errors import CalibrationError, Mismatch, UsageError
+from kvprof.evaluate.cached_evaluation import Pieces
 from kvprof.evaluate.logits import choose_route
-from kvprof.evaluate.pieces import Pieces
 from kvprof.evaluate.summary import perplexity, summarise
 from kvprof.metrics import LOGIT_ROUNDING_NATS, SOFTMAXES
 from kvprof.models.costs import Passes, estimate_run
@@ -40,7 +40,7 @@ from kvprof.records.evaluation import Evaluation, Role
 from kvprof.records.formats import TENSORS
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import BitPlan, quantized_tokens
-from kvprof.records.runs import Journal
+from kvprof.storage.journal import Journal
 
 BYTES_A_PIECE = 8 * 2**10
 """Of a plan on a sequence: its line in the journal."""

@@ -22,7 +22,7 @@ from kvprof.models.decoder import cache_argument
 from kvprof.models.load import input_device
 from kvprof.models.memory import memory_explained
 from kvprof.records.plan import BitPlan
-from kvprof.runtime.attention import decoding_reads
+from kvprof.runtime.attention.reference import decoding_reads
 from kvprof.runtime.cache import PlanCache
 
 logger = logging.getLogger(__name__)

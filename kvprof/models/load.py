@@ -29,24 +29,24 @@ from transformers import (
 )
 
 from kvprof.errors import KvprofError, ModelError, UsageError, did_you_mean, first_line, is_out_of_memory
+from kvprof.models.checkpoint.gguf_header import STAND_IN, TOKENS
+from kvprof.models.checkpoint.gguf_model import first_part, models_in, open_gguf, write_without_vocabulary
+from kvprof.models.checkpoint.hub import fetch_from_hub
+from kvprof.models.checkpoint.stored_dtype import stored_dtype
+from kvprof.models.checkpoint.validation import check_config, check_loadable, read_headers, refuse_adapter
 from kvprof.models.decoder import check_reads_text, loading_class, text_config
-from kvprof.models.gguf_header import STAND_IN, TOKENS
-from kvprof.models.gguf_model import first_part, models_in, open_gguf, write_without_vocabulary
-from kvprof.models.hub import fetch_from_hub
+from kvprof.models.execution.activation_offload import Shelf
+from kvprof.models.execution.streaming import stream_weights
 from kvprof.models.inventory import ASSUMED_DTYPE, build_skeleton, own_dtype
 from kvprof.models.kept import content_name, made_once
-from kvprof.models.lent import check_lent, live_config
+from kvprof.models.loaded import check_lent, live_config
 from kvprof.models.memory import free_bytes
 from kvprof.models.names import DEMO, nearest_path
-from kvprof.models.opening import check_config, check_loadable, read_headers, refuse_adapter
 from kvprof.models.own_code import check_code, find_code, refused_code
 from kvprof.models.packages import check_packages, check_streamable, dequantizing, drop_cache_scheme, plain_weights
 from kvprof.models.quiet import quiet
-from kvprof.models.shelf import Shelf
-from kvprof.models.stored_dtype import stored_dtype
-from kvprof.models.streaming import stream_weights
 from kvprof.records.geometry import bytes_text
-from kvprof.records.runs import cache_folder
+from kvprof.storage.folders import cache_folder
 
 logger = logging.getLogger(__name__)
 

@@ -13,15 +13,15 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from kvprof.models.checkpoints import Checkpoint, GGUFCheckpoint, SafetensorsCheckpoint
-from kvprof.models.gguf_model import open_gguf
-from kvprof.models.hub import HubModel, find_on_hub
-from kvprof.models.lent import check_in_memory
+from kvprof.models.checkpoint.files import Checkpoint, GGUFCheckpoint, SafetensorsCheckpoint
+from kvprof.models.checkpoint.gguf_model import open_gguf
+from kvprof.models.checkpoint.hub import HubModel, find_on_hub
+from kvprof.models.checkpoint.remote import RemoteCheckpoint, shards_on_hub
+from kvprof.models.checkpoint.shards import SAFETENSORS_INDEX
 from kvprof.models.load import ModelSource
+from kvprof.models.loaded import check_in_memory
 from kvprof.models.quantized.checkpoint import dequantized
 from kvprof.models.quantized.settings import open_live, settings_in
-from kvprof.models.remote import RemoteCheckpoint, shards_on_hub
-from kvprof.models.shards import SAFETENSORS_INDEX
 
 
 @dataclass(frozen=True)

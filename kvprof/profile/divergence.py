@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvprof import __version__
-from kvprof.calibration.self_text import batches_of, fill
+from kvprof.calibration.self_generated import batches_of, fill
 from kvprof.calibration.sequences import CalibrationSet
 from kvprof.errors import KvprofError, UsageError
 from kvprof.metrics import LOGIT_ROUNDING_NATS, SOFTMAXES, token_kl
@@ -49,10 +49,10 @@ from kvprof.records.plan import (
     covered_geometry,
     layer_plan,
 )
-from kvprof.records.runs import Journal
 from kvprof.records.sampled import loss_scores
 from kvprof.records.scores import MadeWith, Scores, layer_scores, suffix_start
-from kvprof.runtime.attention import decoding_reads
+from kvprof.runtime.attention.reference import decoding_reads
+from kvprof.storage.journal import Journal
 
 BYTES_A_NUMBER = 160
 """Of each number: the line of it in the journal, and what the result says of it."""

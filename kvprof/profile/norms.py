@@ -18,7 +18,9 @@ from torch import Tensor
 
 from kvprof import __version__
 from kvprof.errors import NonFiniteWeight
-from kvprof.models.checkpoints import Checkpoint
+from kvprof.models.checkpoint.files import Checkpoint
+from kvprof.models.checkpoint.remote import Fetched, RemoteCheckpoint
+from kvprof.models.checkpoint.weights import LayerReads, LayerWeights, Projections
 from kvprof.models.decoder import text_config
 from kvprof.models.identity import Fingerprint, layer_digest, made_with
 from kvprof.models.inventory import take_inventory
@@ -26,13 +28,11 @@ from kvprof.models.load import ModelSource, load_config
 from kvprof.models.memory import free_bytes
 from kvprof.models.pinning import pin
 from kvprof.models.quantized.checkpoint import as_stored
-from kvprof.models.remote import Fetched, RemoteCheckpoint
-from kvprof.models.weights import LayerReads, LayerWeights, Projections
 from kvprof.profile.matrix_norms import CHUNK_BYTES, matrix_norms
 from kvprof.records.estimate import Estimate
 from kvprof.records.inventory import Inventory
-from kvprof.records.runs import Journal
 from kvprof.records.scores import AnyLayerScores, Scores, TensorScores, layer_scores, read_layer_scores
+from kvprof.storage.journal import Journal
 
 LIBRARY_BYTES = 20 * 2**20
 """What the libraries take once they compute, and headers."""

@@ -11,10 +11,10 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from kvprof.calibration.ingredients import USUAL_DATA
-from kvprof.calibration.mix import MixedText, TextRequest, mix_texts
-from kvprof.calibration.self_text import streamable
+from kvprof.calibration.mixture import MixedText, TextRequest, mix_texts
+from kvprof.calibration.self_generated import streamable
 from kvprof.calibration.sequences import CALIBRATION_LENGTH, choose_length
+from kvprof.calibration.spec import USUAL_DATA
 from kvprof.models.decoder import text_config
 from kvprof.models.inventory import position_limit
 from kvprof.models.load import ModelSource, load_tokenizer, weight_bytes

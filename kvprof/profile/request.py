@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from kvprof.calibration.mix import MixedText
-from kvprof.calibration.self_text import batches_of
+from kvprof.calibration.mixture import MixedText
+from kvprof.calibration.self_generated import batches_of
 from kvprof.errors import UsageError
 from kvprof.models.costs import Passes, estimate_run
 from kvprof.models.inventory import take_inventory
@@ -20,10 +20,10 @@ from kvprof.models.layouts import check_projects
 from kvprof.models.load import ModelSource, load_config
 from kvprof.profile.decoder import Decoder, Formats, formats_of, readable
 from kvprof.profile.reading import TextSettings, read_text
+from kvprof.profile.shards import Share
 from kvprof.records.estimate import Estimate
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.inventory import Inventory
-from kvprof.records.partial import Share
 
 SEQUENCES_UNTIL_STABLE = 32
 """The most, where a run stops as soon as its plans are stable."""

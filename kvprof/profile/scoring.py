@@ -17,14 +17,14 @@ from transformers import PreTrainedModel
 
 from kvprof.calibration.sequences import Batch, CalibrationSet, batches
 from kvprof.errors import OutOfMemory
+from kvprof.models.execution.upcast import computing_in_float32
 from kvprof.models.identity import made_with
 from kvprof.models.load import input_device
 from kvprof.models.memory import memory_explained, settled_bytes
-from kvprof.models.widening import computing_in_float32
 from kvprof.profile.decoder import Decoder, Formats, decoding_of
+from kvprof.profile.distributed import Team
 from kvprof.profile.gradients import gradient_norms, padded_on_the_right
-from kvprof.profile.losses import loss_effects
-from kvprof.profile.team import Team
+from kvprof.profile.loss_increase import loss_effects
 from kvprof.records.effects import block_tokens, encode
 from kvprof.records.formats import TENSORS, TensorName
 from kvprof.records.geometry import CacheGeometry

@@ -18,23 +18,23 @@ import torch
 from transformers import PreTrainedModel
 
 from kvprof import __version__
-from kvprof.calibration.self_text import fill
+from kvprof.calibration.self_generated import fill
 from kvprof.calibration.sequences import CalibrationSet
 from kvprof.errors import UnsupportedAttention, UsageError, first_line
 from kvprof.models.identity import fingerprint_of
 from kvprof.models.load import ModelSource, input_device, load_model
 from kvprof.profile.decoder import Formats, within_the_window
+from kvprof.profile.distributed import join_team
 from kvprof.profile.request import Prepared, SensitivitySettings, estimate, prepare
 from kvprof.profile.scoring import SequenceResult, measure_sensitivity, samples_of
-from kvprof.profile.team import join_team
+from kvprof.profile.shards import as_shard
 from kvprof.records.effects import block_tokens, decode
 from kvprof.records.estimate import Estimate
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.inventory import Inventory
-from kvprof.records.partial import as_shard
-from kvprof.records.runs import Journal
 from kvprof.records.scores import Scores
-from kvprof.runtime.interception import AttentionCall, attention_through
+from kvprof.runtime.attention.patch import AttentionCall, attention_through
+from kvprof.storage.journal import Journal
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from kvprof.errors import KvprofError, UnsupportedAttention
 from kvprof.models.decoder import cache_argument
 from kvprof.models.load import input_device, wider_dtype_advice
 from kvprof.models.memory import memory_explained
-from kvprof.profile.head import Head
+from kvprof.profile.lm_head import Head
 from kvprof.records.formats import TENSORS, TensorName
 from kvprof.records.geometry import CacheGeometry, KVLayer
 from kvprof.records.plan import head_dim_of

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvprof import __version__
-from kvprof.calibration.self_text import batches_of, fill
+from kvprof.calibration.self_generated import batches_of, fill
 from kvprof.calibration.sequences import CalibrationSet
 from kvprof.models.costs import Passes, estimate_run
 from kvprof.models.identity import fingerprint_of, made_with
@@ -28,8 +28,8 @@ from kvprof.records.formats import TENSORS
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.inventory import Inventory
 from kvprof.records.plan import head_dim_of
-from kvprof.records.runs import Journal
 from kvprof.records.spectra import LayerSpectra, Spectra, Spectrum
+from kvprof.storage.journal import Journal
 
 BYTES_A_NUMBER = 20
 """Of each singular value of each sequence, in the journal."""

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from kvprof.allocate import RULES, check_request
 from kvprof.allocate.budget import parse_bits, parse_memory
-from kvprof.allocate.targets import TARGETS
 from kvprof.errors import InvalidFile, UsageError, did_you_mean
 from kvprof.recipes.words import OWN_TEXTS
 from kvprof.records.recipe import Plans, Recipe, Target
-from kvprof.records.text_files import files_below, is_pattern
+from kvprof.targets.registry import TARGETS
+from kvprof.workspace.text_files import files_below, is_pattern
 
 
 def check_recipe(recipe: Recipe, texts: dict[str, dict[str, Path | None]]) -> None:

@@ -18,8 +18,8 @@ from kvprof import __version__
 from kvprof.errors import InvalidFile
 from kvprof.recipes.steps import Step
 from kvprof.records.history import History, Stamp, StepTaken
-from kvprof.records.locks import Lock
-from kvprof.records.runs import cannot_write
+from kvprof.storage.atomic import cannot_write
+from kvprof.storage.lock import Lock
 
 FILE = "history.json"
 

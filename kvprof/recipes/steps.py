@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvprof.allocate.targets import TARGETS
 from kvprof.errors import InvalidFile
 from kvprof.recipes.checks import check_recipe
 from kvprof.recipes.words import Words, amount, as_words, place_of, plan_name, text_file
 from kvprof.records.document import Record
 from kvprof.records.recipe import Plans, Reading, Recipe, Target
-from kvprof.records.text_files import files_below
+from kvprof.targets.registry import TARGETS
+from kvprof.workspace.text_files import files_below
 
 MEASUREMENTS = ("norms", "spectra", "gradients", "divergence")
 """What measures the model, each in a file of its name."""

@@ -14,7 +14,7 @@ from typing import Any
 from kvprof.errors import InvalidFile
 from kvprof.records.recipe import Plans, Target
 from kvprof.records.scores import LOSS_INCREASE
-from kvprof.records.text_files import HUB, is_on_disk
+from kvprof.workspace.text_files import HUB, is_on_disk
 
 OWN_TEXTS = ("builtin", "self")
 Words = tuple[str | Path, ...]

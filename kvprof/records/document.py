@@ -26,7 +26,7 @@ from pydantic import (
 from typing_extensions import Self
 
 from kvprof.errors import InvalidFile, UsageError, did_you_mean
-from kvprof.records.runs import write_atomically
+from kvprof.storage.atomic import write_atomically
 
 LARGEST_COUNT = 2**53
 """The largest whole number that every JSON reader holds exactly."""

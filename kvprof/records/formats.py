@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from kvprof.errors import UsageError, did_you_mean
 from kvprof.records.document import Positive, Record
-from kvprof.records.foreign import FOREIGN
+from kvprof.records.external_formats import FOREIGN
 
 OWN_SCHEMES = ("asymmetric", "rotated")
 """What kvprof's own cache stores; every other scheme is the format of another runtime, by its name there."""

@@ -24,9 +24,9 @@ from kvprof.errors import InvalidFile, UsageError, did_you_mean
 from kvprof.records.document import Count, Number, Positive, Record, Text, explain_invalid, read_at_most
 from kvprof.records.formats import TENSOR_WORDS, parse_formats, tensor_named
 from kvprof.records.plan import LayerChoice
-from kvprof.records.runs import RESERVED_ON_WINDOWS
 from kvprof.records.scores import METRICS
 from kvprof.records.words import read_layers
+from kvprof.storage.folders import RESERVED_ON_WINDOWS
 
 if sys.version_info >= (3, 11):
     import tomllib

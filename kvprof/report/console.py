@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from rich.console import Console
 from rich.text import Text
 
-from kvprof.records.processes import launched_rank
+from kvprof.storage.processes import launched_rank
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

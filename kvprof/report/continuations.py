@@ -5,8 +5,8 @@ Reads texts and counts, prints them through `console`; knows nothing of how they
 
 from __future__ import annotations
 
-from kvprof.records.answers import Continuation, Continuations
 from kvprof.records.geometry import bytes_text
+from kvprof.records.replies import Continuation, Continuations
 from kvprof.report.console import print_plain, print_side_by_side
 
 

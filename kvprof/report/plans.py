@@ -6,7 +6,7 @@ Reads records, prints them through `console`; knows nothing of how they were mad
 from __future__ import annotations
 
 from kvprof.errors import UsageError
-from kvprof.records.foreign import FOREIGN
+from kvprof.records.external_formats import FOREIGN
 from kvprof.records.formats import TENSORS, format_named
 from kvprof.records.geometry import bytes_text
 from kvprof.records.plan import BitPlan, Solver, TensorPlan, Window

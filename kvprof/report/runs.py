@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvprof.records.answers import RecipeRun, ShippedRecipes
+from kvprof.records.replies import RecipeRun, ShippedRecipes
 from kvprof.report.console import Table, print_plain
 
 

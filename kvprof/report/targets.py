@@ -5,7 +5,7 @@ Reads Runtimes; prints them through `console`. Does not know where they come fro
 
 from __future__ import annotations
 
-from kvprof.records.answers import Runtimes
+from kvprof.records.replies import Runtimes
 from kvprof.report.console import Table, print_plain
 
 

@@ -5,7 +5,7 @@ Reads a Verified record, prints it through `console`.
 
 from __future__ import annotations
 
-from kvprof.records.answers import Check, Verified
+from kvprof.records.replies import Check, Verified
 from kvprof.records.words import short_digest
 from kvprof.report.console import print_plain
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 import shlex
 
 from kvprof import __version__
-from kvprof.records.gathered import ReportFiles
 from kvprof.records.geometry import bytes_text
-from kvprof.records.runs import OUTPUTS
 from kvprof.report.page import Page
 from kvprof.report.sections.audit import audit_section
 from kvprof.report.sections.budgets import budgets_section
@@ -23,6 +21,8 @@ from kvprof.report.sections.quality import quality_section
 from kvprof.report.sections.spectra import spectra_section
 from kvprof.report.sections.weights import weights_section
 from kvprof.report.sentences import latent_reading
+from kvprof.storage.folders import OUTPUTS
+from kvprof.workspace.report_inputs import ReportFiles
 
 
 def make_page(files: ReportFiles) -> Page:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kvprof.records.plan import Quantizer, TensorPlan
 from kvprof.runtime.history import PAGE_TOKENS, CodeBlock, tokens_in, units_in
-from kvprof.runtime.kernels import TORCH, Kernels
-from kvprof.runtime.torch_kernels import packed_rows, unpacked_rows
+from kvprof.runtime.kernels.dispatch import TORCH, Kernels
+from kvprof.runtime.kernels.torch_kernels import packed_rows, unpacked_rows
 
 
 class FullTokens:

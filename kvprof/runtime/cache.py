@@ -24,8 +24,8 @@ from kvprof.models.identity import live_fingerprint
 from kvprof.models.inventory import take_inventory
 from kvprof.records.geometry import ELEMENT_BYTES
 from kvprof.records.plan import BitPlan
-from kvprof.runtime.hook import hook
-from kvprof.runtime.kernels import TORCH, kernels_named
+from kvprof.runtime.attention.hook import hook
+from kvprof.runtime.kernels.dispatch import TORCH, kernels_named
 from kvprof.runtime.layers import PlannedHybridLayer, PlannedIndexedLayer, PlannedLayer, planned_layer, tokens_left
 from kvprof.runtime.snapshot import Snapshot, save_layers
 

@@ -16,11 +16,11 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAtte
 from kvprof.errors import CacheError, Mismatch
 from kvprof.records.geometry import KVLayer
 from kvprof.records.plan import AnyLayerPlan, BitPlan
+from kvprof.runtime.attention.hook import Hook, Packed
 from kvprof.runtime.history import History
-from kvprof.runtime.hook import Hook, Packed
-from kvprof.runtime.kernels import TORCH, Kernels
-from kvprof.runtime.storage import TensorStore
-from kvprof.runtime.torch_kernels import restored
+from kvprof.runtime.kernels.dispatch import TORCH, Kernels
+from kvprof.runtime.kernels.torch_kernels import restored
+from kvprof.runtime.store import TensorStore
 
 RECORDED_TOKENS = 128
 """After `activate_past_recording`, how many tokens since the last `crop` wait for the next in full precision."""

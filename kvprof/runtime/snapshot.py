@@ -25,9 +25,9 @@ from kvprof.errors import CacheError, InvalidFile, Mismatch, OutputError, first_
 from kvprof.records.document import Count, Positive, Record
 from kvprof.records.geometry import CacheGeometry, KVLayer
 from kvprof.records.plan import BitPlan, oldest_held, quantized_tokens
-from kvprof.records.runs import replaced_when_whole
 from kvprof.runtime.layers import PlannedIndexedLayer, PlannedLayer, planned_layer
-from kvprof.runtime.storage import TensorStore
+from kvprof.runtime.store import TensorStore
+from kvprof.storage.atomic import replaced_when_whole
 
 SCHEMA = "kvprof.cache/2"
 

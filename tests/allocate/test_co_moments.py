@@ -13,9 +13,9 @@ from kvprof import BitPlan, Scores
 from kvprof.allocate.assemble import tensors_of
 from kvprof.allocate.budget import bit_limit
 from kvprof.allocate.co_moments import CoMoments, ScoredCoMoments, has_effects
+from kvprof.allocate.methods import exact
 from kvprof.allocate.prediction import predict
 from kvprof.allocate.problem import ExactProblem
-from kvprof.allocate.rules import exact
 from kvprof.allocate.solver import solve
 from kvprof.records.effects import decode
 from kvprof.records.formats import TENSORS, format_named

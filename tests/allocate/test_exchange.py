@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from kvprof.allocate.budget import bit_limit
 from kvprof.allocate.exchange import QuadraticKnapsack
 from kvprof.allocate.frontier import frontier
+from kvprof.allocate.methods import exact
 from kvprof.allocate.problem import ExactProblem
-from kvprof.allocate.rules import exact
 from kvprof.allocate.solver import solve
 from kvprof.records.scores import LOSS_INCREASE
 

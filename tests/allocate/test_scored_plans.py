@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from kvprof import BitPlan, Scores
 from kvprof.allocate import allocate
-from kvprof.allocate.measured import stderr_of_mean
+from kvprof.allocate.losses import stderr_of_mean
 from kvprof.allocate.prediction import predict
 from kvprof.errors import InfeasibleBudget, InvalidFile, UsageError
 from kvprof.records.formats import format_named

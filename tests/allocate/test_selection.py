@@ -17,11 +17,11 @@ from handscored import random_effects, scores_of_effects
 from kvprof import BitPlan, Scores
 from kvprof.allocate import allocate
 from kvprof.allocate.budget import bit_limit
-from kvprof.allocate.cheapest import cheapest
-from kvprof.allocate.factor import foretell
+from kvprof.allocate.kl_target import cheapest
+from kvprof.allocate.methods import exact
 from kvprof.allocate.prediction import predict, predicted_kl
 from kvprof.allocate.problem import ExactProblem
-from kvprof.allocate.rules import exact
+from kvprof.analysis.calibration_plans import foretell
 from kvprof.errors import InfeasibleBudget
 from kvprof.records.scores import LOSS_INCREASE
 from kvprof.report.plans import prediction_lines

@@ -18,7 +18,7 @@ import kvprof
 from kvprof import BitPlan, Evaluation, KvprofError, Scores
 from kvprof.cli.app import COMMANDS, app, make_app
 from kvprof.errors import InfeasibleBudget, ModelError, NotBetter, UsageError
-from kvprof.models.lent import check_lent
+from kvprof.models.loaded import check_lent
 
 WORDS = ("--sequences", "2", "--sequence-length", "32", "--data", "text.txt", "--pack", "--device", "cpu")
 TEXT = {"sequences": 2, "sequence_length": 32, "data": "text.txt", "pack": True, "device": "cpu"}

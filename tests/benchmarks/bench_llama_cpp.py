@@ -16,7 +16,7 @@ import llama_cpp
 import numpy as np
 import torch
 
-from kvprof.allocate.targets import WHOLE_CACHE
+from kvprof.allocate.target import WHOLE_CACHE
 from kvprof.allocate.unscored import uniform_plan
 from kvprof.calibration.sequences import tokenize
 from kvprof.calibration.text import BUILTIN, open_text

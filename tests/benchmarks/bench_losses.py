@@ -22,11 +22,11 @@ from kvprof.calibration.sequences import Batch, batches, tokenize
 from kvprof.calibration.text import open_text
 from kvprof.models.inventory import take_inventory
 from kvprof.models.load import load_model, load_tokenizer, resolve
-from kvprof.profile import losses
+from kvprof.profile import loss_increase as losses
 from kvprof.profile.decoder import usual_formats
-from kvprof.profile.losses import loss_effects
+from kvprof.profile.loss_increase import loss_effects
 from kvprof.records.plan import USUAL_WINDOW, Quantizer
-from kvprof.runtime import attention
+from kvprof.runtime.attention import reference as attention
 
 QUICK = "--quick" in sys.argv  # a look whether it runs: too few tokens for the claim
 TOKENS = 64 if QUICK else 512

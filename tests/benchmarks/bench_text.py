@@ -18,9 +18,9 @@ from statistics import fmean
 
 from kvprof import BitPlan, Scores
 from kvprof.allocate.budget import bit_limit
-from kvprof.allocate.rules import exact
-from kvprof.calibration.mix import TextRequest, mix_texts
-from kvprof.calibration.self_text import fill
+from kvprof.allocate.methods import exact
+from kvprof.calibration.mixture import TextRequest, mix_texts
+from kvprof.calibration.self_generated import fill
 from kvprof.evaluate.logits import planned_logits, reference_logits
 from kvprof.metrics import token_kl
 from kvprof.models.load import load_model, load_tokenizer, resolve

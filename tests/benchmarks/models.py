@@ -27,13 +27,13 @@ from statistics import fmean
 import small_models
 
 from kvprof import BitPlan, Evaluation, Scores, __version__, allocate, gradients, norms
-from kvprof.allocate.factor import foretell, usual_plans
+from kvprof.allocate.baselines import rival_plans
+from kvprof.allocate.methods import uniform
 from kvprof.allocate.prediction import predicted_kl
-from kvprof.allocate.ranks import spearman
-from kvprof.allocate.rivals import rival_plans
-from kvprof.allocate.rules import uniform
-from kvprof.evaluate.calibrate import CalibrateSettings, run_calibrate
+from kvprof.analysis.calibration_plans import foretell, usual_plans
+from kvprof.analysis.ranks import spearman
 from kvprof.evaluate.evaluation import EvaluationSettings, Rival, run_evaluation
+from kvprof.evaluate.kl_factor import CalibrateSettings, run_calibrate
 from kvprof.models.load import ModelSource, resolve
 from kvprof.profile.divergence import DivergenceSettings, run_divergence
 from kvprof.records.evaluation import PlanResult

@@ -10,7 +10,7 @@ from pathlib import Path
 _RUN = """
 import sys, threading, time
 import psutil, datasets
-import kvprof.profile.sensitivity, kvprof.report.tables, kvprof.allocate.stability
+import kvprof.profile.sensitivity, kvprof.report.tables, kvprof.analysis.stability
 import transformers.models.llama.modeling_llama, transformers.models.qwen2.modeling_qwen2
 from kvprof.cli.app import app
 process = psutil.Process()

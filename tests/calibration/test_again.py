@@ -11,7 +11,7 @@ from folders import save_folder, save_text
 from tokenizers import processors
 
 from kvprof.calibration.again import read_again, recognise
-from kvprof.calibration.mix import MixedText, TextRequest, mix_texts
+from kvprof.calibration.mixture import MixedText, TextRequest, mix_texts
 from kvprof.calibration.sequences import CalibrationSet
 from kvprof.errors import CalibrationError
 from kvprof.models.load import load_tokenizer, resolve

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from kvprof.calibration.mix import TextRequest, mix_texts
+from kvprof.calibration.mixture import TextRequest, mix_texts
 from kvprof.calibration.sequences import CalibrationSet
 from kvprof.errors import CalibrationError
 

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from kvprof.calibration.mix import MixedText, TextRequest, mix_texts
+from kvprof.calibration.mixture import MixedText, TextRequest, mix_texts
 
 WORDS = [f"w{number}" for number in range(2000)]
 OWN = "<|im_start|>"

@@ -13,8 +13,8 @@ from test_commands import handmade_scores, run
 
 from kvprof import BitPlan
 from kvprof.allocate.budget import bit_limit
-from kvprof.allocate.rules import exact
-from kvprof.allocate.stability import stability
+from kvprof.allocate.methods import exact
+from kvprof.analysis.stability import stability
 from kvprof.report.plans import stability_lines
 
 LAYERS = 6

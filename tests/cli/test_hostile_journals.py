@@ -12,7 +12,7 @@ from folders import save_folder, save_text
 from lives import COMMANDS
 from test_commands import run
 
-from kvprof.records.runs import Journal, _line
+from kvprof.storage.journal import Journal, _line
 
 BENCHMARK = ["benchmark", "out/plan.json", "model", "--context", "24", "--repeats", "2", "--out", "out"]
 MEASURING = {name: COMMANDS[name] for name in ("norms", "gradients", "spectra", "divergence", "calibrate", "evaluate")}

@@ -64,11 +64,11 @@ def test_a_streamed_model_writes_text_itself_as_the_whole_one_does(place: Path) 
 def test_text_that_would_read_the_weights_too_often_is_left_out_or_refused(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvprof.calibration.self_text.STREAMED_BYTES", 10)
+    monkeypatch.setattr("kvprof.calibration.self_generated.STREAMED_BYTES", 10)
     refused = kvprof("gradients", "model", "--data", "self", "--pack", *SHORT, *FORMATS, "--stream")
     assert refused.exit_code == 2
     assert "weights would be read 24 times" in refused.output
-    monkeypatch.setattr("kvprof.calibration.self_text.USUAL_DATA", ("text.txt", "self"))
+    monkeypatch.setattr("kvprof.calibration.self_generated.USUAL_DATA", ("text.txt", "self"))
     usual = ["--data", "text.txt", "--data", "self", "--pack", *SHORT]
     left = kvprof("gradients", "model", *usual, *FORMATS, "--stream", "--out", "left")
     assert left.exit_code == 0, left.output

@@ -13,7 +13,7 @@ import reported
 from folders import save_folder
 from test_commands import run
 
-from kvprof.records.answers import Written
+from kvprof.records.replies import Written
 
 
 def test_it_writes_both_pages_beside_the_files_and_says_where(in_tmp: Path) -> None:

@@ -14,7 +14,7 @@ from folders import edit_weights, save_folder, save_text
 from test_commands import run
 
 from kvprof import BitPlan, Scores
-from kvprof.records.runs import Journal
+from kvprof.storage.journal import Journal
 
 RECIPE = """
 model = "model"

@@ -10,8 +10,8 @@ from folders import save_folder, save_text
 from typer.testing import CliRunner, Result
 
 from kvprof import BitPlan, Scores
-from kvprof.allocate.targets import TARGETS
 from kvprof.cli.app import app
+from kvprof.targets.registry import TARGETS
 
 GGML = {"q8_0": 0.001, "q5_1": 0.02, "q5_0": 0.03, "q4_1": 0.06, "q4_0": 0.09}
 

@@ -18,7 +18,7 @@ from handscored import random_scores
 from test_commands import handmade_scores, run
 
 from kvprof import BitPlan, Scores, __version__
-from kvprof.records.schemas import schema_for
+from kvprof.api.schemas import schema_for
 
 LAYERS = 6
 SCORES = "outputs/handmade/gradients.json"

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from kvprof.calibration.sequences import tokenize
 from kvprof.calibration.text import open_text
 from kvprof.errors import CalibrationError, KvprofError, Mismatch, UnsupportedAttention, UsageError
-from kvprof.evaluate import evaluation, logits, pieces
+from kvprof.evaluate import cached_evaluation as pieces
+from kvprof.evaluate import evaluation, logits
 from kvprof.evaluate.evaluation import EvaluationSettings, Rival, run_evaluation
 from kvprof.evaluate.logits import planned_logits, reference_logits
 from kvprof.evaluate.summary import SequenceResult, summarise

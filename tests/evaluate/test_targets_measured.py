@@ -10,8 +10,7 @@ import pytest
 
 from kvprof import BitPlan, Scores
 from kvprof.allocate import allocate
-from kvprof.allocate.rules import uniform
-from kvprof.allocate.targets import TARGETS
+from kvprof.allocate.methods import uniform
 from kvprof.calibration.sequences import CalibrationSet, tokenize
 from kvprof.calibration.text import open_text
 from kvprof.evaluate.logits import planned_logits, reference_logits
@@ -20,8 +19,9 @@ from kvprof.models.inventory import take_inventory
 from kvprof.models.load import load_model, load_tokenizer, resolve
 from kvprof.profile.decoder import Decoder, formats_of
 from kvprof.profile.scoring import measure_sensitivity
-from kvprof.records.foreign import GGML
+from kvprof.records.external_formats import GGML
 from kvprof.records.formats import format_named
+from kvprof.targets.registry import TARGETS
 
 BUDGET = 5
 TOKENS, FIRST = 384, 128

@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from kvprof.allocate.budget import bit_limit
-from kvprof.allocate.rules import exact
+from kvprof.allocate.methods import exact
 from kvprof.errors import KvprofError
-from kvprof.export.kvtuner import kvtuner_plan, read_kvtuner
-from kvprof.models.gguf_header import read_gguf_header
+from kvprof.models.checkpoint.gguf_header import read_gguf_header
+from kvprof.models.checkpoint.shards import LENGTH_BYTES, find_shards, header_bytes, parse_header
 from kvprof.models.own_code import find_code
-from kvprof.models.shards import LENGTH_BYTES, find_shards, header_bytes, parse_header
+from kvprof.profile.shards import merge_shards, seal
 from kvprof.records.effects import encode
 from kvprof.records.history import History, StepTaken
 from kvprof.records.kinds import load_any
-from kvprof.records.partial import merge_shards, seal
 from kvprof.records.plan import BitPlan
 from kvprof.records.recipe import read_recipe
-from kvprof.records.runs import Journal, _line
 from kvprof.records.scores import LOSS_INCREASE, Scores
+from kvprof.storage.journal import Journal, _line
+from kvprof.targets.kvtuner import kvtuner_plan, read_kvtuner
 
 CORPUS = Path(__file__).parent.parent / "data" / "fuzz"
 """A folder for each reader: inputs that a defect was found with, and are read again by each run of the tests."""
@@ -227,7 +227,7 @@ def _read_config(path: Path) -> None:
     folder = path.parent / "model"
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_bytes(path.read_bytes())
-    from kvprof.models.opening import check_config
+    from kvprof.models.checkpoint.validation import check_config
 
     check_config(folder)
     code = find_code(folder)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from kvprof.cli.app import app
 from kvprof.errors import ModelError
-from kvprof.models.gguf_header import check_gguf, read_gguf_header
+from kvprof.models.checkpoint.gguf_header import check_gguf, read_gguf_header
 
 
 def text(value: str) -> bytes:

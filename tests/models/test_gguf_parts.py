@@ -16,8 +16,8 @@ from typer.testing import CliRunner, Result
 
 from kvprof.cli.app import app
 from kvprof.errors import ModelError
-from kvprof.models.gguf_header import check_gguf
-from kvprof.models.gguf_model import open_gguf, write_without_vocabulary
+from kvprof.models.checkpoint.gguf_header import check_gguf
+from kvprof.models.checkpoint.gguf_model import open_gguf, write_without_vocabulary
 from kvprof.models.identity import checkpoint_fingerprint
 from kvprof.models.inventory import take_inventory
 from kvprof.models.load import load_config, load_model, resolve

@@ -15,11 +15,11 @@ from tiny import UNUSUAL, tiny_model
 from transformers import DynamicCache, PreTrainedModel
 
 from kvprof.errors import UnknownLayout
-from kvprof.models.checkpoints import SafetensorsCheckpoint
+from kvprof.models.checkpoint.files import SafetensorsCheckpoint
+from kvprof.models.checkpoint.weights import stream_projections
 from kvprof.models.identity import Fingerprint, live_fingerprint
 from kvprof.models.inventory import build_skeleton, take_inventory
 from kvprof.models.layouts import find_projections
-from kvprof.models.weights import stream_projections
 
 
 def held_heads(states: torch.Tensor, kv_heads: int) -> torch.Tensor:

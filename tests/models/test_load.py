@@ -20,13 +20,13 @@ from transformers import AutoModelForImageTextToText, LlavaConfig
 from typer.testing import CliRunner, Result
 
 from kvprof import Scores
-from kvprof.calibration.mix import TextRequest, mix_texts
+from kvprof.calibration.mixture import TextRequest, mix_texts
 from kvprof.calibration.sequences import batches
 from kvprof.calibration.text import open_text
 from kvprof.cli.app import app
 from kvprof.errors import CalibrationError, ModelError, UsageError
-from kvprof.models import hub as hub_client
 from kvprof.models import load
+from kvprof.models.checkpoint import hub as hub_client
 from kvprof.models.identity import live_fingerprint
 from kvprof.models.load import load_config, load_model, load_tokenizer, resolve
 from kvprof.profile.gradients import gradient_norms

@@ -19,13 +19,13 @@ from typer.testing import CliRunner, Result
 
 from kvprof.cli.app import app
 from kvprof.errors import ModelError
-from kvprof.models.checkpoints import SafetensorsCheckpoint
+from kvprof.models.checkpoint.files import SafetensorsCheckpoint
+from kvprof.models.checkpoint.remote import RemoteCheckpoint
+from kvprof.models.checkpoint.weights import stream_projections
 from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
 from kvprof.models.inventory import take_inventory
 from kvprof.models.load import ModelSource, load_config, resolve
 from kvprof.models.pinning import bytes_to_download, pin
-from kvprof.models.remote import RemoteCheckpoint
-from kvprof.models.weights import stream_projections
 from kvprof.profile.norms import measure_norms
 from kvprof.records.geometry import CacheGeometry
 
@@ -264,7 +264,7 @@ def test_a_hub_that_tells_no_sizes_at_all_is_downloaded_from(
 ) -> None:
     hub.models[REMOTE] = save_folder(in_tmp / "served")
     hub.without_sizes = True
-    monkeypatch.setattr("kvprof.models.hub._ask_sizes", lambda *_: {})
+    monkeypatch.setattr("kvprof.models.checkpoint.hub._ask_sizes", lambda *_: {})
     assert norms(REMOTE).exit_code == 0
     assert hub.ranges == []
 

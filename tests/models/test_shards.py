@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 from safetensors.torch import save
 
-from kvprof.models.shards import DTYPES, LENGTH_BYTES, find_shards, header_bytes, parse_header
+from kvprof.models.checkpoint.shards import DTYPES, LENGTH_BYTES, find_shards, header_bytes, parse_header
 
 TENSORS = {
     "a": torch.zeros(3, 2),

@@ -16,13 +16,14 @@ from transformers import AutoModelForImageTextToText, Gemma3nTextConfig, LlavaCo
 
 from kvprof.calibration.sequences import Batch, batches
 from kvprof.errors import ModelError, UnsupportedAttention, UnsupportedStreaming, UsageError
-from kvprof.models import shelf, streaming
+from kvprof.models.execution import activation_offload as shelf
+from kvprof.models.execution import streaming
+from kvprof.models.execution.activation_offload import Shelf
 from kvprof.models.inventory import take_inventory
 from kvprof.models.load import ModelSource, input_device, load_model
-from kvprof.models.shelf import Shelf
 from kvprof.profile.decoder import Decoder, formats_of
 from kvprof.profile.gradients import gradient_norms
-from kvprof.profile.losses import loss_effects
+from kvprof.profile.loss_increase import loss_effects
 from kvprof.records.plan import Quantizer, Window
 
 WINDOW = Window(sink_tokens=2, recent_tokens=4)
@@ -236,7 +237,7 @@ def test_a_gguf_file_is_refused(tmp_path: Path) -> None:
 
 LEFT_BEHIND = """
 import os, sys
-from kvprof.models.shelf import Shelf
+from kvprof.models.execution.activation_offload import Shelf
 shelf = Shelf()
 print(shelf.folder, flush=True)
 os._exit(9) if sys.argv[1] == "killed" else None

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
 from kvprof.errors import ModelError, NonFiniteWeight, UnknownLayout
-from kvprof.models.checkpoints import LiveCheckpoint, SafetensorsCheckpoint
+from kvprof.models.checkpoint.files import LiveCheckpoint, SafetensorsCheckpoint
+from kvprof.models.checkpoint.weights import LayerWeights, stream_projections
 from kvprof.models.identity import Fingerprint, live_fingerprint
 from kvprof.models.inventory import take_inventory
-from kvprof.models.weights import LayerWeights, stream_projections
 
 KEY = "model.layers.1.self_attn.k_proj.weight"
 VALUE = "model.layers.1.self_attn.v_proj.weight"

@@ -35,8 +35,8 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from kvprof.calibration.sequences import Batch
-from kvprof.profile import losses
-from kvprof.profile.losses import loss_effects
+from kvprof.profile import loss_increase as losses
+from kvprof.profile.loss_increase import loss_effects
 from kvprof.records.formats import format_named
 from kvprof.records.long_run import bandwidth_of, long_run
 from kvprof.records.plan import Quantizer, TensorPlan, Window

@@ -17,7 +17,7 @@ LIVES = """
 import os, random, signal, sys, time
 import torch
 torch.set_num_threads(1)
-import kvprof.profile.sensitivity, kvprof.report.tables, kvprof.allocate.stability
+import kvprof.profile.sensitivity, kvprof.report.tables, kvprof.analysis.stability
 import transformers.models.llama.modeling_llama
 from kvprof.cli.app import make_app
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from kvprof.errors import UnsupportedAttention
-from kvprof.profile import losses
+from kvprof.profile import loss_increase as losses
 from kvprof.profile.decoder import Formats
 from kvprof.records.plan import Quantizer, TensorPlan
 

@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvprof.calibration.sequences import batches
 from kvprof.models.inventory import take_inventory
-from kvprof.profile import losses
+from kvprof.profile import loss_increase as losses
 from kvprof.profile.decoder import Decoder, Formats, formats_of
 from kvprof.records.plan import LayerChoice, Quantizer, TensorPlan, Window
 

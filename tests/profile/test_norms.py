@@ -14,8 +14,8 @@ from tiny import tiny_model
 from torch import Tensor
 
 from kvprof.errors import NonFiniteWeight
+from kvprof.models.checkpoint.weights import LayerWeights
 from kvprof.models.load import resolve
-from kvprof.models.weights import LayerWeights
 from kvprof.profile.matrix_norms import frobenius_norm, spectral_norm
 from kvprof.profile.norms import layer_norms, measure_norms
 from kvprof.records.geometry import KVLayer

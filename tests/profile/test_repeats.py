@@ -20,8 +20,8 @@ import torch
 from folders import save_folder, save_text
 
 from kvprof.allocate.budget import bit_limit
-from kvprof.allocate.rules import exact
-from kvprof.allocate.verification import moved
+from kvprof.allocate.methods import exact
+from kvprof.analysis.verify import moved
 from kvprof.api.measure_again import largest_difference
 from kvprof.api.verify import TOLERANCE
 from kvprof.calibration.sequences import tokenize

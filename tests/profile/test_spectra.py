@@ -22,13 +22,13 @@ from kvprof.models.inventory import take_inventory
 from kvprof.models.load import ModelSource, load_tokenizer, resolve
 from kvprof.profile import singular_values as measuring
 from kvprof.profile import spectra as running
-from kvprof.profile.head import Head
+from kvprof.profile.lm_head import Head
 from kvprof.profile.reading import TextSettings
 from kvprof.profile.singular_values import cached_singular_values, singular_values
 from kvprof.profile.spectra import run_spectra, summed_up
 from kvprof.records.formats import TENSORS
-from kvprof.records.runs import Journal
 from kvprof.records.spectra import Spectra
+from kvprof.storage.journal import Journal
 
 Truth = dict[tuple[int, str], np.ndarray]
 

@@ -11,8 +11,8 @@ import pytest
 from folders import save_folder, save_text
 
 from kvprof.errors import KvprofError, UsageError
-from kvprof.profile.team import Team, join_team
-from kvprof.records.processes import launched_rank, launched_size
+from kvprof.profile.distributed import Team, join_team
+from kvprof.storage.processes import launched_rank, launched_size
 
 MEASURE = "gradients model --data text.txt --pack --sequences 5 --sequence-length 24 --recent-tokens 4 --sink-tokens 1"
 MORE = "--formats key:int2g8,value:int3g8 --batch-size 2"

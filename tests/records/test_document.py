@@ -359,7 +359,7 @@ def test_a_save_that_fails_midway_leaves_the_old_file_and_nothing_else(
     def fail(*_: object) -> None:
         raise failure
 
-    monkeypatch.setattr(f"kvprof.records.runs.os.{step}", fail)
+    monkeypatch.setattr(f"kvprof.storage.atomic.os.{step}", fail)
     with pytest.raises(OutputError if isinstance(failure, OSError) else KeyboardInterrupt):
         kind.from_json(value, "a.json").save(path)
     assert path.read_text() == "old"

@@ -12,11 +12,11 @@ from xml.etree import ElementTree
 import pytest
 import reported
 
-from kvprof.records.gathered import gather
 from kvprof.records.inventory import Inventory, RedFlag
 from kvprof.report.html import to_html
 from kvprof.report.palette import COLOURS, heat
 from kvprof.report.whole import make_page
+from kvprof.workspace.report_inputs import gather
 
 EVIL = '<script>alert("x")</script>&amp;<img src=//e.example onerror=x>'
 VOID = {"meta", "link"}

@@ -9,9 +9,9 @@ import pytest
 import reported
 from browser import CHROMIUM, in_browser, opened
 
-from kvprof.records.gathered import gather
 from kvprof.report.html import to_html
 from kvprof.report.whole import make_page
+from kvprof.workspace.report_inputs import gather
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import reported
 
-from kvprof.records.gathered import gather
 from kvprof.report.html import to_html
 from kvprof.report.markdown import escape, to_markdown
 from kvprof.report.page import Code, Commands, Page, Paragraph, Section, Table
 from kvprof.report.whole import make_page
+from kvprof.workspace.report_inputs import gather
 
 CELL = re.compile(r"(?<!\\)\|")
 

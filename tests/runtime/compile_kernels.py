@@ -16,8 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from kvprof.records.plan import Quantizer
-from kvprof.runtime.triton_kernels import attend, attention, attention_kernels, pack_tokens, packing_kernels
-from kvprof.runtime.triton_kernels import unpack_tokens as unpack
+from kvprof.runtime.kernels.triton_kernels import attend, attention, attention_kernels, pack_tokens, packing_kernels
+from kvprof.runtime.kernels.triton_kernels import unpack_tokens as unpack
 
 ATTENDED = (
     (("int4g64", "channel"), ("int4g128", "token"), 128),

@@ -8,9 +8,9 @@ from torch import Tensor
 from kvprof.records.formats import Format, format_named
 from kvprof.records.plan import Quantizer, TensorPlan, Window
 from kvprof.runtime.history import CodeBlock, History, StoredTensor
-from kvprof.runtime.kernels import TORCH, Kernels
-from kvprof.runtime.storage import TensorStore
-from kvprof.runtime.torch_kernels import unpack_tokens
+from kvprof.runtime.kernels.dispatch import TORCH, Kernels
+from kvprof.runtime.kernels.torch_kernels import unpack_tokens
+from kvprof.runtime.store import TensorStore
 
 WINDOW = Window(sink_tokens=4, recent_tokens=10)
 CODE_BITS = (1, 2, 3, 4, 5, 6, 8)

@@ -28,8 +28,9 @@ from kvprof.errors import KvprofError, Mismatch, UnsupportedAttention
 from kvprof.models.inventory import take_inventory
 from kvprof.records.document import ModelInfo
 from kvprof.records.plan import BitPlan, LayerPlan, Quantizer, SkippedLayer, TensorPlan, Window, layer_plan
-from kvprof.runtime import attention, interception
-from kvprof.runtime.attention import decoding_reads
+from kvprof.runtime.attention import patch as interception
+from kvprof.runtime.attention import reference as attention
+from kvprof.runtime.attention.reference import decoding_reads
 
 WRITTEN_OUT = ("gptj", "codegen", "bloom", "falcon-mqa", "falcon-mha", "falcon-grouped", "mpt")
 UNSUPPORTED = "xglm"

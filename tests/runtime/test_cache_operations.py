@@ -17,7 +17,7 @@ from kvprof.errors import CacheError
 from kvprof.records.plan import BitPlan, TensorPlan
 from kvprof.runtime.cache import PlanCache
 from kvprof.runtime.layers import RECORDED_TOKENS
-from kvprof.runtime.quantizer import fake_quantize
+from kvprof.runtime.quantization.quantizer import fake_quantize
 
 SEQUENCES = 500
 SLIDING_SEQUENCES = 350

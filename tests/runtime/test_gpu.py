@@ -15,8 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvprof.records.geometry import CacheGeometry, KVLayer
 from kvprof.records.plan import BitPlan, Quantizer, Window
-from kvprof.runtime import PlanCache, torch_kernels
+from kvprof.runtime import PlanCache
 from kvprof.runtime.history import History
+from kvprof.runtime.kernels import torch_kernels
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(),
@@ -37,7 +38,7 @@ def poisoned() -> Iterator[None]:
 
 def attend_checked(read: History, queries: int, **options: torch.Tensor) -> None:
     """Attend in the kernel, and a few sequences at a time in float64."""
-    from kvprof.runtime import triton_kernels
+    from kvprof.runtime.kernels import triton_kernels
 
     B, H, _, D = read.key.shape
     query = torch.randn(B, H * queries, 1, D, device="cuda").to(read.key.like.dtype)
@@ -94,7 +95,7 @@ def test_published_shapes(heads: int, queries: int, tokens: int, batch: int) -> 
 @pytest.mark.parametrize("axis", ["channel", "token"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_packing_gives_the_bits_of_plain_torch(name: str, axis: str, dtype: torch.dtype) -> None:
-    from kvprof.runtime import triton_kernels
+    from kvprof.runtime.kernels import triton_kernels
 
     if name.startswith("rot") and axis == "channel":
         pytest.skip("a rotated tensor has a scale a token")

@@ -12,10 +12,10 @@ from reference import rounded
 from torch import Tensor
 
 from kvprof.errors import BeyondFormat
-from kvprof.records.foreign import FOREIGN
+from kvprof.records.external_formats import FOREIGN
 from kvprof.records.formats import CODE_BITS, Format, format_named
 from kvprof.records.plan import Quantizer
-from kvprof.runtime.quantizer import fake_quantize
+from kvprof.runtime.quantization.quantizer import fake_quantize
 
 HEAD_DIM, TOKENS = 128, 32
 SIZES = (

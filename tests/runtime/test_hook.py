@@ -23,9 +23,10 @@ from transformers import (
 from kvprof.errors import CacheError
 from kvprof.models.inventory import take_inventory
 from kvprof.records.plan import BitPlan
-from kvprof.runtime import PlanCache, torch_kernels
-from kvprof.runtime.attention import decoding_reads
-from kvprof.runtime.kernels import kernels_named
+from kvprof.runtime import PlanCache
+from kvprof.runtime.attention.reference import decoding_reads
+from kvprof.runtime.kernels import torch_kernels
+from kvprof.runtime.kernels.dispatch import kernels_named
 
 errors = pytest.importorskip("triton.runtime.errors")
 
@@ -53,7 +54,7 @@ def small_llama(layers: int = 2) -> LlamaForCausalLM:
 @pytest.fixture
 def attended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """`packed`, for each time that a query attended to packed codes."""
-    from kvprof.runtime import triton_kernels
+    from kvprof.runtime.kernels import triton_kernels
 
     seen: list[str] = []
     attend = triton_kernels.attend
@@ -371,7 +372,7 @@ def test_a_gpu_that_is_too_small_for_a_kernel_attends_the_plain_way(
     def refused(*_: Any) -> Tensor:
         raise errors.OutOfResources(2**20, 101376, "shared memory")
 
-    monkeypatch.setattr("kvprof.runtime.triton_kernels.attention._attend", refused)
+    monkeypatch.setattr("kvprof.runtime.kernels.triton_kernels.attention._attend", refused)
     plan, ids = plan_for(llama), random_ids(llama, 36)
     expected = decoded(llama, PlanCache.from_plan(plan, llama, kernels="torch"), ids, 32)
     found = decoded(llama, PlanCache.from_plan(plan, llama, kernels="triton"), ids, 32)
@@ -397,7 +398,7 @@ def test_kernels_are_chosen_by_name(llama: LlamaForCausalLM) -> None:
 def test_without_a_gpu_or_the_interpreter_triton_says_what_it_needs(
     llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvprof.runtime.triton_kernels.INTERPRETED", False)
+    monkeypatch.setattr("kvprof.runtime.kernels.triton_kernels.INTERPRETED", False)
     with pytest.raises(CacheError, match="need a GPU, the model is on cpu"):
         kernels_named("triton", "cpu")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

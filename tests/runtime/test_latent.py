@@ -21,9 +21,9 @@ from transformers.cache_utils import DynamicLayer
 from kvprof.errors import CacheError, Mismatch
 from kvprof.models.inventory import take_inventory
 from kvprof.records.plan import BitPlan, LayerPlan
-from kvprof.runtime.attention import decoding_reads
+from kvprof.runtime.attention.patch import _active
+from kvprof.runtime.attention.reference import decoding_reads
 from kvprof.runtime.cache import PlanCache
-from kvprof.runtime.interception import _active
 
 INDEXED = "deepseek-v32"
 OPERATIONS = {

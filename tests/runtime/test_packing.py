@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvprof.records.formats import CODE_BITS
-from kvprof.runtime.packing import PLANES, pack, packed_bytes, unpack
+from kvprof.runtime.quantization.packing import PLANES, pack, packed_bytes, unpack
 
 widths = st.sampled_from(CODE_BITS)
 counts = st.integers(0, 200)

@@ -17,8 +17,8 @@ from scipy.stats import norm
 
 from kvprof.records.formats import CODE_BITS, Format
 from kvprof.records.plan import Quantizer
-from kvprof.runtime.quantizer import decode, encode, fake_quantize
-from kvprof.runtime.rotation import lloyd_max_levels
+from kvprof.runtime.quantization.quantizer import decode, encode, fake_quantize
+from kvprof.runtime.quantization.rotation import lloyd_max_levels
 
 HEAD_DIM = 16
 USUAL = Quantizer()

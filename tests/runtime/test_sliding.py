@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache,
 from kvprof.models.inventory import take_inventory
 from kvprof.records.document import ModelInfo
 from kvprof.records.plan import BitPlan, LayerPlan, Quantizer, TensorPlan, Window
-from kvprof.runtime.attention import decoding_reads
+from kvprof.runtime.attention.reference import decoding_reads
 from kvprof.runtime.cache import PlanCache
 from kvprof.runtime.layers import planned_layer
 

@@ -26,10 +26,10 @@ from torch import Tensor
 
 from kvprof.records.formats import Format
 from kvprof.records.plan import Quantizer, TensorPlan, Window
-from kvprof.runtime import torch_kernels
 from kvprof.runtime.history import PAGE_TOKENS, CodeBlock, History, StoredTensor
+from kvprof.runtime.kernels import torch_kernels
 
-triton_kernels = pytest.importorskip("kvprof.runtime.triton_kernels")
+triton_kernels = pytest.importorskip("kvprof.runtime.kernels.triton_kernels")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BFLOAT = Quantizer(scale_dtype="bfloat16", zero_dtype="bfloat16")

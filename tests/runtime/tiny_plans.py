@@ -17,7 +17,7 @@ from kvprof.models.inventory import take_inventory
 from kvprof.records.document import ModelInfo
 from kvprof.records.plan import AnyLayerPlan, BitPlan, LayerChoice, Quantizer, SkippedLayer, Window, layer_plan
 from kvprof.runtime.layers import RECORDED_TOKENS
-from kvprof.runtime.quantizer import fake_quantize
+from kvprof.runtime.quantization.quantizer import fake_quantize
 
 MIXED = [("int2g4c", "rot2"), ("int3g8", "int4g8"), ("rot3", "int1g4"), ("int4g4", "full")]
 """Formats of keys and values, layer by layer and over again: both schemes, clipped and plain, and one in 16 bits."""

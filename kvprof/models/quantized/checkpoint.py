@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kvprof.models.checkpoints import Checkpoint, Runs
+from kvprof.models.checkpoint.files import Checkpoint, Runs
+from kvprof.models.checkpoint.shards import FLOATS
 from kvprof.models.quantized.bitsandbytes import bitsandbytes_matrix
 from kvprof.models.quantized.compressed import compressed_matrix
 from kvprof.models.quantized.fp8 import fp8_matrix
@@ -19,7 +20,6 @@ from kvprof.models.quantized.gptq import gptq_matrix
 from kvprof.models.quantized.matrix import CodedMatrix, Parts, Settings
 from kvprof.models.quantized.mlx import mlx_matrix
 from kvprof.models.quantized.modelopt import modelopt_matrix
-from kvprof.models.shards import FLOATS
 
 _CODES = (".weight_packed", ".qweight")
 """How the names end of codes that stand in the place of `.weight`."""

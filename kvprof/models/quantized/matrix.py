@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kvprof.errors import ModelError, NonFiniteWeight
-from kvprof.models.checkpoints import Checkpoint
-from kvprof.models.shards import BEFORE_QUANTIZED
+from kvprof.models.checkpoint.files import Checkpoint
+from kvprof.models.checkpoint.shards import BEFORE_QUANTIZED
 
 Settings = Mapping[str, Any]
 """What a config says of its quantization; from anywhere, so that no value is of a type that can be relied on."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from kvprof.models.checkpoints import Checkpoint, LiveCheckpoint
+from kvprof.models.checkpoint.files import Checkpoint, LiveCheckpoint
 from kvprof.models.own_code import read_object
 from kvprof.models.quantized.checkpoint import dequantized
 from kvprof.models.quantized.matrix import Settings

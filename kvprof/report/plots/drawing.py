@@ -12,11 +12,11 @@ from pathlib import Path
 
 from kvprof.errors import UsageError, did_you_mean
 from kvprof.records.document import ModelInfo
-from kvprof.records.gathered import folder_of
-from kvprof.records.runs import OUTPUTS, slug
 from kvprof.report.plots.catalogue import PICTURES, Setting
 from kvprof.report.plots.jobs import Evaluations, Job, evaluations_for, jobs_of_files, jobs_of_folder, model_folder
 from kvprof.report.plots.style import FORMATS, NothingToDraw, Page, save_figure
+from kvprof.storage.folders import OUTPUTS, slug
+from kvprof.workspace.report_inputs import folder_of
 
 FOLDER = "plots"
 """Where pictures go, beside the files that they show."""

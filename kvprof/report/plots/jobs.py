@@ -13,12 +13,12 @@ from pathlib import Path
 from kvprof.errors import InvalidFile, KvprofError, Mismatch, UsageError, did_you_mean, first_line
 from kvprof.records.document import Document, ModelInfo, read_json
 from kvprof.records.evaluation import Evaluation
-from kvprof.records.gathered import folder_of, holds_files
 from kvprof.records.kinds import load_any
-from kvprof.records.runs import OUTPUTS
 from kvprof.records.scores import Scores
 from kvprof.report.plots.catalogue import PICTURES, Picture
 from kvprof.report.plots.style import NothingToDraw
+from kvprof.storage.folders import OUTPUTS
+from kvprof.workspace.report_inputs import folder_of, holds_files
 
 EVALUATION = "evaluation.json"
 """What is measured of a frontier's model, beside it."""

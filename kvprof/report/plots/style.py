@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 from kvprof.errors import KvprofError
 from kvprof.records.document import ModelInfo
 from kvprof.records.formats import TensorName
-from kvprof.records.runs import replaced_when_whole
+from kvprof.storage.atomic import replaced_when_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,10 +6,10 @@ Reads an Audit.
 from __future__ import annotations
 
 from kvprof.records.audit import Audit
-from kvprof.records.gathered import ReportFiles
 from kvprof.records.words import counted
 from kvprof.report.charts.audit import draw_audit_panel
 from kvprof.report.page import Block, Drawing, Figure, Paragraph, Section, Table, missing, sentence
+from kvprof.workspace.report_inputs import ReportFiles
 
 HEADING = "Do the predictions hold?"
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from kvprof.records.evaluation import PlanResult
 from kvprof.records.frontier import Frontier
-from kvprof.records.gathered import ReportFiles
 from kvprof.report.charts.budgets import Measured, Predicted, draw_budgets
 from kvprof.report.evaluations import KL_FLOOR, nats_text
 from kvprof.report.frontiers import knee_lines
 from kvprof.report.page import Block, Commands, Figure, Paragraph, Section, Table, both_widths, missing
 from kvprof.report.sections.losses import other_scores
+from kvprof.workspace.report_inputs import ReportFiles
 
 HEADING = "What would another budget buy?"
 WIDE, NARROW = (920, 470), (358, 460)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from kvprof.records.gathered import ReportFiles
 from kvprof.records.geometry import CacheGeometry, KVLayer, bytes_text
 from kvprof.records.inventory import Inventory
 from kvprof.records.words import context_text, layers_text
 from kvprof.report.page import Block, Paragraph, Section, Table, missing, sentence
 from kvprof.report.sentences import latent_remarks
+from kvprof.workspace.report_inputs import ReportFiles
 
 UNCOUNTED = ("recurrent", "hybrid", "other")
 """Kinds of layer that keep something which is neither a key nor a value of a token."""

@@ -6,12 +6,12 @@ Reads Scores with gradient norms.
 from __future__ import annotations
 
 from kvprof.records.formats import TENSORS, TensorName
-from kvprof.records.gathered import ReportFiles
 from kvprof.records.scores import Scores
 from kvprof.report.charts.layers import LayerMark, draw_layers
 from kvprof.report.page import Block, Figure, Paragraph, Section, Table, both_widths, missing, sentence
 from kvprof.report.sentences import score_remarks
 from kvprof.report.series import by_layer
+from kvprof.workspace.report_inputs import ReportFiles
 
 HEADING = "How strongly does the loss pull at W_k and W_v?"
 

@@ -9,13 +9,13 @@ import math
 from collections.abc import Mapping, Sequence
 
 from kvprof.records.formats import TENSORS, TensorName
-from kvprof.records.gathered import ReportFiles
 from kvprof.records.plan import BitPlan
 from kvprof.records.scores import Scores
 from kvprof.records.words import short_digest
 from kvprof.report.charts.heat import Column, draw_heat, shades_of
 from kvprof.report.page import Block, Drawing, Figure, Paragraph, Section, Table, missing
 from kvprof.report.series import ScoredFormat, scored_formats
+from kvprof.workspace.report_inputs import ReportFiles
 
 HEADING = "What does each way to store them cost?"
 WIDE_SPREAD = 4.0

@@ -9,10 +9,10 @@ import shlex
 from typing import Any
 
 from kvprof.records.evaluation import Evaluation
-from kvprof.records.gathered import Found, ReportFiles
 from kvprof.records.plan import BitPlan
 from kvprof.records.scores import CalibrationInfo, Scores
 from kvprof.report.page import Block, Commands, Paragraph, Section, Table
+from kvprof.workspace.report_inputs import Found, ReportFiles
 
 HEADING = "How can this be made again?"
 

@@ -6,7 +6,6 @@ Reads the plan.
 from __future__ import annotations
 
 from kvprof.records.formats import TENSORS
-from kvprof.records.gathered import ReportFiles
 from kvprof.records.plan import BitPlan
 from kvprof.records.words import layers_text
 from kvprof.report.charts.plan import draw_plan
@@ -14,6 +13,7 @@ from kvprof.report.page import Block, Figure, Paragraph, Section, Table, both_wi
 from kvprof.report.plans import plan_lines
 from kvprof.report.sections.losses import other_scores
 from kvprof.report.series import skipped_layers, stored_tensors
+from kvprof.workspace.report_inputs import ReportFiles
 
 HEADING = "Where do the bits go?"
 WIDE, NARROW = 920, 358

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kvprof.records.evaluation import Evaluation, PlanResult
-from kvprof.records.gathered import ReportFiles
 from kvprof.records.words import counted
 from kvprof.report.charts.positions import draw_positions
 from kvprof.report.evaluations import KL_FLOOR, evaluation_lines, evaluation_verdict, nats_text
 from kvprof.report.page import Block, Code, Drawing, Figure, Paragraph, Section, Table, missing, sentence
 from kvprof.report.sections.budgets import measured_plans
 from kvprof.report.series import ranked_results
+from kvprof.workspace.report_inputs import ReportFiles
 
 HEADING = "How good is it, measured?"
 

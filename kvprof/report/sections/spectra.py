@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 
 from kvprof.records.formats import TENSORS, TensorName
-from kvprof.records.gathered import ReportFiles
 from kvprof.records.spectra import LayerSpectra, Spectra
 from kvprof.report.charts.layers import LayerMark, draw_layers
 from kvprof.report.charts.spectra import draw_spectrum
 from kvprof.report.page import Block, Drawing, Figure, Paragraph, Section, Table, missing, sentence
 from kvprof.report.series import SPECTRUM_FLOOR, spread_over
 from kvprof.report.spectra import SHARE, heads_text, larger_text
+from kvprof.workspace.report_inputs import ReportFiles
 
 HEADING = "How large are the cached keys and values themselves?"
 SHOWN = 6

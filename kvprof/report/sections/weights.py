@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import Literal
 
 from kvprof.records.formats import TENSORS
-from kvprof.records.gathered import ReportFiles
 from kvprof.records.scores import Scores
 from kvprof.records.words import layers_text
 from kvprof.report.charts.layers import LayerMark, draw_layers
 from kvprof.report.page import Block, Drawing, Figure, Paragraph, Section, Table, missing, sentence
 from kvprof.report.sentences import larger, norm_verdict, score_remarks
 from kvprof.report.series import by_layer
+from kvprof.workspace.report_inputs import ReportFiles
 
 HEADING = "How large are the projections W_k and W_v?"
 Norm = Literal["spectral_norm", "frobenius_norm"]

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kvprof.errors import ModelError
-from kvprof.models.checkpoints import SafetensorsCheckpoint
+from kvprof.models.checkpoint.files import SafetensorsCheckpoint
+from kvprof.models.checkpoint.shards import FLOATS, quantized
 from kvprof.models.quantized.checkpoint import dequantized
-from kvprof.models.shards import FLOATS, quantized
 
 HERE = Path(__file__).parent
 MODULE = "model.layers.0.self_attn.k_proj"

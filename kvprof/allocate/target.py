@@ -1,0 +1,132 @@
+"""A runtime that plans are made for: what it can be told, in which formats, and what was checked of that.
+
+Plain data. `targets` has each runtime's; `constrained` solves a plan within what it can be told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Literal
+
+from kvprof.allocate.budget import CachedTensor
+from kvprof.allocate.constraints import FULL, Grammar
+from kvprof.errors import UsageError, did_you_mean
+from kvprof.records.external_formats import FOREIGN
+from kvprof.records.formats import TENSORS, Format, TensorName, format_named
+from kvprof.records.geometry import CacheGeometry
+from kvprof.records.plan import LAYER_CHOICES, BitPlan, LayerChoice, Window
+
+WHOLE_CACHE = Window(sink_tokens=0, recent_tokens=0)
+"""Every token is quantized as it comes."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A runtime that plans can be made for.
+
+    grammar: what it can be told; None where it obeys any plan of kvprof's own formats. artefact: what `kvprof export`
+    writes. since: the version that understands it. checked: what was held against what. window: what it keeps in full
+    precision. full: its own word for 16 bits. sliding: what it does with layers of a sliding window: as they are told
+    one by one, quantizes them like the others, or keeps them in 16 bits.
+    """
+
+    name: str
+    grammar: Grammar | None
+    artefact: str
+    since: str
+    checked: str
+    window: Window = WHOLE_CACHE
+    full: str = FULL
+    sliding: Literal["as told", "quantized", "full"] = "quantized"
+
+    def formats_of(self, tensor: TensorName) -> tuple[str, ...]:
+        """Return the formats, by name, that keys or values can have; none where any of kvprof's own will do."""
+        return () if self.grammar is None else self.grammar.formats_of(tensor)
+
+    def forms(self, tensor: CachedTensor) -> dict[str, Format]:
+        """Return the formats by name that a tensor can have, those left out that its heads cannot."""
+        found = {}
+        for name in self.formats_of(tensor.name):
+            with contextlib.suppress(UsageError):
+                found[name] = format_named(name, tensor.stored_as, tensor.head_dim)
+        return found
+
+    @property
+    def to_score(self) -> dict[TensorName, tuple[str, ...]] | None:
+        """The formats that its plans need scores of; None where kvprof's usual ones will do."""
+        if self.grammar is None:
+            return None
+        return {tensor: tuple(name for name in self.formats_of(tensor) if name != FULL) for tensor in TENSORS}
+
+    def word(self, name: str) -> str:
+        """Return the runtime's own word for a format that it knows by the name that kvprof has for it."""
+        return self.full if name == FULL else name
+
+    def stored_bits(self) -> list[tuple[str, str]]:
+        """Return each of the runtime's own words with the bits that an element then stores; D is the head dimension."""
+        if self.grammar is None:
+            return []
+        rows = []
+        for word, forms in self.grammar.choices().items():
+            bits = dict.fromkeys(map(_stored_bits, forms))
+            rows.append((self.word(word), next(iter(bits)) if len(bits) == 1 else "K {} V {}".format(*bits)))
+        return rows
+
+    @property
+    def words(self) -> str:
+        """What the runtime can be told, in words."""
+        return "any plan of kvprof's own formats" if self.grammar is None else self.grammar.words
+
+
+def layer_choice(layers: str | None, target: Target | None, geometry: CacheGeometry | None = None) -> LayerChoice:
+    """Return whether plans cover sliding layers: as is asked for, else as the runtime does, else they do.
+
+    geometry: None where it is not known whether there are any.
+    Raises UsageError for another word, or one that the runtime cannot be told.
+    """
+    if layers is None:
+        return "full" if target is not None and target.sliding == "full" else "all"
+    if layers not in LAYER_CHOICES:
+        raise UsageError(f"--layers {layers!r}: {did_you_mean(layers, LAYER_CHOICES)}")
+    if target is not None and (geometry is None or geometry.sliding):
+        fixed = {"quantized": "all", "full": "full"}.get(target.sliding, layers)
+        if layers != fixed:
+            does = "keeps them in 16 bits" if fixed == "full" else "quantizes them like the others"
+            raise UsageError(
+                f"--layers {layers}: {target.name} cannot be told so of layers of a sliding window; it {does}.\n"
+                f"  Leave out --layers, or give --layers {fixed}."
+            )
+    return "full" if layers == "full" else "all"
+
+
+def check_latents(target: Target, geometry: CacheGeometry | None) -> None:
+    """Raise UsageError where a runtime can be told nothing of a model, since it has latent attention."""
+    if (unknown := latents_unknown(target, geometry)) is not None:
+        raise UsageError(f"--target {target.name}: {unknown}.\n  Leave out --target: kvprof's own cache stores it.")
+
+
+def latents_unknown(target: Target, geometry: CacheGeometry | None) -> str | None:
+    """Return why a runtime can be told nothing of a model with latent attention (MLA), or None where it can."""
+    if target.name == "transformers" or geometry is None or not any(shape.is_latent for shape in geometry.planned):
+        return None
+    return f"the model has latent attention (MLA), and kvprof does not know how {target.name} stores a latent"
+
+
+def sliding_remark(plan: BitPlan, target: Target) -> str | None:
+    """Return that a runtime quantizes the sliding layers that a plan leaves alone, where it does; else None."""
+    skipped = [] if plan.geometry is None else [plan.geometry.layers[layer] for layer in plan.reasons]
+    if target.sliding != "quantized" or not any(shape.window for shape in skipped):
+        return None
+    return (
+        f"{target.name} quantizes layers of a sliding window like the others: neither its KL nor its bytes are what "
+        f"the plan says; `kvprof gradients --target {target.name}` scores them too"
+    )
+
+
+def _stored_bits(name: str) -> str:
+    """Return the stored bits of a format by name, in words: `4.5`, `4 + 32/D`."""
+    foreign = FOREIGN.get(name)
+    if foreign is not None and foreign.block == 0:
+        return f"{foreign.bits} + {foreign.side_bits}/D"
+    return f"{float(format_named(name, 'value').stored_bits()):g}"

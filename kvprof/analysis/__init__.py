@@ -1,0 +1,1 @@
+"""How far to trust scores and plans: resampled, explained, compared, verified, held against measurements."""

@@ -1,1 +1,0 @@
-"""Bit plans as other tools write them: one file a tool."""

@@ -1,0 +1,1 @@
+"""Models that run in less memory than they take: layer by layer, their activations elsewhere, wider than stored."""

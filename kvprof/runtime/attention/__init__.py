@@ -1,0 +1,1 @@
+"""How a model's attention is reached, and what a decoding query reads from a cache that obeys a plan."""

@@ -1,0 +1,1 @@
+"""Pack, unpack, attend: in plain torch anywhere, by Triton's kernels on a GPU."""

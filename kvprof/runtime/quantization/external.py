@@ -1,0 +1,225 @@
+"""What the caches of other runtimes give back: a faithful fake quantizer of each of their formats.
+
+Knows how each runtime rounds, from its public specification; stores no codes. Every format lies along a token's
+channels: blocks within a head, so that what a token becomes depends on itself alone. Where a runtime would store a
+scale of infinity, as most do where it is beyond float16, that is refused: no plan can be the better for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kvprof.errors import BeyondFormat
+from kvprof.records.external_formats import FOREIGN, Family, ForeignFormat
+from kvprof.records.formats import Format
+from kvprof.runtime.quantization.rotation import level_edges, lloyd_max_levels, rotation
+
+IQ4_NL_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+"""`kvalues_iq4nl` of ggml-common.h."""
+E2M1_LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""The magnitudes of a 4-bit float (OCP Microscaling Formats, 5.3.3)."""
+
+
+@torch.no_grad()
+def fake_quantize_foreign(x_BHTD: Tensor, form: Format) -> Tensor:
+    """Return what another runtime's cache gives back of keys or values: (B, H, T, D), in the dtype of `x_BHTD`.
+
+    Computed in float32, as the runtimes do. form: its scheme names the format.
+    Raises BeyondFormat for numbers that the runtime would give back as infinity, or as no number.
+    """
+    foreign = FOREIGN[form.scheme]
+    x = x_BHTD.float()
+    blocks = x.reshape(*x.shape[:-1], -1, form.group_size)  # (B, H, T, blocks, channels of one)
+    restored: Tensor = _ROUNDERS[foreign.family](blocks, foreign).reshape(x.shape)
+    if not bool(restored.isfinite().all()):
+        _refuse(x_BHTD, form.scheme)
+    return restored.double() if x_BHTD.dtype == torch.float64 else _rounded_to(restored, x_BHTD.dtype)
+
+
+def _refuse(x: Tensor, name: str) -> None:
+    """Raise BeyondFormat for numbers of which not all came back finite."""
+    if not bool(x.isfinite().all()):
+        raise BeyondFormat(f"what is to be stored in {name} holds NaN or infinity: the model itself is out of range.")
+    raise BeyondFormat(
+        f"numbers as large as {float(x.abs().amax()):.4g} are beyond {name}: its scale cannot be as large (float16 "
+        "ends at 65504), and its runtime would give back infinity.\n"
+        "  Choose another format, or keep this layer's in 16 bits."
+    )
+
+
+def _ggml(blocks: Tensor, form: ForeignFormat) -> Tensor:
+    """Round as `quantize_row_<type>_ref` of llama.cpp's ggml-quants.c does (q6_0: ik_llama.cpp's iqk_quantize.cpp)."""
+    if form.name == "iq4_nl":
+        return _iq4_nl(blocks)
+    if form.name == "q8_0":
+        step = blocks.abs().amax(-1, keepdim=True) / 127
+        return _half_away(blocks * _inverse(step)) * _float16(step)
+    if form.name.endswith("_1"):
+        return _from_minimum(blocks, form.bits)
+    # Of the entry that is largest in magnitude the sign counts: its code is the lowest, which has no counterpart.
+    half = 1 << (form.bits - 1)
+    step = _largest(blocks) / -half
+    codes = (blocks * _inverse(step) + (half + 0.5)).trunc().clamp(0, 2 * half - 1)
+    return (codes - half) * _float16(step)
+
+
+def _iq4_nl(blocks: Tensor) -> Tensor:
+    """Round to the nearest of sixteen levels; the scale is then that of least squared error, weighted by x^2."""
+    levels = torch.tensor(IQ4_NL_LEVELS, dtype=torch.float32, device=blocks.device)
+    first = _largest(blocks) / levels[0]
+    scaled = blocks * _inverse(first)
+    upper = torch.searchsorted(levels, scaled.contiguous(), right=True).clamp(1, len(levels) - 1)
+    below, above = levels[upper - 1], levels[upper]
+    nearest = torch.where(scaled - below < above - scaled, below, above)
+    weights = blocks.square()
+    with_x = (weights * nearest * blocks).sum(-1, keepdim=True)
+    with_itself = (weights * nearest.square()).sum(-1, keepdim=True)
+    step = torch.where(with_itself > 0, with_x / with_itself, first)
+    return nearest * _float16(step)
+
+
+def _float8(blocks: Tensor, form: ForeignFormat) -> Tensor:
+    """Round to an 8-bit float, beyond its range to its largest number; the tensor's scale is 1."""
+    dtype = torch.float8_e4m3fn if form.name == "fp8_e4m3" else torch.float8_e5m2
+    return _rounded(blocks, dtype)
+
+
+def _nvfp4(blocks: Tensor, form: ForeignFormat) -> Tensor:
+    """Round to e2m1 in units of an e4m3, the block's largest magnitude over 6; the tensor's scale is 1.
+
+    Source: nvfp4_tensor.py of NVIDIA's Model-Optimizer, whose smallest scale is 2^-9.
+    """
+    step = _rounded((blocks.abs().amax(-1, keepdim=True) / 6).clamp_min(2.0**-9), torch.float8_e4m3fn)
+    return _e2m1(blocks / step) * step
+
+
+def _fp4(blocks: Tensor, form: ForeignFormat) -> Tensor:
+    """Round to e2m1 in units of a power of two, the least that keeps the block within 6: SGLang's kvfp4_tensor.py."""
+    largest = blocks.abs().amax(-1, keepdim=True)
+    step = torch.exp2((largest / 6).log2().ceil().clamp(-127, 128)).masked_fill(largest == 0, 1.0)
+    return _e2m1(blocks / step) * step
+
+
+def _e2m1(x: Tensor) -> Tensor:
+    """Round to the nearest 4-bit float, ties to the even code, beyond 6 to 6."""
+    levels = torch.tensor(E2M1_LEVELS, dtype=torch.float32, device=x.device)
+    middles = (levels[1:] + levels[:-1]) / 2
+    magnitude = x.abs().contiguous()
+    below, above = (torch.searchsorted(middles, magnitude, right=right) for right in (False, True))
+    nearest: Tensor = levels[torch.where(above % 2 == 0, above, below)]
+    return nearest.copysign(x)
+
+
+def _mlx(blocks: Tensor, form: ForeignFormat) -> Tensor:
+    """Round as MLX's `affine_quantize` does on a CPU (mlx/backend/cpu/quantized.cpp), scale and bias in float16.
+
+    The end of the range that is larger in magnitude falls on a code exactly, and so does zero.
+    """
+    low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
+    top = (1 << form.bits) - 1
+    from_low = low.abs() > high.abs()
+    scale = ((high - low) / top).clamp_min(1e-7)
+    scale, edge = torch.where(from_low, scale, -scale), torch.where(from_low, low, high)
+    steps = (edge / scale).round()
+    bias = torch.where(steps != 0, edge, 0.0)
+    scale = torch.where(steps != 0, edge / steps, scale)
+    codes = ((blocks - bias) / scale).round().clamp(0, top)
+    return codes * _float16(scale) + _float16(bias)
+
+
+def _exl3(blocks: Tensor, form: ForeignFormat) -> Tensor:
+    """Rotate 32 channels, and round to the middle of equal steps between plus and minus the largest.
+
+    Source: ExLlamaV3's q_cache_kernels.cuh, as it is since its grid has midpoints; `compand_a` at its default of 0.
+    """
+    size = blocks.shape[-1]
+    hadamard = rotation(size, None, blocks.dtype, blocks.device) / math.sqrt(size)
+    turned = blocks @ hadamard
+    half = 1 << (form.bits - 1)
+    scale = turned.abs().amax(-1, keepdim=True) + 1e-10
+    codes = (turned / scale * half + half).floor().clamp(0, 2 * half - 1)
+    restored: Tensor = (codes - half + 0.5) / half * _float16(scale)
+    return restored @ hadamard
+
+
+def _lmdeploy(blocks: Tensor, form: ForeignFormat) -> Tensor:
+    """Round from the minimum of a head: LMDeploy's fill_kv_cache.py, its scale and zero point in float16."""
+    low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
+    top = (1 << form.bits) - 1
+    scale = (high - low) / top
+    zero = -low * _inverse(scale)
+    codes = (blocks * _inverse(scale) + zero + 0.5).trunc().clamp(0, top)
+    restored = (codes - _float16(zero)) * _float16(scale)
+    return torch.where(scale == 0, _float16(low), restored)
+
+
+def _turboquant(blocks: Tensor, form: ForeignFormat) -> Tensor:
+    """Round as vLLM's TurboQuant (triton_turboquant_store.py): keys rotated to a codebook, values from their minimum.
+
+    A key is its norm times a direction; what its codes stand for is brought to that norm (the `nc` of the dtypes).
+    """
+    if form.name.startswith("turbo_v"):
+        return _from_minimum(blocks, form.bits)
+    size = blocks.shape[-1]
+    turn = rotation(size, 0, blocks.dtype, blocks.device) / math.sqrt(size)
+    norm = torch.linalg.vector_norm(blocks, dim=-1, keepdim=True)
+    direction = blocks * _inverse(norm) @ turn.T * math.sqrt(size)  # about a standard normal
+    edges, levels = (table(form.bits).to(blocks) for table in (level_edges, lloyd_max_levels))
+    found = levels[torch.bucketize(direction.contiguous(), edges)]
+    restored: Tensor = found / torch.linalg.vector_norm(found, dim=-1, keepdim=True) * _float16(norm)
+    return restored @ turn
+
+
+_ROUNDERS: dict[Family, Callable[[Tensor, ForeignFormat], Tensor]] = {
+    "ggml": _ggml,
+    "float8": _float8,
+    "nvfp4": _nvfp4,
+    "fp4": _fp4,
+    "mlx": _mlx,
+    "exl3": _exl3,
+    "lmdeploy": _lmdeploy,
+    "turboquant": _turboquant,
+}
+
+
+def _from_minimum(blocks: Tensor, bits: int) -> Tensor:
+    """Round in equal steps from a block's minimum to its maximum; step and minimum are kept in float16."""
+    low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
+    top = (1 << bits) - 1
+    step = (high - low) / top
+    codes = ((blocks - low) * _inverse(step) + 0.5).trunc().clamp(0, top)
+    return codes * _float16(step) + _float16(low)
+
+
+def _largest(blocks: Tensor) -> Tensor:
+    """Return the entry of each block that is largest in magnitude, the first of equal ones, with its sign."""
+    return blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+
+
+def _inverse(step: Tensor) -> Tensor:
+    inverse = 1 / step
+    return inverse.masked_fill(inverse.isinf(), 0.0)  # of a step that float16 will store as 0
+
+
+def _float16(number: Tensor) -> Tensor:
+    return number.half().float()
+
+
+def _half_away(x: Tensor) -> Tensor:
+    """Round to the nearest integer, halves away from zero, as C's roundf."""
+    whole = x.abs().floor()
+    return (whole + (x.abs() - whole >= 0.5)).copysign(x)
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return _rounded_to(x, dtype).float()
+
+
+def _rounded_to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to a dtype; beyond its range, to its largest number."""
+    largest = torch.finfo(dtype).max
+    return x.clamp(-largest, largest).to(dtype)

@@ -1,0 +1,54 @@
+"""NVIDIA Model-Optimizer: the `hf_quant_config.json` of a checkpoint whose cache has a format for each layer.
+
+Source: the KV cache's layer map, schema version 1, as Model-Optimizer's own unit tests have it (pull request 2272).
+"""
+
+from __future__ import annotations
+
+import json
+
+from kvprof import __version__
+from kvprof.allocate.constraints import EachLayer, pairs_of
+from kvprof.allocate.target import Target
+from kvprof.records.plan import BitPlan
+from kvprof.targets.artefact import Artefact, skipped_remarks, told
+
+SCHEMA_VERSION = 1
+MIXED = "MIXED_PRECISION"
+
+TARGET = Target(
+    name="modelopt",
+    grammar=EachLayer({"FP8": ("fp8_e4m3", "fp8_e4m3"), "NVFP4": ("nvfp4", "nvfp4")}),
+    sliding="as told",
+    artefact="hf_quant_config.json, schema version 1",
+    since="Model-Optimizer with pull request 2272; vLLM reads it with pull request 56116, open when checked",
+    checked="fields against Model-Optimizer's own unit tests; not run",
+)
+
+
+def write(plan: BitPlan) -> Artefact:
+    """Return the file for a plan whose layers have FP8 or NVFP4 for keys and values alike."""
+    found = told(plan, TARGET)
+    grammar = TARGET.grammar
+    assert isinstance(grammar, EachLayer)
+    layers = {layer: grammar.word_for(pair) for layer, pair in pairs_of(found.assignment).items()}
+    words = set(layers.values())
+    config = {
+        "producer": {"name": "kvprof", "version": __version__},
+        "quantization": {
+            "quant_algo": None,
+            "kv_cache_quant_algo": words.pop() if len(words) == 1 and not plan.skipped else MIXED,
+            "kv_cache_quantized_layers": {
+                f"model.layers.{layer}.self_attn": {"quant_algo": word} for layer, word in layers.items()
+            },
+            "kv_cache_schema_version": SCHEMA_VERSION,
+        },
+    }
+    remarks = [
+        *found.remarks,
+        *skipped_remarks(plan, TARGET, "has no entry for them, and so leaves them in 16 bits"),
+        "vLLM reads the layer map with its pull request 56116, which was open when this was checked; releases before "
+        "it read one kv_cache_quant_algo for all layers, and refuse a file without quant_algo",
+        "layers are named model.layers.N.self_attn: rename them where the checkpoint calls them otherwise",
+    ]
+    return Artefact(json.dumps(config, indent=2) + "\n", ".hf_quant_config.json", tuple(remarks))
