@@ -112,7 +112,7 @@ def calibrate(
     scores: Annotated[
         Path | None,
         typer.Option(
-            help="The Scores file that foretold the plans.",
+            help="The Scores file that predicted the plans.",
             show_default="what the plans were made from; else the newest in outputs/",
         ),
     ] = None,
@@ -124,7 +124,7 @@ def calibrate(
     restart: Restart = False,
 ) -> None:
     """By what factor do whole plans cost more than the sum of their tensors? Measured, and kept with the scores."""
-    from kvprof.analysis.calibration_plans import foretell, usual_plans
+    from kvprof.analysis.calibration_plans import predict_plans, usual_plans
     from kvprof.records.plan import BitPlan
     from kvprof.records.scores import Scores
     from kvprof.workspace.names import short_names
@@ -133,7 +133,7 @@ def calibrate(
     read = {path: BitPlan.load(path) for path in plans or []}
     path, found = scores_of_plans(read) if scores is None else (scores, Scores.load(scores))
     named = dict(zip(short_names(read), read.values(), strict=True)) if read else usual_plans(found)
-    foretold = foretell(found, named)
+    predicted = predict_plans(found, named)
 
     from kvprof.evaluate.kl_factor import CalibrateSettings, run_calibrate
     from kvprof.models.load import resolve
@@ -142,12 +142,12 @@ def calibrate(
     from kvprof.report.console import print_note, print_result, print_written, progress
     from kvprof.storage.folders import output_folder
 
-    source = resolve(model or foretold[0].plan.model.id, trust_remote_code, tokenizer)
+    source = resolve(model or predicted[0].plan.model.id, trust_remote_code, tokenizer)
     folder = output_folder(source.id, path.parent)
     settings = CalibrateSettings(sequences, dtype, device)
     with progress("calibrate", "forwards") as advance:
         writing = advance.beside("writing text", "tokens")
-        run = run_calibrate(source, found, path, foretold, settings, folder, restart, advance, writing)
+        run = run_calibrate(source, found, path, predicted, settings, folder, restart, advance, writing)
     show_calibration(run.plans, run.found)
     for remark in run.remarks:
         print_note(remark)
@@ -182,7 +182,7 @@ def audit(
         Path | None, typer.Option(help="Folder for the result.", show_default="that of the divergence")
     ] = None,
 ) -> None:
-    """How well do scores foretell what was measured? Ranks, sizes, whole plans, a picture. Never loads a model."""
+    """How well do scores predict what was measured? Ranks, sizes, whole plans, a picture. Never loads a model."""
     from kvprof.analysis.correlation import hold_against
     from kvprof.report.audits import show_audit, show_pictures
     from kvprof.report.console import print_note, print_plain, print_result, print_written

@@ -83,7 +83,7 @@ def evaluate(
     restart: Restart = False,
 ) -> None:
     """What does the plan cost in quality? KL, top-1 and perplexity on held-out text, beside rivals of equal size."""
-    from kvprof.api.quality import find_rival_scores, published_rivals, require_better
+    from kvprof.api.quality import find_baseline_scores, published_baselines, require_better
     from kvprof.calibration.text import BUILTIN
     from kvprof.errors import UsageError
     from kvprof.evaluate.evaluation import EvaluationSettings, check_request, run_evaluation
@@ -122,9 +122,9 @@ def evaluate(
     measuring = SensitivitySettings(dtype=dtype, device=device, stream=stream)
     published = []
     if rivals and not dry_run:
-        published = published_rivals(found, plan, source, folder, measuring, restart, progress)
+        published = published_baselines(found, plan, source, folder, measuring, restart, progress)
     if rivals and dry_run:
-        ready = find_rival_scores(found, plan, source, folder)
+        ready = find_baseline_scores(found, plan, source, folder)
         if ready.norms is not None and ready.gradients is not None:
             published = ready.rivals(ready.norms, ready.gradients)
         else:
