@@ -117,7 +117,7 @@ def evaluate(
         column,
         config,
     )
-    if rivals or check:  # run_evaluation asks the same, but after what the rivals need
+    if rivals or check:  # run_evaluation asks the same, but after what the baselines need
         check_request(source, [(name, found), *further], settings, compares=check)
     measuring = SensitivitySettings(dtype=dtype, device=device, stream=stream)
     published = []
@@ -126,7 +126,7 @@ def evaluate(
     if rivals and dry_run:
         ready = find_baseline_scores(found, plan, source, folder)
         if ready.norms is not None and ready.gradients is not None:
-            published = ready.rivals(ready.norms, ready.gradients)
+            published = ready.plans(ready.norms, ready.gradients)
         else:
             print_note("rivals are not counted: their scores are measured first, then nine forwards a sequence more")
     watch = Watch(dry_run)
