@@ -42,7 +42,7 @@ class Inexpressible(Mismatch):
 
 
 class NotBetter(KvprofError):
-    """A plan is no better than a rival that stores no more bits. Exit code 5."""
+    """A plan is no better than a baseline that stores no more bits. Exit code 5."""
 
     exit_code = 5
 

@@ -229,7 +229,7 @@ def _check_inverse(metric: str | None, budget: str | float | None, memory: str |
     if budget is not None or memory is not None:
         raise UsageError("--max-kl asks for the cheapest plan; leave out --budget and --memory.")
     if metric not in (None, LOSS_INCREASE):
-        raise UsageError(f"--max-kl needs {LOSS_INCREASE}: {metric} foretells no KL divergence.")
+        raise UsageError(f"--max-kl needs {LOSS_INCREASE}: {metric} predicts no KL divergence.")
 
 
 def _measure(unit: str | None, context: int | None, batch: int | None) -> Limit:

@@ -24,16 +24,16 @@ from kvprof.records.plan import BitPlan, Provenance, Solver, TensorPlan
 from kvprof.records.scores import Scores
 
 GREEDY_BITS = (2, 3, 4, 6, 8)
-"""What norm-greedy chooses from: without 1 bit it does far better, so that with it the rival would be made of straw."""
+"""What norm-greedy chooses from: without 1 bit it does far better."""
 GROUP_SIZES = (32, 64, 128)
 WIDER_GROUPS = (256, 512, 1024)
 """Tried where a rule cannot be as cheap as the plan with the usual ones."""
 
 
-def rival_plans(
+def baseline_plans(
     plan: BitPlan, norms: Scores, gradients: Scores | None = None, seed: int = 0
 ) -> tuple[tuple[str, tuple[BitPlan, ...]], ...]:
-    """Return the rivals of a plan, each a name and the plans that it may put forward, the best of which counts.
+    """Return the baselines of a plan, each a name and the plans that it may put forward, the best of which counts.
 
     "uniform"                 one format for all keys and one for all values: see pairs.py
     "kvmix"                   the rule of arXiv 2506.08018; left out where there are no gradients
@@ -54,28 +54,29 @@ def rival_plans(
     """
     if plan.geometry is None:
         raise KvprofError(
-            "this plan carries no geometry, so what its rivals may store is unknown.\n  Name the model that it is for."
+            "this plan carries no geometry, so what its baselines may store is unknown.\n"
+            "  Name the model that it is for."
         )
     plan.check_fits(plan.geometry)
-    contest = _Contest(plan, plan.geometry)
-    scored = None if gradients is None else contest.scores(gradients)
-    pairs = uniform_pairs(contest.tensors, contest.own, scored)
-    rivals = [("uniform", tuple(contest.rival(formats, Solver(method="uniform")) for formats in pairs))]
+    terms = _Terms(plan, plan.geometry)
+    scored = None if gradients is None else terms.scores(gradients)
+    pairs = uniform_pairs(terms.tensors, terms.own, scored)
+    baselines = [("uniform", tuple(terms.baseline(formats, Solver(method="uniform")) for formats in pairs))]
     published = []
     if gradients is not None:
-        rivals.append(("kvmix", (_kvmix(contest, gradients),)))
-        published.append(("kvmix, as published", (_kvmix_as_published(contest, gradients),)))
+        baselines.append(("kvmix", (_kvmix(terms, gradients),)))
+        published.append(("kvmix, as published", (_kvmix_as_published(terms, gradients),)))
     for norm in ("spectral", "frobenius"):
-        greedy = _norm_greedy(contest, norms, f"{norm}_norm")
-        rivals.append((f"norm-greedy {norm}", (greedy,)))
+        greedy = _norm_greedy(terms, norms, f"{norm}_norm")
+        baselines.append((f"norm-greedy {norm}", (greedy,)))
         if plan.window.sink_tokens:  # else it would be the same plan
             published.append((f"{norm}, as published", (_without_sinks(greedy),)))
-    rivals.append(("random", (_random(contest, seed),)))
-    return (*rivals, *published)
+    baselines.append(("random", (_random(terms, seed),)))
+    return (*baselines, *published)
 
 
-class _Contest:
-    """What all rivals share: the plan, its tensors and their formats, and the bits that they may store."""
+class _Terms:
+    """What all baselines share: the plan, its tensors and their formats, and the bits that they may store."""
 
     def __init__(self, plan: BitPlan, geometry: CacheGeometry) -> None:
         self.plan = plan
@@ -106,7 +107,7 @@ class _Contest:
             raise Mismatch(f"the scores are for another model: the plan covers layer {min(missing)}, which they lack.")
         return scores.model_copy(update={"geometry": self.geometry})
 
-    def rival(self, formats: Sequence[Format], solver: Solver | None, scores: Scores | None = None) -> BitPlan:
+    def baseline(self, formats: Sequence[Format], solver: Solver | None, scores: Scores | None = None) -> BitPlan:
         """Return the plan of these formats, all else as the plan itself has it."""
         return assemble(
             self.tensors,
@@ -124,48 +125,48 @@ class _Contest:
         )
 
 
-def _kvmix(contest: _Contest, gradients: Scores) -> BitPlan:
+def _kvmix(terms: _Terms, gradients: Scores) -> BitPlan:
     """Return KVmix's plan at the top fraction and group size whose bits come the nearest: the rule knows no budget."""
-    scores = contest.scores(gradients)
-    layers = len(contest.geometry.planned)
+    scores = terms.scores(gradients)
+    layers = len(terms.geometry.planned)
 
     def made(top: int, group_size: int) -> BitPlan:
-        return kvmix(scores, top_fraction=f"{top}/{layers}", group_size=group_size, window=contest.plan.window)
+        return kvmix(scores, top_fraction=f"{top}/{layers}", group_size=group_size, window=terms.plan.window)
 
     def bits(plan: BitPlan) -> Fraction:
-        return contest.bits_of(contest.formats_of(plan))
+        return terms.bits_of(terms.formats_of(plan))
 
     plans: list[BitPlan] = []
     for group_size in (*GROUP_SIZES, *WIDER_GROUPS):  # each top layer adds bits
         if group_size in WIDER_GROUPS and (
-            min(map(bits, plans)) <= contest.allowed_bits or bits(made(0, group_size)) > contest.allowed_bits
+            min(map(bits, plans)) <= terms.allowed_bits or bits(made(0, group_size)) > terms.allowed_bits
         ):
             continue
-        allowed = bisect_right(range(layers + 1), contest.allowed_bits, key=lambda top: bits(made(top, group_size)))
+        allowed = bisect_right(range(layers + 1), terms.allowed_bits, key=lambda top: bits(made(top, group_size)))
         plans.append(made(max(allowed - 1, 0), group_size))
-    nearest = min(plans, key=lambda plan: contest.distance(bits(plan)))
-    return contest.rival(contest.formats_of(nearest), nearest.solver, gradients)
+    nearest = min(plans, key=lambda plan: terms.distance(bits(plan)))
+    return terms.baseline(terms.formats_of(nearest), nearest.solver, gradients)
 
 
-def _kvmix_as_published(contest: _Contest, gradients: Scores) -> BitPlan:
+def _kvmix_as_published(terms: _Terms, gradients: Scores) -> BitPlan:
     """Return the plan that KVmix's paper would have of this model, at the bits that it has."""
-    scores = contest.scores(gradients)
-    plan = kvmix(scores, as_published=True, window=contest.plan.window)
-    return _without_sinks(contest.rival(contest.formats_of(plan), plan.solver, gradients))
+    scores = terms.scores(gradients)
+    plan = kvmix(scores, as_published=True, window=terms.plan.window)
+    return _without_sinks(terms.baseline(terms.formats_of(plan), plan.solver, gradients))
 
 
 def _without_sinks(plan: BitPlan) -> BitPlan:
     return plan.model_copy(update={"window": without_sinks(plan.window)})
 
 
-def _norm_greedy(contest: _Contest, norms: Scores, metric: str) -> BitPlan:
+def _norm_greedy(terms: _Terms, norms: Scores, metric: str) -> BitPlan:
     """Return the greedy rule's plan within the plan's stored bits.
 
     It has GREEDY_BITS, and groups of the size that most of the plan's keys have; where that is too dear, larger groups,
     then all widths, and then WIDER_GROUPS.
     """
-    scores = contest.scores(norms)
-    entries = [entry.key for entry in contest.plan.layers]
+    scores = terms.scores(norms)
+    entries = [entry.key for entry in terms.plan.layers]
     sizes = [key.group_size for key in entries if key.scheme == "asymmetric" and not key.is_full]
     usual = min(mode(sizes or [USUAL_GROUP_SIZE]), LARGEST_GROUP)
     groups = sorted({usual, *(size for size in GROUP_SIZES if size > usual)})
@@ -182,38 +183,38 @@ def _norm_greedy(contest: _Contest, norms: Scores, metric: str) -> BitPlan:
                 * usual_format(tensor.stored_as, bits, group_size, tensor.head_dim).stored_bits(tensor.head_dim)
                 for bits in widths
             )
-            for tensor in contest.tensors
+            for tensor in terms.tensors
         ]
-        low, high = (sum(cost[end] for cost in costs) / Fraction(contest.width) for end in (0, -1))
-        return min(max(contest.allowed_bits, low), high)
+        low, high = (sum(cost[end] for cost in costs) / Fraction(terms.width) for end in (0, -1))
+        return min(max(terms.allowed_bits, low), high)
 
-    options += [option for option in wider if reached(option) <= contest.allowed_bits]
-    widths, group_size = best = min(options, key=lambda option: contest.distance(reached(option)))
+    options += [option for option in wider if reached(option) <= terms.allowed_bits]
+    widths, group_size = best = min(options, key=lambda option: terms.distance(reached(option)))
     limit = Limit(reached(best), "stored")
-    found = norm_greedy(scores, limit, metric=metric, bits=widths, group_size=group_size, window=contest.plan.window)
-    return contest.rival(contest.formats_of(found), found.solver, norms)
+    found = norm_greedy(scores, limit, metric=metric, bits=widths, group_size=group_size, window=terms.plan.window)
+    return terms.baseline(terms.formats_of(found), found.solver, norms)
 
 
-def _random(contest: _Contest, seed: int) -> BitPlan:
+def _random(terms: _Terms, seed: int) -> BitPlan:
     """Return the plan with its formats dealt anew: over all tensors where that keeps the stored bits, exactly.
 
     Where it does not, since heads differ or keys have larger groups than a value can, keys are dealt to keys and
     values to values, of the same heads.
     """
     dealer = random.Random(seed)
-    hands = list(zip(dealer.sample(contest.own, len(contest.own)), contest.own, contest.tensors, strict=True))
+    hands = list(zip(dealer.sample(terms.own, len(terms.own)), terms.own, terms.tensors, strict=True))
     formats = None
     if all_can_rotate(tensor for form, _, tensor in hands if form.scheme == "rotated"):
         formats = [
             fitted(form, tensor, own.axis if own.scheme == "asymmetric" else USUAL_AXIS[tensor.stored_as])
             for form, own, tensor in hands
         ]
-    if formats is None or contest.bits_of(formats) != contest.allowed_bits:
-        formats = list(contest.own)
+    if formats is None or terms.bits_of(formats) != terms.allowed_bits:
+        formats = list(terms.own)
         alike: dict[object, list[int]] = {}
-        for place, tensor in enumerate(contest.tensors):
+        for place, tensor in enumerate(terms.tensors):
             alike.setdefault((tensor.name, tensor.width, tensor.head_dim), []).append(place)
         for places in alike.values():
             for place, source in zip(places, dealer.sample(places, len(places)), strict=True):
-                formats[place] = contest.own[source]
-    return contest.rival(formats, Solver(method="random"))
+                formats[place] = terms.own[source]
+    return terms.baseline(formats, Solver(method="random"))

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing_extensions import TypedDict
 
 from kvprof.allocate.budget import CachedTensor, known_bits
-from kvprof.allocate.losses import Measured
+from kvprof.allocate.losses import PredictedLoss
 from kvprof.allocate.pins import Pin, parse_pins
 from kvprof.allocate.scored import ScoredFormats
 from kvprof.errors import UsageError
@@ -58,7 +58,7 @@ def narrowing(allowed: Allowed) -> list[str]:
 
 def candidates_of(
     scores: Scores, tensors: Sequence[CachedTensor], metric: str, allowed: Allowed
-) -> list[list[Measured]]:
+) -> list[list[PredictedLoss]]:
     """Return each tensor's candidates with their losses.
 
     A loss is in nats a token; where the metric is no `loss_increase`, it is score^2 * 4^-bits in units of the greatest
@@ -91,7 +91,7 @@ def check_group_size(group_size: int | None) -> None:
 
 def _usual(
     scores: Scores, tensors: Sequence[CachedTensor], metric: str, allowed: Allowed, pins: Pins
-) -> list[list[Measured]]:
+) -> list[list[PredictedLoss]]:
     """Return the usual format of every width, narrowest first: a single one where a tensor is pinned."""
     if allowed.get("formats") is not None:
         raise UsageError(
@@ -104,19 +104,19 @@ def _usual(
     score_of = {(layer, name): score for layer, name, score in scores.metric(metric)}
     greatest = max(score_of[tensor.layer, tensor.name] for tensor in tensors) or 1.0
 
-    def choices(tensor: CachedTensor) -> list[Measured]:
+    def choices(tensor: CachedTensor) -> list[PredictedLoss]:
         pin = pins.get((tensor.layer, tensor.name))
         if pin is None:
             formats = [usual_format(tensor.stored_as, bits, group_size, tensor.head_dim) for bits in widths]
         else:
             formats = [pin.usual(tensor, group_size)]
         relative = (score_of[tensor.layer, tensor.name] / greatest) ** 2
-        return [Measured(form, relative * 4.0**-form.bits, None, None) for form in formats]
+        return [PredictedLoss(form, relative * 4.0**-form.bits, None, None) for form in formats]
 
     return [choices(tensor) for tensor in tensors]
 
 
-def _scored(scores: Scores, tensors: Sequence[CachedTensor], allowed: Allowed, pins: Pins) -> list[list[Measured]]:
+def _scored(scores: Scores, tensors: Sequence[CachedTensor], allowed: Allowed, pins: Pins) -> list[list[PredictedLoss]]:
     """Return the formats that were scored, and full precision where it is asked for."""
     wanted, text = allowed.get("bits"), allowed.get("formats")
     widths = None if wanted is None else known_bits(wanted)
@@ -134,7 +134,7 @@ def _scored(scores: Scores, tensors: Sequence[CachedTensor], allowed: Allowed, p
     return candidates
 
 
-def _wide_enough(tensor: CachedTensor, choices: list[Measured], least: int, pins: Pins) -> list[Measured]:
+def _wide_enough(tensor: CachedTensor, choices: list[PredictedLoss], least: int, pins: Pins) -> list[PredictedLoss]:
     """Return a key's candidates of at least so many bits."""
     wide = [choice for choice in choices if choice.format.bits >= least]
     if not wide and (pin := pins.get((tensor.layer, tensor.name))):

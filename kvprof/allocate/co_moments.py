@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvprof.allocate.budget import CachedTensor
-from kvprof.allocate.losses import measured_formats, storage
+from kvprof.allocate.losses import predicted_losses, storage
 from kvprof.records.formats import Format
 from kvprof.records.long_run import Floats, blended, effects_of, long_run, share_of
 from kvprof.records.scores import Scores
@@ -127,7 +127,7 @@ class ScoredCoMoments(CoMoments):
         bandwidth, tokens = scores.effects.bandwidth_blocks, scores.effects.tokens
         known: list[_Known] = []
         for owner, tensor in enumerate(tensors):
-            formats = measured_formats(plain, tensor)
+            formats = predicted_losses(plain, tensor)
             for measured in formats:
                 stored = storage(measured.format, tensor.head_dim)
                 known.append(_Known(owner, stored, measured.format.name, measured.effects, measured.loss))

@@ -1,6 +1,6 @@
 """A plan solved within what a runtime can be told, and the plan that it would be without that restriction.
 
-Reads Scores, a target and a limit; writes BitPlans. Does not know how a grammar is searched (grammars.py).
+Reads Scores, a target and a limit; writes BitPlans. Does not know how constraints is searched (constraints.py).
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from kvprof.allocate.budget import CachedTensor, Limit, stored_bits_per_element
 from kvprof.allocate.candidates import Allowed
 from kvprof.allocate.constraints import FULL, Assignment, Cell, Table, reach
 from kvprof.allocate.costs import check_reach
-from kvprof.allocate.losses import Measured, entries_of, measured_formats, planned_tensors, storage
+from kvprof.allocate.losses import PredictedLoss, entries_of, planned_tensors, predicted_losses, storage
 from kvprof.allocate.methods import exact
 from kvprof.allocate.problem import ExactProblem
 from kvprof.allocate.scored import every_format
 from kvprof.allocate.target import Target
 from kvprof.allocate.task import PlanTask
 from kvprof.errors import InfeasibleBudget, InvalidFile, UsageError
-from kvprof.records.external_formats import FOREIGN
+from kvprof.records.external_formats import EXTERNAL
 from kvprof.records.formats import TENSORS, parse_formats
 from kvprof.records.plan import BitPlan, Window
 from kvprof.records.scores import LOSS_INCREASE, Scores
@@ -47,7 +47,7 @@ def plan_within(
             f"  Measure them with `kvprof gradients --target {target.name}`."
         )
     window = window or target.window
-    if target.grammar is None:
+    if target.constraints is None:
         return _for(exact(scores, limit, metric=LOSS_INCREASE, window=window, command=command, **allowed), target)
     named: Allowed = {
         **allowed,
@@ -57,7 +57,7 @@ def plan_within(
     problem = ExactProblem(scores, limit, LOSS_INCREASE, named, None, window, command)
     rows = _Rows(problem, target)
     table = rows.table()
-    ends = reach(target.grammar, table)
+    ends = reach(target.constraints, table)
     if ends is None:
         raise UsageError(
             f"{target.name} takes {target.words}: none of what the scores and the options leave is such a plan.\n"
@@ -66,7 +66,7 @@ def plan_within(
     low, high = (problem.prices.amount(end) for end in ends)
     narrowed = [option for option in problem.narrowed if option != "--formats" or allowed.get("formats")]
     check_reach(limit, low, high, [], True, narrowed, target=f"{target.name}, which takes {target.words},")
-    found = target.grammar.best(table, problem.prices.capacity(limit.amount))
+    found = target.constraints.best(table, problem.prices.capacity(limit.amount))
     if found is None:
         raise InfeasibleBudget(f"no plan that {target.name} can be told fits {limit.amount} {limit.unit}.")
     parts = rows.parts(found.assignment)
@@ -127,7 +127,7 @@ def _formats(scores: Scores, target: Target, asked: str | None, group_size: int 
         if wanted is not None and wanted[name]:
             own = [one for one in own if one in wanted[name]]
         if group_size is not None:
-            own = [one for one in own if one not in FOREIGN or FOREIGN[one].block == group_size]
+            own = [one for one in own if one not in EXTERNAL or EXTERNAL[one].block == group_size]
             if not any(one in scored for one in own):
                 raise UsageError(f"--group-size {group_size}: none of {target.name}'s scored formats has such groups.")
         words += [f"{name}:{one}" for one in own]
@@ -135,7 +135,7 @@ def _formats(scores: Scores, target: Target, asked: str | None, group_size: int 
 
 
 class _Rows:
-    """The problem's candidates by the names that the target's grammar knows them by."""
+    """The problem's candidates by the names that the target's constraints knows them by."""
 
     def __init__(self, problem: ExactProblem, target: Target) -> None:
         self._problem = problem
@@ -156,17 +156,17 @@ class _Rows:
         }
         return Table(cells, problem.task.model.num_layers)
 
-    def parts(self, assignment: Assignment) -> list[Measured]:
+    def parts(self, assignment: Assignment) -> list[PredictedLoss]:
         """Return what was measured of each tensor's format."""
         rows = zip(self._problem.task.tensors, self._places, self._problem.candidates, strict=True)
         return [choices[places[assignment[tensor.layer, tensor.name]]] for tensor, places, choices in rows]
 
 
 def _scored(tensor: CachedTensor, target: Target, scores: Scores) -> dict[str, int]:
-    return _by_name(tensor, measured_formats(scores, tensor), target)
+    return _by_name(tensor, predicted_losses(scores, tensor), target)
 
 
-def _by_name(tensor: CachedTensor, choices: Sequence[Measured], target: Target) -> dict[str, int]:
+def _by_name(tensor: CachedTensor, choices: Sequence[PredictedLoss], target: Target) -> dict[str, int]:
     """Return, of what was measured of a tensor, the place of each format that a target has a name for."""
     places = {storage(choice.format, tensor.head_dim): place for place, choice in enumerate(choices)}
     named = {name: storage(form, tensor.head_dim) for name, form in target.forms(tensor).items()}

@@ -1,7 +1,7 @@
 """What a runtime can be told about its cache, as sets of assignments: the best of each within a capacity, exactly.
 
 Reads costs and losses of each tensor's formats, by name; returns the name that each tensor gets. Does not know which
-runtime has which grammar (targets.py), nor how an assignment is written in its syntax (export).
+runtime has which constraints, nor how an assignment is written in its syntax (targets).
 """
 
 from __future__ import annotations
@@ -75,13 +75,13 @@ def pairs_of(assignment: Assignment) -> dict[int, tuple[str, str]]:
 
 
 class Found(NamedTuple):
-    """The best assignment of a grammar. proven: whether no other of it loses less, for certain."""
+    """The best assignment within constraints. proven: whether no other of it loses less, for certain."""
 
     assignment: Assignment
     proven: bool = True
 
 
-class Grammar(Protocol):
+class Constraints(Protocol):
     """A set of assignments."""
 
     @property
@@ -101,15 +101,15 @@ class Grammar(Protocol):
         """Return why an assignment cannot be expressed, or None where it can."""
 
 
-def reach(grammar: Grammar, table: Table) -> tuple[int, int] | None:
-    """Return what the cheapest and the dearest assignment of a grammar cost; None where the table allows none."""
+def reach(constraints: Constraints, table: Table) -> tuple[int, int] | None:
+    """Return what the cheapest and the dearest assignment within constraints cost; None where the table allows none."""
     if not all(table.cells.values()):
         return None
     dearest_cell = max(cell.cost for row in table.cells.values() for cell in row.values())
     everything = len(table.cells) * dearest_cell
     ends = []
     for loss in (lambda cell: float(cell.cost), lambda cell: float(dearest_cell - cell.cost)):
-        found = grammar.best(table.with_losses(loss), everything)
+        found = constraints.best(table.with_losses(loss), everything)
         if found is None:
             return None
         ends.append(table.total(found.assignment).cost)
@@ -118,7 +118,7 @@ def reach(grammar: Grammar, table: Table) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class _OfFormats:
-    """A grammar that names formats for keys and for values apart."""
+    """Constraints that name formats for keys and for values apart."""
 
     formats: tuple[str, ...]
 
@@ -133,7 +133,7 @@ class _OfFormats:
 
 @dataclass(frozen=True)
 class _OfPairs:
-    """A grammar with words for a format of keys and one of values together.
+    """Constraints with words for a format of keys and one of values together.
 
     pairs: the runtime's word to the formats of keys and values.
     """

@@ -109,7 +109,7 @@ def check_reach(
 
     cheapest, dearest: in the limit's unit. formats: each tensor's candidates. scored: whether they are what scores
     speak of, rather than widths at one group size. narrowed: the options that left choices out. option: that the
-    limit was given with. target: the runtime whose grammar the plans are within.
+    limit was given with. target: the runtime whose constraints the plans are within.
     """
     if cheapest <= limit.amount <= dearest:
         return

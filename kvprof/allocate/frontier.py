@@ -63,7 +63,7 @@ def frontier(
     """
     if LOSS_INCREASE not in scores.metrics and default_metric(scores) != LOSS_INCREASE:
         raise UsageError(
-            f"a frontier needs scores with {LOSS_INCREASE}: a norm foretells no KL divergence.\n"
+            f"a frontier needs scores with {LOSS_INCREASE}: a norm predicts no KL divergence.\n"
             "  Measure it with `kvprof gradients`, or name its file with --scores."
         )
     if context is not None and (context < 1 or (batch is not None and batch < 1)):

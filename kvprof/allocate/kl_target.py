@@ -43,7 +43,7 @@ def cheapest(
     most = parse_kl(max_kl)
     if LOSS_INCREASE not in scores.metrics and default_metric(scores) != LOSS_INCREASE:
         raise UsageError(
-            f"--max-kl needs scores with {LOSS_INCREASE}: a norm foretells no KL divergence.\n"
+            f"--max-kl needs scores with {LOSS_INCREASE}: a norm predicts no KL divergence.\n"
             "  Measure it with `kvprof gradients`, or give a --budget."
         )
     problem = ExactProblem(scores, measure, LOSS_INCREASE, allowed, tie, window, command)

@@ -21,7 +21,7 @@ from kvprof.records.words import short_digest
 
 
 @dataclass(frozen=True)
-class Measured:
+class PredictedLoss:
     """What one format of one tensor is predicted to cost a decoding model."""
 
     format: Format
@@ -70,7 +70,7 @@ def kl_factor(scores: Scores) -> float:
     return 1.0 if scores.kl_calibration is None else scores.kl_calibration.factor
 
 
-def measured_formats(scores: Scores, tensor: CachedTensor, head_dim: int | None = None) -> list[Measured]:
+def predicted_losses(scores: Scores, tensor: CachedTensor, head_dim: int | None = None) -> list[PredictedLoss]:
     """Return every format of a tensor that has a `loss_increase`, in file order; another runtime's are passed over.
 
     head_dim: serves where the tensor's own is unknown. Full precision is a format only where it was scored.
@@ -84,7 +84,7 @@ def measured_formats(scores: Scores, tensor: CachedTensor, head_dim: int | None 
             "  Measure it with `kvprof gradients` or `kvprof divergence`."
         )
     factor = kl_factor(scores)
-    formats: dict[Hashable, Measured] = {}
+    formats: dict[Hashable, PredictedLoss] = {}
     for name, loss in found.loss_increase.items():
         try:
             form = format_named(name, tensor.stored_as, tensor.head_dim or head_dim)
@@ -95,7 +95,7 @@ def measured_formats(scores: Scores, tensor: CachedTensor, head_dim: int | None 
         if stderr is None and samples is not None:
             stderr = stderr_of_mean(samples)
         sources = found.loss_increase_by_source or {}
-        measured = Measured(
+        measured = PredictedLoss(
             format=form,
             loss=factor * loss,
             stderr=None if stderr is None else factor * stderr,
@@ -108,7 +108,9 @@ def measured_formats(scores: Scores, tensor: CachedTensor, head_dim: int | None 
     return list(formats.values())
 
 
-def measured_as(tensor: CachedTensor, entry: TensorPlan, formats: Sequence[Measured]) -> Measured | None:
+def predicted_loss_as(
+    tensor: CachedTensor, entry: TensorPlan, formats: Sequence[PredictedLoss]
+) -> PredictedLoss | None:
     """Return what was measured of a plan's entry; full precision loses nothing; None where it was not scored.
 
     An entry that keeps a share of the recent past in full precision is no format that anybody scored.
@@ -119,15 +121,15 @@ def measured_as(tensor: CachedTensor, entry: TensorPlan, formats: Sequence[Measu
             return measured if entry.recent_fraction == 0 or entry.is_full else None
     if entry.is_full:
         sequences = next((len(measured.samples) for measured in formats if measured.samples is not None), None)
-        return Measured(entry, 0.0, 0.0, None if sequences is None else (0.0,) * sequences)
+        return PredictedLoss(entry, 0.0, 0.0, None if sequences is None else (0.0,) * sequences)
     return None
 
 
-def measured_of(scores: Scores, tensor: CachedTensor, entry: TensorPlan) -> Measured | None:
-    """Return what was measured of a plan's entry, as `measured_as`; raises as `measured_formats` does."""
+def predicted_loss_of(scores: Scores, tensor: CachedTensor, entry: TensorPlan) -> PredictedLoss | None:
+    """Return what was measured of a plan's entry, as `predicted_loss_as`; raises as `predicted_losses` does."""
     # Written by hand, neither file may know the shapes; whoever rotates, though, says how wide a head is.
     head_dim = entry.group_size if entry.scheme == "rotated" else None
-    return measured_as(tensor, entry, measured_formats(scores, tensor, head_dim))
+    return predicted_loss_as(tensor, entry, predicted_losses(scores, tensor, head_dim))
 
 
 def fitting_scores(plan: BitPlan, scores: Scores) -> Scores:
@@ -163,7 +165,7 @@ def window_remark(name: str, plan: BitPlan, scores: Scores) -> str | None:
     )
 
 
-def sum_of_samples(parts: Sequence[Measured]) -> tuple[float, ...] | None:
+def sum_of_samples(parts: Sequence[PredictedLoss]) -> tuple[float, ...] | None:
     """Return each sequence's loss over all parts, or None where one part has no samples or another number of them."""
     columns = [part.samples for part in parts]
     known = [column for column in columns if column is not None]
@@ -189,7 +191,7 @@ def stderr_of_mean(samples: Sequence[float]) -> float | None:
     return math.dist(samples, [mean] * number) / math.sqrt((number - 1) * number)
 
 
-def stderr_of_sum(parts: Sequence[Measured]) -> float | None:
+def stderr_of_sum(parts: Sequence[PredictedLoss]) -> float | None:
     """Return the standard error of a sum of parts taken as independent; None where one part's is unknown."""
     errors = [part.stderr for part in parts]
     known = [error for error in errors if error is not None]

@@ -12,12 +12,12 @@ from statistics import fmean
 
 from kvprof.allocate.budget import CachedTensor
 from kvprof.allocate.losses import (
-    Measured,
+    PredictedLoss,
     entries_of,
     fitting_scores,
     kl_factor,
-    measured_of,
     planned_tensors,
+    predicted_loss_of,
     stderr_of_mean,
     stderr_of_sum,
     sum_of_samples,
@@ -48,12 +48,12 @@ def predict(plan: BitPlan, scores: Scores) -> Prediction:
 
     Effects of tensors are summed with their signs where the scores know them; else the tensors' losses are. Of a plan
     that was chosen by these very scores, this leaves out what the choice made of their noise (`Solver.selection_nats`).
-    Raises as `fitting_scores` and `measured_formats` do.
+    Raises as `fitting_scores` and `predicted_losses` do.
     """
     scores = fitting_scores(plan, scores)
     tensors = planned_tensors(plan, scores.geometry)
     found = [
-        (tensor, entry, measured_of(scores, tensor, entry))
+        (tensor, entry, predicted_loss_of(scores, tensor, entry))
         for tensor, entry in zip(tensors, entries_of(plan, tensors), strict=True)
     ]
     unscored = tuple((tensor, entry) for tensor, entry, measured in found if measured is None)
@@ -77,7 +77,7 @@ def predicted_kl(plan: BitPlan, scores: Scores) -> float | None:
     return found + (solver.selection_nats or 0.0) * kl_factor(scores) / (solver.kl_factor or 1.0)
 
 
-def prediction_of(parts: Sequence[Measured], effects: EffectBlocks | None, factor: float) -> Prediction:
+def prediction_of(parts: Sequence[PredictedLoss], effects: EffectBlocks | None, factor: float) -> Prediction:
     """Return what tensors stored in these formats cost together.
 
     parts: with the factor in their losses, not in their effects. effects: how the latter were added up, None where they
@@ -98,7 +98,7 @@ def prediction_of(parts: Sequence[Measured], effects: EffectBlocks | None, facto
     )
 
 
-def coherent_samples(parts: Sequence[Measured], effects: EffectBlocks) -> list[float]:
+def coherent_samples(parts: Sequence[PredictedLoss], effects: EffectBlocks) -> list[float]:
     """Return each sequence's KL of tensors stored together: of the sum of their effects, not the sum of their KLs."""
     from kvprof.records.long_run import effects_of, loss_of
 

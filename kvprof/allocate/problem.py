@@ -18,7 +18,7 @@ from kvprof.allocate.budget import Limit
 from kvprof.allocate.candidates import Allowed, candidates_of, narrowing
 from kvprof.allocate.costs import Prices, check_reach, price
 from kvprof.allocate.exchange import Floats, QuadraticKnapsack
-from kvprof.allocate.losses import Measured, kl_factor
+from kvprof.allocate.losses import PredictedLoss, kl_factor
 from kvprof.allocate.prediction import prediction_of
 from kvprof.allocate.solver import Knapsack, Solution, solve
 from kvprof.allocate.task import PlanTask, Selection
@@ -136,9 +136,9 @@ class ExactProblem:
         mean = fmean(more)
         return Selection(max(0.0, mean), stdev(more) / math.sqrt(len(more)))
 
-    def chosen(self, solution: Solution) -> list[Measured]:
+    def chosen(self, solution: Solution) -> list[PredictedLoss]:
         """Return what a solution gives each tensor."""
-        found: dict[int, Measured] = {}
+        found: dict[int, PredictedLoss] = {}
         for item, choice in zip(self._items, solution.choices, strict=True):
             for tensor, candidate in zip(item.tensors, item.choices[choice], strict=True):
                 found[tensor] = self.candidates[tensor][candidate]

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 from kvprof.allocate.budget import CachedTensor
-from kvprof.allocate.losses import Measured, measured_formats, storage
+from kvprof.allocate.losses import PredictedLoss, predicted_losses, storage
 from kvprof.allocate.pins import Pin
 from kvprof.errors import InvalidFile, UsageError
-from kvprof.records.external_formats import FOREIGN
+from kvprof.records.external_formats import EXTERNAL
 from kvprof.records.formats import FULL_BITS, TENSORS, Format, TensorName, format_named, usual_format
 from kvprof.records.scores import Scores
 
@@ -25,7 +25,7 @@ class ScoredFormats:
     def __init__(self, scores: Scores, tensors: Sequence[CachedTensor]) -> None:
         """Raise InvalidFile for scores that lack `loss_increase` for a tensor, or have none that kvprof can store."""
         plain = scores.model_copy(update={"kl_calibration": None})
-        self._found = {(tensor.layer, tensor.name): measured_formats(plain, tensor) for tensor in tensors}
+        self._found = {(tensor.layer, tensor.name): predicted_losses(plain, tensor) for tensor in tensors}
         self._tensors = tensors
         for tensor in tensors:
             if not self._of(tensor):
@@ -57,7 +57,7 @@ class ScoredFormats:
 
     def chosen(
         self, tensor: CachedTensor, words: Sequence[str] | None, widths: Sequence[int] | None, group_size: int | None
-    ) -> list[Measured]:
+    ) -> list[PredictedLoss]:
         """Return the candidates of a tensor: all that were scored, or those of these names, widths and group size.
 
         Raises UsageError, saying what was scored, where none is left.
@@ -85,7 +85,7 @@ class ScoredFormats:
 
     def pinned(
         self, tensor: CachedTensor, pin: Pin, words: Sequence[str] | None, group_size: int | None
-    ) -> list[Measured]:
+    ) -> list[PredictedLoss]:
         """Return the one format that a pin names, or all of its width; raises UsageError where none was scored."""
         if pin.format is not None:
             found = self._named(tensor, pin.format)
@@ -103,17 +103,17 @@ class ScoredFormats:
             )
         return choices
 
-    def _of(self, tensor: CachedTensor) -> list[Measured]:
+    def _of(self, tensor: CachedTensor) -> list[PredictedLoss]:
         return self._found[tensor.layer, tensor.name]
 
-    def _own(self, tensor: CachedTensor, words: Sequence[str] | None) -> list[Measured]:
+    def _own(self, tensor: CachedTensor, words: Sequence[str] | None) -> list[PredictedLoss]:
         """Return what kvprof's own cache can store, and another runtime's only where names of such are given.
 
         Raises UsageError where no name is given and all that was scored is other runtimes'.
         """
-        if words and any(word in FOREIGN for word in words):
+        if words and any(word in EXTERNAL for word in words):
             return [choice for choice in self._of(tensor) if choice.format.name in words]
-        own = [choice for choice in self._of(tensor) if not choice.format.is_foreign]
+        own = [choice for choice in self._of(tensor) if not choice.format.is_external]
         if not own and not words:
             raise UsageError(
                 f"all that was scored for the {tensor.word} of layer {tensor.layer} is other runtimes': "
@@ -123,7 +123,7 @@ class ScoredFormats:
             )
         return own
 
-    def _named(self, tensor: CachedTensor, word: str) -> Measured | None:
+    def _named(self, tensor: CachedTensor, word: str) -> PredictedLoss | None:
         """Return what was measured of a format by name, None where nothing was, or the heads cannot have it."""
         try:
             wanted: Hashable = storage(format_named(word, tensor.stored_as, tensor.head_dim), tensor.head_dim)
@@ -133,11 +133,11 @@ class ScoredFormats:
         found = next((choice for choice in every if storage(choice.format, tensor.head_dim) == wanted), None)
         return self._full(tensor) if found is None and wanted == "full" else found
 
-    def _full(self, tensor: CachedTensor) -> Measured:
+    def _full(self, tensor: CachedTensor) -> PredictedLoss:
         """Return full precision, which loses nothing in any sequence."""
         samples = next((choice.samples for choice in self._of(tensor) if choice.samples is not None), None)
         none = None if samples is None else (0.0,) * len(samples)
-        return Measured(usual_format(tensor.stored_as, FULL_BITS, 1), 0.0, 0.0, none)
+        return PredictedLoss(usual_format(tensor.stored_as, FULL_BITS, 1), 0.0, 0.0, none)
 
     def _names(self, tensor: CachedTensor) -> list[str]:
         return [choice.format.name for choice in self._of(tensor)]
@@ -157,7 +157,7 @@ def _has_groups(form: Format) -> bool:
     return form.scheme == "asymmetric" and not form.is_full
 
 
-def _has_group(choice: Measured, tensor: CachedTensor, group_size: int | None) -> bool:
+def _has_group(choice: PredictedLoss, tensor: CachedTensor, group_size: int | None) -> bool:
     """Whether a format has groups of a size, where it has groups to choose at all."""
     form = choice.format
     if group_size is None or not _has_groups(form):

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvprof.allocate.budget import CachedTensor
-from kvprof.allocate.constraints import FULL, Grammar
+from kvprof.allocate.constraints import FULL, Constraints
 from kvprof.errors import UsageError, did_you_mean
-from kvprof.records.external_formats import FOREIGN
+from kvprof.records.external_formats import EXTERNAL
 from kvprof.records.formats import TENSORS, Format, TensorName, format_named
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import LAYER_CHOICES, BitPlan, LayerChoice, Window
@@ -25,14 +25,14 @@ WHOLE_CACHE = Window(sink_tokens=0, recent_tokens=0)
 class Target:
     """A runtime that plans can be made for.
 
-    grammar: what it can be told; None where it obeys any plan of kvprof's own formats. artefact: what `kvprof export`
-    writes. since: the version that understands it. checked: what was held against what. window: what it keeps in full
-    precision. full: its own word for 16 bits. sliding: what it does with layers of a sliding window: as they are told
-    one by one, quantizes them like the others, or keeps them in 16 bits.
+    constraints: what it can be told; None where it obeys any plan of kvprof's own formats. artefact: what `kvprof
+    export` writes. since: the version that understands it. checked: what was held against what. window: what it keeps
+    in full precision. full: its own word for 16 bits. sliding: what it does with layers of a sliding window: as they
+    are told one by one, quantizes them like the others, or keeps them in 16 bits.
     """
 
     name: str
-    grammar: Grammar | None
+    constraints: Constraints | None
     artefact: str
     since: str
     checked: str
@@ -42,7 +42,7 @@ class Target:
 
     def formats_of(self, tensor: TensorName) -> tuple[str, ...]:
         """Return the formats, by name, that keys or values can have; none where any of kvprof's own will do."""
-        return () if self.grammar is None else self.grammar.formats_of(tensor)
+        return () if self.constraints is None else self.constraints.formats_of(tensor)
 
     def forms(self, tensor: CachedTensor) -> dict[str, Format]:
         """Return the formats by name that a tensor can have, those left out that its heads cannot."""
@@ -55,7 +55,7 @@ class Target:
     @property
     def to_score(self) -> dict[TensorName, tuple[str, ...]] | None:
         """The formats that its plans need scores of; None where kvprof's usual ones will do."""
-        if self.grammar is None:
+        if self.constraints is None:
             return None
         return {tensor: tuple(name for name in self.formats_of(tensor) if name != FULL) for tensor in TENSORS}
 
@@ -65,10 +65,10 @@ class Target:
 
     def stored_bits(self) -> list[tuple[str, str]]:
         """Return each of the runtime's own words with the bits that an element then stores; D is the head dimension."""
-        if self.grammar is None:
+        if self.constraints is None:
             return []
         rows = []
-        for word, forms in self.grammar.choices().items():
+        for word, forms in self.constraints.choices().items():
             bits = dict.fromkeys(map(_stored_bits, forms))
             rows.append((self.word(word), next(iter(bits)) if len(bits) == 1 else "K {} V {}".format(*bits)))
         return rows
@@ -76,7 +76,7 @@ class Target:
     @property
     def words(self) -> str:
         """What the runtime can be told, in words."""
-        return "any plan of kvprof's own formats" if self.grammar is None else self.grammar.words
+        return "any plan of kvprof's own formats" if self.constraints is None else self.constraints.words
 
 
 def layer_choice(layers: str | None, target: Target | None, geometry: CacheGeometry | None = None) -> LayerChoice:
@@ -126,7 +126,7 @@ def sliding_remark(plan: BitPlan, target: Target) -> str | None:
 
 def _stored_bits(name: str) -> str:
     """Return the stored bits of a format by name, in words: `4.5`, `4 + 32/D`."""
-    foreign = FOREIGN.get(name)
-    if foreign is not None and foreign.block == 0:
-        return f"{foreign.bits} + {foreign.side_bits}/D"
+    external = EXTERNAL.get(name)
+    if external is not None and external.block == 0:
+        return f"{external.bits} + {external.side_bits}/D"
     return f"{float(format_named(name, 'value').stored_bits()):g}"

@@ -14,10 +14,10 @@ from kvprof.allocate.assemble import assemble, tensors_of
 from kvprof.allocate.budget import CachedTensor, Limit
 from kvprof.allocate.co_moments import ScoredCoMoments, has_effects
 from kvprof.allocate.losses import (
-    Measured,
+    PredictedLoss,
     kl_factor,
-    measured_as,
-    measured_formats,
+    predicted_loss_as,
+    predicted_losses,
     total,
 )
 from kvprof.allocate.prediction import prediction_of
@@ -88,7 +88,7 @@ class PlanTask:
             return Solver(method=method, metric=metric, objective=objective, optimal=optimal)
         plain = self.scores.model_copy(update={"kl_calibration": None})
         found = [
-            measured_as(tensor, TensorPlan(**form.model_dump()), measured_formats(plain, tensor))
+            predicted_loss_as(tensor, TensorPlan(**form.model_dump()), predicted_losses(plain, tensor))
             for tensor, form in zip(self.tensors, formats, strict=True)
         ]
         parts = [measured for measured in found if measured is not None]
@@ -104,7 +104,7 @@ class PlanTask:
     def predicted(
         self,
         method: str,
-        parts: Sequence[Measured],
+        parts: Sequence[PredictedLoss],
         optimal: bool = False,
         lower_bound: float | None = None,
         selection: Selection | None = None,
@@ -136,7 +136,7 @@ class PlanTask:
             lower_bound=None if optimal else lower_bound,
         )
 
-    def objective(self, parts: Sequence[Measured]) -> float:
+    def objective(self, parts: Sequence[PredictedLoss]) -> float:
         """Return what `exact` makes the least of: the tensors' losses, with what they share where the scores tell."""
         if self.co_moments is not None:
             places = [

@@ -1,6 +1,6 @@
 """Uniform plans to beat: one format for all keys and one for all values, few enough to measure each.
 
-Reads a plan's formats, and Scores where they foretell which pairs are good; writes formats tensor by tensor.
+Reads a plan's formats, and Scores where they predict which pairs are good; writes formats tensor by tensor.
 Does not know how good any pair is.
 """
 
@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 from kvprof.allocate.budget import CachedTensor
 from kvprof.allocate.candidates import USUAL_GROUP_SIZE
-from kvprof.allocate.losses import Measured, measured_formats, storage
+from kvprof.allocate.losses import PredictedLoss, predicted_losses, storage
 from kvprof.errors import UsageError
-from kvprof.records.external_formats import FOREIGN
+from kvprof.records.external_formats import EXTERNAL
 from kvprof.records.formats import (
     CODE_BITS,
     FULL_BITS,
@@ -31,7 +31,7 @@ from kvprof.records.formats import (
 from kvprof.records.scores import LOSS_INCREASE, Scores
 
 SCORED_PAIRS = 12
-"""Pairs put forward where scores foretell which are good: each costs a forward of all text."""
+"""Pairs put forward where scores predict which are good: each costs a forward of all text."""
 UNSCORED_PAIRS = 24
 """Pairs put forward where nothing does."""
 
@@ -118,7 +118,7 @@ def fitted(form: Format, tensor: CachedTensor, axis: Axis) -> Format:
 
     Another runtime's lies as that runtime has it.
     """
-    if form.is_foreign:
+    if form.is_external:
         return format_named(form.name, tensor.stored_as, tensor.head_dim)
     head_dim = _head_dim(tensor)
     if form.scheme == "rotated" and not form.is_full:
@@ -166,13 +166,14 @@ def _promising(pairs: Sequence[_Pair]) -> list[_Pair]:
 def _scored_rungs(side: _Side, scores: Scores) -> list[_Rung]:
     """Return the ways to store all keys, or all values, in one format that was scored of each of them.
 
-    16 bits are among them where the plan has them; they lose nothing. Other runtimes' formats are rivals of their like.
+    16 bits are among them where the plan has them; they lose nothing. Formats of other runtimes are paired with their
+    like.
     """
     families = {_family(form) for form in side.own if not form.is_full} or {None}
     found = [
         {
             storage(measured.format, tensor.head_dim): measured
-            for measured in measured_formats(scores, tensor)
+            for measured in predicted_losses(scores, tensor)
             if _family(measured.format) in families
         }
         for tensor in side.tensors
@@ -187,7 +188,7 @@ def _scored_rungs(side: _Side, scores: Scores) -> list[_Rung]:
     return rungs
 
 
-def _scored_rung(side: _Side, name: str, found: Sequence[dict[Hashable, Measured]]) -> _Rung | None:
+def _scored_rung(side: _Side, name: str, found: Sequence[dict[Hashable, PredictedLoss]]) -> _Rung | None:
     try:
         formats = [format_named(name, tensor.stored_as, tensor.head_dim) for tensor in side.tensors]
     except UsageError:  # not every head can be rotated
@@ -212,9 +213,9 @@ def _rungs_of_plan(side: _Side) -> list[_Rung]:
         form.model_copy(update={"bits": bits})
         for form in (kinds or [full])
         for bits in CODE_BITS
-        if not form.is_foreign
+        if not form.is_external
     )
-    forms |= dict.fromkeys(form for form in kinds if form.is_foreign)
+    forms |= dict.fromkeys(form for form in kinds if form.is_external)
     if any(form.is_full for form in side.own):
         forms[full] = None
     rungs: dict[tuple[Format, ...], _Rung] = {}
@@ -227,7 +228,7 @@ def _rungs_of_plan(side: _Side) -> list[_Rung]:
 
 def _family(form: Format) -> str | None:
     """Return whose quantizer rounds a format: None of kvprof's own."""
-    return FOREIGN[form.scheme].family if form.is_foreign else None
+    return EXTERNAL[form.scheme].family if form.is_external else None
 
 
 def _is_uniform(side: _Side) -> bool:
@@ -251,5 +252,5 @@ def _stored(pair: _Pair) -> Fraction:
 
 
 def _head_dim(tensor: CachedTensor) -> int:
-    assert tensor.head_dim is not None  # a rival's geometry is known
+    assert tensor.head_dim is not None  # a baseline's geometry is known
     return tensor.head_dim

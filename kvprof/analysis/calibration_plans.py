@@ -13,7 +13,7 @@ from kvprof.allocate.losses import entries_of, planned_tensors
 from kvprof.allocate.prediction import Prediction, predict, predicted_kl
 from kvprof.allocate.problem import ExactProblem
 from kvprof.errors import InvalidFile, Mismatch
-from kvprof.records.audit import ForetoldPlan
+from kvprof.records.audit import PredictedPlan
 from kvprof.records.plan import BitPlan
 from kvprof.records.scores import LOSS_INCREASE, Scores
 
@@ -39,7 +39,7 @@ def usual_plans(scores: Scores) -> dict[str, BitPlan]:
     return plans
 
 
-def foretell(scores: Scores, plans: Mapping[str, BitPlan]) -> list[ForetoldPlan]:
+def predict_plans(scores: Scores, plans: Mapping[str, BitPlan]) -> list[PredictedPlan]:
     """Return what the scores say of each plan, no factor in it.
 
     Raises InvalidFile, naming plan and tensor, for a format that was not scored; Mismatch for scores of another model.
@@ -59,7 +59,7 @@ def foretell(scores: Scores, plans: Mapping[str, BitPlan]) -> list[ForetoldPlan]
         whole = predicted_kl(plan, plain) or prediction.kl_nats
         more = whole / prediction.kl_nats if prediction.kl_nats else 1.0
         found.append(
-            ForetoldPlan(
+            PredictedPlan(
                 name=name,
                 plan=plan,
                 stored_bits=float(stored_bits_per_element(tensors, entries_of(plan, tensors))),

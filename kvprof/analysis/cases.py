@@ -16,11 +16,11 @@ from kvprof.allocate.budget import CachedTensor
 from kvprof.allocate.candidates import USUAL_BITS, USUAL_GROUP_SIZE, candidates_of
 from kvprof.allocate.hull import Point
 from kvprof.allocate.losses import (
-    Measured,
+    PredictedLoss,
     entries_of,
     kl_factor,
-    measured_of,
     planned_tensors,
+    predicted_loss_of,
     storage,
 )
 from kvprof.allocate.scored import every_format
@@ -36,11 +36,11 @@ class Case:
 
     tensor: CachedTensor
     entry: TensorPlan
-    choices: tuple[Measured, ...]
-    chosen: Measured | None
+    choices: tuple[PredictedLoss, ...]
+    chosen: PredictedLoss | None
     """One of the choices; None where the plan's format was not scored."""
 
-    def bits(self, choice: Measured) -> Fraction:
+    def bits(self, choice: PredictedLoss) -> Fraction:
         """Return the stored bits of an element."""
         return choice.format.stored_bits(self.tensor.head_dim)
 
@@ -62,16 +62,16 @@ def cases_of(plan: BitPlan, scores: Scores, metric: str, formats: str | None = N
         raise UsageError(f"unknown metric {metric!r}: {did_you_mean(metric, METRICS)}")
     tensors = planned_tensors(plan, scores.geometry)
     entries = entries_of(plan, tensors)
-    chosen: list[Measured | None]
+    chosen: list[PredictedLoss | None]
     if metric == LOSS_INCREASE:
         factor = kl_factor(scores)
-        if formats is None and any(entry.is_foreign for entry in entries):
+        if formats is None and any(entry.is_external for entry in entries):
             formats = every_format(scores)
         offered = [
             [_times(choice, factor) for choice in choices]
             for choices in candidates_of(scores, tensors, metric, {"formats": formats})
         ]
-        chosen = [measured_of(scores, tensor, entry) for tensor, entry in zip(tensors, entries, strict=True)]
+        chosen = [predicted_loss_of(scores, tensor, entry) for tensor, entry in zip(tensors, entries, strict=True)]
     else:
         if formats is not None:
             raise UsageError(f"{metric} knows no formats, so --formats would change nothing; leave it out.")
@@ -79,20 +79,22 @@ def cases_of(plan: BitPlan, scores: Scores, metric: str, formats: str | None = N
         squares = [_square(score_of[tensor.layer, tensor.name], metric) for tensor in tensors]
         offered = _usual_widths(tensors, entries, squares)
         chosen = [
-            Measured(entry, square * 4.0**-entry.bits, None, None)
+            PredictedLoss(entry, square * 4.0**-entry.bits, None, None)
             for entry, square in zip(entries, squares, strict=True)
         ]
     return [_case(*parts) for parts in zip(tensors, entries, offered, chosen, strict=True)]
 
 
-def _case(tensor: CachedTensor, entry: TensorPlan, offered: Sequence[Measured], chosen: Measured | None) -> Case:
+def _case(
+    tensor: CachedTensor, entry: TensorPlan, offered: Sequence[PredictedLoss], chosen: PredictedLoss | None
+) -> Case:
     """Return a case whose choices hold the chosen one, once."""
     own = None if chosen is None else storage(chosen.format, tensor.head_dim)
     others = [choice for choice in offered if storage(choice.format, tensor.head_dim) != own]
     return Case(tensor, entry, (*others, *([chosen] if chosen is not None else [])), chosen)
 
 
-def _times(choice: Measured, factor: float) -> Measured:
+def _times(choice: PredictedLoss, factor: float) -> PredictedLoss:
     return replace(
         choice,
         loss=factor * choice.loss,
@@ -109,7 +111,7 @@ def _square(score: float, metric: str) -> float:
 
 def _usual_widths(
     tensors: Sequence[CachedTensor], entries: Sequence[TensorPlan], squares: Sequence[float]
-) -> list[list[Measured]]:
+) -> list[list[PredictedLoss]]:
     """Return the usual widths, in the group size that most tensors of the same name have."""
     groups: dict[str, list[int]] = {name: [] for name in TENSORS}
     for tensor, entry in zip(tensors, entries, strict=True):
@@ -118,7 +120,7 @@ def _usual_widths(
     group_of = {name: mode(found or [USUAL_GROUP_SIZE]) for name, found in groups.items()}
     return [
         [
-            Measured(
+            PredictedLoss(
                 usual_format(tensor.stored_as, bits, group_of[tensor.name], tensor.head_dim),
                 square * 4.0**-bits,
                 None,

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from kvprof.allocate.budget import CachedTensor, spent
 from kvprof.allocate.losses import (
     entries_of,
-    measured_of,
     planned_tensors,
+    predicted_loss_of,
     stderr_of_mean,
     storage,
     window_remark,
@@ -116,7 +116,7 @@ def _same(tensor: CachedTensor, before: TensorPlan, after: TensorPlan) -> bool:
 def _change(tensor: CachedTensor, before: TensorPlan, after: TensorPlan, scores: Scores | None) -> TensorChange:
     predicted = None
     if scores is not None:
-        was, now = measured_of(scores, tensor, before), measured_of(scores, tensor, after)
+        was, now = predicted_loss_of(scores, tensor, before), predicted_loss_of(scores, tensor, after)
         predicted = None if was is None or now is None else now.loss - was.loss
     return TensorChange(
         layer=tensor.layer,

@@ -16,7 +16,7 @@ from fractions import Fraction
 
 from kvprof.allocate.hull import corners, shadow_price
 from kvprof.allocate.losses import (
-    Measured,
+    PredictedLoss,
     fitting_scores,
     kl_factor,
     stderr_of_mean,
@@ -168,7 +168,7 @@ def _explain_tensor(case: Case, market: _Market) -> TensorExplanation:
     )
 
 
-def _offer(case: Case, choice: Measured, on_hull: bool, price: float | None) -> Offer:
+def _offer(case: Case, choice: PredictedLoss, on_hull: bool, price: float | None) -> Offer:
     chosen = case.chosen
     added = None if chosen is None or choice is chosen else float(case.bits(choice) - case.bits(chosen))
     return Offer(
@@ -185,7 +185,7 @@ def _offer(case: Case, choice: Measured, on_hull: bool, price: float | None) -> 
     )
 
 
-def _move(case: Case, chosen: Measured, to: Measured, market: _Market, price: float | None) -> Move:
+def _move(case: Case, chosen: PredictedLoss, to: PredictedLoss, market: _Market, price: float | None) -> Move:
     added, change = case.bits(to) - case.bits(chosen), to.loss - chosen.loss
     stderr = None
     if chosen.samples is not None and to.samples is not None and len(chosen.samples) == len(to.samples):
@@ -201,13 +201,13 @@ def _move(case: Case, chosen: Measured, to: Measured, market: _Market, price: fl
     )
 
 
-def _verdict(case: Case, price: float | None) -> tuple[Verdict, Measured | None, float | None]:
+def _verdict(case: Case, price: float | None) -> tuple[Verdict, PredictedLoss | None, float | None]:
     """Return the verdict, with the better format and what having it would take off the plan's loss."""
     chosen = case.chosen
     if chosen is None:
         return "unknown", None, None
 
-    def total(choice: Measured) -> float:
+    def total(choice: PredictedLoss) -> float:
         return choice.loss + (price or 0.0) * float(case.bits(choice))
 
     better = [

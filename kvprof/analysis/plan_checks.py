@@ -1,4 +1,4 @@
-"""Whole plans: the KL that scores foretell of each, and what an evaluation measured.
+"""Whole plans: the KL that scores predict of each, and what an evaluation measured.
 
 Reads plans, Scores and Evaluations; finds a plan in an evaluation by its digest. Does not know where files lie.
 """

@@ -17,7 +17,7 @@ import numpy as np
 from typing_extensions import Unpack
 
 from kvprof.allocate.candidates import Allowed
-from kvprof.allocate.losses import Measured, fitting_scores
+from kvprof.allocate.losses import PredictedLoss, fitting_scores
 from kvprof.allocate.lp_relaxation import Floats, Ints, relax
 from kvprof.allocate.problem import ExactProblem
 from kvprof.analysis.bootstrap import arrays, problem_of, why_unknown
@@ -95,7 +95,7 @@ def _source_of(scores: Scores, sources: int) -> Ints | None:
     return source_of if matches and set(source_of.tolist()) == set(range(sources)) else None
 
 
-def _by_source(choice: Measured, names: Sequence[str]) -> tuple[float, ...]:
+def _by_source(choice: PredictedLoss, names: Sequence[str]) -> tuple[float, ...]:
     """Return a format's loss by all sources together and by each; nothing where one is unknown."""
     if choice.format.is_full and choice.by_source is None:
         return (0.0,) * (1 + len(names))

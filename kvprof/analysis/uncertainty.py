@@ -20,7 +20,7 @@ from kvprof.records.stability import Stability
 
 
 @dataclass(frozen=True)
-class Doubts:
+class Uncertainty:
     """What is known of a plan's reliability; nothing of a plan that `loss_increase` did not choose."""
 
     stability: Stability | None = None
@@ -30,7 +30,7 @@ class Doubts:
     """The best uniform pair that stores no more, as `int3g64/rot2`, and its predicted KL, in nats a token."""
 
 
-def doubts(
+def uncertainty_of(
     scores: Scores,
     plan: BitPlan,
     *,
@@ -38,7 +38,7 @@ def doubts(
     context: int | None = None,
     batch: int = 1,
     **allowed: Unpack[Allowed],
-) -> Doubts:
+) -> Uncertainty:
     """Return what to doubt of a plan that was just made from scores.
 
     tie, allowed: what it was made with, as `methods.exact` takes them. context, batch: where it had bytes to spend.
@@ -46,12 +46,12 @@ def doubts(
     """
     solver = plan.solver
     if solver is None or solver.method != "exact" or solver.metric != LOSS_INCREASE or solver.target is not None:
-        return Doubts()  # resampling solves without a runtime's grammar
+        return Uncertainty()  # resampling solves without a runtime's constraints
     scores = scores.leaving(plan.reasons)
     unknown = why_unknown(scores)
     problem = problem_of(plan, scores, tie, allowed, context, batch)
     pair = problem.best_pair(problem.capacity(problem.limit))
-    return Doubts(
+    return Uncertainty(
         stability=None if unknown else stability(scores, plan, problem=problem),
         remarks=(
             *([f"how stable the plan is cannot be told: {unknown}"] if unknown else []),

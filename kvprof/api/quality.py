@@ -1,4 +1,4 @@
-"""evaluate as a function: what a plan costs in quality, beside rivals that store no more.
+"""evaluate as a function: what a plan costs in quality, beside baselines that store no more.
 
 Reads a plan, a model and text; returns an Evaluation. Writes files only where a folder is named.
 """
@@ -38,7 +38,7 @@ from kvprof.workspace.names import short_names
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from kvprof.evaluate.evaluation import Rival
+    from kvprof.evaluate.evaluation import Baseline
     from kvprof.models.load import ModelSource
     from kvprof.profile.request import SensitivitySettings
 
@@ -79,7 +79,7 @@ def evaluate(
     they are there and fit, else measured first. check: raise NotBetter unless the plan beats all that store no more
     bits. exact: token by token through the packed cache. sequence_length: tokens; 512 by default. measure_from: the
     first position that counts. The rest is named as the command's options are. out: a folder for evaluation.json and
-    its journal, and for what the rivals need; without it nothing is written. progress: called with (forwards done,
+    its journal, and for what the baselines need; without it nothing is written. progress: called with (forwards done,
     forwards in all) of the evaluation itself.
     Returns an Evaluation: of each plan KL divergence in nats a token with its standard error, top-1 agreement,
     perplexity, stored bits; every number against the same model with its cache in full precision.
@@ -121,13 +121,13 @@ def evaluate(
         borrowed(found.model.id if model is None else model, tokenizer, trust_remote_code) as source,
         results_in(out, source.id) as folder,
     ):
-        published: list[Rival] = []
+        published: list[Baseline] = []
         if rivals or check:
             check_request(source, [(name, found), *further], settings, compares=check)
         if rivals:
             measuring = SensitivitySettings(dtype=dtype, device=device, stream=stream)
             path = Path(plan) if isinstance(plan, str | Path) else None
-            published = published_rivals(found, path, source, folder, measuring, restart)
+            published = published_baselines(found, path, source, folder, measuring, restart)
         run = run_evaluation(source, found, settings, folder, published, further, name, restart, progress or silent)
     remark(run.remarks)
     if check:
@@ -145,7 +145,7 @@ def require_better(evaluation: Evaluation) -> None:
         )
 
 
-def published_rivals(
+def published_baselines(
     plan: BitPlan,
     path: Path | None,
     source: ModelSource,
@@ -153,7 +153,7 @@ def published_rivals(
     measuring: SensitivitySettings,
     restart: bool,
     bar: Callable[[str, str], AbstractContextManager[Progress]] = lambda title, unit: nullcontext(silent),
-) -> list[Rival]:
+) -> list[Baseline]:
     """Return the published rules' plans at the plan's stored bits, from scores that are there, else measured now.
 
     plan: known to be the model's. path: its file, where it has one. folder: for what is measured now. restart: measure
@@ -163,7 +163,7 @@ def published_rivals(
     from kvprof.profile.norms import run_norms
     from kvprof.profile.sensitivity import run_sensitivity
 
-    found = find_rival_scores(plan, path, source, folder)
+    found = find_baseline_scores(plan, path, source, folder)
     norms, gradients = found.norms, found.gradients
     if norms is None:
         with bar("norms", "bytes") as advance:
@@ -171,27 +171,27 @@ def published_rivals(
     if gradients is None:
         with bar("gradients", "sequences") as advance:
             gradients = run_sensitivity(source, measuring, folder, restart, advance).scores
-    return found.rivals(norms, gradients)
+    return found.plans(norms, gradients)
 
 
 @dataclass(frozen=True)
-class RivalScores:
-    """The scores that a plan's rivals are made from; None for those that are to be measured."""
+class BaselineScores:
+    """The scores that a plan's baselines are made from; None for those that are to be measured."""
 
     plan: BitPlan
     norms: Scores | None
     gradients: Scores | None
 
-    def rivals(self, norms: Scores, gradients: Scores) -> list[Rival]:
-        """Return the rivals that these scores make."""
-        from kvprof.allocate.baselines import rival_plans
-        from kvprof.evaluate.evaluation import Rival
+    def plans(self, norms: Scores, gradients: Scores) -> list[Baseline]:
+        """Return the baselines that these scores make."""
+        from kvprof.allocate.baselines import baseline_plans
+        from kvprof.evaluate.evaluation import Baseline
 
-        return [Rival(name, candidates) for name, candidates in rival_plans(self.plan, norms, gradients)]
+        return [Baseline(name, candidates) for name, candidates in baseline_plans(self.plan, norms, gradients)]
 
 
-def find_rival_scores(plan: BitPlan, path: Path | None, source: ModelSource, folder: Path) -> RivalScores:
-    """Find the scores that a plan's rivals need, and say which files they are in; the arguments as above.
+def find_baseline_scores(plan: BitPlan, path: Path | None, source: ModelSource, folder: Path) -> BaselineScores:
+    """Find the scores that a plan's baselines need, and say which files they are in; the arguments as above.
 
     They are looked for in the folder, beside the plan, and where a model's results go by default. The gradients that
     the plan was made from come before others.
@@ -210,12 +210,12 @@ def find_rival_scores(plan: BitPlan, path: Path | None, source: ModelSource, fol
     def find(name: str, *metrics: str) -> Scores | None:
         found, why = find_fitting(f"{name}.json", metrics, plan, folders, geometry, fingerprint)
         if found is None:
-            logger.info("%s: the rivals need %s, measured now", why or f"there is no {folder / name}.json", name)
+            logger.info("%s: the baselines need %s, measured now", why or f"there is no {folder / name}.json", name)
             return None
-        logger.info("the rivals take their %s from %s", name, found[0])
+        logger.info("the baselines take their %s from %s", name, found[0])
         return found[1]
 
-    return RivalScores(
+    return BaselineScores(
         plan if plan.geometry is not None else plan.model_copy(update={"geometry": geometry}),
         find("norms", "spectral_norm", "frobenius_norm"),
         find("gradients", "gradient_norm"),

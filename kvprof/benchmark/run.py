@@ -1,7 +1,7 @@
 """How fast does a plan's cache decode on this device, and how fast could it? Timed beside caches in full precision.
 
 Reads a plan and what it is for; writes benchmark.json, and a journal of finished cases while it runs, so that a stopped
-run goes on. Every case has rivals of its own, timed right after it. Does not know how a plan was made.
+run goes on. Every case has baselines of its own, timed right after it. Does not know how a plan was made.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def run_benchmark(
     restart: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> BenchmarkRun:
-    """Time a plan's cache and its rivals in full precision, and write benchmark.json.
+    """Time a plan's cache and its baselines in full precision, and write benchmark.json.
 
     name: of the plan. folder: for the result, and for the journal of finished cases meanwhile. progress: called with
     (parts of cases done, parts in all).

@@ -110,10 +110,10 @@ def row_remarks(name: str, rows: RowCounts, packed: bool, known: Collection[str]
             f"{mend}, or name {other}"
         )
     marked = {mark: count for mark, count in rows.marks.items() if count > MARKED_SHARE * number}
-    foreign = [mark for mark in marked if mark not in known]
-    if foreign:
+    others = [mark for mark in marked if mark not in known]
+    if others:
         yield (
-            f"{name} holds special tokens of another model in plain text, {_listed(foreign)}, which this tokenizer "
+            f"{name} holds special tokens of another model in plain text, {_listed(others)}, which this tokenizer "
             f"spells out: name {other}, without them"
         )
     own = [mark for mark in marked if mark in known]

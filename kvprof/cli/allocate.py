@@ -144,7 +144,7 @@ def allocate(
     from kvprof.allocate.constrained import unrestricted
     from kvprof.allocate.target import sliding_remark
     from kvprof.allocate.task import usual_window
-    from kvprof.analysis.uncertainty import doubts
+    from kvprof.analysis.uncertainty import uncertainty_of
     from kvprof.cli.typed import typed_command
     from kvprof.errors import UsageError
     from kvprof.records.geometry import bytes_text
@@ -202,11 +202,11 @@ def allocate(
     print_plain(f"from {path}")
     for line in [] if free is None else restriction_lines(plan, free):
         print_plain(line)
-    doubted = doubts(found, plan, tie=tie, context=context, batch=batch or 1, **allowed)
-    for line in (*prediction_lines(plan, found, doubted.best_pair), *stability_lines(doubted.stability)):
+    uncertainty = uncertainty_of(found, plan, tie=tie, context=context, batch=batch or 1, **allowed)
+    for line in (*prediction_lines(plan, found, uncertainty.best_pair), *stability_lines(uncertainty.stability)):
         print_plain(line)
     sliding = None if runtime is None else sliding_remark(plan, runtime)
-    for remark in (*plan_remarks(plan, found), *doubted.remarks, *filter(None, [sliding])):
+    for remark in (*plan_remarks(plan, found), *uncertainty.remarks, *filter(None, [sliding])):
         print_note(remark)
     print_written(written)
     print_result(plan)

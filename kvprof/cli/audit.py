@@ -139,7 +139,7 @@ def calibrate(
     Whole plans can cost more than the sum of their tensors. The factor found is kept with the scores, and later
     predictions are multiplied by it.
     """
-    from kvprof.analysis.calibration_plans import foretell, usual_plans
+    from kvprof.analysis.calibration_plans import predict_plans, usual_plans
     from kvprof.records.plan import BitPlan
     from kvprof.records.scores import Scores
     from kvprof.workspace.names import short_names
@@ -148,7 +148,7 @@ def calibrate(
     read = {path: BitPlan.load(path) for path in plans or []}
     path, found = scores_of_plans(read) if scores is None else (scores, Scores.load(scores))
     named = dict(zip(short_names(read), read.values(), strict=True)) if read else usual_plans(found)
-    foretold = foretell(found, named)
+    predicted = predict_plans(found, named)
 
     from kvprof.evaluate.kl_factor import CalibrateSettings, run_calibrate
     from kvprof.models.load import resolve
@@ -157,12 +157,12 @@ def calibrate(
     from kvprof.report.console import print_note, print_result, print_written, progress
     from kvprof.storage.folders import output_folder
 
-    source = resolve(model or foretold[0].plan.model.id, trust_remote_code, tokenizer)
+    source = resolve(model or predicted[0].plan.model.id, trust_remote_code, tokenizer)
     folder = output_folder(source.id, path.parent)
     settings = CalibrateSettings(sequences, dtype, device)
     with progress("calibrate", "forwards") as advance:
         writing = advance.beside("writing text", "tokens")
-        run = run_calibrate(source, found, path, foretold, settings, folder, restart, advance, writing)
+        run = run_calibrate(source, found, path, predicted, settings, folder, restart, advance, writing)
     show_calibration(run.plans, run.found)
     for remark in run.remarks:
         print_note(remark)

@@ -136,7 +136,7 @@ def evaluate(
     Reads held-out text with the plan's cache and in full precision. Baselines are published rules with no more stored
     bits than the plan.
     """
-    from kvprof.api.quality import find_rival_scores, published_rivals, require_better
+    from kvprof.api.quality import find_baseline_scores, published_baselines, require_better
     from kvprof.calibration.text import BUILTIN
     from kvprof.evaluate.evaluation import EvaluationSettings, check_request, run_evaluation
     from kvprof.models.load import resolve
@@ -175,11 +175,11 @@ def evaluate(
     measuring = SensitivitySettings(dtype=dtype, device=device, stream=stream)
     published = []
     if rivals and not dry_run:
-        published = published_rivals(found, plan, source, folder, measuring, restart, progress)
+        published = published_baselines(found, plan, source, folder, measuring, restart, progress)
     if rivals and dry_run:
-        ready = find_rival_scores(found, plan, source, folder)
+        ready = find_baseline_scores(found, plan, source, folder)
         if ready.norms is not None and ready.gradients is not None:
-            published = ready.rivals(ready.norms, ready.gradients)
+            published = ready.plans(ready.norms, ready.gradients)
         else:
             print_note("baselines are not counted: their scores are measured first, then nine forwards a sequence more")
     watch = Watch(dry_run)

@@ -1,4 +1,4 @@
-"""What a plan costs in quality: measured, against full precision and against rivals."""
+"""What a plan costs in quality: measured, against full precision and against baselines."""
 
 from kvprof.callables import make_callable
 

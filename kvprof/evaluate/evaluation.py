@@ -1,7 +1,7 @@
-"""How far does a plan's cache move the model's predictions on held-out text? Measured beside its rivals.
+"""How far does a plan's cache move the model's predictions on held-out text? Measured beside its baselines.
 
 Reads a model, text and plans; writes evaluation.json, and a journal while it runs, so that a stopped run goes on. Every
-number compares logits with those of the same model, its cache in full precision. Does not know how a plan or a rival
+number compares logits with those of the same model, its cache in full precision. Does not know how a plan or a baseline
 was made.
 """
 
@@ -45,7 +45,7 @@ from kvprof.storage.journal import Journal
 BYTES_A_PIECE = 8 * 2**10
 """Of a plan on a sequence: its line in the journal."""
 FINALISTS = 2
-"""Of a rival's candidates, how many go on after the first sequence."""
+"""Of a baseline's candidates, how many go on after the first sequence."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,11 @@ class EvaluationSettings:
 
 
 @dataclass(frozen=True)
-class Rival:
+class Baseline:
     """A plan to compare with, or the best of several.
 
     candidates: of more than one, all are measured on the first sequence and the best FINALISTS on every sequence; the
-    one with the least mean KL is reported. Choosing on the text itself can only flatter the rival.
+    one with the least mean KL is reported. Choosing on the text itself can only flatter the baseline.
     """
 
     name: str
@@ -106,7 +106,7 @@ class _Entrant:
 def check_request(
     source: ModelSource, plans: Sequence[tuple[str, BitPlan]], settings: EvaluationSettings, compares: bool = False
 ) -> None:
-    """Raise what `run_evaluation` would of these plans, named, and of the text: for who has rivals to measure first.
+    """Raise what `run_evaluation` would of these plans, named, and of the text: for who has baselines to measure first.
 
     compares: raise UsageError, too, where the first plan would be compared on text that never reads its codes.
     """
@@ -130,7 +130,7 @@ def run_evaluation(
     plan: BitPlan,
     settings: EvaluationSettings,
     folder: Path,
-    rivals: Sequence[Rival] = (),
+    rivals: Sequence[Baseline] = (),
     against: Sequence[tuple[str, BitPlan]] = (),
     name: str = "plan",
     restart: bool = False,
@@ -138,7 +138,7 @@ def run_evaluation(
     writing: Callable[[int, int], None] = lambda done, total: None,
     announce: Callable[[Estimate], None] = lambda estimate: None,
 ) -> EvaluationRun:
-    """Load a model, measure a plan, its rivals and further plans on text, and write evaluation.json.
+    """Load a model, measure a plan, its baselines and further plans on text, and write evaluation.json.
 
     against: further plans with their names. name: of the plan itself. folder: for the result, and for the journal of
     finished pieces meanwhile. progress: called with (forwards done, forwards in all); writing: with (tokens done,

@@ -1,6 +1,6 @@
 """How do the measured KL of whole plans and their predicted one compare? One factor, fitted and kept with the scores.
 
-Reads a model, plans with their predictions, and the Scores that foretold them; measures on the text, suffix and window
+Reads a model, plans with their predictions, and the Scores that predicted them; measures on the text, suffix and window
 that the scores speak of; writes the factor into the Scores file, and a journal while it runs, so that a stopped run
 goes on. Does not know how a plan was predicted.
 """
@@ -29,7 +29,7 @@ from kvprof.models.decoder import text_config
 from kvprof.models.identity import fingerprint_of
 from kvprof.models.inventory import position_limit, take_inventory
 from kvprof.models.load import ModelSource, load_config, load_model, load_tokenizer, wider_dtype_advice
-from kvprof.records.audit import ForetoldPlan, PlanCheck
+from kvprof.records.audit import PlanCheck, PredictedPlan
 from kvprof.records.formats import TENSORS
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import quantized_tokens
@@ -65,7 +65,7 @@ def run_calibrate(
     source: ModelSource,
     scores: Scores,
     path: Path,
-    plans: Sequence[ForetoldPlan],
+    plans: Sequence[PredictedPlan],
     settings: CalibrateSettings,
     folder: Path,
     restart: bool = False,
@@ -138,12 +138,12 @@ def fit(plans: Sequence[PlanCheck], sequences: int) -> KlCalibration:
     )
 
 
-def _as_scored(plans: Sequence[ForetoldPlan], scores: Scores) -> list[ForetoldPlan]:
+def _as_scored(plans: Sequence[PredictedPlan], scores: Scores) -> list[PredictedPlan]:
     """Return the plans with the window that the scores speak of, each recipe once."""
     if not plans:
         raise UsageError("there is no plan to calibrate by.\n  Name one, or leave out all and let kvprof make some.")
     window = None if scores.decoding is None else scores.decoding.window
-    found: dict[str, ForetoldPlan] = {}
+    found: dict[str, PredictedPlan] = {}
     for one in plans:
         plan = one.plan if window is None else one.plan.model_copy(update={"window": window})
         found.setdefault(plan.recipe, replace(one, plan=plan))
@@ -184,7 +184,7 @@ def _fill(
 
 def _measure(
     model: PreTrainedModel,
-    plans: Sequence[ForetoldPlan],
+    plans: Sequence[PredictedPlan],
     text: CalibrationSet,
     fraction: float,
     route: Route,
@@ -216,15 +216,15 @@ def _measure(
     return resumed
 
 
-def _key(one: ForetoldPlan, index: int) -> str:
+def _key(one: PredictedPlan, index: int) -> str:
     return f"{one.plan.recipe} {index}"
 
 
-def _found(log: Journal, one: ForetoldPlan, sequences: int) -> list[float]:
+def _found(log: Journal, one: PredictedPlan, sequences: int) -> list[float]:
     return [float(log.done[_key(one, index)]) for index in range(sequences)]
 
 
-def _check(one: ForetoldPlan, measured: Sequence[float], text: CalibrationSet, same: bool) -> PlanCheck:
+def _check(one: PredictedPlan, measured: Sequence[float], text: CalibrationSet, same: bool) -> PlanCheck:
     """Return a plan's two numbers, the predicted one of the same sequences where that is known."""
     number = len(measured)
     predicted = fmean(one.samples[:number]) if same and one.samples is not None else one.predicted_nats
@@ -241,7 +241,7 @@ def _check(one: ForetoldPlan, measured: Sequence[float], text: CalibrationSet, s
 
 
 def _check_fit(
-    plans: Sequence[ForetoldPlan], scores: Scores, geometry: CacheGeometry, fingerprint: str | None = None
+    plans: Sequence[PredictedPlan], scores: Scores, geometry: CacheGeometry, fingerprint: str | None = None
 ) -> None:
     """Raise Mismatch where the scores or a plan, then named, are for another model."""
     scores.check_fits(geometry, fingerprint)
@@ -252,7 +252,7 @@ def _check_fit(
             raise Mismatch(f"{one.name}: {error}") from None
 
 
-def _check_something_is_read(plans: Sequence[ForetoldPlan], longest: int) -> None:
+def _check_something_is_read(plans: Sequence[PredictedPlan], longest: int) -> None:
     """Raise UsageError where the longest sequence stays within a plan's window."""
     for one in plans:
         forms = [entry.tensor(tensor) for entry in one.plan.layers for tensor in TENSORS]
@@ -264,8 +264,8 @@ def _check_something_is_read(plans: Sequence[ForetoldPlan], longest: int) -> Non
 
 
 def _remarks(
-    plans: Sequence[ForetoldPlan],
-    asked: Sequence[ForetoldPlan],
+    plans: Sequence[PredictedPlan],
+    asked: Sequence[PredictedPlan],
     scores: Scores,
     text: CalibrationSet,
     same: bool,

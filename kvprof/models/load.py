@@ -35,11 +35,11 @@ from kvprof.models.checkpoint.hub import fetch_from_hub
 from kvprof.models.checkpoint.stored_dtype import stored_dtype
 from kvprof.models.checkpoint.validation import check_config, check_loadable, read_headers, refuse_adapter
 from kvprof.models.decoder import check_reads_text, loading_class, text_config
-from kvprof.models.execution.activation_offload import Shelf
+from kvprof.models.execution.activation_offload import ActivationOffload
 from kvprof.models.execution.streaming import stream_weights
 from kvprof.models.inventory import ASSUMED_DTYPE, build_skeleton, own_dtype
 from kvprof.models.kept import content_name, made_once
-from kvprof.models.loaded import check_lent, live_config
+from kvprof.models.loaded import check_loaded, live_config
 from kvprof.models.memory import free_bytes
 from kvprof.models.names import DEMO, nearest_path
 from kvprof.models.own_code import check_code, find_code, refused_code
@@ -252,7 +252,7 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto", s
     """
     check_dtype(dtype)
     if source.live is not None:
-        check_lent(source.live, dtype, None if device == "auto" else usable_device(device), stream)
+        check_loaded(source.live, dtype, None if device == "auto" else usable_device(device), stream)
         check_reads_text(source.live)
         return source.live
     config = load_config(source)
@@ -279,8 +279,8 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto", s
         )
     spread: dict[str, Any] = {"device_map": "auto"} if target is None else {}
     if stream:
-        shelf = Shelf()
-        spread = {"device_map": {"": "disk"}, "offload_folder": shelf.folder}
+        offload = ActivationOffload()
+        spread = {"device_map": {"": "disk"}, "offload_folder": offload.folder}
     arguments = loading_arguments(source, place)
     arguments |= {"quantization_config": dequantizing(config)} if place.is_dir() and dequantizing(config) else {}
     if place.is_dir():
@@ -292,7 +292,7 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto", s
         model = model.eval().requires_grad_(False)
         if stream:
             assert target is not None
-            stream_weights(model, shelf, target)
+            stream_weights(model, offload, target)
         elif target is not None:
             model = model.to(target)
     if not stream:

@@ -27,7 +27,7 @@ def live_config(model: PreTrainedModel) -> PretrainedConfig:
     return config
 
 
-def check_lent(model: PreTrainedModel, dtype: str, device: torch.device | None, stream: bool) -> None:
+def check_loaded(model: PreTrainedModel, dtype: str, device: torch.device | None, stream: bool) -> None:
     """Raise UsageError where a loaded model is to be used in another way than it was loaded.
 
     dtype: `auto` is its own. device: None is where it is.

@@ -21,7 +21,7 @@ _PATIENCE = timedelta(days=7)
 """How long the others wait while one works: a block of a large model on a slow disk, a text that it writes."""
 
 
-class Team:
+class ProcessGroup:
     """This process and its fellows.
 
     rank: of this process; 0 leads, and is the one that writes files and speaks.
@@ -76,15 +76,15 @@ class Team:
         return self.together(lambda: work() if self.leads else None)[0]  # type: ignore[return-value]
 
 
-def join_team(device: str) -> tuple[Team, str]:
-    """Return the team that this process was launched into, and the device that is its own.
+def join_process_group(device: str) -> tuple[ProcessGroup, str]:
+    """Return the group that this process was launched into, and the device that is its own.
 
     device: as the user asked for it; of `auto`, each process of a machine takes a GPU of its own.
     """
     if launched_size() == 1:
-        return Team(), device
+        return ProcessGroup(), device
     from accelerate import PartialState
 
     state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=_PATIENCE)
     own = str(state.device) if device == "auto" else device
-    return Team(state.process_index, state.num_processes), own
+    return ProcessGroup(state.process_index, state.num_processes), own

@@ -22,7 +22,7 @@ from kvprof.models.identity import made_with
 from kvprof.models.load import input_device
 from kvprof.models.memory import memory_explained, settled_bytes
 from kvprof.profile.decoder import Decoder, Formats, decoding_of
-from kvprof.profile.distributed import Team
+from kvprof.profile.distributed import ProcessGroup
 from kvprof.profile.gradients import gradient_norms, padded_on_the_right
 from kvprof.profile.loss_increase import loss_effects
 from kvprof.records.effects import block_tokens, encode
@@ -61,7 +61,7 @@ def measure_sensitivity(
     finished: Callable[[Mapping[int, SequenceResult]], None] = lambda results: None,
     is_enough: Callable[[Scores], bool] | None = None,
     indices: Sequence[int] | None = None,
-    team: Team | None = None,
+    group: ProcessGroup | None = None,
 ) -> Scores:
     """Measure the gradient norms of every layer's W_k and W_v, and the predicted losses of formats.
 
@@ -70,11 +70,11 @@ def measure_sensitivity(
     is_enough: asked of the scores so far, as `run_sensitivity` has it; sequences beyond are then not in the result.
     A model in half precision computes in float32 meanwhile (`models.widening`). A batch that does not fit the memory is
     measured in batches of half the size, and so is all that follows: what is measured then is what that size gives.
-    indices: the sequences to measure, all by default. team: the processes that measure a batch each at a time.
+    indices: the sequences to measure, all by default. group: the processes that measure a batch each at a time.
     Returns Scores: means over sequences, with standard errors (of a single one, 0 for norms, none for losses).
     Raises NonFiniteGradient, with advice, where half precision overflows.
     """
-    formats, decoder, team = formats or {}, decoder or Decoder(), team or Team()
+    formats, decoder, group = formats or {}, decoder or Decoder(), group or ProcessGroup()
     measured = dict(done or {})
     chosen = list(range(len(calibration.sequences)) if indices is None else indices)
     first, size = 0, batch_size
@@ -86,8 +86,8 @@ def measure_sensitivity(
         )
         with computing_in_float32(model):
             while todo := _left(calibration.sequences, size, chosen[first:stage], measured):
-                for batch in team.turns(todo):
-                    answers = team.together(functools.partial(measure, batch))
+                for batch in group.turns(todo):
+                    answers = group.together(functools.partial(measure, batch))
                     for results in answers:
                         if isinstance(results, dict) and results:
                             finished(results)

@@ -24,7 +24,7 @@ from kvprof.errors import UnsupportedAttention, UsageError, first_line
 from kvprof.models.identity import fingerprint_of
 from kvprof.models.load import ModelSource, input_device, load_model
 from kvprof.profile.decoder import Formats, within_the_window
-from kvprof.profile.distributed import join_team
+from kvprof.profile.distributed import join_process_group
 from kvprof.profile.request import Prepared, SensitivitySettings, estimate, prepare
 from kvprof.profile.scoring import SequenceResult, measure_sensitivity, samples_of
 from kvprof.profile.shards import as_shard
@@ -66,20 +66,20 @@ def run_sensitivity(
     that will be scored, before anything is; may raise. announce: called before a weight is loaded; may raise, to stop.
     Raises KvprofError in its many kinds: the model, the text, a setting or the journal is not fit.
     """
-    team, device = join_team(settings.device)
-    prepared = team.each(lambda: prepare(source, settings, is_enough is not None, check))
-    announce(team.each(lambda: estimate(prepared, device)))
-    loaded = team.each(lambda: _load(prepared, device))
-    text = team.first(lambda: fill(prepared.mix, loaded.model, prepared.tokenizer, loaded.fingerprint, writing))
+    group, device = join_process_group(settings.device)
+    prepared = group.each(lambda: prepare(source, settings, is_enough is not None, check))
+    announce(group.each(lambda: estimate(prepared, device)))
+    loaded = group.each(lambda: _load(prepared, device))
+    text = group.first(lambda: fill(prepared.mix, loaded.model, prepared.tokenizer, loaded.fingerprint, writing))
     chosen = range(len(text.sequences)) if settings.share is None else settings.share.indices(len(text.sequences))
     identity = _identity(prepared, loaded, text)
     name = "gradients" if settings.share is None else f"gradients-{settings.share.number}-of-{settings.share.of}"
     own = identity if settings.share is None else identity | {"shard": str(settings.share)}
     with contextlib.ExitStack() as stack:
         # The leading process alone keeps a journal: a run may go on as any number of processes.
-        log = team.lead(lambda: stack.enter_context(Journal(folder / f"{name}.journal", own, restart)))
+        log = group.lead(lambda: stack.enter_context(Journal(folder / f"{name}.journal", own, restart)))
         counted = settings.decoder.counted(text)
-        measured = team.first(lambda: _read_journal(log, loaded, chosen, counted))
+        measured = group.first(lambda: _read_journal(log, loaded, chosen, counted))
         resumed = len(measured)
         progress(len(measured), len(chosen))
 
@@ -101,7 +101,7 @@ def run_sensitivity(
             finished,
             is_enough,
             chosen,
-            team,
+            group,
         )
         path = folder / f"{name}.json"
         if settings.share is not None:

@@ -1,4 +1,4 @@
-"""Audit: how well scores foretell what was measured, of single tensors and of whole plans. Read, written, validated.
+"""Audit: how well scores predict what was measured, of single tensors and of whole plans. Read, written, validated.
 
 Made by `audit`, read by people and by the picture. Holds numbers only.
 """
@@ -91,7 +91,7 @@ class PlanCheck(Record):
 
 
 @dataclass(frozen=True)
-class ForetoldPlan:
+class PredictedPlan:
     """A plan and what scores say of it, no factor in it."""
 
     name: str

@@ -131,7 +131,7 @@ class DecodeRun(Record):
 
 
 class BenchmarkCase(Record):
-    """One context and batch, each with rivals of its own."""
+    """One context and batch, each with baselines of its own."""
 
     context: Positive
     """Tokens of every sequence that are in the cache before the step."""

@@ -1,6 +1,6 @@
 """The formats of other runtimes' caches: what each stores, by the name that its runtime gives it.
 
-Plain data; the rounding itself is `runtime.foreign`'s business. Each lies along a token's channels, in blocks within a
+Plain data; the rounding itself is `runtime.external`'s business. Each lies along a token's channels, in blocks within a
 head, and keeps beside its codes what `side_bits` counts: scales, and where there are some, offsets.
 """
 
@@ -14,7 +14,7 @@ Family = Literal["ggml", "float8", "nvfp4", "fp4", "mlx", "exl3", "lmdeploy", "t
 
 
 @dataclass(frozen=True)
-class ForeignFormat:
+class ExternalFormat:
     """One format of another runtime.
 
     bits: of a code. block: channels that share a scale; 0 where all of a head do, 1 where there is none. side_bits:
@@ -38,14 +38,14 @@ class ForeignFormat:
         return self.block == 0 or head_dim % self.block == 0
 
 
-def _by_name(formats: Iterable[ForeignFormat]) -> dict[str, ForeignFormat]:
+def _by_name(formats: Iterable[ExternalFormat]) -> dict[str, ExternalFormat]:
     return {form.name: form for form in formats}
 
 
 # ggml's blocks of 32: a float16 scale, and in the types that end in _1 a float16 minimum (ggml-common.h of llama.cpp;
 # q6_0 is ik_llama.cpp's alone).
 GGML = _by_name(
-    ForeignFormat(name, bits, 32, side_bits, "ggml")
+    ExternalFormat(name, bits, 32, side_bits, "ggml")
     for name, bits, side_bits in (
         ("q8_0", 8, 16),
         ("q6_0", 6, 16),
@@ -58,31 +58,31 @@ GGML = _by_name(
 )
 
 # OCP's 8-bit floats; the one scale of a tensor, 1 unless a checkpoint brings it, costs nothing an element.
-FLOAT8 = _by_name(ForeignFormat(name, 8, 1, 0, "float8") for name in ("fp8_e4m3", "fp8_e5m2"))
+FLOAT8 = _by_name(ExternalFormat(name, 8, 1, 0, "float8") for name in ("fp8_e4m3", "fp8_e5m2"))
 
 # 4-bit floats (e2m1) in blocks of 16 with a scale in e4m3.
-NVFP4 = _by_name([ForeignFormat("nvfp4", 4, 16, 8, "nvfp4")])
+NVFP4 = _by_name([ExternalFormat("nvfp4", 4, 16, 8, "nvfp4")])
 
 # The same floats with a power of two as scale (SGLang's kvfp4_tensor.py).
-FP4 = _by_name([ForeignFormat("fp4_e2m1", 4, 16, 8, "fp4")])
+FP4 = _by_name([ExternalFormat("fp4_e2m1", 4, 16, 8, "fp4")])
 
 # MLX's affine quantization: a scale and a bias, of 16 bits each, for every group.
 MLX = _by_name(
-    ForeignFormat(f"mlx{bits}g{group}", bits, group, 32, "mlx") for bits in (2, 4, 8) for group in (32, 64, 128)
+    ExternalFormat(f"mlx{bits}g{group}", bits, group, 32, "mlx") for bits in (2, 4, 8) for group in (32, 64, 128)
 )
 
 # ExLlamaV3: groups of 32 channels, rotated, with a float16 scale.
-EXL3 = _by_name(ForeignFormat(f"exl3_{bits}", bits, 32, 16, "exl3") for bits in range(2, 9))
+EXL3 = _by_name(ExternalFormat(f"exl3_{bits}", bits, 32, 16, "exl3") for bits in range(2, 9))
 
 # LMDeploy: a scale and a zero point, of 16 bits each, for every token and head.
-LMDEPLOY = _by_name(ForeignFormat(f"lmdeploy_int{bits}", bits, 0, 32, "lmdeploy") for bits in (4, 8))
+LMDEPLOY = _by_name(ExternalFormat(f"lmdeploy_int{bits}", bits, 0, 32, "lmdeploy") for bits in (4, 8))
 
 # vLLM's TurboQuant: keys rotated, a float16 norm for every token and head; values with a scale and a zero point.
 TURBOQUANT = _by_name(
-    ForeignFormat(f"turbo_{side}{bits}", bits, 0, side_bits, "turboquant")
+    ExternalFormat(f"turbo_{side}{bits}", bits, 0, side_bits, "turboquant")
     for side, side_bits in (("k", 16), ("v", 32))
     for bits in (3, 4)
 )
 
-FOREIGN: dict[str, ForeignFormat] = GGML | FLOAT8 | NVFP4 | FP4 | MLX | EXL3 | LMDEPLOY | TURBOQUANT
+EXTERNAL: dict[str, ExternalFormat] = GGML | FLOAT8 | NVFP4 | FP4 | MLX | EXL3 | LMDEPLOY | TURBOQUANT
 """Every format of another runtime, by name: in a plan, the `scheme` of a tensor."""

@@ -15,11 +15,11 @@ from typing_extensions import Self
 
 from kvprof.errors import UsageError, did_you_mean
 from kvprof.records.document import Positive, Record
-from kvprof.records.external_formats import FOREIGN
+from kvprof.records.external_formats import EXTERNAL
 
 OWN_SCHEMES = ("asymmetric", "rotated")
 """What kvprof's own cache stores; every other scheme is the format of another runtime, by its name there."""
-SCHEMES = (*OWN_SCHEMES, *FOREIGN)
+SCHEMES = (*OWN_SCHEMES, *EXTERNAL)
 
 
 def _known_scheme(scheme: str) -> str:
@@ -75,8 +75,8 @@ class Format(Record):
 
     @model_validator(mode="after")
     def _can_be_stored(self) -> Self:
-        if self.scheme in FOREIGN:
-            self._check_foreign()
+        if self.scheme in EXTERNAL:
+            self._check_external()
             return self
         if self.bits not in (*CODE_BITS, FULL_BITS):
             raise ValueError(f"bits must be one of {', '.join(map(str, CODE_BITS))} or {FULL_BITS}, found {self.bits}")
@@ -89,8 +89,8 @@ class Format(Record):
                 raise ValueError("scheme 'rotated' has nothing to clip: clip must be 'none'")
         return self
 
-    def _check_foreign(self) -> None:
-        form = FOREIGN[self.scheme]
+    def _check_external(self) -> None:
+        form = EXTERNAL[self.scheme]
         expected = {"bits": form.bits, "axis": "token", "clip": "none"}
         if form.block:
             expected["group_size"] = form.block
@@ -107,20 +107,20 @@ class Format(Record):
         return self.bits == FULL_BITS
 
     @property
-    def is_foreign(self) -> bool:
+    def is_external(self) -> bool:
         """Whether this is another runtime's format, which kvprof can score and plan but its cache cannot store."""
-        return self.scheme in FOREIGN
+        return self.scheme in EXTERNAL
 
-    def is_foreign_of(self, head_dim: int) -> bool:
+    def is_external_of(self, head_dim: int) -> bool:
         """Whether heads of a dimension have this format of another runtime, in blocks of this size."""
-        form = FOREIGN[self.scheme]
+        form = EXTERNAL[self.scheme]
         return form.fits(head_dim) and form.group_size(head_dim) == self.group_size
 
     @property
     def group_bits(self) -> int:
         """Bits that each group stores beside its codes."""
-        if self.is_foreign:
-            return FOREIGN[self.scheme].side_bits
+        if self.is_external:
+            return EXTERNAL[self.scheme].side_bits
         return ROTATED_GROUP_BITS if self.scheme == "rotated" else ASYMMETRIC_GROUP_BITS
 
     @property
@@ -128,7 +128,7 @@ class Format(Record):
         """The short name: `int2g64c`, `rot3`, `q4_0`, `full`."""
         if self.is_full:
             return "full"
-        if self.is_foreign:
+        if self.is_external:
             return self.scheme
         if self.scheme == "rotated":
             return f"rot{self.bits}"
@@ -174,8 +174,8 @@ def format_named(name: str, tensor: TensorName, head_dim: int | None = None) -> 
     """
     if name == "full":
         return usual_format(tensor, FULL_BITS, 1)
-    if name in FOREIGN:
-        return _foreign_format(name, tensor, head_dim)
+    if name in EXTERNAL:
+        return _external_format(name, tensor, head_dim)
     plain, rotated = re.fullmatch(r"int(\d)g(\d{1,9})(c?)", name), re.fullmatch(r"rot(\d)", name)
     found = plain or rotated
     bits = int(found[1]) if found else 0
@@ -183,7 +183,7 @@ def format_named(name: str, tensor: TensorName, head_dim: int | None = None) -> 
         widths = ", ".join(map(str, CODE_BITS))
         raise UsageError(
             f"{name!r} is no format: write int3g64, int2g64c (clipped), rot2 or full; bits are {widths}.\n"
-            f"  Of other runtimes there are {', '.join(FOREIGN)}."
+            f"  Of other runtimes there are {', '.join(EXTERNAL)}."
         )
     if plain is not None:
         form = usual_format(tensor, bits, int(plain[2]), head_dim)
@@ -194,8 +194,8 @@ def format_named(name: str, tensor: TensorName, head_dim: int | None = None) -> 
     return Format(scheme="rotated", bits=bits, group_size=head_dim, axis="token")
 
 
-def _foreign_format(name: str, tensor: TensorName, head_dim: int | None) -> Format:
-    form = FOREIGN[name]
+def _external_format(name: str, tensor: TensorName, head_dim: int | None) -> Format:
+    form = EXTERNAL[name]
     if not form.fits(head_dim):
         heads = "an unknown head dimension" if head_dim is None else f"heads of {head_dim} channels"
         whole = f"heads that are a multiple of {form.block} channels" if form.block else "a known head dimension"

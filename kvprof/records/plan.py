@@ -272,7 +272,7 @@ class BitPlan(Document):
                         f"layer {entry.layer} rotates its {name} in groups of {form.group_size}, "
                         f"but the head dimension is {head_dim}"
                     )
-                if form.is_foreign and not form.is_foreign_of(head_dim):
+                if form.is_external and not form.is_external_of(head_dim):
                     return (
                         f"layer {entry.layer} stores its {name} as {form.name}, in blocks of {form.group_size}, "
                         f"but the head dimension is {head_dim}"

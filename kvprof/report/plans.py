@@ -6,7 +6,7 @@ Reads records, prints them through `console`; knows nothing of how they were mad
 from __future__ import annotations
 
 from kvprof.errors import UsageError
-from kvprof.records.external_formats import FOREIGN
+from kvprof.records.external_formats import EXTERNAL
 from kvprof.records.formats import TENSORS, format_named
 from kvprof.records.geometry import bytes_text
 from kvprof.records.plan import BitPlan, Solver, TensorPlan, Window
@@ -211,9 +211,9 @@ def loss_remarks(scores: Scores, window: Window, for_target: bool = False) -> li
     """Return what a reader should know of plans made by `loss_increase`, of this window."""
     remarks = []
     scored = dict.fromkeys(name for tensor in TENSORS for name in scores.scored_formats(tensor))
-    foreign = [name for name in scored if name in FOREIGN]
-    if foreign and not for_target:
-        names = ", ".join(foreign)
+    external = [name for name in scored if name in EXTERNAL]
+    if external and not for_target:
+        names = ", ".join(external)
         remarks.append(f"passed over, as no plan of kvprof's can store them: {names} (other runtimes': see --target)")
     unknown = [name for name in scores.passed_over if not _is_format(name)]
     unfit = [name for name in scores.passed_over if _is_format(name)]

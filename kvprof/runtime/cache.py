@@ -67,9 +67,9 @@ class PlanCache(Cache):  # type: ignore[misc]
         if not hasattr(model, "config"):
             raise CacheError(f"a {type(model).__name__} is no model.\n  Give a loaded transformers model.")
         for entry in plan.layers:
-            if foreign := [form.name for form in (entry.key, entry.value) if form.is_foreign]:
+            if external := [form.name for form in (entry.key, entry.value) if form.is_external]:
                 raise CacheError(
-                    f"layer {entry.layer} is to be stored as {foreign[0]}, which is another runtime's format.\n"
+                    f"layer {entry.layer} is to be stored as {external[0]}, which is another runtime's format.\n"
                     "  kvprof evaluate measures such a plan, kvprof export writes it for its runtime; a plan for this "
                     "cache is one that allocate makes without --target."
                 )

@@ -16,7 +16,7 @@ from kvprof.allocate.costs import written
 from kvprof.allocate.losses import entries_of, planned_tensors
 from kvprof.allocate.target import WHOLE_CACHE, Target, sliding_remark
 from kvprof.errors import Inexpressible
-from kvprof.records.external_formats import FOREIGN
+from kvprof.records.external_formats import EXTERNAL
 from kvprof.records.formats import TENSORS, USUAL_AXIS, TensorName, format_named
 from kvprof.records.plan import BitPlan, TensorPlan
 
@@ -35,7 +35,7 @@ class Artefact:
 
 @dataclass(frozen=True)
 class Told:
-    """A plan as a runtime has it: the formats of its grammar by name, and what to say of them."""
+    """A plan as a runtime has it: the formats of its constraints by name, and what to say of them."""
 
     assignment: Assignment
     remarks: tuple[str, ...]
@@ -53,7 +53,7 @@ def told(plan: BitPlan, target: Target) -> Told:
         if target.sliding == "full" and tensor.shape is not None and tensor.shape.window and not entry.is_full:
             what = f"layer {tensor.layer} has a {tensor.shape.window_text}, which it keeps in 16 bits"
             raise refused(plan, target, what)
-        head_dim = tensor.head_dim or (entry.group_size if entry.is_foreign else None)
+        head_dim = tensor.head_dim or (entry.group_size if entry.is_external else None)
         place = f"the {tensor.word} of layer {tensor.layer}"
         if entry.recent_fraction and not entry.is_full:
             raise refused(plan, target, f"{place} keeps a share of the recent past in full precision")
@@ -64,8 +64,8 @@ def told(plan: BitPlan, target: Target) -> Told:
         if name != entry.name:
             others[entry.name + (" (per channel)" if entry.axis == "channel" else "")] = name
         assignment[tensor.layer, tensor.name] = name
-    assert target.grammar is not None
-    problem = target.grammar.misfit(assignment, plan.model.num_layers)
+    assert target.constraints is not None
+    problem = target.constraints.misfit(assignment, plan.model.num_layers)
     if problem is not None:
         raise refused(plan, target, problem)
     return Told(assignment, (*_quantizer_remarks(target, others), *window_remarks(plan, target)))
@@ -76,7 +76,7 @@ def check_own(plan: BitPlan, target: Target) -> None:
     for entry in plan.layers:
         for tensor in TENSORS:
             form = entry.tensor(tensor)
-            if form.is_foreign:
+            if form.is_external:
                 raise refused(plan, target, f"the {tensor} of layer {entry.layer} has {form.name}, another runtime's")
 
 
@@ -98,13 +98,13 @@ def _name_for(entry: TensorPlan, target: Target, tensor: TensorName, head_dim: i
     known = target.formats_of(tensor)
     if entry.is_full:
         return FULL if FULL in known else None
-    if entry.name in known and (entry.is_foreign or entry.axis == USUAL_AXIS[tensor]):
+    if entry.name in known and (entry.is_external or entry.axis == USUAL_AXIS[tensor]):
         return entry.name
     stored = entry.bits, entry.stored_bits(head_dim)
-    own = FOREIGN[entry.scheme].family if entry.is_foreign else None
+    own = EXTERNAL[entry.scheme].family if entry.is_external else None
     for name in known:
         # Of one family two formats are two things that its runtimes tell apart.
-        if name in FOREIGN and FOREIGN[name].family != own and FOREIGN[name].fits(head_dim):
+        if name in EXTERNAL and EXTERNAL[name].family != own and EXTERNAL[name].fits(head_dim):
             form = format_named(name, tensor, head_dim)
             if (form.bits, form.stored_bits(head_dim)) == stored:
                 return name
@@ -146,7 +146,7 @@ def _nearest_budget(plan: BitPlan, target: Target) -> str | None:
     """Return the stored bits that a target can reach nearest to a plan's, as an option takes them; None for none."""
     tensors = planned_tensors(plan)
     stored = stored_bits_per_element(tensors, entries_of(plan, tensors))
-    if target.grammar is None:
+    if target.constraints is None:
         return written(stored, "stored", math.ceil)
     bits = {
         (tensor.layer, tensor.name): {
@@ -156,7 +156,7 @@ def _nearest_budget(plan: BitPlan, target: Target) -> str | None:
     }
     unit = math.lcm(*(one.denominator for row in bits.values() for one in row.values()))
     cells = {place: {name: Cell(int(one * unit), 0.0) for name, one in row.items()} for place, row in bits.items()}
-    ends = reach(target.grammar, Table(cells, plan.model.num_layers))
+    ends = reach(target.constraints, Table(cells, plan.model.num_layers))
     if ends is None:
         return None
     low, high = (Fraction(end, unit * sum(tensor.width for tensor in tensors)) for end in ends)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from kvprof.allocate.constraints import EachTensor, pairs_of
 from kvprof.allocate.target import Target
-from kvprof.records.external_formats import EXL3, FOREIGN
+from kvprof.records.external_formats import EXL3, EXTERNAL
 from kvprof.records.plan import BitPlan
 from kvprof.targets.artefact import Artefact, skipped_remarks, told
 
 TARGET = Target(
     name="exllamav3",
-    grammar=EachTensor(tuple(EXL3)),
+    constraints=EachTensor(tuple(EXL3)),
     artefact="a Python snippet with a cache layer of its own, and its bits as JSON",
     since="the release whose CacheLayer_quant takes cache_id",
     checked="constructor against exllamav3/cache/quant.py, rounding against q_cache_kernels.cuh; not run",
@@ -48,7 +48,7 @@ def write(plan: BitPlan) -> Artefact:
     """Return the module for a plan of 2 to 8 bits for each layer's keys and values."""
     found = told(plan, TARGET)
     pairs = pairs_of(found.assignment).items()
-    lines = ",\n".join(f'  "{layer}": [{FOREIGN[key].bits}, {FOREIGN[value].bits}]' for layer, (key, value) in pairs)
+    lines = ",\n".join(f'  "{layer}": [{EXTERNAL[key].bits}, {EXTERNAL[value].bits}]' for layer, (key, value) in pairs)
     does = "must keep them apart, as it does sliding windows: the cache layer has no bits for them, and says so"
     remarks = (*found.remarks, *skipped_remarks(plan, TARGET, does))
     return Artefact(_TEXT.format(bits=f"{{\n{lines}\n}}"), ".py", remarks)

@@ -18,7 +18,7 @@ from kvprof.targets.llama_cpp import ALL_LAYERS, FLASH_ATTENTION
 
 TARGET = Target(
     name="ik_llama.cpp",
-    grammar=FirstLastRest((*GGML, FULL)),
+    constraints=FirstLastRest((*GGML, FULL)),
     artefact="flags: -ctk T -ctk-first T,N -ctk-last T,M -ctv ...",
     since="April 2026 (pull requests 1599 and 1626)",
     checked="flags and precedence against common/common.cpp and src/llama.cpp; not run. A GGUF of the Llama family "
@@ -30,11 +30,11 @@ TARGET = Target(
 def write(plan: BitPlan) -> Artefact:
     """Return ik_llama.cpp's flags for a plan whose keys, and values, have at most three runs of layers."""
     found = told(plan, TARGET)
-    grammar = TARGET.grammar
-    assert isinstance(grammar, FirstLastRest)
+    constraints = TARGET.constraints
+    assert isinstance(constraints, FirstLastRest)
     words = [FLASH_ATTENTION]
     for tensor, flag in zip(TENSORS, ("-ctk", "-ctv"), strict=True):
-        ranges = grammar.ranges_of(found.assignment, tensor, plan.model.num_layers)
+        ranges = constraints.ranges_of(found.assignment, tensor, plan.model.num_layers)
         assert ranges is not None
         words.append(f"{flag} {TARGET.word(ranges.rest)}")
         if ranges.first_layers:

@@ -35,7 +35,7 @@ KVTUNER_BITS = (2, 4, 8)
 
 TARGET = Target(
     name="kvtuner",
-    grammar=EachTensor(("int2g32", "int4g32", "int8g32")),
+    constraints=EachTensor(("int2g32", "int4g32", "int8g32")),
     window=KIVI_WINDOW,
     artefact="YAML: layer: {nbits_key: B, nbits_value: B}",
     since="any",

@@ -15,7 +15,7 @@ from kvprof.targets.artefact import Artefact, skipped_remarks, told
 
 TARGET = Target(
     name="llama.cpp",
-    grammar=KeysAndValues((*(name for name in GGML if name != "q6_0"), FULL)),
+    constraints=KeysAndValues((*(name for name in GGML if name != "q6_0"), FULL)),
     artefact="flags: -ctk T -ctv T -fa on",
     since="a build whose -fa takes on, off or auto",
     checked="types against common/arg.cpp, and run (llama-cpp-python 0.3.36); quantizers bit for bit against "

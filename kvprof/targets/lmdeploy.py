@@ -15,7 +15,7 @@ from kvprof.targets.one_choice import written
 
 TARGET = Target(
     name="lmdeploy",
-    grammar=OneOfAll(
+    constraints=OneOfAll(
         {
             "0": (FULL, FULL),
             "4": ("lmdeploy_int4", "lmdeploy_int4"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from kvprof.allocate.constraints import FULL, EachLayer, pairs_of
 from kvprof.allocate.target import Target
-from kvprof.records.external_formats import FOREIGN, MLX
+from kvprof.records.external_formats import EXTERNAL, MLX
 from kvprof.records.plan import BitPlan
 from kvprof.targets.artefact import Artefact, told
 
@@ -17,7 +17,7 @@ PAIRS = {name: (name, name) for name in (*MLX, FULL)}
 
 TARGET = Target(
     name="mlx-lm",
-    grammar=EachLayer(PAIRS),
+    constraints=EachLayer(PAIRS),
     sliding="full",
     artefact="a Python snippet that builds the prompt cache",
     since="the release that has QuantizedKVCache",
@@ -49,7 +49,7 @@ def write(plan: BitPlan) -> Artefact:
     """Return the module for a plan whose layers have equal bits and groups for keys and values."""
     found = told(plan, TARGET)
     entries = [
-        f"{layer}: ({FOREIGN[name].bits}, {FOREIGN[name].block})"
+        f"{layer}: ({EXTERNAL[name].bits}, {EXTERNAL[name].block})"
         for layer, (name, _) in pairs_of(found.assignment).items()
         if name != FULL
     ]

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from kvprof.allocate.constraints import OneOfAll
 from kvprof.allocate.target import Target
-from kvprof.records.external_formats import FOREIGN, MLX
+from kvprof.records.external_formats import EXTERNAL, MLX
 from kvprof.records.plan import BitPlan
 from kvprof.targets.artefact import Artefact
 from kvprof.targets.one_choice import written
 
 TARGET = Target(
     name="mlx-vlm",
-    grammar=OneOfAll({name: (name, name) for name in MLX}),
+    constraints=OneOfAll({name: (name, name) for name in MLX}),
     sliding="full",
     artefact="flags: --kv-bits B --kv-group-size G --quantized-kv-start 0",
     since="the release that has --quantized-kv-start",
@@ -28,7 +28,7 @@ def write(plan: BitPlan) -> Artefact:
     """Return the flags for a uniform plan; by itself it would leave the first 5,000 tokens alone."""
 
     def flags(word: str) -> str:
-        form = FOREIGN[word]
+        form = EXTERNAL[word]
         return f"--kv-bits {form.bits} --kv-group-size {form.block} --quantized-kv-start 0\n"
 
     return written(plan, TARGET, flags, ".args")

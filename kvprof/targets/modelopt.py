@@ -18,7 +18,7 @@ MIXED = "MIXED_PRECISION"
 
 TARGET = Target(
     name="modelopt",
-    grammar=EachLayer({"FP8": ("fp8_e4m3", "fp8_e4m3"), "NVFP4": ("nvfp4", "nvfp4")}),
+    constraints=EachLayer({"FP8": ("fp8_e4m3", "fp8_e4m3"), "NVFP4": ("nvfp4", "nvfp4")}),
     sliding="as told",
     artefact="hf_quant_config.json, schema version 1",
     since="Model-Optimizer with pull request 2272; vLLM reads it with pull request 56116, open when checked",
@@ -29,9 +29,9 @@ TARGET = Target(
 def write(plan: BitPlan) -> Artefact:
     """Return the file for a plan whose layers have FP8 or NVFP4 for keys and values alike."""
     found = told(plan, TARGET)
-    grammar = TARGET.grammar
-    assert isinstance(grammar, EachLayer)
-    layers = {layer: grammar.word_for(pair) for layer, pair in pairs_of(found.assignment).items()}
+    constraints = TARGET.constraints
+    assert isinstance(constraints, EachLayer)
+    layers = {layer: constraints.word_for(pair) for layer, pair in pairs_of(found.assignment).items()}
     words = set(layers.values())
     config = {
         "producer": {"name": "kvprof", "version": __version__},

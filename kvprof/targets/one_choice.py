@@ -13,11 +13,11 @@ from kvprof.targets.artefact import Artefact, skipped_remarks, told
 def written(plan: BitPlan, target: Target, text: Callable[[str], str], suffix: str) -> Artefact:
     """Return what a runtime with one choice for the whole cache is given of a plan. text: of its word for a format."""
     found = told(plan, target)
-    grammar = target.grammar
-    assert isinstance(grammar, OneOfAll)
+    constraints = target.constraints
+    assert isinstance(constraints, OneOfAll)
     pair = next(iter(pairs_of(found.assignment).values()))
     return Artefact(
-        text(grammar.word_for(pair)),
+        text(constraints.word_for(pair)),
         suffix,
         (*found.remarks, *skipped_remarks(plan, target, "makes no difference of them")),
     )

@@ -15,7 +15,7 @@ from kvprof.targets.one_choice import written
 
 TARGET = Target(
     name="tensorrt-llm",
-    grammar=OneOfAll(
+    constraints=OneOfAll(
         {
             "auto": (FULL, FULL),
             "fp8": ("fp8_e4m3", "fp8_e4m3"),

@@ -8,7 +8,7 @@ from kvprof.targets.artefact import Artefact, check_own
 
 TARGET = Target(
     name="transformers",
-    grammar=None,
+    constraints=None,
     window=USUAL_WINDOW,
     sliding="as told",
     artefact="a Python script that generates through PlanCache",

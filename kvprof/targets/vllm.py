@@ -30,7 +30,7 @@ PAIRS = {
 
 TARGET = Target(
     name="vllm",
-    grammar=SomeInFull(PAIRS, dict.fromkeys(TURBOQUANT, 2)),
+    constraints=SomeInFull(PAIRS, dict.fromkeys(TURBOQUANT, 2)),
     sliding="as told",
     artefact="flags: --kv-cache-dtype X --kv-cache-dtype-skip-layers ...",
     since="the release that has --kv-cache-dtype-skip-layers (pull requests 33695, 38479)",
@@ -41,13 +41,13 @@ TARGET = Target(
 def write(plan: BitPlan) -> Artefact:
     """Return vLLM's flags for a plan of one dtype, and 16 bits for any layers."""
     found = told(plan, TARGET)
-    grammar = TARGET.grammar
-    assert isinstance(grammar, SomeInFull)
+    constraints = TARGET.constraints
+    assert isinstance(constraints, SomeInFull)
     pairs = pairs_of(found.assignment)
     full = {layer for layer, pair in pairs.items() if pair == (FULL, FULL)}
     if len(full) == len(pairs):
         return Artefact("--kv-cache-dtype auto\n", ".args", found.remarks)
-    word = grammar.word_of(found.assignment, plan.model.num_layers)
+    word = constraints.word_of(found.assignment, plan.model.num_layers)
     skipped = sorted(full | {entry.layer for entry in plan.skipped or ()})
     flags = f"--kv-cache-dtype {word}"
     if skipped:

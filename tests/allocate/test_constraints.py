@@ -1,4 +1,4 @@
-"""Each grammar's best assignment is that of brute force over all that it can express."""
+"""Each constraints's best assignment is that of brute force over all that it can express."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from kvprof.allocate.constraints import (
     FULL,
     Assignment,
     Cell,
+    Constraints,
     EachLayer,
     EachTensor,
     FirstLastRest,
-    Grammar,
     KeysAndValues,
     OneOfAll,
     SomeInFull,
@@ -30,7 +30,7 @@ PAIRS = {"one": ("a", "a"), "two": ("b", "a"), "none": (FULL, FULL)}
 QUANTIZED = {"one": ("a", "a"), "two": ("b", "a")}
 ENDS = {"two": 1}
 
-GRAMMARS: list[Grammar] = [
+GRAMMARS: list[Constraints] = [
     EachTensor(NAMES),
     EachLayer(PAIRS),
     OneOfAll(PAIRS),
@@ -46,20 +46,20 @@ def every_assignment(layers: list[int]) -> Iterator[dict[tuple[int, str], str]]:
         yield dict(zip(places, names, strict=True))
 
 
-def can_say(grammar: Grammar, assignment: Assignment, num_layers: int) -> bool:
-    """Whether a grammar can express an assignment: told anew, from what its runtime takes, not from `misfit`."""
+def can_say(constraints: Constraints, assignment: Assignment, num_layers: int) -> bool:
+    """Whether a constraints can express an assignment: told anew, from what its runtime takes, not from `misfit`."""
     layers = sorted({layer for layer, _ in assignment})
     keys, values = ([assignment[layer, tensor] for layer in layers] for tensor in ("key", "value"))
     pairs = list(zip(keys, values, strict=True))
-    if isinstance(grammar, EachTensor):
+    if isinstance(constraints, EachTensor):
         return True
-    if isinstance(grammar, EachLayer):
+    if isinstance(constraints, EachLayer):
         return all(pair in PAIRS.values() for pair in pairs)
-    if isinstance(grammar, OneOfAll):
+    if isinstance(constraints, OneOfAll):
         return len(set(pairs)) == 1 and pairs[0] in PAIRS.values()
-    if isinstance(grammar, KeysAndValues):
+    if isinstance(constraints, KeysAndValues):
         return len(set(keys)) == len(set(values)) == 1
-    if isinstance(grammar, SomeInFull):
+    if isinstance(constraints, SomeInFull):
         for word, pair in QUANTIZED.items():
             count = min(ENDS.get(word, 0), num_layers // 2)  # as vLLM has it
             ends = {*range(count), *range(num_layers - count, num_layers)}
@@ -94,16 +94,16 @@ def tables(draw: st.DrawFn) -> Table:
     return Table(cells, num_layers)
 
 
-@pytest.mark.parametrize("grammar", GRAMMARS, ids=lambda grammar: type(grammar).__name__)
+@pytest.mark.parametrize("constraints", GRAMMARS, ids=lambda constraints: type(constraints).__name__)
 @given(table=tables(), share=st.floats(0, 1))
 @settings(max_examples=60, deadline=None)
-def test_the_best_assignment_is_that_of_brute_force(grammar: Grammar, table: Table, share: float) -> None:
+def test_the_best_assignment_is_that_of_brute_force(constraints: Constraints, table: Table, share: float) -> None:
     allowed = [
         each
         for each in every_assignment(table.layers)
-        if table.allows(each) and can_say(grammar, each, table.num_layers)
+        if table.allows(each) and can_say(constraints, each, table.num_layers)
     ]
-    ends = reach(grammar, table)
+    ends = reach(constraints, table)
     if not allowed:
         assert ends is None
         return
@@ -111,31 +111,31 @@ def test_the_best_assignment_is_that_of_brute_force(grammar: Grammar, table: Tab
     assert ends == (min(costs), max(costs))
     capacity = math.floor(min(costs) - 1 + share * (max(costs) - min(costs) + 2))
     fitting = [total for each in allowed if (total := table.total(each)).cost <= capacity]
-    found = grammar.best(table, capacity)
+    found = constraints.best(table, capacity)
     if not fitting:
         assert found is None
         return
     assert found is not None
     assert found.proven
     assert set(found.assignment) == set(table.cells)
-    assert can_say(grammar, found.assignment, table.num_layers)
+    assert can_say(constraints, found.assignment, table.num_layers)
     total = table.total(found.assignment)
     assert total.cost <= capacity
     assert total.loss == pytest.approx(min(each.loss for each in fitting), rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize("grammar", GRAMMARS, ids=lambda grammar: type(grammar).__name__)
+@pytest.mark.parametrize("constraints", GRAMMARS, ids=lambda constraints: type(constraints).__name__)
 @pytest.mark.parametrize("layers", [[0], [0, 1], [0, 2, 3], [1, 2]])
-def test_what_cannot_be_said_is_refused_and_nothing_else(grammar: Grammar, layers: list[int]) -> None:
+def test_what_cannot_be_said_is_refused_and_nothing_else(constraints: Constraints, layers: list[int]) -> None:
     for assignment in every_assignment(layers):
-        assert (grammar.misfit(assignment, 4) is None) == can_say(grammar, assignment, 4), assignment
+        assert (constraints.misfit(assignment, 4) is None) == can_say(constraints, assignment, 4), assignment
 
 
 def test_ranges_are_counted_over_all_layers_of_the_model() -> None:
-    grammar = FirstLastRest(NAMES)
+    constraints = FirstLastRest(NAMES)
     names = {1: "a", 3: "b", 5: FULL}  # layers 0, 2, 4, 6 and 7 are not planned
     assignment = {(layer, tensor): name for layer, name in names.items() for tensor in ("key", "value")}
-    ranges = grammar.ranges_of(assignment, "key", 8)
+    ranges = constraints.ranges_of(assignment, "key", 8)
     assert ranges is not None
     assert (ranges.first, ranges.first_layers) == ("a", 2)
     assert (ranges.last, ranges.last_layers) == (FULL, 3)
@@ -157,13 +157,13 @@ def test_one_huge_loss_drowns_no_other() -> None:
 @settings(max_examples=100, deadline=None)
 def test_of_equal_losses_the_cheapest_is_taken(table: Table) -> None:
     flat = table.with_losses(lambda cell: 0.1 if cell.cost < 10 else 0.3)  # sums that differ in the last place
-    for grammar in GRAMMARS:
+    for constraints in GRAMMARS:
         allowed = [
             table.total(each)._replace(loss=flat.total(each).loss)
             for each in every_assignment(table.layers)
-            if table.allows(each) and can_say(grammar, each, table.num_layers)
+            if table.allows(each) and can_say(constraints, each, table.num_layers)
         ]
-        found = grammar.best(flat, 10**6)
+        found = constraints.best(flat, 10**6)
         assert (found is None) == (not allowed)
         if found is not None:
             least = min(each.loss for each in allowed)

@@ -115,7 +115,7 @@ def test_a_frontier_that_cannot_be_is_refused(options: dict[str, Any], error: ty
 
 
 def test_a_norm_has_no_frontier_and_bytes_need_a_geometry() -> None:
-    with pytest.raises(UsageError, match="a norm foretells no KL divergence"):
+    with pytest.raises(UsageError, match="a norm predicts no KL divergence"):
         frontier(scores([1.0], [1.0]))
     table = {"int2g64": 0.1, "int4g64": 0.01}
     assert len(frontier(scored((table, table))).points) > 100

@@ -112,7 +112,7 @@ def test_full_precision_reaches_nothing_at_all() -> None:
         ({"max_kl": 1, "context": 9, "unit": "stored"}, "Leave out one of them"),
         ({"max_kl": 1, "context": 0}, "does not exist"),
         ({"max_kl": 1, "unit": "storde"}, "did you mean 'stored'"),
-        ({"max_kl": 1, "metric": "spectral_norm"}, "spectral_norm foretells no KL divergence"),
+        ({"max_kl": 1, "metric": "spectral_norm"}, "spectral_norm predicts no KL divergence"),
         ({"max_kl": 1, "rule": "norm-greedy"}, "norm-greedy takes no --max-kl"),
     ],
 )
@@ -122,7 +122,7 @@ def test_requests_that_make_no_sense_are_refused(options: dict, words: str) -> N
 
 
 def test_a_norm_foretells_no_kl() -> None:
-    with pytest.raises(UsageError, match="a norm foretells no KL divergence"):
+    with pytest.raises(UsageError, match="a norm predicts no KL divergence"):
         allocate(scores([1.0], [1.0]), max_kl=0.01)
 
 

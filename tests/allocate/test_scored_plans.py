@@ -1,4 +1,4 @@
-"""Plans by `loss_increase`: brute force over all formats, what may be chosen, pins, ties, what a plan foretells."""
+"""Plans by `loss_increase`: brute force over all formats, what may be chosen, pins, ties, what a plan predicts."""
 
 from __future__ import annotations
 
@@ -315,7 +315,7 @@ def test_the_range_of_tied_budgets_is_that_of_tied_plans() -> None:
     assert allocate(two_layers(), budget="2.25", tie="key-value").budget.stored_bits == 2.25
 
 
-# What a plan foretells
+# What a plan predicts
 
 
 def test_the_predicted_kl_is_the_sum_times_the_factor() -> None:

@@ -21,7 +21,7 @@ from kvprof.allocate.kl_target import cheapest
 from kvprof.allocate.methods import exact
 from kvprof.allocate.prediction import predict, predicted_kl
 from kvprof.allocate.problem import ExactProblem
-from kvprof.analysis.calibration_plans import foretell
+from kvprof.analysis.calibration_plans import predict_plans
 from kvprof.errors import InfeasibleBudget
 from kvprof.records.scores import LOSS_INCREASE
 from kvprof.report.plans import prediction_lines
@@ -165,7 +165,7 @@ def test_other_commands_predict_the_same_of_a_plan_that_these_scores_chose(facto
     plan = exact(scores, ANY)
     assert plan.solver.selection_nats > 0
     assert predicted_kl(plan, scores) == pytest.approx(plan.solver.predicted_kl_nats)
-    (found,) = foretell(scores.model_copy(update={"kl_calibration": None}), {"own": exact(noise(10), ANY)})
+    (found,) = predict_plans(scores.model_copy(update={"kl_calibration": None}), {"own": exact(noise(10), ANY)})
     assert found.predicted_nats == pytest.approx(plan.solver.predicted_kl_nats / (factor or 1.0))
     assert np.mean(found.samples) == pytest.approx(found.predicted_nats)
     other = noise(1010, factor=factor)  # which had no part in the choice

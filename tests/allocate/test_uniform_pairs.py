@@ -1,4 +1,4 @@
-"""Uniform pairs: those that scores foretell to be good, few enough to measure; brute force says which they are."""
+"""Uniform pairs: those that scores predict to be good, few enough to measure; brute force says which they are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from handscored import random_scores
 from kvprof import Scores
 from kvprof.allocate import allocate
 from kvprof.allocate.assemble import tensors_of
-from kvprof.allocate.baselines import rival_plans
+from kvprof.allocate.baselines import baseline_plans
 from kvprof.allocate.uniform_pairs import SCORED_PAIRS, UNSCORED_PAIRS, uniform_pairs
 from kvprof.records.formats import Format, format_named
 
@@ -118,7 +118,7 @@ def test_the_rivals_of_a_plan_by_losses_are_these_pairs() -> None:
     ]
     every = Scores.model_validate(source.model_dump(mode="json", by_alias=True) | {"layers": layers})
     plan = allocate(source, budget=3)
-    rivals = dict(rival_plans(plan, every, every))["uniform"]
+    rivals = dict(baseline_plans(plan, every, every))["uniform"]
     assert 0 < len(rivals) <= SCORED_PAIRS
     assert all(rival.budget.stored_bits <= plan.budget.stored_bits for rival in rivals)
     assert (rivals[0].window, rivals[0].quantizer) == (plan.window, plan.quantizer)

@@ -1,4 +1,4 @@
-"""Are plans to calibrate by foretold without any factor, and made where nobody names one?"""
+"""Are plans to calibrate by predicted without any factor, and made where nobody names one?"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kvprof import Scores
 from kvprof.allocate.budget import bit_limit
 from kvprof.allocate.methods import exact
 from kvprof.allocate.prediction import predict
-from kvprof.analysis.calibration_plans import foretell, usual_plans
+from kvprof.analysis.calibration_plans import predict_plans, usual_plans
 from kvprof.errors import InvalidFile, Mismatch
 
 LAYERS = 6
@@ -27,7 +27,7 @@ def named(pair: tuple[str, str], **more: object):
 def test_a_plan_is_foretold_without_the_factor_of_an_earlier_calibration(scores: Scores) -> None:
     plan = named(("int2g64c", "rot2"))
     calibrated = random_scores(LAYERS, factor=1.7)
-    (found,) = foretell(calibrated, {"mine": plan})
+    (found,) = predict_plans(calibrated, {"mine": plan})
     assert found.predicted_nats == pytest.approx(predict(plan, scores).kl_nats)
     assert predict(plan, calibrated).kl_nats == pytest.approx(1.7 * found.predicted_nats)
     assert len(found.samples) == 16
@@ -38,7 +38,7 @@ def test_a_plan_is_foretold_without_the_factor_of_an_earlier_calibration(scores:
 
 def test_a_format_that_was_not_scored_is_named_with_its_plan_and_tensor(scores: Scores) -> None:
     with pytest.raises(InvalidFile) as raised:
-        foretell(scores, {"mine": named(("int8g32", "rot2"))})
+        predict_plans(scores, {"mine": named(("int8g32", "rot2"))})
     assert "mine: int8g32 was not scored for the key of layer 0, nor 5 other tensors' format" in str(raised.value)
     assert "--formats key:int8g32" in str(raised.value)
 
@@ -48,12 +48,12 @@ def test_scores_without_losses_say_which_option_names_others(scores: Scores) -> 
     for entry in bare["layers"]:
         entry["key"] = entry["value"] = {"gradient_norm": 1.0}
     with pytest.raises(InvalidFile, match="--scores"):
-        foretell(Scores.from_json(bare, "bare"), {"mine": named(("rot2", "rot2"))})
+        predict_plans(Scores.from_json(bare, "bare"), {"mine": named(("rot2", "rot2"))})
 
 
 def test_a_plan_of_another_model_is_named(scores: Scores) -> None:
     with pytest.raises(Mismatch, match="mine: "):
-        foretell(scores, {"mine": named(("rot2", "rot2"), fingerprint="sha256:another")})
+        predict_plans(scores, {"mine": named(("rot2", "rot2"), fingerprint="sha256:another")})
 
 
 def test_the_usual_plans_are_the_best_at_two_budgets(scores: Scores) -> None:

@@ -19,7 +19,7 @@ from kvprof.allocate.methods import exact, uniform
 from kvprof.analysis.bootstrap import Sampled, plain_problem, why_unknown, with_samples
 from kvprof.analysis.source_agreement import disagreements
 from kvprof.analysis.stability import STABLE_REGRET, StableAt, is_stable, stability, stable_at
-from kvprof.analysis.uncertainty import doubts
+from kvprof.analysis.uncertainty import uncertainty_of
 from kvprof.errors import InfeasibleBudget, Mismatch, UsageError
 from kvprof.records.formats import format_named
 
@@ -167,7 +167,7 @@ def test_the_regret_is_what_more_sequences_would_really_save() -> None:
     everything = sampled(list(range(1200)))
     truth = everything.mean(everything.even)
     best = relax(truth, everything.costs, everything.capacity).loss(truth)[0]
-    real, foretold, covered = [], [], 0
+    real, predicted, covered = [], [], 0
     for _ in range(12):
         places = draw.sample(range(1200), 16)
         few = sampled(places)
@@ -175,9 +175,9 @@ def test_the_regret_is_what_more_sequences_would_really_save() -> None:
         real.append(relax(mine, few.costs, few.capacity).loss(truth[0])[0] / best - 1)
         resampled = relax(few.mean(few.drawn(100, 0)), few.costs, few.capacity).loss(mine[0])
         regret = resampled / relax(mine, few.costs, few.capacity).loss(mine)[0] - 1
-        foretold.append(regret.mean())
+        predicted.append(regret.mean())
         covered += real[-1] <= np.quantile(regret, 0.9)
-    assert np.mean(foretold) == pytest.approx(np.mean(real), rel=0.3)
+    assert np.mean(predicted) == pytest.approx(np.mean(real), rel=0.3)
     assert covered >= 9
 
 
@@ -423,10 +423,10 @@ def test_a_text_that_loses_nothing_is_no_division_by_zero() -> None:
 
 def test_a_new_plan_comes_with_its_stability_and_what_the_texts_say() -> None:
     scores = mixed()
-    found = doubts(scores, exact(scores, THREE))
+    found = uncertainty_of(scores, exact(scores, THREE))
     assert found.stability == stability(scores, exact(scores, THREE))
     assert list(found.remarks) == disagreements(scores, exact(scores, THREE))
-    blind = doubts(mixed(keep_samples=False), exact(mixed(keep_samples=False), THREE))
+    blind = uncertainty_of(mixed(keep_samples=False), exact(mixed(keep_samples=False), THREE))
     assert blind.stability is None
     assert "cannot be told: the scores do not hold" in blind.remarks[0]
 
@@ -445,15 +445,15 @@ def test_the_best_pair_of_a_plan_of_bytes_takes_no_more_bytes(factor: float | No
         assert one.solver is not None
         if one.bytes_at(32768) <= plan.bytes_at(32768):
             losses["/".join(pair)] = one.solver.predicted_kl_nats
-    found = doubts(scores, plan, context=32768).best_pair
+    found = uncertainty_of(scores, plan, context=32768).best_pair
     assert found is not None
     assert found[0] == min(losses, key=losses.__getitem__)
     assert found[1] == pytest.approx(losses[found[0]])
-    assert doubts(scores, plan).best_pair != found
+    assert uncertainty_of(scores, plan).best_pair != found
 
 
 def test_nothing_is_doubted_of_a_plan_that_losses_did_not_choose() -> None:
     scores = mixed()
     for plan in (uniform(scores, 4, 2), plan_of([("int3g64", "rot2")] * 20, geometry=geometry_json(20))):
-        assert doubts(scores, plan) == doubts(scores, plan.model_copy(update={"solver": None}))
-        assert doubts(scores, plan).stability is None
+        assert uncertainty_of(scores, plan) == uncertainty_of(scores, plan.model_copy(update={"solver": None}))
+        assert uncertainty_of(scores, plan).stability is None

@@ -18,7 +18,7 @@ import kvprof
 from kvprof import BitPlan, Evaluation, KvprofError, Scores
 from kvprof.cli.app import COMMANDS, app, make_app
 from kvprof.errors import InfeasibleBudget, ModelError, NotBetter, UsageError
-from kvprof.models.loaded import check_lent
+from kvprof.models.loaded import check_loaded
 
 WORDS = ("--sequences", "2", "--sequence-length", "32", "--data", "text.txt", "--pack", "--device", "cpu")
 TEXT = {"sequences": 2, "sequence_length": 32, "data": "text.txt", "pack": True, "device": "cpu"}
@@ -197,9 +197,9 @@ def test_a_lent_model_is_not_changed_to_suit_options(in_tmp: Path, options: dict
 
 def test_a_lent_model_is_not_moved() -> None:
     model = tiny_model("llama")
-    check_lent(model, "float32", torch.device("cpu"), stream=False)
+    check_loaded(model, "float32", torch.device("cpu"), stream=False)
     with pytest.raises(UsageError, match="is loaded, on cpu"):
-        check_lent(model, "auto", torch.device("cuda:0"), stream=False)
+        check_loaded(model, "auto", torch.device("cuda:0"), stream=False)
 
 
 def test_a_model_with_weights_left_elsewhere_is_refused(in_tmp: Path) -> None:

@@ -27,12 +27,12 @@ from statistics import fmean
 import small_models
 
 from kvprof import BitPlan, Evaluation, Scores, __version__, allocate, gradients, norms
-from kvprof.allocate.baselines import rival_plans
+from kvprof.allocate.baselines import baseline_plans
 from kvprof.allocate.methods import uniform
 from kvprof.allocate.prediction import predicted_kl
-from kvprof.analysis.calibration_plans import foretell, usual_plans
+from kvprof.analysis.calibration_plans import predict_plans, usual_plans
 from kvprof.analysis.ranks import spearman
-from kvprof.evaluate.evaluation import EvaluationSettings, Rival, run_evaluation
+from kvprof.evaluate.evaluation import Baseline, EvaluationSettings, run_evaluation
 from kvprof.evaluate.kl_factor import CalibrateSettings, run_calibrate
 from kvprof.models.load import ModelSource, resolve
 from kvprof.profile.divergence import DivergenceSettings, run_divergence
@@ -195,7 +195,7 @@ class Measurements:
         if not self.may_measure:
             return None
         with _Told(self, f"{text}/{budget}/evaluation.json", anew=True):
-            rivals = rival_plans(plan, Scores.load(self.folder / "norms.json"), self.scores)
+            rivals = baseline_plans(plan, Scores.load(self.folder / "norms.json"), self.scores)
             return run_evaluation(
                 self.source,
                 plan,
@@ -206,7 +206,7 @@ class Measurements:
                     measure_from=case.length // 2,
                 ),
                 folder,
-                [Rival(name, plans) for name, plans in rivals if name != "random"],
+                [Baseline(name, plans) for name, plans in rivals if name != "random"],
                 list(self.pairs.items()) if budget == BUDGETS[0] else [],
             ).evaluation
 
@@ -218,7 +218,7 @@ class Measurements:
             if missing:
                 path.parent.mkdir(exist_ok=True)
                 shutil.copyfile(self.folder / "gradients.json", path)
-                plans = foretell(self.scores, usual_plans(self.scores))
+                plans = predict_plans(self.scores, usual_plans(self.scores))
                 run_calibrate(self.source, Scores.load(path), path, plans, CalibrateSettings(), path.parent)
                 (path.parent / "calibrate.done").touch()
         return Scores.load(path) if path.exists() else None

@@ -59,7 +59,7 @@ def test_a_plan_is_measured_beside_rivals_and_show_prints_the_same(folder: Path)
     roles = [entry.role for entry in found.plans]
     assert roles[0] == "plan"
     assert roles.count("rival") >= 4
-    assert "the rivals need gradients, measured now" in result.output
+    assert "the baselines need gradients, measured now" in result.output
     assert "need norms" not in result.output
     assert sorted(path.name for path in next(Path("outputs").iterdir()).iterdir()) == [
         "evaluation.json",
@@ -205,9 +205,9 @@ def test_scores_of_another_model_in_the_folder_are_not_taken_for_this_ones(folde
     result = run("evaluate", "fine.json", "--out", "results", *TEXT)
     assert result.exit_code == 0, result.output
     said = " ".join(result.output.split())
-    assert "the rivals need norms, measured now" in said
+    assert "the baselines need norms, measured now" in said
     assert "not valid JSON" in said
-    assert "the rivals need gradients, measured now" in said
+    assert "the baselines need gradients, measured now" in said
 
 
 def test_scores_of_the_model_are_found_wherever_the_results_go(folder: Path) -> None:

@@ -19,7 +19,7 @@ from kvprof.calibration.text import open_text
 from kvprof.errors import CalibrationError, KvprofError, Mismatch, UnsupportedAttention, UsageError
 from kvprof.evaluate import cached_evaluation as pieces
 from kvprof.evaluate import evaluation, logits
-from kvprof.evaluate.evaluation import EvaluationSettings, Rival, run_evaluation
+from kvprof.evaluate.evaluation import Baseline, EvaluationSettings, run_evaluation
 from kvprof.evaluate.logits import planned_logits, reference_logits
 from kvprof.evaluate.summary import SequenceResult, summarise
 from kvprof.metrics import token_kl, token_nll
@@ -259,7 +259,7 @@ def test_a_stopped_run_goes_on_to_the_same_file_and_measures_only_the_rest(
     after: int,
 ) -> None:
     command = (source, make_plan(2, 2), settings)
-    rivals = [Rival("uniform", (make_plan(3, 3), make_plan(4, 4), make_plan(1, 1)))]
+    rivals = [Baseline("uniform", (make_plan(3, 3), make_plan(4, 4), make_plan(1, 1)))]
     against = [("other", make_plan(8, 8))]
     whole = run_evaluation(*command, tmp_path / "whole", rivals, against)
     every = len(measured)
@@ -322,7 +322,7 @@ def test_another_plan_goes_on_with_what_a_stopped_run_measured(
 def test_the_best_candidate_over_all_sequences_is_reported_under_its_formats(
     source: ModelSource, settings: EvaluationSettings, make_plan: Maker, tmp_path: Path
 ) -> None:
-    rival = Rival("uniform", (make_plan(1, 1), make_plan(6, 6), make_plan(2, 2)))
+    rival = Baseline("uniform", (make_plan(1, 1), make_plan(6, 6), make_plan(2, 2)))
     found = run_evaluation(source, make_plan(3, 3), settings, tmp_path / "out", [rival], name="mine").evaluation
     assert [result.name for result in found.plans] == ["mine", "uniform int6g4/int6g8"]
     alone = run_evaluation(source, make_plan(6, 6), settings, tmp_path / "alone").evaluation

@@ -18,7 +18,7 @@ from kvprof.evaluate import kl_factor as calibrate
 from kvprof.evaluate.kl_factor import CalibrateRun, CalibrateSettings, fit, run_calibrate
 from kvprof.evaluate.logits import planned_logits, reference_logits
 from kvprof.models.load import ModelSource, load_model, load_tokenizer
-from kvprof.records.audit import ForetoldPlan, PlanCheck
+from kvprof.records.audit import PlanCheck, PredictedPlan
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import BitPlan, Window
 from kvprof.records.scores import DecodingSetup, LayerScores, Scores, TensorScores
@@ -27,7 +27,7 @@ Maker = Callable[..., BitPlan]
 SETTINGS = CalibrateSettings(sequences=3, dtype="float32", device="cpu")
 WINDOW = Window(sink_tokens=1, recent_tokens=4)
 SAMPLES = tuple(0.001 * (1 + index) for index in range(5))
-"""What the scores foretell of a plan, sequence by sequence."""
+"""What the scores predict of a plan, sequence by sequence."""
 
 
 @pytest.fixture
@@ -51,12 +51,12 @@ def path(scores: Scores, tmp_path: Path) -> Path:
     return scores.save(tmp_path / "out" / "gradients.json")
 
 
-def foretold(name: str, plan: BitPlan, samples: tuple[float, ...] | None = SAMPLES) -> ForetoldPlan:
-    return ForetoldPlan(name, plan, 2.5, 0.01 if samples is None else float(np.mean(samples)), samples)
+def predicted(name: str, plan: BitPlan, samples: tuple[float, ...] | None = SAMPLES) -> PredictedPlan:
+    return PredictedPlan(name, plan, 2.5, 0.01 if samples is None else float(np.mean(samples)), samples)
 
 
 def run(
-    source: ModelSource, scores: Scores, path: Path, plans: list[ForetoldPlan], settings: CalibrateSettings = SETTINGS,
+    source: ModelSource, scores: Scores, path: Path, plans: list[PredictedPlan], settings: CalibrateSettings = SETTINGS,
     **more: object,
 ) -> CalibrateRun:  # fmt: skip
     return run_calibrate(source, scores, path, plans, settings, path.parent, **more)
@@ -77,7 +77,7 @@ def test_the_factor_is_the_geometric_mean_of_measured_over_predicted(
     source: ModelSource, scores: Scores, path: Path, text: str, make_plan: Maker
 ) -> None:
     plans = {"coarse": make_plan(1, 1, WINDOW), "fine": make_plan(3, 2, WINDOW)}
-    result = run(source, scores, path, [foretold(name, plan) for name, plan in plans.items()])
+    result = run(source, scores, path, [predicted(name, plan) for name, plan in plans.items()])
     predicted = np.mean(SAMPLES[:3])  # of the sequences that were measured
     ratios = []
     for check, plan in zip(result.plans, plans.values(), strict=True):
@@ -97,7 +97,7 @@ def test_the_factor_is_the_geometric_mean_of_measured_over_predicted(
 def test_the_scores_file_gets_the_factor_and_stays_the_same_scores(
     source: ModelSource, scores: Scores, path: Path, make_plan: Maker
 ) -> None:
-    plans = [foretold("plan", make_plan(1, 1, WINDOW))]
+    plans = [predicted("plan", make_plan(1, 1, WINDOW))]
     first = run(source, scores, path, plans)
     written = Scores.load(path)
     assert written == first.scores
@@ -112,7 +112,7 @@ def test_text_that_has_changed_is_compared_with_the_means(
     source: ModelSource, scores: Scores, path: Path, text: str, make_plan: Maker
 ) -> None:
     Path(text).write_text("\n".join(["mat at all no another mat cat saw the"] * 60))
-    result = run(source, scores, path, [foretold("plan", make_plan(1, 1, WINDOW))])
+    result = run(source, scores, path, [predicted("plan", make_plan(1, 1, WINDOW))])
     assert result.plans[0].predicted_kl_nats == pytest.approx(np.mean(SAMPLES))
     assert any("has changed since" in remark for remark in result.remarks)
 
@@ -120,7 +120,7 @@ def test_text_that_has_changed_is_compared_with_the_means(
 def test_scores_without_samples_are_compared_by_their_means(
     source: ModelSource, scores: Scores, path: Path, make_plan: Maker
 ) -> None:
-    result = run(source, scores, path, [foretold("plan", make_plan(1, 1, WINDOW), None)])
+    result = run(source, scores, path, [predicted("plan", make_plan(1, 1, WINDOW), None)])
     assert result.plans[0].predicted_kl_nats == 0.01
 
 
@@ -129,16 +129,16 @@ def test_text_that_is_gone_is_an_error_that_names_it(
 ) -> None:
     Path(text).unlink()
     with pytest.raises(CalibrationError, match="cannot be read again") as raised:
-        run(source, scores, path, [foretold("plan", make_plan(1, 1, WINDOW))])
+        run(source, scores, path, [predicted("plan", make_plan(1, 1, WINDOW))])
     assert "text.txt: no such file" in str(raised.value)
 
 
 def test_a_plan_s_window_gives_way_to_that_of_the_scores(
     source: ModelSource, scores: Scores, path: Path, make_plan: Maker
 ) -> None:
-    own = run(source, scores, path, [foretold("plan", make_plan(1, 1, WINDOW))])
+    own = run(source, scores, path, [predicted("plan", make_plan(1, 1, WINDOW))])
     wide = Window(sink_tokens=0, recent_tokens=30)
-    other = run(source, scores, path, [foretold("plan", make_plan(1, 1, wide))])
+    other = run(source, scores, path, [predicted("plan", make_plan(1, 1, wide))])
     assert other.found == own.found
     assert any("1 sink and a window of 4, as the scores were" in remark for remark in other.remarks)
 
@@ -146,7 +146,9 @@ def test_a_plan_s_window_gives_way_to_that_of_the_scores(
 def test_plans_that_store_the_same_count_once(
     source: ModelSource, scores: Scores, path: Path, make_plan: Maker
 ) -> None:
-    plans = [foretold(name, make_plan(1, 1, WINDOW)) for name in ("one", "two")] + [foretold("three", make_plan(2, 1))]
+    plans = [predicted(name, make_plan(1, 1, WINDOW)) for name in ("one", "two")] + [
+        predicted("three", make_plan(2, 1))
+    ]
     result = run(source, scores, path, plans)
     assert [check.name for check in result.plans] == ["one", "three"]
     assert any("1 of the 3 plans store what another one does" in remark for remark in result.remarks)
@@ -155,7 +157,7 @@ def test_plans_that_store_the_same_count_once(
 def test_more_sequences_than_the_scores_read_are_not_there(
     source: ModelSource, scores: Scores, path: Path, make_plan: Maker
 ) -> None:
-    result = run(source, scores, path, [foretold("plan", make_plan(1, 1, WINDOW))], replace(SETTINGS, sequences=9))
+    result = run(source, scores, path, [predicted("plan", make_plan(1, 1, WINDOW))], replace(SETTINGS, sequences=9))
     assert result.found.sequences == 5
     assert any("on all of them, not 9" in remark for remark in result.remarks)
 
@@ -165,7 +167,7 @@ def test_scores_that_do_not_say_what_they_read_are_calibrated_on_the_builtin_tex
 ) -> None:
     bare = scores.model_copy(update={"calibration": None, "decoding": None})
     bare.save(path)
-    result = run(source, bare, path, [foretold("plan", make_plan(1, 1, WINDOW))])
+    result = run(source, bare, path, [predicted("plan", make_plan(1, 1, WINDOW))])
     assert result.plans[0].text == "builtin (calibration)"
     assert any("do not say which text" in remark for remark in result.remarks)
 
@@ -180,7 +182,7 @@ def test_a_stopped_run_goes_on_to_the_same_factor(
     tmp_path: Path,
     after: int,
 ) -> None:
-    plans = [foretold("coarse", make_plan(1, 1, WINDOW)), foretold("fine", make_plan(3, 2, WINDOW))]
+    plans = [predicted("coarse", make_plan(1, 1, WINDOW)), predicted("fine", make_plan(3, 2, WINDOW))]
     whole = run(source, scores, scores.save(tmp_path / "whole" / "gradients.json"), plans)
 
     def stop(done: int, total: int) -> None:
@@ -207,7 +209,7 @@ def test_a_stopped_run_goes_on_to_the_same_factor(
 def test_a_stopped_run_refuses_another_number_of_sequences(
     source: ModelSource, scores: Scores, path: Path, make_plan: Maker
 ) -> None:
-    plans = [foretold("plan", make_plan(1, 1, WINDOW))]
+    plans = [predicted("plan", make_plan(1, 1, WINDOW))]
 
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
@@ -227,7 +229,7 @@ def test_scores_that_were_measured_anew_meanwhile_are_left_as_they_are(
         scores.model_copy(update={"source": "anew"}).save(path)
 
     with pytest.raises(Mismatch, match="measured anew in the meantime"):
-        run(source, scores, path, [foretold("plan", make_plan(1, 1, WINDOW))], progress=measure_anew)
+        run(source, scores, path, [predicted("plan", make_plan(1, 1, WINDOW))], progress=measure_anew)
     assert Scores.load(path).source == "anew"
 
 
@@ -236,16 +238,16 @@ def test_what_quantizes_nothing_or_everything_within_the_window_is_refused_befor
 ) -> None:
     monkeypatch.setattr(calibrate, "load_model", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(UsageError, match="full: in 40 tokens no query reads anything quantized"):
-        run(source, scores, path, [foretold("full", make_plan(16, 16, WINDOW))])
+        run(source, scores, path, [predicted("full", make_plan(16, 16, WINDOW))])
     wide = scores.model_copy(
         update={
             "decoding": DecodingSetup(window=Window(sink_tokens=0, recent_tokens=64), suffix_fraction=0.5, tokens=9)
         }
     )
     with pytest.raises(UsageError, match="plan: in 40 tokens"):
-        run(source, wide, path, [foretold("plan", make_plan(1, 1, WINDOW))])
+        run(source, wide, path, [predicted("plan", make_plan(1, 1, WINDOW))])
     with pytest.raises(UsageError, match="--sequences 0"):
-        run(source, scores, path, [foretold("plan", make_plan(1, 1))], replace(SETTINGS, sequences=0))
+        run(source, scores, path, [predicted("plan", make_plan(1, 1))], replace(SETTINGS, sequences=0))
     with pytest.raises(UsageError, match="no plan to calibrate by"):
         run(source, scores, path, [])
 
@@ -256,10 +258,10 @@ def test_plans_and_scores_of_another_model_are_refused(
     plan = make_plan(1, 1, WINDOW)
     stranger = plan.model_copy(update={"model": plan.model.model_copy(update={"fingerprint": "sha256:another"})})
     with pytest.raises(Mismatch, match="stranger: the plan is for another model"):
-        run(source, scores, path, [foretold("stranger", stranger)])
+        run(source, scores, path, [predicted("stranger", stranger)])
     other = scores.model_copy(update={"model": stranger.model})
     with pytest.raises(Mismatch, match="the scores is for another model"):
-        run(source, other, path, [foretold("plan", plan)])
+        run(source, other, path, [predicted("plan", plan)])
 
 
 def test_a_plan_without_a_ratio_is_named() -> None:

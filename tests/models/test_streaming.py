@@ -16,9 +16,9 @@ from transformers import AutoModelForImageTextToText, Gemma3nTextConfig, LlavaCo
 
 from kvprof.calibration.sequences import Batch, batches
 from kvprof.errors import ModelError, UnsupportedAttention, UnsupportedStreaming, UsageError
-from kvprof.models.execution import activation_offload as shelf
+from kvprof.models.execution import activation_offload as offload
 from kvprof.models.execution import streaming
-from kvprof.models.execution.activation_offload import Shelf
+from kvprof.models.execution.activation_offload import ActivationOffload
 from kvprof.models.inventory import take_inventory
 from kvprof.models.load import ModelSource, input_device, load_model
 from kvprof.profile.decoder import Decoder, formats_of
@@ -98,10 +98,10 @@ def test_what_comes_into_blocks_may_wait_on_the_disk(
     name: str, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files: list[Path] = []
-    save_file = shelf.save_file
-    monkeypatch.setattr(shelf, "HELD_BYTES", 0)
-    monkeypatch.setattr(Shelf.__init__, "__defaults__", (0,))
-    monkeypatch.setattr(shelf, "save_file", lambda tensors, file: files.append(file) or save_file(tensors, file))
+    save_file = offload.save_file
+    monkeypatch.setattr(offload, "HELD_BYTES", 0)
+    monkeypatch.setattr(ActivationOffload.__init__, "__defaults__", (0,))
+    monkeypatch.setattr(offload, "save_file", lambda tensors, file: files.append(file) or save_file(tensors, file))
     whole = tiny_model(name)
     assert_same_gradients(streamed(whole, tmp_path / "model"), whole, ragged())
     assert len(files) == whole.config.num_hidden_layers - 1  # nothing asks for what comes into the first
@@ -237,9 +237,9 @@ def test_a_gguf_file_is_refused(tmp_path: Path) -> None:
 
 LEFT_BEHIND = """
 import os, sys
-from kvprof.models.execution.activation_offload import Shelf
-shelf = Shelf()
-print(shelf.folder, flush=True)
+from kvprof.models.execution.activation_offload import ActivationOffload
+offload = ActivationOffload()
+print(offload.folder, flush=True)
 os._exit(9) if sys.argv[1] == "killed" else None
 """
 
@@ -251,7 +251,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next(end: str, own_cache: 
     )
     folder = Path(done.stdout.strip())
     assert folder.exists() == (end == "killed"), done.stderr
-    mine, other = Shelf(), Shelf()
+    mine, other = ActivationOffload(), ActivationOffload()
     assert mine.folder.exists()
     assert other.folder.exists()  # a living process's, even its own, is left alone
     assert mine.folder.exists()
@@ -261,7 +261,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next(end: str, own_cache: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_shelf_gives_back_what_it_was_given(dtype: torch.dtype) -> None:
     tensors = [torch.randn(3, number + 1).to(dtype) for number in range(6)]
-    some = Shelf(held_bytes=2 * tensors[0].nbytes + tensors[1].nbytes)
+    some = ActivationOffload(held_bytes=2 * tensors[0].nbytes + tensors[1].nbytes)
     kept = [some.put(tensor) for tensor in tensors]
     assert {one.file is None for one in kept} == {True, False}
     for tensor, one in zip(tensors, kept, strict=True):

@@ -11,7 +11,7 @@ import pytest
 from folders import save_folder, save_text
 
 from kvprof.errors import KvprofError, UsageError
-from kvprof.profile.distributed import Team, join_team
+from kvprof.profile.distributed import ProcessGroup, join_process_group
 from kvprof.storage.processes import launched_rank, launched_size
 
 MEASURE = "gradients model --data text.txt --pack --sequences 5 --sequence-length 24 --recent-tokens 4 --sink-tokens 1"
@@ -76,12 +76,12 @@ def test_every_launcher_says_which_process_this_is(names: tuple[str, str], monke
 
 
 def test_a_process_alone_is_a_team() -> None:
-    team, device = join_team("cpu")
-    assert (team.rank, team.size, team.leads, device) == (0, 1, True, "cpu")
-    assert team.together(lambda: 5) == [5]
-    assert team.first(lambda: 5) == team.lead(lambda: 5) == team.each(lambda: 5) == 5
+    group, device = join_process_group("cpu")
+    assert (group.rank, group.size, group.leads, device) == (0, 1, True, "cpu")
+    assert group.together(lambda: 5) == [5]
+    assert group.first(lambda: 5) == group.lead(lambda: 5) == group.each(lambda: 5) == 5
     with pytest.raises(KvprofError):
-        team.each(lambda: 1 if not team.leads else _fail())
+        group.each(lambda: 1 if not group.leads else _fail())
 
 
 def _fail() -> int:
@@ -91,6 +91,6 @@ def _fail() -> int:
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_every_piece_has_its_turn_once_and_all_take_as_many(size: int) -> None:
     work = list(range(10))
-    turns = [list(Team(rank, size).turns(work)) for rank in range(size)]
+    turns = [list(ProcessGroup(rank, size).turns(work)) for rank in range(size)]
     assert len({len(taken) for taken in turns}) == 1
     assert sorted(piece for taken in turns for piece in taken if piece is not None) == work

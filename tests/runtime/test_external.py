@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvprof.records.external_formats import FOREIGN, GGML, MLX
+from kvprof.records.external_formats import EXTERNAL, GGML, MLX
 from kvprof.records.formats import format_named
 from kvprof.runtime import fake_quantize
 
@@ -273,7 +273,7 @@ def test_turboquant_values_are_within_half_a_step(bits: int) -> None:
     assert (error <= 0.5 * step * 1.01 + 2e-3 * np.abs(rows).max(-1)).all()
 
 
-@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("name", EXTERNAL)
 def test_a_token_comes_back_alike_in_whatever_company_and_zeros_as_zeros(name: str) -> None:
     x: Tensor = torch.randn(2, 3, 7, 128, generator=torch.Generator().manual_seed(0))
     form = format_named(name, "key", 128)

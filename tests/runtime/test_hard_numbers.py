@@ -12,7 +12,7 @@ from reference import rounded
 from torch import Tensor
 
 from kvprof.errors import BeyondFormat
-from kvprof.records.external_formats import FOREIGN
+from kvprof.records.external_formats import EXTERNAL
 from kvprof.records.formats import CODE_BITS, Format, format_named
 from kvprof.records.plan import Quantizer
 from kvprof.runtime.quantization.quantizer import fake_quantize
@@ -147,7 +147,7 @@ def test_a_head_of_one_channel_is_kept_to_the_rounding_of_its_scale(bits: int) -
 # ---- other runtimes' formats
 
 
-@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("name", EXTERNAL)
 def test_another_runtime_s_format_gives_back_what_it_can_and_refuses_the_rest(name: str) -> None:
     form = format_named(name, "value" if name.startswith("turbo_v") else "key", HEAD_DIM)
     # ExLlamaV3 turns a constant into one entry, and has no level for the 31 zeros beside it.

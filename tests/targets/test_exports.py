@@ -66,23 +66,23 @@ def plan_of(names: Mapping[tuple[int, str], str], window: Window = WHOLE_CACHE, 
 @st.composite
 def sayable(draw: st.DrawFn, target: Target) -> dict[tuple[int, str], str]:
     """Draw what a target can be told."""
-    grammar, layers = target.grammar, range(LAYERS)
-    if isinstance(grammar, FirstLastRest):
+    constraints, layers = target.constraints, range(LAYERS)
+    if isinstance(constraints, FirstLastRest):
         cells = {(layer, tensor): {} for layer in layers for tensor in TENSORS}
         sides = {}
         for tensor in TENSORS:
-            first, last, rest = (draw(st.sampled_from(grammar.formats)) for _ in range(3))
+            first, last, rest = (draw(st.sampled_from(constraints.formats)) for _ in range(3))
             head = draw(st.integers(0, LAYERS))
             sides[tensor] = Ranges(first, head, last, draw(st.integers(0, LAYERS - head)), rest)
-        return dict(grammar.assigned(Table(cells, LAYERS), sides))
-    if isinstance(grammar, SomeInFull):
-        word = draw(st.sampled_from(sorted(grammar.pairs)))
-        full = draw(st.sets(st.sampled_from(layers))) | grammar.forced(word, LAYERS)
-        pairs = [("full", "full") if layer in full else grammar.pairs[word] for layer in layers]
-    elif hasattr(grammar, "pairs"):
-        words = st.sampled_from(sorted(grammar.pairs))
+        return dict(constraints.assigned(Table(cells, LAYERS), sides))
+    if isinstance(constraints, SomeInFull):
+        word = draw(st.sampled_from(sorted(constraints.pairs)))
+        full = draw(st.sets(st.sampled_from(layers))) | constraints.forced(word, LAYERS)
+        pairs = [("full", "full") if layer in full else constraints.pairs[word] for layer in layers]
+    elif hasattr(constraints, "pairs"):
+        words = st.sampled_from(sorted(constraints.pairs))
         one = draw(words)
-        pairs = [grammar.pairs[one if target.words.endswith("all layers") else draw(words)] for _ in layers]
+        pairs = [constraints.pairs[one if target.words.endswith("all layers") else draw(words)] for _ in layers]
     else:
         pair = st.tuples(*(st.sampled_from(target.formats_of(tensor)) for tensor in TENSORS))
         one = draw(pair)

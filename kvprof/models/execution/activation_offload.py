@@ -25,14 +25,14 @@ HELD_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Kept:
-    """A tensor on the shelf: itself, or the file that it is in."""
+    """A tensor that waits: itself, or the file that it is in."""
 
     tensor: Tensor | None
     file: Path | None
     device: torch.device
 
 
-class Shelf:
+class ActivationOffload:
     """Tensors that wait, each taken once.
 
     held_bytes: what may wait in the CPU's memory; what comes later goes to the disk.
@@ -44,7 +44,7 @@ class Shelf:
         self._folder: Path | None = None
 
     def put(self, tensor: Tensor) -> Kept:
-        """Put a tensor on the shelf; raises OutputError where the disk is full."""
+        """Keep a tensor until it is taken; raises OutputError where the disk is full."""
         device, tensor = tensor.device, tensor.detach().cpu()
         if tensor.nbytes <= self._left:
             self._left -= tensor.nbytes

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvprof.errors import UnsupportedStreaming
-from kvprof.models.execution.activation_offload import Shelf
+from kvprof.models.execution.activation_offload import ActivationOffload
 from kvprof.models.execution.offload import Unit, units_of
 from kvprof.models.inventory import take_inventory
 from kvprof.models.memory import return_freed_memory
@@ -30,10 +30,12 @@ _UNITS = "streamed_units"
 """The attribute that holds its units, by name."""
 
 
-def stream_weights(model: PreTrainedModel, shelf: Shelf, device: torch.device, ahead: bool | None = None) -> None:
+def stream_weights(
+    model: PreTrainedModel, offload: ActivationOffload, device: torch.device, ahead: bool | None = None
+) -> None:
     """Let a model whose weights transformers left on the disk load each block when it runs, and drop it afterwards.
 
-    model: from `from_pretrained(device_map={"": "disk"})`, no parameter asking for a gradient. shelf: for what comes
+    model: from `from_pretrained(device_map={"": "disk"})`, no parameter asking for a gradient. offload: for what comes
     into each block, until the way back. device: where blocks compute. ahead: read the next block while one computes, so
     that there are two in memory; by default on a GPU.
     Raises UnsupportedStreaming for a model whose blocks hand each other more than their output.
@@ -52,7 +54,7 @@ def stream_weights(model: PreTrainedModel, shelf: Shelf, device: torch.device, a
             setattr(module, name, buffer.to(device))
     reader = _Reader(index, device, ahead if ahead is not None else device.type == "cuda")
     _leave_places(model, device)
-    setattr(model, _UNITS, units_of(model, geometry, reader, shelf))
+    setattr(model, _UNITS, units_of(model, geometry, reader, offload))
     setattr(model, _STORED, reader.read_one)
 
 

@@ -30,7 +30,7 @@ def quality_section(files: ReportFiles, command: str) -> Section:
             "The model read text twice, once with its cache in full precision and once with the cache stored as the "
             "plan says, as decoding would read it. KL divergence says how far the predictions of the next token moved, "
             "in nats a token (0 is no change); top-1 agreement is the share of tokens after which both find the same "
-            "next token the likeliest; perplexity is how well the text itself was foretold (lower is better).",
+            "next token the likeliest; perplexity is how well the text itself was predicted (lower is better).",
             "see",
         ),
         Paragraph(_means(evaluation), "means"),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvprof.errors import BeyondFormat
-from kvprof.records.external_formats import FOREIGN, Family, ForeignFormat
+from kvprof.records.external_formats import EXTERNAL, ExternalFormat, Family
 from kvprof.records.formats import Format
 from kvprof.runtime.quantization.rotation import level_edges, lloyd_max_levels, rotation
 
@@ -25,16 +25,16 @@ E2M1_LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 @torch.no_grad()
-def fake_quantize_foreign(x_BHTD: Tensor, form: Format) -> Tensor:
+def fake_quantize_external(x_BHTD: Tensor, form: Format) -> Tensor:
     """Return what another runtime's cache gives back of keys or values: (B, H, T, D), in the dtype of `x_BHTD`.
 
     Computed in float32, as the runtimes do. form: its scheme names the format.
     Raises BeyondFormat for numbers that the runtime would give back as infinity, or as no number.
     """
-    foreign = FOREIGN[form.scheme]
+    external = EXTERNAL[form.scheme]
     x = x_BHTD.float()
     blocks = x.reshape(*x.shape[:-1], -1, form.group_size)  # (B, H, T, blocks, channels of one)
-    restored: Tensor = _ROUNDERS[foreign.family](blocks, foreign).reshape(x.shape)
+    restored: Tensor = _ROUNDERS[external.family](blocks, external).reshape(x.shape)
     if not bool(restored.isfinite().all()):
         _refuse(x_BHTD, form.scheme)
     return restored.double() if x_BHTD.dtype == torch.float64 else _rounded_to(restored, x_BHTD.dtype)
@@ -51,7 +51,7 @@ def _refuse(x: Tensor, name: str) -> None:
     )
 
 
-def _ggml(blocks: Tensor, form: ForeignFormat) -> Tensor:
+def _ggml(blocks: Tensor, form: ExternalFormat) -> Tensor:
     """Round as `quantize_row_<type>_ref` of llama.cpp's ggml-quants.c does (q6_0: ik_llama.cpp's iqk_quantize.cpp)."""
     if form.name == "iq4_nl":
         return _iq4_nl(blocks)
@@ -82,13 +82,13 @@ def _iq4_nl(blocks: Tensor) -> Tensor:
     return nearest * _float16(step)
 
 
-def _float8(blocks: Tensor, form: ForeignFormat) -> Tensor:
+def _float8(blocks: Tensor, form: ExternalFormat) -> Tensor:
     """Round to an 8-bit float, beyond its range to its largest number; the tensor's scale is 1."""
     dtype = torch.float8_e4m3fn if form.name == "fp8_e4m3" else torch.float8_e5m2
     return _rounded(blocks, dtype)
 
 
-def _nvfp4(blocks: Tensor, form: ForeignFormat) -> Tensor:
+def _nvfp4(blocks: Tensor, form: ExternalFormat) -> Tensor:
     """Round to e2m1 in units of an e4m3, the block's largest magnitude over 6; the tensor's scale is 1.
 
     Source: nvfp4_tensor.py of NVIDIA's Model-Optimizer, whose smallest scale is 2^-9.
@@ -97,7 +97,7 @@ def _nvfp4(blocks: Tensor, form: ForeignFormat) -> Tensor:
     return _e2m1(blocks / step) * step
 
 
-def _fp4(blocks: Tensor, form: ForeignFormat) -> Tensor:
+def _fp4(blocks: Tensor, form: ExternalFormat) -> Tensor:
     """Round to e2m1 in units of a power of two, the least that keeps the block within 6: SGLang's kvfp4_tensor.py."""
     largest = blocks.abs().amax(-1, keepdim=True)
     step = torch.exp2((largest / 6).log2().ceil().clamp(-127, 128)).masked_fill(largest == 0, 1.0)
@@ -114,7 +114,7 @@ def _e2m1(x: Tensor) -> Tensor:
     return nearest.copysign(x)
 
 
-def _mlx(blocks: Tensor, form: ForeignFormat) -> Tensor:
+def _mlx(blocks: Tensor, form: ExternalFormat) -> Tensor:
     """Round as MLX's `affine_quantize` does on a CPU (mlx/backend/cpu/quantized.cpp), scale and bias in float16.
 
     The end of the range that is larger in magnitude falls on a code exactly, and so does zero.
@@ -131,7 +131,7 @@ def _mlx(blocks: Tensor, form: ForeignFormat) -> Tensor:
     return codes * _float16(scale) + _float16(bias)
 
 
-def _exl3(blocks: Tensor, form: ForeignFormat) -> Tensor:
+def _exl3(blocks: Tensor, form: ExternalFormat) -> Tensor:
     """Rotate 32 channels, and round to the middle of equal steps between plus and minus the largest.
 
     Source: ExLlamaV3's q_cache_kernels.cuh, as it is since its grid has midpoints; `compand_a` at its default of 0.
@@ -146,7 +146,7 @@ def _exl3(blocks: Tensor, form: ForeignFormat) -> Tensor:
     return restored @ hadamard
 
 
-def _lmdeploy(blocks: Tensor, form: ForeignFormat) -> Tensor:
+def _lmdeploy(blocks: Tensor, form: ExternalFormat) -> Tensor:
     """Round from the minimum of a head: LMDeploy's fill_kv_cache.py, its scale and zero point in float16."""
     low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
     top = (1 << form.bits) - 1
@@ -157,7 +157,7 @@ def _lmdeploy(blocks: Tensor, form: ForeignFormat) -> Tensor:
     return torch.where(scale == 0, _float16(low), restored)
 
 
-def _turboquant(blocks: Tensor, form: ForeignFormat) -> Tensor:
+def _turboquant(blocks: Tensor, form: ExternalFormat) -> Tensor:
     """Round as vLLM's TurboQuant (triton_turboquant_store.py): keys rotated to a codebook, values from their minimum.
 
     A key is its norm times a direction; what its codes stand for is brought to that norm (the `nc` of the dtypes).
@@ -174,7 +174,7 @@ def _turboquant(blocks: Tensor, form: ForeignFormat) -> Tensor:
     return restored @ turn
 
 
-_ROUNDERS: dict[Family, Callable[[Tensor, ForeignFormat], Tensor]] = {
+_ROUNDERS: dict[Family, Callable[[Tensor, ExternalFormat], Tensor]] = {
     "ggml": _ggml,
     "float8": _float8,
     "nvfp4": _nvfp4,

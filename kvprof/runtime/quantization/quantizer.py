@@ -1,9 +1,9 @@
 """Keys and values -> codes, scales and zero points, and back. The one place where a cached number is rounded.
 
-Knows the two schemes, `asymmetric` and `rotated`; other runtimes' are in foreign.py. Does not know layers, windows, nor
-how codes are packed. What a token becomes depends on its own group alone: the same bits come out whatever is encoded or
-decoded with it. What is too large to be stored comes back as the largest number that can be; what is no finite number
-makes its whole group NaN, so that it shows.
+Knows the two schemes, `asymmetric` and `rotated`; other runtimes' are in external.py. Does not know layers, windows,
+nor how codes are packed. What a token becomes depends on its own group alone: the same bits come out whatever is
+encoded or decoded with it. What is too large to be stored comes back as the largest number that can be; what is no
+finite number makes its whole group NaN, so that it shows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvprof.records.formats import Format
 from kvprof.records.plan import Quantizer
-from kvprof.runtime.quantization.external import fake_quantize_foreign
+from kvprof.runtime.quantization.external import fake_quantize_external
 from kvprof.runtime.quantization.rotation import exact_levels, level_edges, lloyd_max_levels, rotation
 
 CLIP_FRACTIONS = tuple(1.0 - 0.05 * step for step in range(9))
@@ -47,8 +47,8 @@ def fake_quantize(x_BHTD: Tensor, form: Format, quantizer: Quantizer = USUAL) ->
     """
     if form.is_full:
         return x_BHTD
-    if form.is_foreign:
-        return fake_quantize_foreign(x_BHTD, form)
+    if form.is_external:
+        return fake_quantize_external(x_BHTD, form)
     return decode(encode(x_BHTD, form, quantizer), form, quantizer, torch.empty_like(x_BHTD))
 
 
