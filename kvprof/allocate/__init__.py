@@ -21,10 +21,11 @@ from kvprof.allocate.task import usual_window, without_sinks
 from kvprof.callables import make_callable
 from kvprof.errors import UsageError, did_you_mean
 from kvprof.records.formats import TensorName, parse_formats
-from kvprof.records.plan import BitPlan, Window
+from kvprof.records.plan import BitPlan, Provenance, Window
+from kvprof.records.requests import AllocateRequest
 from kvprof.records.scores import LOSS_INCREASE, METRICS, Scores, default_unit
 
-__all__ = ["RULES", "allocate", "check_request", "metric_needed"]
+__all__ = ["RULES", "allocate", "allocate_as_asked", "check_request", "metric_needed"]
 
 RULES = ("exact", "norm-greedy", "kvmix", "uniform")
 
@@ -84,7 +85,6 @@ def allocate(
     pins: Sequence[str] = (),
     window: Window | None = None,
     layers: str | None = None,
-    command: str | None = None,
 ) -> BitPlan:
     """Return the plan of a rule, named as in RULES.
 
@@ -97,7 +97,7 @@ def allocate(
     groups of its kernels. bits_key, bits_value, or formats as "key:rot3,value:rot2": for `uniform`. group_size: of
     scored formats, all by default; else USUAL_GROUP_SIZE. pins: see pins.py. window: by default the scores' own, or the
     target's. layers: `full` leaves sliding layers alone, `all` (the default) only where a plan would save nothing of
-    them, in `context` tokens where these are given. command: for the plan's provenance.
+    them, in `context` tokens where these are given.
     Raises UsageError for an unknown rule, an option that the rule would ignore or lacks, or options that contradict
     each other; and whatever the rule raises.
     """
@@ -137,13 +137,10 @@ def allocate(
             as_published=as_published,
             pins=pins,
             window=window,
-            command=command,
         )
     if rule == "uniform":
         key, value = _pair(bits_key, bits_value, formats)
-        return uniform(
-            scores, key, value, metric=metric, group_size=usual_group, pins=pins, window=window, command=command
-        )
+        return uniform(scores, key, value, metric=metric, group_size=usual_group, pins=pins, window=window)
     allowed = Allowed(bits=bits, formats=formats, group_size=group_size, min_key_bits=min_key_bits, pins=pins)
     if target is not None:
         if max_kl is not None or tie is not None:
@@ -151,16 +148,38 @@ def allocate(
         if metric not in (None, LOSS_INCREASE):
             raise UsageError(f"--target needs {LOSS_INCREASE}: {metric} knows no formats.")
         limit = _limit(rule, LOSS_INCREASE, budget, unit, memory, context, batch)
-        return plan_within(scores, target, limit, window=window, command=command, **allowed)
+        return plan_within(scores, target, limit, window=window, **allowed)
     if max_kl is not None:
         _check_inverse(metric, budget, memory)
         measure = _measure(unit, context, batch)
-        return cheapest(scores, max_kl, measure, tie=tie, window=window, command=command, **allowed)
+        return cheapest(scores, max_kl, measure, tie=tie, window=window, **allowed)
     metric = metric or default_metric(scores, METRICS if rule == "exact" else GREEDY_METRICS)
     limit = _limit(rule, metric, budget, unit, memory, context, batch)
     if rule == "norm-greedy":
-        return norm_greedy(scores, limit, metric=metric, window=window, command=command, **allowed)
-    return exact(scores, limit, metric=metric, tie=tie, window=window, command=command, **allowed)
+        return norm_greedy(scores, limit, metric=metric, window=window, **allowed)
+    return exact(scores, limit, metric=metric, tie=tie, window=window, **allowed)
+
+
+def allocate_as_asked(
+    scores: Scores, request: AllocateRequest, target: Target | None = None, command: str | None = None
+) -> BitPlan:
+    """Return the plan of a request, which it keeps in its provenance.
+
+    target: the runtime that the request names. command: for readers. Raises as `allocate` does.
+    """
+    options = request.said()
+    for name in ("sink_tokens", "recent_tokens", "scores", "target"):
+        options.pop(name, None)
+    options["pins"] = options.pop("pin", ())
+    own = None if target is None else target.window
+    plan = allocate(
+        scores,
+        **options,
+        target=target,
+        window=usual_window(scores, request.sink_tokens, request.recent_tokens, own),
+    )
+    made = (plan.provenance or Provenance()).model_copy(update={"command": command, "request": request})
+    return plan.model_copy(update={"provenance": made})
 
 
 def check_request(rule: str = "exact", target: object = None, metric: str | None = None, **options: Any) -> None:

@@ -32,7 +32,6 @@ def plan_within(
     limit: Limit,
     *,
     window: Window | None = None,
-    command: str | None = None,
     **allowed: Unpack[Allowed],
 ) -> BitPlan:
     """Return the plan that loses the least of all that a runtime can be told, within a limit.
@@ -48,13 +47,13 @@ def plan_within(
         )
     window = window or target.window
     if target.constraints is None:
-        return _for(exact(scores, limit, metric=LOSS_INCREASE, window=window, command=command, **allowed), target)
+        return _for(exact(scores, limit, metric=LOSS_INCREASE, window=window, **allowed), target)
     named: Allowed = {
         **allowed,
         "formats": _formats(scores, target, allowed.get("formats"), allowed.get("group_size")),
         "group_size": None,
     }
-    problem = ExactProblem(scores, limit, LOSS_INCREASE, named, None, window, command)
+    problem = ExactProblem(scores, limit, LOSS_INCREASE, named, None, window)
     rows = _Rows(problem, target)
     table = rows.table()
     ends = reach(target.constraints, table)

@@ -77,7 +77,7 @@ def frontier(
     window = window or usual_window(scores)
     scores = covered_scores(scores, layers, window, context)
     measure = bit_limit(0, default_unit(LOSS_INCREASE) if unit is None else unit)
-    problem = ExactProblem(scores, measure, LOSS_INCREASE, allowed, tie, window, command)
+    problem = ExactProblem(scores, measure, LOSS_INCREASE, allowed, tie, window)
     limits = [Limit(amount, measure.unit) for amount in _budgets(problem, low, high, points)]
     capacities = [problem.capacity(limit) for limit in limits]
     solutions = [

@@ -29,7 +29,6 @@ def cheapest(
     *,
     tie: str | None = None,
     window: Window | None = None,
-    command: str | None = None,
     **allowed: Unpack[Allowed],
 ) -> BitPlan:
     """Return the plan that costs the least of all whose predicted KL divergence stays at or below a limit.
@@ -46,7 +45,7 @@ def cheapest(
             f"--max-kl needs scores with {LOSS_INCREASE}: a norm predicts no KL divergence.\n"
             "  Measure it with `kvprof gradients`, or give a --budget."
         )
-    problem = ExactProblem(scores, measure, LOSS_INCREASE, allowed, tie, window, command)
+    problem = ExactProblem(scores, measure, LOSS_INCREASE, allowed, tie, window)
     knapsack = Knapsack(problem.items, problem.dearest)
 
     def within(nats: float) -> tuple[Solution, bool] | None:

@@ -39,7 +39,6 @@ def exact(
     metric: str | None = None,
     tie: str | None = None,
     window: Window | None = None,
-    command: str | None = None,
     **allowed: Unpack[Allowed],
 ) -> BitPlan:
     """Return the plan that loses the least within a limit.
@@ -54,7 +53,7 @@ def exact(
     first.
     Raises InfeasibleBudget, UsageError, and InvalidFile for scores that lack the metric.
     """
-    problem = ExactProblem(scores, limit, metric or default_metric(scores), allowed, tie, window, command)
+    problem = ExactProblem(scores, limit, metric or default_metric(scores), allowed, tie, window)
     return problem.plan(problem.best(problem.capacity(limit)), limit)
 
 
@@ -64,7 +63,6 @@ def norm_greedy(
     *,
     metric: str | None = None,
     window: Window | None = None,
-    command: str | None = None,
     **allowed: Unpack[Allowed],
 ) -> BitPlan:
     """Return the plan of the greedy rule of arXiv 2502.15075, for the objective that `exact` has by a norm.
@@ -80,7 +78,7 @@ def norm_greedy(
             f"--rule norm-greedy spends by one number a tensor, and {LOSS_INCREASE} is one a format.\n"
             f"  Give --metric {GREEDY_METRICS[0]}, or spend {LOSS_INCREASE} by --rule exact."
         )
-    task = PlanTask(scores, window, command)
+    task = PlanTask(scores, window)
     candidates = candidates_of(scores, task.tensors, metric, allowed)
     formats = [[choice.format for choice in choices] for choices in candidates]
     prices = price(task.tensors, formats, limit, task.window, scores.geometry)
@@ -118,7 +116,6 @@ def kvmix(
     as_published: bool = False,
     pins: Sequence[str] = (),
     window: Window | None = None,
-    command: str | None = None,
 ) -> BitPlan:
     """Return the plan of KVmix (arXiv 2506.08018): more bits for the layers of the greatest gradient norm.
 
@@ -129,7 +126,7 @@ def kvmix(
     with every step, is not modelled.
     Raises UsageError for a fraction outside, InvalidFile for scores without gradient norms.
     """
-    task = PlanTask(scores, window, command)
+    task = PlanTask(scores, window)
     try:
         fraction = Fraction(str(top_fraction))
     except ValueError:
@@ -157,7 +154,6 @@ def uniform(
     group_size: int = USUAL_GROUP_SIZE,
     pins: Sequence[str] = (),
     window: Window | None = None,
-    command: str | None = None,
 ) -> BitPlan:
     """Return the plan that gives all keys one width or format and all values another.
 
@@ -166,7 +162,7 @@ def uniform(
     bits.
     Raises UsageError for an unknown width or format, or one that the heads cannot have.
     """
-    task = PlanTask(scores, window, command)
+    task = PlanTask(scores, window)
     wanted = {"key": key, "value": value}
     for given in wanted.values():
         if isinstance(given, int):

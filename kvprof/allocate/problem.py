@@ -60,7 +60,6 @@ class ExactProblem:
         allowed: Allowed,
         tie: str | None = None,
         window: Window | None = None,
-        command: str | None = None,
     ) -> None:
         """limit: its unit, context and batch say what costs are counted in; its amount is not read here.
 
@@ -71,7 +70,7 @@ class ExactProblem:
             raise UsageError(f"unknown --tie {tie!r}: {did_you_mean(tie, TIES)}")
         self.metric = metric
         self.limit = limit
-        self.task = PlanTask(scores, window, command)
+        self.task = PlanTask(scores, window)
         self.candidates = candidates_of(scores, self.task.tensors, metric, allowed)
         self._formats = [[choice.format for choice in choices] for choices in self.candidates]
         self.prices: Prices = price(self.task.tensors, self._formats, limit, self.task.window, scores.geometry)

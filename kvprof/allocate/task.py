@@ -63,7 +63,7 @@ class Selection(NamedTuple):
 class PlanTask:
     """The tensors to plan, in the order that ties favour, and how a plan of them is put together."""
 
-    def __init__(self, scores: Scores, window: Window | None = None, command: str | None = None) -> None:
+    def __init__(self, scores: Scores, window: Window | None = None) -> None:
         if scores.shard is not None:
             raise InvalidFile(
                 f"these scores are shard {scores.shard.number} of {scores.shard.of}, of a part of the text alone.\n"
@@ -71,7 +71,6 @@ class PlanTask:
             )
         self.scores = scores
         self.window = window or usual_window(scores)
-        self.command = command
         self.tensors = _planned_tensors(scores)
 
     def scores_of(self, metric: str) -> list[float]:
@@ -155,7 +154,7 @@ class PlanTask:
             quantizer=Quantizer(),
             window=self.window,
             solver=solver,
-            provenance=Provenance(scores=self.digest, command=self.command),
+            provenance=Provenance(scores=self.digest),
             limit=limit,
         )
 

@@ -231,7 +231,7 @@ def _verdict(case: Case, price: float | None) -> tuple[Verdict, PredictedLoss | 
 def _narrowed_remarks(plan: BitPlan) -> list[str]:
     """Return whether the plan says that it was made from less than all that was scored."""
     try:
-        options = read_request(plan.provenance.command if plan.provenance else None).narrowing
+        options = read_request(plan).narrowing
     except InvalidFile:
         return []
     if not options:

@@ -1,7 +1,6 @@
-"""What a plan was asked for, read back from the command in its provenance: a line as typed, or the call in Python.
+"""What a plan was asked for: its request, and the command beside it: a line as typed, or the call in Python.
 
-Reads text that a stranger may have written: it is parsed against the options that `allocate` has, never run. Does not
-know files, nor what a plan makes of a request.
+A command is text that a stranger may have written: it is parsed against the options that `allocate` has, never run.
 """
 
 from __future__ import annotations
@@ -10,56 +9,45 @@ import argparse
 import ast
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from kvprof.allocate.budget import known_bits, parse_bits
-from kvprof.allocate.candidates import NARROWING
 from kvprof.errors import InvalidFile, UsageError, first_line
+from kvprof.records.plan import BitPlan
+from kvprof.records.requests import AllocateRequest
 
 CALL = "kvprof.allocate"
 WORDS = ("kvprof", "allocate")
 
 
-@dataclass(frozen=True)
-class Request:
-    """What `allocate` was asked for. options: as it takes them, but for the window; those not given are absent."""
+def read_request(plan: BitPlan) -> AllocateRequest:
+    """Return what a plan was asked for: as it says, or as the command of an older one says.
 
-    options: dict[str, Any] = field(default_factory=dict)
-    sink_tokens: int | None = None
-    recent_tokens: int | None = None
-    scores: str | None = None
-    """The file that was named."""
-
-    @property
-    def target(self) -> str | None:
-        """The runtime that was named."""
-        return self.options.get("target")
-
-    @property
-    def narrowing(self) -> tuple[str, ...]:
-        """The options given, as a command line has them, that leave less to choose from than was scored."""
-        known = {**NARROWING, "--tie": "tie"}
-        return tuple(option for option, name in known.items() if self.options.get(name))
-
-
-def read_request(command: str | None) -> Request:
-    """Return what a command asked for.
-
-    Raises InvalidFile, saying why in half a sentence, for one that is no `allocate`, or that this kvprof does not have.
+    Raises InvalidFile, saying why in half a sentence, for a plan that says neither, and as `read_command` does.
     """
-    if command is None:
+    made = plan.provenance
+    if made is not None and made.request is not None:
+        return made.request
+    if made is None or made.command is None:
         raise InvalidFile("the plan does not say how it was made")
+    return read_command(made.command)
+
+
+def read_command(command: str) -> AllocateRequest:
+    """Return what a command asks for; raises InvalidFile for one that is no `allocate`, or not of this kvprof."""
     try:
-        given = _of_call(command) if command.startswith(CALL + "(") else _of_line(command)
-        return _request(given)
+        return AllocateRequest(**(_of_call(command) if command.startswith(CALL + "(") else _of_line(command)))
     except (UsageError, SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
         raise InvalidFile(f"the plan's command cannot be read: {first_line(error)}") from None
 
 
-def _request(given: dict[str, Any]) -> Request:
-    besides = {name: given.pop(name, None) for name in ("sink_tokens", "recent_tokens", "scores")}
-    return Request({name: value for name, value in given.items() if value is not None}, **besides)
+def ask_alike(one: AllocateRequest, other: AllocateRequest) -> bool:
+    """Whether two requests ask for the same, in whatever way their numbers are written."""
+    first, second = (
+        {name: str(value) for name, value in asked.said().items() if (name, value) != ("rule", "exact")}
+        for asked in (one, other)
+    )
+    return first == second
 
 
 class _Parser(argparse.ArgumentParser):
@@ -86,7 +74,7 @@ def _of_line(command: str) -> dict[str, Any]:
     parser = _Parser(prog="kvprof allocate", add_help=False, allow_abbrev=False)
     for name, read in _LINE.items():
         parser.add_argument(f"--{name.replace('_', '-')}", dest=name, type=read)
-    parser.add_argument("--pin", dest="pins", action="append")
+    parser.add_argument("--pin", action="append")
     parser.add_argument("--as-published", action="store_true", default=None)
     for name in ("--scores", "--out"):
         parser.add_argument(name)
@@ -106,7 +94,7 @@ def _of_call(command: str) -> dict[str, Any]:
     for word in call.keywords:
         if word.arg is None:
             raise UsageError("its options are not named")
-        found["pins" if word.arg == "pin" else word.arg] = _literal(word.arg, ast.literal_eval(word.value))
+        found[word.arg] = _literal(word.arg, ast.literal_eval(word.value))
     return found
 
 

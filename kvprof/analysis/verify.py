@@ -9,15 +9,16 @@ import math
 from collections.abc import Iterator
 
 from kvprof import __version__
-from kvprof.allocate import allocate
+from kvprof.allocate import allocate_as_asked
 from kvprof.allocate.budget import CachedTensor, spent
 from kvprof.allocate.losses import entries_of, fitting_scores, planned_tensors
-from kvprof.allocate.task import PlanTask, usual_window
-from kvprof.analysis.recorded import Request, read_request
+from kvprof.allocate.task import PlanTask
+from kvprof.analysis.recorded import ask_alike, read_command, read_request
 from kvprof.errors import InvalidFile, KvprofError, Mismatch, first_line
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import BitPlan, Solver, TensorPlan
 from kvprof.records.replies import Check
+from kvprof.records.requests import AllocateRequest
 from kvprof.records.scores import METRICS, Scores
 from kvprof.targets.registry import target_named
 
@@ -75,6 +76,7 @@ def verify_solution(plan: BitPlan, scores: Scores) -> Iterator[Check]:
         return
     yield from _predicted(plan, task, None if own is scores else "before the scores were calibrated")
     yield from _solved(plan, own)
+    yield from _commanded(plan)
 
 
 def verify_versions(plan: BitPlan, scores: Scores | None) -> Iterator[Check]:
@@ -84,15 +86,10 @@ def verify_versions(plan: BitPlan, scores: Scores | None) -> Iterator[Check]:
         yield compared("kvprof of the scores", scores.kvprof_version, __version__)
 
 
-def solve_again(plan: BitPlan, scores: Scores, request: Request) -> BitPlan:
+def solve_again(plan: BitPlan, scores: Scores, request: AllocateRequest) -> BitPlan:
     """Return the plan that a request makes of scores; raises as `allocate` does."""
     runtime = None if request.target is None else target_named(request.target)
-    window = usual_window(
-        scores, request.sink_tokens, request.recent_tokens, None if runtime is None else runtime.window
-    )
-    command = plan.provenance.command if plan.provenance else None
-    options = {**request.options, "target": runtime}
-    return allocate(scores, **options, window=window, command=command)
+    return allocate_as_asked(scores, request, runtime, plan.provenance.command if plan.provenance else None)
 
 
 def moved(before: BitPlan, after: BitPlan) -> list[tuple[CachedTensor, TensorPlan, TensorPlan]]:
@@ -161,6 +158,20 @@ def _as_the_plan_knew_them(plan: BitPlan, scores: Scores) -> Scores:
     return scores.model_copy(update={"kl_calibration": None}) if raw else scores
 
 
+def _commanded(plan: BitPlan) -> Iterator[Check]:
+    """Yield whether the command that readers see asks for what the plan's request says."""
+    made = plan.provenance
+    if made is None or made.request is None or made.command is None:
+        return  # then it is the command that was solved again
+    try:
+        alike = ask_alike(made.request, read_command(made.command))
+    except InvalidFile as error:
+        yield unknown("command", first_line(error))
+    else:
+        note = None if alike else "the command is not what the request asks for"
+        yield Check(name="command", status="holds" if alike else "differs", said=made.command, note=note)
+
+
 def _kept(plan: BitPlan, nominal_bits: float | None, stored_bits: float | None) -> Check:
     """Return whether a plan costs no more than was asked for."""
     name, budget = "budget kept", plan.budget
@@ -169,8 +180,8 @@ def _kept(plan: BitPlan, nominal_bits: float | None, stored_bits: float | None) 
     spends: float | None = nominal_bits if budget.unit == "nominal" else stored_bits
     if budget.unit == "bytes":
         try:
-            options = read_request(plan.provenance.command if plan.provenance else None).options
-            spends = float(plan.bytes_at(options.get("context", 0), options.get("batch", 1)))
+            request = read_request(plan)
+            spends = float(plan.bytes_at(request.context or 0, request.batch or 1))
         except KvprofError as error:
             return unknown(name, f"at how many tokens is not known: {first_line(error)}")
     assert spends is not None
@@ -209,7 +220,7 @@ def _solved(plan: BitPlan, scores: Scores) -> Iterator[Check]:
     """Yield whether the plan's request, solved again, gives the plan."""
     names = ("formats", "budget asked for", "window", "optimality")
     try:
-        request = read_request(plan.provenance.command if plan.provenance else None)
+        request = read_request(plan)
         solved = solve_again(plan, scores, request)
     except InvalidFile as error:
         for name in names:

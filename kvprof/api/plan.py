@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from kvprof.allocate import allocate as make_plan
-from kvprof.allocate import metric_needed
+from kvprof.allocate import allocate_as_asked, metric_needed
 from kvprof.allocate.budget import known_bits, parse_bits
-from kvprof.allocate.task import usual_window
 from kvprof.api.given import (
     check_around,
     check_flags,
@@ -25,6 +24,7 @@ from kvprof.api.given import (
 )
 from kvprof.errors import UsageError
 from kvprof.records.plan import BitPlan
+from kvprof.records.requests import AllocateRequest
 from kvprof.records.scores import Scores
 from kvprof.targets.registry import target_named
 from kvprof.workspace.discovery import newest_scores, scores_for
@@ -83,48 +83,61 @@ def allocate(
     check_whole(context=context, batch=batch, group_size=group_size, min_key_bits=min_key_bits)
     check_range("group_size", group_size, 1, LARGEST_GROUP)
     check_range("min_key_bits", min_key_bits, 1, 16)
-    named = joined(formats)
-    runtime = None if target is None else target_named(target)
-    if scores is not None:
-        found = scores_given(scores)
-        path = Path("scores.json") if isinstance(scores, Scores) else Path(scores)
-    elif target is not None:
-        path, found = scores_for(target)
-    else:
-        path, found = newest_scores(metric_needed(rule, metric, max_kl, named, target))
-    given = {
-        "budget": budget,
-        "unit": unit,
-        "memory": f"{memory}B" if isinstance(memory, int) else memory,
-        "context": context,
-        "batch": batch,
-        "max_kl": max_kl,
-        "rule": rule,
-        "metric": metric,
-        "bits": None if bits is None else parse_bits(str(bits)) if isinstance(bits, str | int) else known_bits(bits),
-        "formats": named,
-        "group_size": group_size,
-        "tie": tie,
-        "min_key_bits": min_key_bits,
-        "target": target,
-        "layers": layers,
-        "top_fraction": top_fraction,
-        "as_published": as_published,
-        "bits_key": bits_key,
-        "bits_value": bits_value,
-    }
-    window = usual_window(found, sink_tokens, recent_tokens, None if runtime is None else runtime.window)
-    pins = () if pin is None else several(pin)
-    command = _spelled({**given, "pin": pins or None, "sink_tokens": sink_tokens, "recent_tokens": recent_tokens})
-    plan = make_plan(found, **{**given, "target": runtime}, pins=pins, window=window, command=command)  # type: ignore[arg-type]
+    request = AllocateRequest(
+        budget=budget,
+        unit=unit,
+        memory=f"{memory}B" if isinstance(memory, int) else memory,
+        context=context,
+        batch=batch,
+        max_kl=max_kl,
+        rule=None if rule == "exact" else rule,
+        metric=metric,
+        bits=None if bits is None else parse_bits(str(bits)) if isinstance(bits, str | int) else known_bits(bits),
+        formats=joined(formats),
+        group_size=group_size,
+        pin=None if pin is None else several(pin),
+        tie=tie,
+        min_key_bits=min_key_bits,
+        target=target,
+        layers=layers,
+        top_fraction=top_fraction,
+        as_published=as_published or None,
+        bits_key=bits_key,
+        bits_value=bits_value,
+        sink_tokens=sink_tokens,
+        recent_tokens=recent_tokens,
+    )
+    given = None if scores is None else scores_given(scores)
+    path = Path("scores.json") if scores is None or isinstance(scores, Scores) else Path(scores)
+    made = plan_as_asked(request, None if given is None else (path, given), _spelled(request))
     if out is not None:
-        plan.save(plan_path(plan, path, Path(out), None if max_kl is None else str(max_kl)))
-    return plan
+        made.plan.save(plan_path(made.plan, made.path, Path(out), None if max_kl is None else str(max_kl)))
+    return made.plan
 
 
-def _spelled(options: dict[str, object]) -> str:
+class Planned(NamedTuple):
+    """A plan, the scores that it was made from, and their file."""
+
+    plan: BitPlan
+    scores: Scores
+    path: Path
+
+
+def plan_as_asked(request: AllocateRequest, scores: tuple[Path, Scores] | None, command: str) -> Planned:
+    """Return the plan of a request; raises as `allocate` does.
+
+    scores: and their file; by default the newest in outputs/ that serve the request. command: for readers of the plan.
+    """
+    target = None if request.target is None else target_named(request.target)
+    if scores is None and request.target is not None:
+        scores = scores_for(request.target)
+    if scores is None:
+        rule = request.rule or "exact"
+        scores = newest_scores(metric_needed(rule, request.metric, request.max_kl, request.formats, request.target))
+    path, found = scores
+    return Planned(allocate_as_asked(found, request, target, command), found, path)
+
+
+def _spelled(request: AllocateRequest) -> str:
     """Return the call that made a plan, for its provenance: what was said, without what goes without saying."""
-    said = {name: given for name, given in options.items() if given is not None and given is not False}
-    if said["rule"] == "exact":
-        del said["rule"]
-    return f"kvprof.allocate({', '.join(['scores', *(f'{name}={given!r}' for name, given in said.items())])})"
+    return f"kvprof.allocate({', '.join(['scores', *(f'{name}={value!r}' for name, value in request.said().items())])})"

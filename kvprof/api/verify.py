@@ -93,7 +93,7 @@ def _in_their_place(plan: BitPlan, path: Path) -> tuple[Path, Scores] | None:
         return None
     named: str | None = None
     with contextlib.suppress(InvalidFile):
-        named = read_request(plan.provenance.command if plan.provenance else None).scores
+        named = read_request(plan).scores
     usual = "norms.json" if metric in ("spectral_norm", "frobenius_norm") else "gradients.json"
     file = path.parent / usual if named is None else Path(named)
     if not file.is_file():
@@ -218,7 +218,7 @@ def _measured(
 
 def _planned_again(name: str, plan: BitPlan, again: Scores) -> Check:
     try:
-        request = read_request(plan.provenance.command if plan.provenance else None)
+        request = read_request(plan)
         return formats_compared(name, plan, solve_again(plan, again, request))
     except KvprofError as error:
         return unknown(name, first_line(error))

@@ -137,61 +137,55 @@ def allocate(
     # For arrays as small as these, starting numpy's pool of threads would cost more than all of the arithmetic.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-    from kvprof.allocate import allocate as make_plan
     from kvprof.allocate import metric_needed
     from kvprof.allocate.budget import parse_bits
     from kvprof.allocate.candidates import Allowed
     from kvprof.allocate.constrained import unrestricted
     from kvprof.allocate.target import sliding_remark
-    from kvprof.allocate.task import usual_window
     from kvprof.analysis.uncertainty import uncertainty_of
+    from kvprof.api.plan import plan_as_asked
     from kvprof.cli.typed import typed_command
     from kvprof.errors import UsageError
     from kvprof.records.geometry import bytes_text
+    from kvprof.records.requests import AllocateRequest
     from kvprof.records.scores import Scores
     from kvprof.report.console import print_note, print_plain, print_result, print_written
     from kvprof.report.plans import plan_remarks, prediction_lines, restriction_lines, show_plan, stability_lines
     from kvprof.targets.registry import target_named
-    from kvprof.workspace.discovery import newest_scores, scores_for
     from kvprof.workspace.names import plan_path
 
-    typed = typed_command("allocate", options)
     if as_published and sink_tokens:
         raise UsageError(f"--as-published has no sinks, --sink-tokens asks for {sink_tokens}; leave out one of them.")
-    wanted = metric_needed(rule, metric, max_kl, formats, target)
-    runtime = None if target is None else target_named(target)
-    if scores is not None:
-        path, found = scores, Scores.load(scores)
-    else:
-        path, found = newest_scores(wanted) if target is None else scores_for(target)
-    allowed = Allowed(
-        bits=None if bits is None else parse_bits(bits),
-        formats=formats,
-        group_size=group_size,
-        min_key_bits=min_key_bits,
-        pins=pin or (),
-    )
-    plan = make_plan(
-        found,
-        rule=rule,
-        target=runtime,
+    metric_needed(rule)  # an unknown rule is refused before anything is read
+    widths = None if bits is None else parse_bits(bits)
+    request = AllocateRequest(
         budget=budget,
         unit=unit,
         memory=memory,
         context=context,
         batch=batch,
         max_kl=max_kl,
+        rule=None if rule == "exact" else rule,
         metric=metric,
+        bits=widths,
+        formats=formats,
+        group_size=group_size,
+        pin=pin,
         tie=tie,
+        min_key_bits=min_key_bits,
+        target=target,
+        layers=layers,
         top_fraction=top_fraction,
-        as_published=as_published,
+        as_published=as_published or None,
         bits_key=bits_key,
         bits_value=bits_value,
-        window=usual_window(found, sink_tokens, recent_tokens, None if runtime is None else runtime.window),
-        layers=layers,
-        command=typed,
-        **allowed,
+        sink_tokens=sink_tokens,
+        recent_tokens=recent_tokens,
+        scores=None if scores is None else str(scores),
     )
+    named = None if scores is None else (scores, Scores.load(scores))
+    plan, found, path = plan_as_asked(request, named, typed_command("allocate", options))
+    allowed = Allowed(bits=widths, formats=formats, group_size=group_size, min_key_bits=min_key_bits, pins=pin or ())
     free = None if target is None else unrestricted(found, plan, pin or (), min_key_bits)
     written = plan.save(plan_path(plan, path, out, max_kl))
     show_plan(plan)
@@ -205,7 +199,7 @@ def allocate(
     uncertainty = uncertainty_of(found, plan, tie=tie, context=context, batch=batch or 1, **allowed)
     for line in (*prediction_lines(plan, found, uncertainty.best_pair), *stability_lines(uncertainty.stability)):
         print_plain(line)
-    sliding = None if runtime is None else sliding_remark(plan, runtime)
+    sliding = None if target is None else sliding_remark(plan, target_named(target))
     for remark in (*plan_remarks(plan, found), *uncertainty.remarks, *filter(None, [sliding])):
         print_note(remark)
     print_written(written)

@@ -39,6 +39,7 @@ from kvprof.records.formats import (
     format_named,
 )
 from kvprof.records.geometry import CacheGeometry, KVLayer, bytes_text, check_same_model
+from kvprof.records.requests import AllocateRequest
 from kvprof.records.words import context_text
 
 
@@ -176,7 +177,11 @@ class Provenance(Record):
     """What the plan was made from."""
 
     scores: Text | None = None
+    """The digest of the scores."""
     command: Text | None = None
+    """For readers."""
+    request: AllocateRequest | None = None
+    """What was asked for, to make the plan again."""
 
 
 class BitPlan(Document):

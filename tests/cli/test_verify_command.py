@@ -141,10 +141,20 @@ ALTERED: dict[str, tuple[Callable[[Any], None], set[str]]] = {
     "a kind of layer": (lambda plan: plan["geometry"]["layers"][2].update(kind="hybrid"), {"cache of the scores"}),
     "the version": (lambda plan: plan.update(kvprof_version="0.0.1"), {"kvprof of the plan"}),
     "the command": (
-        lambda plan: plan["provenance"].update(command="kvprof allocate --budget 4"), {"formats", "budget asked for"},
+        lambda plan: plan["provenance"].update(command="kvprof allocate --budget 4"), {"command"},
     ),
-    "a command that is refused": (
-        lambda plan: plan["provenance"].update(command="kvprof allocate --budget 0.1"), {*SOLVED},
+    "the request": (
+        lambda plan: plan["provenance"]["request"].update(budget="4"), {"formats", "budget asked for", "command"},
+    ),
+    "a request that is refused": (
+        lambda plan: plan["provenance"]["request"].update(budget="0.1"), {*SOLVED, "command"},
+    ),
+    "the command of an older plan": (
+        lambda plan: plan["provenance"].update(command="kvprof allocate --budget 4", request=None),
+        {"formats", "budget asked for"},
+    ),
+    "a command of an older plan that is refused": (
+        lambda plan: plan["provenance"].update(command="kvprof allocate --budget 0.1", request=None), {*SOLVED},
     ),
 }  # fmt: skip
 
@@ -250,6 +260,10 @@ def test_scores_of_another_model_differ(folder: Path) -> None:
 )
 def test_a_command_that_is_none_of_ours_is_not_obeyed(folder: Path, command: str) -> None:
     edit(PLAN, lambda plan: plan["provenance"].update(command=command), "odd.json")
+    found = checks("odd.json", code=0)
+    assert found["command"]["status"] == "unknown"
+    assert {found[name]["status"] for name in SOLVED} == {"holds"}
+    edit(PLAN, lambda plan: plan["provenance"].update(command=command, request=None), "odd.json")
     found = checks("odd.json", code=0)
     assert {found[name]["status"] for name in SOLVED} == {"unknown"}
     assert all(found[name]["note"] for name in SOLVED)
@@ -379,3 +393,10 @@ def test_without_its_scores_a_plan_is_held_against_its_model(measured: Path) -> 
         found = statuses("altered.json", "--model", "./model", code=4)
         named = {"dtype": "cache of the model", "architecture": "architecture of the model"}[part]
         assert {name for name, status in found.items() if status == "differs"} == {named}
+
+
+def test_a_plan_of_before_requests_is_solved_again_by_its_command(folder: Path) -> None:
+    edit(PLAN, lambda plan: plan["provenance"].pop("request"), "older.json")
+    found = statuses("older.json", code=0)
+    assert [found[name] for name in SOLVED] == ["holds"] * 4
+    assert "command" not in found

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from runtime.reference import rounded, tokens_in_codes
-from test_losses import NAMES, WINDOW, Recorder, attended, batch_of, effects_of, formats_for
+from test_loss_increase import NAMES, WINDOW, Recorder, attended, batch_of, effects_of, formats_for
 from tiny import LATENTS, tiny_model
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel

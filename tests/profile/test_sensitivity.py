@@ -21,10 +21,10 @@ from kvprof.profile import scoring, sensitivity
 from kvprof.profile.decoder import Decoder
 from kvprof.profile.request import SensitivitySettings
 from kvprof.profile.sensitivity import run_sensitivity
-from kvprof.records import runs
 from kvprof.records.effects import encode
 from kvprof.records.plan import Window
 from kvprof.records.scores import KlCalibration, Scores
+from kvprof.storage import journal as journals
 
 DECODER = Decoder({"key": ("int2g4", "rot2"), "value": ("int3g8",)}, Window(sink_tokens=1, recent_tokens=4), 0.5)
 SETTINGS = SensitivitySettings(
@@ -331,7 +331,7 @@ def test_a_journal_whole_but_of_nothing_that_was_measured_is_refused(
     sound = json.loads(written.split(" ", 1)[1])[1][0][2]
     assert len(sound) == 6
     changed = json.loads(json.dumps(entry).replace(json.dumps(SOUND), json.dumps(sound)))
-    journal.write_text(settings + runs._line("0", changed))
+    journal.write_text(settings + journals._line("0", changed))
     with pytest.raises(InvalidFile, match=r"does not hold what this command measures.*\n.*--restart"):
         run_sensitivity(source, SETTINGS, tmp_path / "out")
     assert not (tmp_path / "out" / "gradients.json").exists()

@@ -1,0 +1,40 @@
+"""A request is written once: command, function and recipe's table ask for the same things by the same names."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+from pydantic import ValidationError
+
+from kvprof.api import plan as api
+from kvprof.cli import allocate as cli
+from kvprof.records.recipe import Plans
+from kvprof.records.recipe import Target as TargetTable
+from kvprof.records.requests import AllocateRequest
+
+FIELDS = set(AllocateRequest.model_fields)
+WHERE_IT_GOES = {"out"}
+
+
+def test_the_command_has_an_option_for_each_field_and_no_other() -> None:
+    assert set(inspect.signature(cli.allocate).parameters) - WHERE_IT_GOES == FIELDS
+
+
+def test_the_function_has_a_keyword_for_each_field_and_no_other() -> None:
+    assert set(inspect.signature(api.allocate).parameters) - WHERE_IT_GOES == FIELDS
+
+
+def test_a_recipe_has_a_key_for_each_field_and_no_other() -> None:
+    """A table makes a plan of each of its budgets; a plan for a runtime is a table of its own."""
+    plans = {"budget" if name == "budgets" else name for name in Plans.model_fields}
+    assert plans - {"name"} == FIELDS - {"target"}
+    assert {"budget" if name == "budgets" else name for name in TargetTable.model_fields} - {"runtime"} <= FIELDS
+
+
+def test_what_was_not_asked_for_is_not_written() -> None:
+    request = AllocateRequest(budget="2.50", pin=("key:0=8",), sink_tokens=0)
+    assert request.model_dump(mode="json") == {"budget": "2.50", "pin": ["key:0=8"], "sink_tokens": 0}
+    assert AllocateRequest.model_validate(request.model_dump(mode="json")) == request
+    with pytest.raises(ValidationError, match="evil"):
+        AllocateRequest.model_validate({"evil": 1})
