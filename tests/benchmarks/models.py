@@ -134,7 +134,8 @@ CASES = (
         recent=128,
         sequences=8,
         evaluated=6,
-        singles=2,
+        singles=8,
+        layers="5,11,17",  # those that cache the whole context
     ),
 )
 
