@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from handscored import FORMATS, geometry_json, model_json, plan_json, random_samples, scores_of
+from score_factories import FORMATS, geometry_json, model_json, plan_json, random_samples, scores_of
 
 from kvprof import BitPlan, Scores
 from kvprof.records.audit import Audit, AuditPoint

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from handscored import geometry_json, model_json, plan_of, random_scores
+from score_factories import geometry_json, model_json, plan_of, random_scores
 
 from kvprof.records.audit import Audit
 from kvprof.records.evaluation import Evaluation

@@ -156,7 +156,7 @@ def test_a_line_that_a_command_does_not_print_is_found() -> None:
 @contextlib.contextmanager
 def served(environment: dict[str, str]) -> Iterator[Callable[[list[str], Path], tuple[int, str]]]:
     """Yield what runs a command of kvprof's in a folder, and returns its exit code and all that it says."""
-    command = [sys.executable, str(ROOT / "tests" / "served.py")]
+    command = [sys.executable, str(ROOT / "tests" / "command_server.py")]
     with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdin is not None
         assert server.stdout is not None

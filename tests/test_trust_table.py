@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import trust_table
 from coverage_table import PAGE, section
-from trials import Trial
+from reliability import Trial
 from trust_table import MARKERS, PARTS, load, measure, table
 
 ROOT = Path(__file__).parents[1]

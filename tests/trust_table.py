@@ -23,7 +23,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from coverage_table import PAGE, section
-from trials import Trial
+from reliability import Trial
 
 HERE = Path(__file__).resolve().parent
 TRIED = HERE / "data" / "trust.json"

@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 import pytest
-from handscored import plan_of, random_effects, scores_of_effects
 from numpy.typing import NDArray
+from score_factories import plan_of, random_effects, scores_of_effects
 
 from kvprof import BitPlan, Scores
 from kvprof.allocate.assemble import tensors_of

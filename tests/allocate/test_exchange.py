@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from handscored import random_effects, random_scores, scores_of_effects
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from score_factories import random_effects, random_scores, scores_of_effects
 
 from kvprof.allocate.budget import bit_limit
 from kvprof.allocate.exchange import QuadraticKnapsack

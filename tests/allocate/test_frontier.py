@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from handmade import full, geometry, scored, scores
-from handscored import random_scores
+from score_factories import random_scores
 
 from kvprof.allocate import allocate
 from kvprof.allocate.frontier import KNEES, frontier, knees

@@ -7,9 +7,9 @@ from fractions import Fraction
 
 import pytest
 from handmade import full, geometry, scored, scores
-from handscored import random_scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from score_factories import random_scores
 
 from kvprof.allocate import allocate
 from kvprof.allocate.kl_target import rounded_up

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 from handmade import format_names, full, geometry, recurrent, scored, scores, sliding
-from handscored import random_scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from score_factories import random_scores
 
 from kvprof import BitPlan, Scores
 from kvprof.allocate import allocate

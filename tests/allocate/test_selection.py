@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from handscored import random_effects, scores_of_effects
+from score_factories import random_effects, scores_of_effects
 
 from kvprof import BitPlan, Scores
 from kvprof.allocate import allocate

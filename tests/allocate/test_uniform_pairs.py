@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 from handmade import full, geometry, scores
-from handscored import random_scores
+from score_factories import random_scores
 
 from kvprof import Scores
 from kvprof.allocate import allocate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from handscored import geometry_json, plan_of, random_samples, random_scores, scores_of
+from score_factories import geometry_json, plan_of, random_samples, random_scores, scores_of
 
 from kvprof import Scores
 from kvprof.allocate.budget import bit_limit

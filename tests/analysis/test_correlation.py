@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from handscored import geometry_json, model_json, plan_of
 from scipy.stats import spearmanr
+from score_factories import geometry_json, model_json, plan_of
 
 from kvprof import Scores
 from kvprof.analysis.correlation import hold_against

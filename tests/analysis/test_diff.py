@@ -6,9 +6,9 @@ import math
 import statistics
 
 import pytest
-from handscored import FORMATS, geometry_json, plan_of, scores_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from score_factories import FORMATS, geometry_json, plan_of, scores_of
 
 from kvprof import BitPlan
 from kvprof.analysis.diff import compare

@@ -7,10 +7,10 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from handscored import FORMATS, HEAD_DIM, geometry_json, plan_of, random_samples, scores_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
+from score_factories import FORMATS, HEAD_DIM, geometry_json, plan_of, random_samples, scores_of
 
 from kvprof import BitPlan, Scores
 from kvprof.allocate.hull import corners, shadow_price

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from handscored import geometry_json, model_json, plan_of, random_scores
+from score_factories import geometry_json, model_json, plan_of, random_scores
 
 from kvprof import BitPlan, Scores
 from kvprof.analysis.plan_checks import check_plans

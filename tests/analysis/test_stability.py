@@ -7,10 +7,10 @@ import random
 
 import numpy as np
 import pytest
-from handscored import FORMATS, HEAD_DIM, geometry_json, plan_of, random_samples, random_scores, scores_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
+from score_factories import FORMATS, HEAD_DIM, geometry_json, plan_of, random_samples, random_scores, scores_of
 
 from kvprof import Scores
 from kvprof.allocate.budget import bit_limit, memory_limit

@@ -21,8 +21,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from reliability import Trial, print_trials
 from soaking import Memory, decode, measure, operate
-from trials import Trial, print_trials
 
 PARTS = ("decode", "operations", "measure")
 MOST_OBJECTS_A_STEP = {"decode": 0.5, "operations": 20.0, "measure": 150.0}

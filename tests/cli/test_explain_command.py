@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from handscored import geometry_json, plan_of, random_scores
+from score_factories import geometry_json, plan_of, random_scores
 from test_commands import handmade_scores, run
 
 from kvprof import BitPlan

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from folders import save_folder, save_text
-from lives import COMMANDS
+from process_harness import COMMANDS
 from test_commands import run
 
 from kvprof.storage.journal import Journal, _line

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from handscored import random_scores
+from score_factories import random_scores
 from test_commands import handmade_scores
 
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "safetensors")

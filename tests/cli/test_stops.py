@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from folders import save_folder, save_text
-from lives import COMMANDS, snapshot
+from process_harness import COMMANDS, snapshot
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="lives are forked")
 
@@ -33,7 +33,7 @@ def lives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     """Live them all, in one process that has everything imported."""
     place = tmp_path_factory.mktemp("lives")
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).parents[1] / "lives.py"), json.dumps(CASES)],
+        [sys.executable, str(Path(__file__).parents[1] / "process_harness.py"), json.dumps(CASES)],
         cwd=place,
         env=os.environ | {"KVPROF_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -14,7 +14,7 @@ from typing import Any
 import jsonschema
 import pytest
 from folders import edit_weights, save_folder, save_text
-from handscored import random_scores
+from score_factories import random_scores
 from test_commands import handmade_scores, run
 
 from kvprof import BitPlan, Scores, __version__

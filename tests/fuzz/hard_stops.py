@@ -18,8 +18,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import lives
-from trials import Trial, print_trials
+import process_harness
+from reliability import Trial, print_trials
 
 SIGNALS = {int(signal.SIGINT): 130, int(signal.SIGTERM): 143, int(signal.SIGKILL): -9}
 
@@ -49,19 +49,19 @@ def main() -> None:
     chance, failed, stopped = random.Random(asked.seed), 0, 0
     place = Path(tempfile.mkdtemp(prefix="kvprof-lives-"))
     os.environ |= {"KVPROF_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1"}
-    lives.prepare_imports()
+    process_harness.prepare_imports()
     template = place / "template"
     template.mkdir()
-    lives.make_template(template)
+    process_harness.make_template(template)
     length, begun = {}, time.monotonic()
-    for name, command in lives.COMMANDS.items():
+    for name, command in process_harness.COMMANDS.items():
         start = time.monotonic()
-        assert lives.ended(lives.begin(command, template))[0] == 0
+        assert process_harness.ended(process_harness.begin(command, template))[0] == 0
         length[name] = time.monotonic() - start
     for number in range(asked.lives):
-        name, sent = chance.choice(list(lives.COMMANDS)), chance.choice(list(SIGNALS))
+        name, sent = chance.choice(list(process_harness.COMMANDS)), chance.choice(list(SIGNALS))
         after = chance.uniform(0.01, length[name])
-        life = lives.stop_once(template, place / f"life-{number}", name, after, sent)
+        life = process_harness.stop_once(template, place / f"life-{number}", name, after, sent)
         stopped += life["status"] != 0
         if (wrong := why_wrong(life, sent)) is not None:
             failed += 1

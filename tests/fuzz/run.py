@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from trials import Trial, print_trials
+from reliability import Trial, print_trials
 
 MEMORY_EVERY = 50
 MOST_KEPT = 20

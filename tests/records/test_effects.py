@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from handscored import random_effects, scores_of_effects
 from hypothesis import given
 from hypothesis import strategies as st
+from score_factories import random_effects, scores_of_effects
 
 from kvprof import Scores
 from kvprof.errors import InvalidFile

@@ -10,11 +10,11 @@ import math
 
 import numpy as np
 import pytest
-from handscored import encoded, random_effects, scores_of_effects
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
+from score_factories import encoded, random_effects, scores_of_effects
 
 from kvprof.records.long_run import bandwidth_of, blended, effects_of, long_run, loss_of, share_of
 

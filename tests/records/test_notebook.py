@@ -6,7 +6,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from handscored import random_scores as scored
+from score_factories import random_scores as scored
 
 from kvprof import BitPlan, Scores
 from kvprof.records.document import ModelInfo

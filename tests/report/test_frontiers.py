@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from handscored import random_scores
+from score_factories import random_scores
 
 from kvprof.allocate.frontier import frontier
 from kvprof.records.frontier import Frontier

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from handscored import plan_of, random_scores
+from score_factories import plan_of, random_scores
 
 from kvprof import BitPlan, Scores
 from kvprof.errors import InvalidFile, UsageError

@@ -10,9 +10,9 @@ import json
 import sys
 from pathlib import Path
 
-import lives
+import process_harness
 
-lives.prepare_imports()
+process_harness.prepare_imports()
 for line in sys.stdin:
     words, folder = json.loads(line)
-    print(json.dumps(lives.ended(lives.begin(words, Path(folder)))), flush=True)
+    print(json.dumps(process_harness.ended(process_harness.begin(words, Path(folder)))), flush=True)
