@@ -41,7 +41,7 @@ PARTS = {
     "coverage": ("files made by atheris", "tests/fuzz/run.py --coverage --inputs 200000 --seed 4"),
     "moments": ("commands stopped at the worst moments", "-m pytest tests/cli/test_stops.py"),
     "stops": ("commands stopped at random moments", "tests/fuzz/hard_stops.py --lives 200 --seed 1"),
-    "locks": ("several processes in one folder", "-m pytest tests/records/test_locks.py"),
+    "locks": ("several processes in one folder", "-m pytest tests/storage/test_lock.py"),
     "disks": ("full and read-only disks", "-m pytest tests/cli/test_full_disk.py"),
     "memory": ("memory that runs out", "-m pytest tests/cli/test_memory_runs_out.py"),
     "repeats": ("processes, threads and batches that may change nothing", "-m pytest tests/profile/test_repeats.py"),
