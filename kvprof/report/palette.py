@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvprof.report.charts.heat import STEPS
+from kvprof.report.plots.style import HEAT_STEPS
 
 COLOURS: dict[str, tuple[str, str]] = {
     "page": ("#ffffff", "#14171c"),
@@ -16,9 +16,14 @@ COLOURS: dict[str, tuple[str, str]] = {
     "ink": ("#1a1d21", "#e7e9ec"),
     "soft": ("#545b64", "#a9b1bb"),
     "rule": ("#d5d9de", "#3a414b"),
+    "band": ("#e6e8eb", "#2a3038"),
     "link": ("#0b5cad", "#7cb8f2"),
     "key": ("#0072b2", "#56a9e8"),
     "value": ("#c24e00", "#f0883e"),
+    "green": ("#00805d", "#3fc79a"),
+    "pink": ("#b0568a", "#e39cc4"),
+    "sky": ("#2b8cc4", "#8fd0f7"),
+    "amber": ("#a87400", "#f0b73c"),
     "grey": ("#6b7178", "#8d959f"),
     "flag": ("#a3261b", "#ff8f80"),
 }
@@ -40,7 +45,7 @@ _VIRIDIS = (
 
 def heat(dark: bool) -> list[str]:
     """Return the colours from the least loss to the largest; what is large stands out from the page."""
-    steps = [_between(_VIRIDIS, step / (STEPS - 1)) for step in range(STEPS)]
+    steps = [_between(_VIRIDIS, step / (HEAT_STEPS - 1)) for step in range(HEAT_STEPS)]
     return steps if dark else steps[::-1]
 
 
@@ -52,7 +57,6 @@ def style_lines() -> str:
         f"@media screen and (prefers-color-scheme:dark){{:root:not([data-scheme=light])"
         f"{{color-scheme:dark;{dark}}}}}\n"
         f"@media screen{{:root[data-scheme=dark]{{color-scheme:dark;{dark}}}}}\n"
-        + "".join(f".h{step}{{fill:var(--h{step})}}" for step in range(STEPS))
     )
 
 

@@ -54,6 +54,7 @@ def test_an_audit_is_drawn_with_no_text_on_another(tmp_path: Path, formats: Any)
     panels = len({bits for _, _, bits in formats})
     assert 600 * panels <= width <= 750 * panels
     assert len(figure.axes) == panels
+    figure.draw_without_rendering()
     for axes in figure.axes:
         assert "nats per token" in axes.get_xlabel()
         assert "nats per token" in axes.get_ylabel()
@@ -103,6 +104,7 @@ def test_a_frontier_is_drawn_with_its_knees_marked(tmp_path: Path, stderr: float
     width, height = png_size(save_figure(figure, tmp_path / "frontier.png"))
     (axes,) = figure.axes
     assert axes.get_yscale() == "log"
+    figure.draw_without_rendering()
     assert "stored bits" in axes.get_xlabel()
     texts = [text.get_text() for text in axes.texts]
     assert sorted(texts) == sorted(f"{knee.stored_bits:.2f} bits: {knee.predicted_kl_nats:.2g}" for knee in drawn.knees)

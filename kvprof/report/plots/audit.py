@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from kvprof.records.audit import Audit, AuditPoint
 from kvprof.records.formats import TensorName
 from kvprof.records.words import counted
-from kvprof.report.plots.layers import light_grid
+from kvprof.report.plots.hover import hover_point
+from kvprof.report.plots.layers import light_grid, plain_log
 from kvprof.report.plots.notes import legend_boxes, marker_boxes, write_beside
 from kvprof.report.plots.style import (
     COLOURS,
@@ -20,6 +21,7 @@ from kvprof.report.plots.style import (
     PAPER,
     NothingToDraw,
     Page,
+    cut_text,
     in_paper_style,
     model_name,
     new_figure,
@@ -61,7 +63,8 @@ def audit_figure(audit: Audit, label: str, page: Page = PAPER) -> Figure:
     columns = min(len(widths), PANELS_A_ROW, max(1, int(width // PANEL_WIDTH)))
     rows = -(-len(widths) // columns)
     figure = new_figure(width, 0.5 + rows * (width / columns + 0.25), page)
-    set_title(figure, f"{model_name(audit.model, 28 * columns)}\n{label} against measured divergence")
+    title = f"{model_name(audit.model, 28 * columns)}\n{cut_text(label, 60)} against measured divergence"
+    set_title(figure, title, page)
     panels = []
     for number, bits in enumerate(widths, start=1):
         axes = figure.add_subplot(rows, columns, number)
@@ -99,15 +102,21 @@ def _scatter(axes: Axes, points: Sequence[AuditPoint], label: str) -> None:
                 markeredgewidth=0.4 if number % 2 == 0 else 0.9,
                 elinewidth=0.5,
                 alpha=0.9,
-                label=f"{tensor}s, {name}",
+                label=f"{tensor}s, {cut_text(name, 20)}",
                 zorder=3,
             )
+            for point in here:
+                text = f"{point.scores[label]:.3g} predicted, {point.measured_nats:.3g} measured, nats a token"
+                at = (point.scores[label], point.measured_nats)
+                hover_point(axes, *at, f"layer {point.layer}, {tensor}s {name}: {text}")
     axes.set_xlim(low, high)
     axes.set_ylim(low, high)
     axes.set_box_aspect(1)
     axes.set_xlabel("predicted loss increase\n(nats per token)")
     axes.set_ylabel("measured KL divergence\n(nats per token)")
     light_grid(axes, "both")
+    plain_log(axes.xaxis)
+    plain_log(axes.yaxis)
     above = sum(point.measured_nats > point.scores[label] for point in points)
     axes.legend(loc="lower right" if above > len(points) / 2 else "upper left")
 

@@ -28,6 +28,7 @@ from kvprof.report.plots.plan import plan_figure
 from kvprof.report.plots.positions import positions_figure
 from kvprof.report.plots.spectra import layers_named, spectra_figure
 from kvprof.report.plots.style import NothingToDraw, Page
+from kvprof.report.series import ranked_results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,7 +97,8 @@ def _plan(plan: BitPlan, setting: Setting) -> Drawn:
 
 
 def _frontier(frontier: Frontier, setting: Setting) -> Drawn:
-    yield "", frontier_figure(frontier, setting.evaluations, setting.page)
+    measured = [result for evaluation in setting.evaluations for result in ranked_results(evaluation)]
+    yield "", frontier_figure(frontier, measured, setting.page)
 
 
 def _positions(evaluation: Evaluation, setting: Setting) -> Drawn:

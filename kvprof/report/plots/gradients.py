@@ -37,12 +37,12 @@ def gradients_figure(scores: Scores, page: Page = PAPER) -> Figure:
     figure = new_figure(page.width_or(FULL_WIDTH), 2.9, page)
     text = scores.calibration
     over = "" if text is None else f", {counted(text.sequences, 'sequence')}"
-    set_title(figure, f"{model_name(scores.model)}: gradients of the loss{over}")
+    set_title(figure, f"{model_name(scores.model)}: gradients of the loss{over}", page)
     axes = figure.add_subplot()
     skipped = skipped_layers(scores)
     layer_axis(axes, 0, layer_count(scores), skipped)
     for tensor, numbers in found.items():
-        draw_numbers(axes, tensor, numbers)
+        draw_numbers(axes, tensor, numbers, "gradient norm")
     fit_scale(axes, (one.value for numbers in found.values() for one in numbers))
     known = any(one.stderr for numbers in found.values() for one in numbers)
     error = " ± stderr" if known else ""

@@ -45,13 +45,13 @@ def norms_figure(scores: Scores, page: Page = PAPER) -> Figure:
     columns = len(shown) if width >= SIDE_BY_SIDE else 1
     rows = -(-len(shown) // columns)
     figure = new_figure(width, 0.75 + 2.1 * rows, page)
-    set_title(figure, f"{model_name(scores.model)}: norms of the key and value projections")
+    set_title(figure, f"{model_name(scores.model)}: norms of the key and value projections", page)
     skipped = skipped_layers(scores)
     for number, norm in enumerate(shown, start=1):
         axes = figure.add_subplot(rows, columns, number)
         layer_axis(axes, 0, layer_count(scores), skipped)
         for tensor, numbers in found[norm].items():
-            draw_numbers(axes, tensor, numbers)
+            draw_numbers(axes, tensor, numbers, norm.replace("_", " ").replace("frobenius", "Frobenius"))
         fit_scale(axes, (one.value for numbers in found[norm].values() for one in numbers))
         axes.set_ylabel(NORMS[norm])
         light_grid(axes)
