@@ -437,23 +437,33 @@ def test_a_model_of_32_layers_makes_about_a_megabyte(tmp_path: Path) -> None:
     assert len(text.encode()) < 1.2 * 10**6
 
 
-def test_numbers_that_have_no_place_on_a_logarithmic_axis_break_nothing(tmp_path: Path) -> None:
-    scores = reported.gradients()
-    value = scores.model_dump(mode="json", by_alias=True)
+@pytest.mark.parametrize("numbers", [(0.0,), (1e308,), (5e-324,), (1e308, 5e-324, 0.0, 1.0)])
+def test_numbers_that_have_no_place_on_an_axis_break_nothing(tmp_path: Path, numbers: tuple[float, ...]) -> None:
+    given = itertools.cycle(numbers)
+    value = reported.gradients().model_dump(mode="json", by_alias=True)
     for entry in value["layers"]:
         for tensor in ("key", "value"):
-            entry[tensor] = {"gradient_norm": 0.0, "loss_increase": {"int2g64": 0.0}, "spectral_norm": 0.0}
-            entry[tensor]["frobenius_norm"] = 0.0
+            entry[tensor] = {name: next(given) for name in ("gradient_norm", "spectral_norm", "frobenius_norm")}
+            entry[tensor] |= {"gradient_norm_stderr": next(given), "loss_increase": {"int2g64": next(given)}}
     del value["calibration"]
     reported.gradients().from_json(value, "zeros").save(tmp_path / "gradients.json")
-    zero = reported.result("plan", "plan", 0.0, 3.0, "sha256:0")
+    zero = reported.result("plan", "plan", min(min(numbers), 1e-300), 3.0, "sha256:0")
     reported.evaluation(plans=[zero]).save(tmp_path / "evaluation.json")
-    points = [point.model_dump() | {"predicted_kl_nats": 0.0} for point in reported.frontier().points]
+    points = [
+        point.model_dump() | {"predicted_kl_nats": next(given), "predicted_kl_stderr_nats": next(given)}
+        for point in reported.frontier().points
+    ]
     reported.frontier(points=points).save(tmp_path / "frontier.json")
+    audited = [
+        point.model_dump() | {"measured_nats": next(given), "scores": {"loss_increase": next(given)}}
+        for point in reported.audit().points
+    ]
+    reported.audit(points=audited).save(tmp_path / "audit.json")
     text = to_html(make_page(gather(tmp_path)))
     Parsed(text)
-    coordinates = [value for svg in pictures(text) for each in svg.iter() for value in each.attrib.values()]
-    assert not [value for value in coordinates if re.search(r"\b(nan|inf)\b", value)]
+    values = [value for svg in pictures(text) for each in svg.iter() for value in each.attrib.values()]
+    assert values
+    assert not [value for value in values if re.search(r"\b(nan|inf)\b", value)]
 
 
 def luminance(colour: str) -> float:

@@ -17,7 +17,7 @@ from kvprof.report.series import LayerNumber
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
+    from matplotlib.axis import XAxis, YAxis
 
 SKIPPED = "no plan gives bits"
 BLANK: dict[str, Any] = {"facecolor": "#F7F7F7", "edgecolor": PALE, "hatch": "////", "linewidth": 0}
@@ -80,22 +80,33 @@ def fit_scale(axes: Axes, numbers: Iterable[float]) -> None:
     found = list(numbers)
     if min(found) > 0 and max(found) > LOG_FROM * min(found):
         axes.set_yscale("log")  # an error that reaches below zero ends at the frame
-        axes.set_ylim(min(found) / 1.6, max(found) * 1.6)
+        axes.set_ylim(drawable(min(found)) / 1.6, drawable(max(found)) * 1.6)
         plain_log(axes.yaxis)
     elif max(found) > 0:
-        axes.set_ylim(0, 1.08 * max(found))
+        axes.set_ylim(0, 1.08 * drawable(max(found)))
         # As many ticks however high the panel comes out: their width, which the layout makes room for, stays the same.
         axes.yaxis.set_major_locator(MaxNLocator(5))
 
 
-def plain_log(axis: Axis) -> None:
-    """Write 0.2, 5 and 10⁶ on a logarithmic axis whose limits are set: text alone, and few numbers."""
+def plain_log(axis: XAxis | YAxis) -> None:
+    """Write 0.2, 5 and 10⁶ on a logarithmic axis whose limits are set: text alone, and few numbers.
+
+    An axis that reaches where numbers overflow ends before.
+    """
     from matplotlib.ticker import LogLocator, NullLocator
 
-    low, high = axis.get_view_interval()
+    ends = axis.get_view_interval()
+    low, high = map(drawable, ends)
+    if (low, high) != tuple(ends):
+        axis.axes.set(**{f"{axis.axis_name}lim": (low, high) if low < high else (low / 2, 2 * high)})
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
     axis.set_major_formatter(lambda value, _: _number_text(value))
     axis.set_minor_locator(NullLocator())
+
+
+def drawable(number: float) -> float:
+    """Return a number above zero, no closer to where numbers overflow than a picture can be drawn."""
+    return min(max(number, 1e-100), 1e100)
 
 
 def _number_text(value: float) -> str:

@@ -14,7 +14,7 @@ from kvprof.records.formats import TENSORS, TensorName
 from kvprof.records.plan import BitPlan
 from kvprof.records.scores import Scores
 from kvprof.report.plots.hover import hover_box
-from kvprof.report.plots.layers import BLANK, SKIPPED, layer_axis, plain_log
+from kvprof.report.plots.layers import BLANK, SKIPPED, drawable, layer_axis, plain_log
 from kvprof.report.plots.legends import legend_below
 from kvprof.report.plots.style import (
     FULL_WIDTH,
@@ -42,8 +42,6 @@ ROW = 0.15
 LONGEST_NAME = 20
 BAR = 0.13
 """Inches that the scale of colours is wide."""
-LEAST_DRAWN, MOST_DRAWN = 1e-100, 1e100
-"""Where the scale of colours ends at the farthest; a file may have a number that overflows beyond it."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def losses_figure(
         raise NothingToDraw("these scores have no loss_increase above zero: there are no losses to draw.")
     if not shown:
         raise NothingToDraw(f"these scores have no loss_increase of {' and '.join(tensors)}s: there are none to draw.")
-    low, high = (min(max(nats, LEAST_DRAWN), MOST_DRAWN) for nats in (min(losses), max(losses)))
+    low, high = (drawable(nats) for nats in (min(losses), max(losses)))
     measured = scores.source == "divergence"
     skipped = skipped_layers(scores)
     width, layers = page.width_or(FULL_WIDTH), layer_count(scores)

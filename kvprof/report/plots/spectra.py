@@ -119,7 +119,7 @@ def spectra_by_layer_figure(spectra: Spectra, page: Page = PAPER) -> Figure:
         layer_axis(axes, 0, layer_count(spectra), skipped)
         light_grid(axes)
     fit_scale(norms, norm_ends)
-    ranks.set_ylim(0, 1.08 * max(counts))
+    ranks.set_ylim(0, 1.08 * max(1, *counts))
     ranks.yaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     norms.set_ylabel("largest singular value\n(units of the cache)")
     ranks.set_ylabel(f"values that hold {SHARE:.0%}\nof the squares (count)")

@@ -5,13 +5,12 @@ Reads an Audit.
 
 from __future__ import annotations
 
-from functools import partial
-
 from kvprof.records.audit import Audit
 from kvprof.records.gathered import ReportFiles
 from kvprof.records.words import counted
 from kvprof.report.page import Block, Figure, Paragraph, Section, Table, missing, sentence
 from kvprof.report.plots.audit import audit_figure, audit_labels
+from kvprof.report.plots.style import Draw
 
 HEADING = "Do the predictions hold?"
 
@@ -34,7 +33,8 @@ def audit_section(files: ReportFiles, divergence_command: str) -> Section:
     ]
     for label in audit_labels(audit):
         caption = f"{label} against measured KL divergence, nats a token, a panel for each width of code."
-        blocks.append(Figure(caption, [partial(audit_figure, audit, label)], [_points(audit, label)]))
+        drawings = [_draw(audit, label, bits) for bits in sorted({point.bits for point in audit.points})]
+        blocks.append(Figure(caption, drawings, [_points(audit, label)], are_small=True))
     if audit.agreements:
         blocks.append(_ranks(audit))
     if audit.ratios:
@@ -43,6 +43,10 @@ def audit_section(files: ReportFiles, divergence_command: str) -> Section:
         blocks.append(_plans(audit))
     blocks += [Paragraph(sentence(remark), "note") for remark in audit.remarks if remark]
     return Section("audit", HEADING, blocks)
+
+
+def _draw(audit: Audit, label: str, bits: int) -> Draw:
+    return lambda canvas: audit_figure(audit, label, canvas, bits)
 
 
 def _means(audit: Audit) -> str:
