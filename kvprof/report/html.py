@@ -17,7 +17,6 @@ from jinja2 import Environment
 
 from kvprof.report.console import clean
 from kvprof.report.page import LABELS, Figure, Page
-from kvprof.report.palette import style_lines
 from kvprof.report.plots.embedding import page_svg
 from kvprof.report.plots.style import MissingMatplotlib, NothingToDraw
 from kvprof.report.plots.style import Page as Canvas
@@ -51,7 +50,7 @@ def to_html(page: Page) -> str:
         kind=lambda block: type(block).__name__,
         pictures=lambda figure: drawn.get(id(figure), []),
         policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:",
-        style=style_lines() + "\n" + _asset("report.css"),
+        style=_asset("report.css"),
         script=script,
     )
 

@@ -20,9 +20,9 @@ from kvprof.records.gathered import gather
 from kvprof.records.inventory import Inventory, RedFlag
 from kvprof.report.html import to_html
 from kvprof.report.page import Figure, Page
-from kvprof.report.palette import COLOURS, heat
 from kvprof.report.plots.embedding import page_svg
-from kvprof.report.plots.norms import norms_figure
+from kvprof.report.plots.projections import norms_figure
+from kvprof.report.plots.style import HEAT_STEPS
 from kvprof.report.plots.style import Page as Canvas
 from kvprof.report.whole import make_page
 
@@ -166,8 +166,7 @@ def test_pictures_share_no_id_and_refer_to_their_own(text: str) -> None:
 
 
 def test_no_colour_is_out_of_reach_of_the_dark_scheme(text: str) -> None:
-    light, *dark = (set(re.findall(r"--(\w+):", rule)) for rule in re.findall(r"color-scheme:\w+;([^}]*)", text))
-    assert len(dark) == 2  # by the system's choice, and by the reader's
+    light, *dark = (set(scheme) for scheme in schemes(text))
     for svg in pictures(text):
         drawn = ElementTree.tostring(svg, encoding="unicode")
         assert not re.search(r"#[0-9a-fA-F]{3,8}\b|rgb|<style", drawn)
@@ -477,21 +476,36 @@ def contrast(one: str, other: str) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
+def schemes(text: str) -> list[dict[str, str]]:
+    """The colours of the page by name: light ones, and dark ones by the system's choice and by the reader's."""
+    rules = re.findall(r"color-scheme:\w+;([^}]*)", text)
+    return [dict(re.findall(r"--(\w+):(#[0-9a-f]{6});", rule)) for rule in rules]
+
+
+def test_both_ways_to_a_dark_page_lead_to_the_same_colours(text: str) -> None:
+    light, by_system, by_reader = schemes(text)
+    assert by_system == by_reader
+    assert light.keys() == by_system.keys()
+    assert light != by_system
+
+
 @pytest.mark.parametrize("dark", [False, True])
-def test_text_and_marks_stand_out_as_wcag_asks(dark: bool) -> None:
-    colours = {name: pair[dark] for name, pair in COLOURS.items()}
+def test_text_and_marks_stand_out_as_wcag_asks(dark: bool, text: str) -> None:
+    colours = schemes(text)[dark]
     for ground in ("page", "panel"):
         for name in ("ink", "soft", "link", "flag"):
             assert contrast(colours[name], colours[ground]) >= 4.5
-        for name in ("key", "value", "grey"):
+        for name in ("key", "value", "grey", "green", "pink", "sky", "amber"):
             assert contrast(colours[name], colours[ground]) >= 3
     for name in ("key", "value"):  # which are words, too
         assert contrast(colours[name], colours["page"]) >= 4.5
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_heat_rises_in_lightness_alone_and_ends_far_from_the_page(dark: bool) -> None:
-    steps = [luminance(colour) for colour in heat(dark)]
+def test_heat_rises_in_lightness_alone_and_ends_far_from_the_page(dark: bool, text: str) -> None:
+    colours = schemes(text)[dark]
+    heat = [colours[f"h{step}"] for step in range(HEAT_STEPS)]
+    assert f"h{HEAT_STEPS}" not in colours
+    steps = [luminance(colour) for colour in heat]
     assert steps == sorted(steps, reverse=not dark)
-    page = COLOURS["page"][dark]
-    assert contrast(heat(dark)[-1], page) > 10
+    assert contrast(heat[-1], colours["page"]) > 10

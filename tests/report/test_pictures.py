@@ -22,11 +22,10 @@ from kvprof.errors import UsageError
 from kvprof.report.plots.audit import audit_figure
 from kvprof.report.plots.benchmark import benchmark_figure
 from kvprof.report.plots.frontier import frontier_figure
-from kvprof.report.plots.gradients import gradients_figure
 from kvprof.report.plots.losses import losses_figure
-from kvprof.report.plots.norms import norms_figure
 from kvprof.report.plots.plan import plan_figure
 from kvprof.report.plots.positions import positions_figure
+from kvprof.report.plots.projections import gradients_figure, norms_figure
 from kvprof.report.plots.spectra import layers_named, spectra_figure
 from kvprof.report.plots.style import NothingToDraw, Page, save_figure
 from kvprof.report.series import ranked_results

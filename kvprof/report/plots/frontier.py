@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from kvprof.records.evaluation import PlanResult
 from kvprof.records.frontier import Frontier, FrontierPoint
 from kvprof.records.plan import BitPlan
-from kvprof.report.plots.contest import looks
 from kvprof.report.plots.hover import hover_point
 from kvprof.report.plots.layers import light_grid, plain_log
 from kvprof.report.plots.legends import LEGEND_BESIDE, LONGEST_NAME, legend_at_side, legend_height
@@ -23,6 +22,7 @@ from kvprof.report.plots.style import (
     Page,
     cut_text,
     in_paper_style,
+    looks,
     model_name,
     new_figure,
     set_title,

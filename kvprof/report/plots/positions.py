@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Literal
 
 from kvprof.records.evaluation import Evaluation, PlanResult
 from kvprof.records.words import counted
-from kvprof.report.plots.contest import Look, looks
 from kvprof.report.plots.hover import hover_point
 from kvprof.report.plots.layers import light_grid, plain_log
 from kvprof.report.plots.legends import LEGEND_BESIDE, LONGEST_NAME, legend_at_side, legend_height
 from kvprof.report.plots.style import (
     FULL_WIDTH,
     PAPER,
+    Look,
     NothingToDraw,
     Page,
     cut_text,
     in_paper_style,
+    looks,
     model_name,
     new_figure,
     set_title,

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import functools
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 
 from kvprof.errors import KvprofError
 from kvprof.records.document import ModelInfo
+from kvprof.records.evaluation import PlanResult
 from kvprof.records.formats import TensorName
 from kvprof.records.runs import replaced_when_whole
 
@@ -183,6 +184,32 @@ def cut_text(text: str, length: int) -> str:
     shown = "".join(mark if mark.isprintable() else "\N{REPLACEMENT CHARACTER}" for mark in text)
     shown = shown if len(shown) <= length else shown[: max(1, length - 1)] + "…"
     return shown.replace("$", r"\$")
+
+
+class Look(NamedTuple):
+    """The marks of one plan."""
+
+    mark: str
+    colour: str
+    edge: str
+    size: float
+    """Points."""
+    is_star: bool
+    """Whether it is the evaluated plan, which lies on top."""
+    is_filled: bool
+    """Of marks that stand alone: every other rival's is a ring, so that one is seen within another."""
+
+
+def looks(results: Iterable[PlanResult]) -> Iterator[tuple[PlanResult, Look]]:
+    """Yield each plan with its look; that of a rival depends on how many rivals come before it."""
+    rivals = 0
+    for result in results:
+        if result.role == "plan":
+            yield result, Look("*", ACCENT, "black", 9, is_star=True, is_filled=True)
+            continue
+        colour = OTHERS[rivals % len(OTHERS)]
+        yield result, Look(OTHER_MARKS[rivals % len(OTHER_MARKS)], colour, colour, 5, False, rivals % 2 == 0)
+        rivals += 1
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from kvprof.records.formats import TENSORS
 from kvprof.records.gathered import ReportFiles
 from kvprof.records.scores import Scores
 from kvprof.report.page import Block, Figure, Paragraph, Section, Table, missing, sentence
-from kvprof.report.plots.gradients import gradients_figure
+from kvprof.report.plots.projections import gradients_figure
 from kvprof.report.sentences import score_remarks
 
 HEADING = "How strongly does the loss pull at W_k and W_v?"
