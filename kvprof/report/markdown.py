@@ -8,8 +8,7 @@ from __future__ import annotations
 import re
 
 from kvprof.report.console import clean
-from kvprof.report.html import LABELS
-from kvprof.report.page import Block, Code, Commands, Figure, Page, Paragraph, Table, Words
+from kvprof.report.page import LABELS, Block, Code, Commands, Figure, Page, Paragraph, Table, Words
 
 MARKUP = re.compile(r"([\\`*_\[\]{}#|~!])")
 ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from kvprof.report.plots.style import Draw
+
 
 @dataclass(frozen=True)
 class Code:
@@ -23,6 +25,9 @@ Words = str | Code | tuple[str | Code, ...]
 Role = Literal["prose", "see", "means", "missing", "note", "flag"]
 """see: what a picture shows. means: what that says of this model. missing: which command makes a section. flag: what
 changes what a score means."""
+
+LABELS: dict[Role, str] = {"see": "What you see.", "means": "Here."}
+"""What a paragraph of a role begins with."""
 
 
 @dataclass(frozen=True)
@@ -47,21 +52,16 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """A picture as SVG. fits: pages of any width, wide ones alone, or narrow ones alone."""
-
-    svg: str
-    fits: Literal["any", "wide", "narrow"] = "any"
-
-
-@dataclass(frozen=True)
 class Figure:
-    """Pictures side by side under one caption, and their numbers, which stand for them where there are no pictures."""
+    """Pictures under one caption, and their numbers, which stand for them where there are no pictures."""
 
     caption: str
-    drawings: Sequence[Drawing]
+    drawings: Sequence[Draw]
+    """Called by a page that shows pictures, once for each of its widths."""
     numbers: Sequence[Table]
     is_long: bool = False
+    are_small: bool = False
+    """Whether pictures as wide as a phone stand side by side where there is room; else each is as wide as the page."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,6 @@ def sentence(text: str) -> str:
     """Return a remark as a sentence of its own: a capital, but for a name such as spectral_norm, and a full stop."""
     capital = text if "_" in text.split(" ", 1)[0] else text[:1].upper() + text[1:]
     return capital if capital.endswith((".", "!", "?")) else capital + "."
-
-
-def both_widths(draw_wide: str, draw_narrow: str) -> tuple[Drawing, Drawing]:
-    """Return one picture in two widths, of which a page shows the one that it has room for."""
-    return Drawing(draw_wide, "wide"), Drawing(draw_narrow, "narrow")
 
 
 def missing(command: str, what: str) -> Paragraph:

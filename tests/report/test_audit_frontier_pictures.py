@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox, BboxBase
 from pictured import audit
 
 from kvprof.errors import OutputError
 from kvprof.records.frontier import Frontier, FrontierPoint
 from kvprof.report.audits import show_pictures
-from kvprof.report.placement import Box, box_between, free_spot
 from kvprof.report.plots.audit import audit_figure
 from kvprof.report.plots.frontier import frontier_figure
+from kvprof.report.plots.notes import write_beside
 from kvprof.report.plots.style import MissingMatplotlib, NothingToDraw, save_figure
 
 
@@ -54,6 +56,7 @@ def test_an_audit_is_drawn_with_no_text_on_another(tmp_path: Path, formats: Any)
     panels = len({bits for _, _, bits in formats})
     assert 600 * panels <= width <= 750 * panels
     assert len(figure.axes) == panels
+    figure.draw_without_rendering()
     for axes in figure.axes:
         assert "nats per token" in axes.get_xlabel()
         assert "nats per token" in axes.get_ylabel()
@@ -103,6 +106,7 @@ def test_a_frontier_is_drawn_with_its_knees_marked(tmp_path: Path, stderr: float
     width, height = png_size(save_figure(figure, tmp_path / "frontier.png"))
     (axes,) = figure.axes
     assert axes.get_yscale() == "log"
+    figure.draw_without_rendering()
     assert "stored bits" in axes.get_xlabel()
     texts = [text.get_text() for text in axes.texts]
     assert sorted(texts) == sorted(f"{knee.stored_bits:.2f} bits: {knee.predicted_kl_nats:.2g}" for knee in drawn.knees)
@@ -136,10 +140,22 @@ def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
         save_figure(frontier_figure(frontier()), tmp_path / "plots" / "frontier.png")
 
 
-def test_a_free_spot_is_the_first_that_touches_nothing() -> None:
-    frame = box_between(0, 0, 100, 100)
-    steps = ((10, 0), (-10, 0), (0, 20))
-    assert free_spot(50, 50, 10, 5, steps, [], frame) == Box(70, 50, 10, 5)
-    assert free_spot(50, 50, 10, 5, steps, [Box(70, 50, 1, 1)], frame) == Box(30, 50, 10, 5)
-    assert free_spot(95, 50, 10, 5, steps, [], frame) == Box(75, 50, 10, 5)
-    assert free_spot(50, 50, 10, 5, steps, [Box(50, 50, 60, 60)], frame) is None
+def test_a_note_goes_to_the_first_place_that_is_free_or_is_left_out() -> None:
+    figure = Figure(figsize=(4, 4), dpi=72)
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 288), ylim=(0, 288))  # so that data, points and pixels are the same
+    beside, above = (10, 0), (0, 30)
+
+    def placed(at: tuple[float, float], *boxes: tuple[float, float, float, float]) -> tuple[float, float] | None:
+        before = len(axes.texts)
+        taken: list[BboxBase] = [Bbox.from_extents(*box) for box in boxes]
+        write_beside(axes, at, "note", "black", (beside, above), taken)
+        assert len(taken) - len(boxes) == len(axes.texts) - before
+        return axes.texts[-1].xyann if len(axes.texts) > before else None
+
+    right, up = placed((100, 100)), placed((100, 100), (112, 95, 113, 105))
+    assert right is not None
+    assert right[0] > 10
+    assert right[1] == pytest.approx(0)
+    assert up == (pytest.approx(0), pytest.approx(30))
+    assert placed((270, 100)) == up  # beside it there is no room within the panel
+    assert placed((100, 100), (0, 0, 288, 288)) is None

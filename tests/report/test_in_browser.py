@@ -35,8 +35,9 @@ LAYOUT = """(() => {
           problems.push(`${name}: ${one.textContent} over ${other.textContent}`);
     });
   }
-  const small = [...document.querySelectorAll("svg")].filter(seen).map((svg) =>
-    11 * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width);
+  const small = [...document.querySelectorAll("svg text")].filter((text) => seen(text.ownerSVGElement)).map((text) =>
+    parseFloat(getComputedStyle(text).fontSize) * text.ownerSVGElement.getBoundingClientRect().width /
+    text.ownerSVGElement.viewBox.baseVal.width);
   return { inner: innerWidth, scroll: document.documentElement.scrollWidth, problems, least: Math.min(...small) };
 })()"""
 
@@ -104,10 +105,10 @@ def test_the_scheme_is_the_systems_until_the_reader_chooses(tmp_path: Path, page
 
 def test_a_mark_that_is_pointed_at_says_its_numbers(tmp_path: Path, page: Path) -> None:
     script = """(() => {
-      const mark = document.querySelector("#weights .mark");
+      const mark = document.querySelector("#weights .marks > *");
       const box = mark.getBoundingClientRect();
       const at = { bubbles: true, clientX: box.left, clientY: box.top };
-      mark.firstElementChild.dispatchEvent(new PointerEvent("pointermove", at));
+      mark.dispatchEvent(new PointerEvent("pointermove", at));
       const tip = document.querySelector("#tip");
       const shown = [tip.hidden, tip.textContent];
       document.body.dispatchEvent(new PointerEvent("pointermove", at));

@@ -22,13 +22,13 @@ from kvprof.errors import UsageError
 from kvprof.report.plots.audit import audit_figure
 from kvprof.report.plots.benchmark import benchmark_figure
 from kvprof.report.plots.frontier import frontier_figure
-from kvprof.report.plots.gradients import gradients_figure
 from kvprof.report.plots.losses import losses_figure
-from kvprof.report.plots.norms import norms_figure
 from kvprof.report.plots.plan import plan_figure
 from kvprof.report.plots.positions import positions_figure
+from kvprof.report.plots.projections import gradients_figure, norms_figure
 from kvprof.report.plots.spectra import layers_named, spectra_figure
 from kvprof.report.plots.style import NothingToDraw, Page, save_figure
+from kvprof.report.series import ranked_results
 
 HYBRID = [layer for layer in range(26) if layer % 6 != 5]
 OKABE_ITO = {"#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7"}
@@ -48,7 +48,9 @@ PICTURES: dict[str, Callable[[int, Any, Page], Figure]] = {
     "gradients": lambda layers, skipped, page: gradients_figure(pictured.gradients(layers, skipped), page),
     "losses": lambda layers, skipped, page: losses_figure(pictured.gradients(layers, skipped), page),
     "plan": lambda layers, skipped, page: plan_figure(pictured.plan(layers, skipped), "plan-2.50", page),
-    "frontier": lambda layers, _, page: frontier_figure(pictured.frontier(layers), [pictured.evaluation()], page),
+    "frontier": lambda layers, _, page: frontier_figure(
+        pictured.frontier(layers), ranked_results(pictured.evaluation()), page
+    ),
     "positions": lambda layers, _, page: positions_figure(pictured.evaluation(layers), page),
     "audit": lambda layers, _, page: audit_figure(pictured.audit(AUDITED, layers, **AGREED), "loss_increase", page),
     "benchmark": lambda layers, _, page: benchmark_figure(benchmark(contexts=(4096, 131072), batches=(1, 8)), page),
@@ -68,7 +70,9 @@ CASES = [
 @functools.cache
 def drawn(name: str, model: str = "demo", width: float | None = None) -> Figure:
     """Return a picture, drawn once for all tests that only look at it."""
-    return PICTURES[name](*MODELS[model], Page(width))
+    figure = PICTURES[name](*MODELS[model], Page(width))
+    figure.draw_without_rendering()  # which puts every text in its place
+    return figure
 
 
 def boxes_of(figure: Figure) -> dict[Text, Any]:
@@ -243,7 +247,7 @@ def test_layers_that_are_not_there_are_named(text: str, problem: str) -> None:
 
 def test_a_frontier_has_its_curve_its_knees_and_every_rival_at_its_bits() -> None:
     frontier, evaluation = pictured.frontier(), pictured.evaluation()
-    figure = frontier_figure(frontier, [evaluation])
+    figure = frontier_figure(frontier, ranked_results(evaluation))
     shown = lines(figure)
     curve = ([point.stored_bits for point in frontier.points], [point.predicted_kl_nats for point in frontier.points])
     knees = ([point.stored_bits for point in frontier.knees], [point.predicted_kl_nats for point in frontier.knees])

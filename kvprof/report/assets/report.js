@@ -19,13 +19,13 @@
   tip.id = "tip";
   tip.hidden = true;
   document.body.append(tip);
-  for (const mark of document.querySelectorAll("svg .mark")) {
+  for (const mark of document.querySelectorAll("svg .marks > *")) {
     const title = mark.querySelector(":scope > title");
     mark.dataset.tip = title.textContent;
     title.remove();
   }
   const show = (event) => {
-    const mark = event.target instanceof Element ? event.target.closest(".mark") : null;
+    const mark = event.target instanceof Element ? event.target.closest(".marks > *") : null;
     tip.hidden = !mark;
     if (!mark) return;
     tip.textContent = mark.dataset.tip;

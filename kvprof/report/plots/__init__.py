@@ -1,1 +1,1 @@
-"""Pictures for a paper, a module each: records in, figures out. The only importers of matplotlib."""
+"""Pictures for a paper and for a report, a module each: records in, figures out. The only importers of matplotlib."""

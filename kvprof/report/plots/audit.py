@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from kvprof.records.audit import Audit, AuditPoint
 from kvprof.records.formats import TensorName
 from kvprof.records.words import counted
-from kvprof.report.plots.layers import light_grid
+from kvprof.report.plots.hover import hover_point
+from kvprof.report.plots.layers import drawable, light_grid, plain_log
 from kvprof.report.plots.notes import legend_boxes, marker_boxes, write_beside
 from kvprof.report.plots.style import (
     COLOURS,
@@ -20,6 +21,7 @@ from kvprof.report.plots.style import (
     PAPER,
     NothingToDraw,
     Page,
+    cut_text,
     in_paper_style,
     model_name,
     new_figure,
@@ -47,27 +49,29 @@ def audit_labels(audit: Audit) -> list[str]:
 
 
 @in_paper_style
-def audit_figure(audit: Audit, label: str, page: Page = PAPER) -> Figure:
+def audit_figure(audit: Audit, label: str, page: Page = PAPER, bits: int | None = None) -> Figure:
     """Draw one metric in nats against the measured divergence.
 
-    label: of the metric, as the audit's points have it. Points at zero have no place on a logarithmic axis.
+    label: of the metric, as the audit's points have it. bits: the one width of code to draw; None for a panel of each.
+    Points at zero have no place on a logarithmic axis.
     Raises NothingToDraw, MissingMatplotlib.
     """
     shown = [point for point in audit.points if point.measured_nats > 0 and point.scores.get(label, 0.0) > 0]
-    widths = sorted({point.bits for point in shown})
+    widths = sorted({point.bits for point in shown if bits in (None, point.bits)})
     if not widths:
         raise NothingToDraw(f"no tensor has both a measured divergence and {label} above zero: nothing to draw.")
     width = page.width_or(0.2 + 3.4 * min(len(widths), PANELS_A_ROW))
     columns = min(len(widths), PANELS_A_ROW, max(1, int(width // PANEL_WIDTH)))
     rows = -(-len(widths) // columns)
     figure = new_figure(width, 0.5 + rows * (width / columns + 0.25), page)
-    set_title(figure, f"{model_name(audit.model, 28 * columns)}\n{label} against measured divergence")
+    title = f"{model_name(audit.model, 28 * columns)}\n{cut_text(label, 60)} against measured divergence"
+    set_title(figure, title, page)
     panels = []
-    for number, bits in enumerate(widths, start=1):
+    for number, code_bits in enumerate(widths, start=1):
         axes = figure.add_subplot(rows, columns, number)
-        points = [point for point in shown if point.bits == bits]
+        points = [point for point in shown if point.bits == code_bits]
         _scatter(axes, points, label)
-        axes.set_title(_panel_title(audit, bits, label))
+        axes.set_title(_panel_title(audit, code_bits, label))
         panels.append((axes, points))
     settle(figure)
     for axes, points in panels:
@@ -78,7 +82,7 @@ def audit_figure(audit: Audit, label: str, page: Page = PAPER) -> Figure:
 def _scatter(axes: Axes, points: Sequence[AuditPoint], label: str) -> None:
     """Draw predicted (x) against measured (y) nats, with the diagonal and a band of a factor of two."""
     numbers = [number for point in points for number in (point.scores[label], point.measured_nats)]
-    low, high = min(numbers) / 2.5, max(numbers) * 2.5
+    low, high = drawable(min(numbers)) / 2.5, drawable(max(numbers)) * 2.5
     axes.set_xscale("log")
     axes.set_yscale("log")
     ends = [low, high]
@@ -99,15 +103,21 @@ def _scatter(axes: Axes, points: Sequence[AuditPoint], label: str) -> None:
                 markeredgewidth=0.4 if number % 2 == 0 else 0.9,
                 elinewidth=0.5,
                 alpha=0.9,
-                label=f"{tensor}s, {name}",
+                label=f"{tensor}s, {cut_text(name, 20)}",
                 zorder=3,
             )
+            for point in here:
+                text = f"{point.scores[label]:.3g} predicted, {point.measured_nats:.3g} measured, nats a token"
+                at = (point.scores[label], point.measured_nats)
+                hover_point(axes, *at, f"layer {point.layer}, {tensor}s {name}: {text}")
     axes.set_xlim(low, high)
     axes.set_ylim(low, high)
     axes.set_box_aspect(1)
     axes.set_xlabel("predicted loss increase\n(nats per token)")
     axes.set_ylabel("measured KL divergence\n(nats per token)")
     light_grid(axes, "both")
+    plain_log(axes.xaxis)
+    plain_log(axes.yaxis)
     above = sum(point.measured_nats > point.scores[label] for point in points)
     axes.legend(loc="lower right" if above > len(points) / 2 else "upper left")
 
@@ -116,7 +126,7 @@ def _label_outliers(axes: Axes, points: Sequence[AuditPoint], label: str) -> Non
     """Write layer numbers at the points furthest from the diagonal that lie beyond the band."""
 
     def distance(point: AuditPoint) -> float:
-        return abs(math.log(point.scores[label] / point.measured_nats))
+        return abs(math.log(point.scores[label]) - math.log(point.measured_nats))
 
     outside = sorted((point for point in points if distance(point) > math.log(2)), key=distance, reverse=True)
     taken = legend_boxes(axes) + marker_boxes(axes, [(point.scores[label], point.measured_nats) for point in points])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvprof.records.benchmark import AttentionRun, Benchmark, BenchmarkCase
 from kvprof.records.words import context_text, counted
-from kvprof.report.plots.layers import light_grid
+from kvprof.report.plots.layers import light_grid, plain_log
 from kvprof.report.plots.legends import legend_at_side, legend_height
 from kvprof.report.plots.style import (
     ACCENT,
@@ -55,11 +55,11 @@ def benchmark_figure(benchmark: Benchmark, page: Page = PAPER) -> Figure:
     names = dict.fromkeys((run.name, run.dtype) for case in benchmark.cases for run in case.full if run.timing)
     figure = new_figure(width, legend_height(len(names) + 3, 0.6 + 2.5 * rows, beside), page)
     plan = benchmark.plan
-    set_title(
-        figure,
+    title = (
         f"{cut_text(plan.name, 40)} on {model_name(benchmark.model, 40)}, {plan.stored_bits:.2f} stored bits\n"
-        f"{cut_text(benchmark.device.name, 50)}: {benchmark.copy_bandwidth.bytes_per_second / 1e9:.3g} GB/s copied",
+        f"{cut_text(benchmark.device.name, 50)}: {benchmark.copy_bandwidth.bytes_per_second / 1e9:.3g} GB/s copied"
     )
+    set_title(figure, title, page)
     styles: dict[tuple[str, str], tuple[str, str]] = {
         name: (OTHERS[number % len(OTHERS)], OTHER_MARKS[number % len(OTHER_MARKS)])
         for number, name in enumerate(names)
@@ -131,13 +131,4 @@ def _panel(
     axes.minorticks_off()
     axes.set_xlabel("context (tokens)")
     light_grid(axes, "both")
-    _plain_numbers(axes)
-
-
-def _plain_numbers(axes: Axes) -> None:
-    """Write 0.2, 5, 100 on the logarithmic axis rather than powers of ten, and few enough of them."""
-    from matplotlib.ticker import LogLocator
-
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
-    axes.yaxis.set_major_formatter("{x:g}")
+    plain_log(axes.yaxis)

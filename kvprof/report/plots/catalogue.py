@@ -21,13 +21,13 @@ from kvprof.records.spectra import Spectra
 from kvprof.report.plots.audit import audit_figure, audit_labels
 from kvprof.report.plots.benchmark import benchmark_figure
 from kvprof.report.plots.frontier import frontier_figure
-from kvprof.report.plots.gradients import gradients_figure
 from kvprof.report.plots.losses import losses_figure
-from kvprof.report.plots.norms import norms_figure
 from kvprof.report.plots.plan import plan_figure
 from kvprof.report.plots.positions import positions_figure
+from kvprof.report.plots.projections import gradients_figure, norms_figure
 from kvprof.report.plots.spectra import layers_named, spectra_figure
 from kvprof.report.plots.style import NothingToDraw, Page
+from kvprof.report.series import ranked_results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,7 +96,8 @@ def _plan(plan: BitPlan, setting: Setting) -> Drawn:
 
 
 def _frontier(frontier: Frontier, setting: Setting) -> Drawn:
-    yield "", frontier_figure(frontier, setting.evaluations, setting.page)
+    measured = [result for evaluation in setting.evaluations for result in ranked_results(evaluation)]
+    yield "", frontier_figure(frontier, measured, setting.page)
 
 
 def _positions(evaluation: Evaluation, setting: Setting) -> Drawn:

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from kvprof.records.evaluation import Evaluation, PlanResult
+from kvprof.records.evaluation import PlanResult
 from kvprof.records.frontier import Frontier, FrontierPoint
-from kvprof.report.plots.contest import looks
-from kvprof.report.plots.layers import light_grid
+from kvprof.records.plan import BitPlan
+from kvprof.report.plots.hover import hover_point
+from kvprof.report.plots.layers import light_grid, plain_log
 from kvprof.report.plots.legends import LEGEND_BESIDE, LONGEST_NAME, legend_at_side, legend_height
 from kvprof.report.plots.notes import legend_boxes, marker_boxes, write_beside
 from kvprof.report.plots.style import (
@@ -21,12 +22,12 @@ from kvprof.report.plots.style import (
     Page,
     cut_text,
     in_paper_style,
+    looks,
     model_name,
     new_figure,
     set_title,
     settle,
 )
-from kvprof.report.series import ranked_results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,33 +40,37 @@ RATIOS = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 10, 12, 16)
 
 
 @in_paper_style
-def frontier_figure(frontier: Frontier, evaluations: Sequence[Evaluation] = (), page: Page = PAPER) -> Figure:
+def frontier_figure(
+    frontier: Frontier | None, measured: Sequence[PlanResult] = (), page: Page = PAPER, plan: BitPlan | None = None
+) -> Figure:
     """Draw the predicted KL of the best plan at each number of stored bits, and the measured KL of evaluated plans.
 
-    evaluations: of the same model; their plans and rivals are points at the bits that they store. What loses nothing
-    has no place on a logarithmic axis. Raises NothingToDraw, MissingMatplotlib.
+    measured: plans and rivals of the same model, at the bits that they store; on a screen, of no frontier too.
+    plan: whose own prediction is marked. What loses nothing has no place on a logarithmic axis.
+    Raises NothingToDraw, MissingMatplotlib.
     """
-    shown = sorted((point for point in frontier.points if point.predicted_kl_nats > 0), key=lambda p: p.stored_bits)
-    if not shown:
+    points = () if frontier is None else frontier.points
+    shown = sorted((point for point in points if point.predicted_kl_nats > 0), key=lambda p: p.stored_bits)
+    results = [result for result in measured if result.kl_nats > 0]
+    if not shown and not (page.on_screen and results):
         raise NothingToDraw("every plan is predicted to lose nothing: there is no frontier to draw.")
-    results = [result for evaluation in evaluations for result in ranked_results(evaluation) if result.kl_nats > 0]
     width = page.width_or(FULL_WIDTH if results else 5.0)
     beside = not results or width >= LEGEND_BESIDE
     figure = new_figure(width, legend_height(len(results) + 4, 3.6, beside), page)
     axes = figure.add_subplot()
     axes.set_yscale("log")
-    _draw_curve(axes, shown)
+    if shown:
+        _draw_curve(axes, shown)
     knees = [point for point in shown if point.knee]
     _draw_knees(axes, knees)
+    if plan is not None:
+        _draw_prediction(axes, plan)
     _draw_results(axes, results)
-    factor = frontier.kl_calibration
-    basis = "not calibrated" if factor is None else f"calibrated, factor {factor.factor:.2f}"
-    window = f"{frontier.window.sink_tokens} sinks, window of {frontier.window.recent_tokens} tokens"
-    lines = [f"{model_name(frontier.model)}: best plan at every budget", f"predictions {basis}; {window}"]
-    set_title(figure, "\n".join(lines))
+    set_title(figure, "Measured plans: KL divergence by bits" if frontier is None else _title(frontier), page)
     axes.set_xlabel("stored bits per element (codes and scales)")
     axes.set_ylabel(f"{'' if results else 'predicted '}KL divergence (nats per token)")
     light_grid(axes, "both")
+    plain_log(axes.yaxis)
     if results:
         handles, labels = axes.get_legend_handles_labels()
         rest = len(labels) - len(results)
@@ -95,6 +100,10 @@ def _draw_curve(axes: Axes, shown: Sequence[FrontierPoint]) -> None:
         )
     marker = "." if len(shown) <= DOTTED_UP_TO else None
     axes.plot(bits, losses, color=CURVE, marker=marker, label="best plan, predicted")
+    for point in shown:
+        text = f"best plan at {point.stored_bits:.4g} stored bits: {point.predicted_kl_nats:.3g} nats a token predicted"
+        knee = ", a knee" if point.knee else ""
+        hover_point(axes, point.stored_bits, point.predicted_kl_nats, text + knee)
 
 
 def _draw_knees(axes: Axes, knees: Sequence[FrontierPoint]) -> None:
@@ -111,6 +120,25 @@ def _draw_knees(axes: Axes, knees: Sequence[FrontierPoint]) -> None:
             label="knee",
             zorder=4,
         )
+
+
+def _draw_prediction(axes: Axes, plan: BitPlan) -> None:
+    """Draw what a plan says of itself, where it says both its bits and its loss."""
+    bits = None if plan.budget is None else plan.budget.stored_bits
+    nats = None if plan.solver is None else plan.solver.predicted_kl_nats
+    if bits and nats:
+        axes.plot(
+            [bits],
+            [nats],
+            linestyle="none",
+            marker="*",
+            markersize=10,
+            markerfacecolor="white",
+            color=CURVE,
+            label="this plan, predicted",
+            zorder=5,
+        )
+        hover_point(axes, bits, nats, f"the plan: {bits:.4g} stored bits, {nats:.3g} nats a token predicted")
 
 
 def _draw_results(axes: Axes, results: Sequence[PlanResult]) -> None:
@@ -131,6 +159,16 @@ def _draw_results(axes: Axes, results: Sequence[PlanResult]) -> None:
             label=f"{cut_text(result.name, LONGEST_NAME)}: {result.kl_nats:.2g}",
             zorder=6 if look.is_star else 5,
         )
+        text = f"{result.name}: {result.stored_bits:.4g} stored bits, {result.kl_nats:.3g}"
+        text += f" ± {result.kl_stderr_nats:.2g}" if result.kl_stderr_nats else ""
+        hover_point(axes, result.stored_bits, result.kl_nats, f"{text} nats a token measured")
+
+
+def _title(frontier: Frontier) -> str:
+    factor = frontier.kl_calibration
+    basis = "not calibrated" if factor is None else f"calibrated, factor {factor.factor:.2f}"
+    window = f"{frontier.window.sink_tokens} sinks, window of {frontier.window.recent_tokens} tokens"
+    return f"{model_name(frontier.model)}: best plan at every budget\npredictions {basis}; {window}"
 
 
 def _mark_compression(axes: Axes) -> None:

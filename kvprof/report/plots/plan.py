@@ -5,10 +5,12 @@ Reads a BitPlan. Does not know why a layer has these bits.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from kvprof.records.formats import TENSORS, TensorName
 from kvprof.records.plan import BitPlan
+from kvprof.report.plots.hover import hover_box
 from kvprof.report.plots.layers import BLANK, SKIPPED, layer_axis, light_grid
 from kvprof.report.plots.legends import legend_below
 from kvprof.report.plots.style import (
@@ -33,7 +35,7 @@ LAYER_WIDTH = 0.15
 MARGIN = 0.8
 """Inches beside the bars."""
 PANEL_HEIGHT = 1.3
-NAME_SIZE = 6.0
+NAME_SIZE = 6.5
 TINT = 0.4
 """Opacity of what scales take, of a bar."""
 
@@ -53,7 +55,7 @@ def plan_figure(plan: BitPlan, name: str = "plan", page: Page = PAPER) -> Figure
     blocks = -(-layers // fitting)
     a_block = -(-layers // blocks)
     figure = new_figure(width, 0.85 + blocks * (2 * PANEL_HEIGHT + 0.3), page)
-    set_title(figure, _title(plan, name))
+    set_title(figure, _title(plan, name), page)
     stored = {tensor: stored_tensors(plan, tensor) for tensor in TENSORS}
     skipped = skipped_layers(plan)
     top = max(one.stored_bits / _share_of_bar(one.format) for own in stored.values() for one in own)
@@ -66,6 +68,10 @@ def plan_figure(plan: BitPlan, name: str = "plan", page: Page = PAPER) -> Figure
             axes.yaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 4, 5, 10]))
             chosen = [one for one in stored[tensor] if first <= one.layer < first + a_block]
             _bars(axes, tensor, chosen, top)
+            _say_bits(axes, tensor, plan, chosen)
+            for layer, reason in skipped.items():
+                if first <= layer < first + a_block:
+                    _say(axes, layer, f"layer {layer}: left in full precision, {reason}")
             axes.set_ylabel(f"{tensor}s, stored bits\nper element")
             light_grid(axes)
             if row == 0:
@@ -85,6 +91,18 @@ def _bars(axes: Axes, tensor: TensorName, stored: list[StoredTensor], top: float
     for one in stored:
         at = (one.layer, one.stored_bits + 0.02 * top)
         axes.text(*at, one.format, rotation=90, ha="center", va="bottom", fontsize=NAME_SIZE)
+
+
+def _say_bits(axes: Axes, tensor: TensorName, plan: BitPlan, stored: list[StoredTensor]) -> None:
+    shares = {entry.layer: entry.tensor(tensor).recent_fraction for entry in plan.layers}
+    for one in stored:
+        bits = f"{one.nominal_bits} bits a code, {one.stored_bits:.4g} stored"
+        recent = f", {shares[one.layer]:.0%} of the past in full precision" if shares[one.layer] else ""
+        _say(axes, one.layer, f"layer {one.layer} {tensor}s: {one.format}, {bits}{recent}")
+
+
+def _say(axes: Axes, layer: int, text: str) -> None:
+    hover_box(axes, (layer - 0.45, -math.inf), (layer + 0.45, math.inf), text)
 
 
 def _share_of_bar(name: str) -> float:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import functools
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 
 from kvprof.errors import KvprofError
 from kvprof.records.document import ModelInfo
+from kvprof.records.evaluation import PlanResult
 from kvprof.records.formats import TensorName
 from kvprof.storage.atomic import replaced_when_whole
 
@@ -35,12 +36,16 @@ OTHERS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#606060")
 OTHER_MARKS = "sD^vP*X<>h"
 HEAT = "cividis"
 """Colours of numbers: alike for colour-blind eyes, and ever lighter in grey."""
+HEAT_STEPS = 12
+"""Of those colours, so many in a picture on a screen, each with a counterpart on a dark page."""
 GREY = "#606060"
 PALE = "#D8D8D8"
 
 FULL_WIDTH = 7.0
 """Inches: both columns of a paper."""
 FORMATS = ("png", "svg")
+SVG_METADATA = {"Date": None, "Creator": None}
+"""Nothing that differs from one run, or one release of matplotlib, to the next."""
 TITLE_LETTER = 0.075
 """Inches that a letter of a title takes at most, in the mean of a line."""
 
@@ -60,12 +65,13 @@ _SETTINGS: Any = {
     "ytick.major.width": 0.6,
     "legend.fontsize": 7.0,
     "legend.framealpha": 0.95,
+    "legend.edgecolor": PALE,
     "lines.linewidth": 1.3,
     "lines.markersize": 4.0,
     "grid.color": PALE,
     "grid.linewidth": 0.4,
     "hatch.linewidth": 0.5,
-    "hatch.color": "#B0B0B0",
+    "hatch.color": PALE,
     "svg.fonttype": "none",  # text stays text; laid out for the widest of these fonts, so that any other fits too
     "svg.hashsalt": "kvprof",
 }
@@ -87,6 +93,8 @@ class Page:
     """Inches; None for what suits the picture."""
     dpi: int = 200
     """Pixels an inch, of a PNG."""
+    on_screen: bool = False
+    """Whether the picture stands in a report, which has the title in its text and can be scrolled down."""
 
     def width_or(self, usual: float) -> float:
         """Return the width that was asked for, else the usual one."""
@@ -94,6 +102,9 @@ class Page:
 
 
 PAPER = Page()
+
+Draw = Callable[[Page], "Figure"]
+"""What draws a picture, for a page that is not known yet."""
 
 
 def in_paper_style(draw: Callable[P, Figure]) -> Callable[P, Figure]:
@@ -104,7 +115,7 @@ def in_paper_style(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
     @functools.wraps(draw)
     def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        with _settings():
+        with picture_settings():
             figure = draw(*args, **kwargs)
             settle(figure)
             return figure
@@ -119,8 +130,14 @@ def new_figure(width: float, height: float, page: Page) -> Figure:
     return Figure(figsize=(width, height), dpi=page.dpi, layout="constrained")
 
 
-def set_title(figure: Figure, text: str) -> None:
-    """Put a title above all panels, its lines broken where the picture's width makes it necessary."""
+def set_title(figure: Figure, text: str, page: Page) -> None:
+    """Put a title above all panels, its lines broken where the picture's width makes it necessary.
+
+    On a screen the title is the figure's label alone, for readers who cannot see the picture.
+    """
+    figure.set_label(" ".join(text.split()))
+    if page.on_screen:
+        return
     letters = max(10, int(figure.get_figwidth() / TITLE_LETTER))
     lines = [part for line in text.split("\n") for part in textwrap.wrap(line, letters)]
     figure.suptitle("\n".join(lines))
@@ -128,7 +145,9 @@ def set_title(figure: Figure, text: str) -> None:
 
 def settle(figure: Figure) -> None:
     """Lay a figure out for good: only then is it known where everything lies, and it stays there in every format."""
-    figure.draw_without_rendering()
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
     figure.set_layout_engine("none")
 
 
@@ -138,10 +157,18 @@ def save_figure(figure: Figure, path: Path) -> Path:
     Raises OutputError.
     """
     kind = path.suffix.removeprefix(".").lower()
-    metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
-    with _settings(), replaced_when_whole(path) as temporary:
+    metadata = SVG_METADATA if kind == "svg" else {"Software": None}
+    with picture_settings(), replaced_when_whole(path) as temporary:
         figure.savefig(temporary, format=kind, dpi=figure.dpi, metadata=metadata)
     return path
+
+
+def heat_colours(steps: int) -> list[str]:
+    """Return so many colours of the scale, as matplotlib writes them, from the least number to the largest."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    return [to_hex(colormaps[HEAT].resampled(steps)(step)) for step in range(steps)]
 
 
 def model_name(model: ModelInfo | None, length: int = 60) -> str:
@@ -159,9 +186,38 @@ def cut_text(text: str, length: int) -> str:
     return shown.replace("$", r"\$")
 
 
+class Look(NamedTuple):
+    """The marks of one plan."""
+
+    mark: str
+    colour: str
+    edge: str
+    size: float
+    """Points."""
+    is_star: bool
+    """Whether it is the evaluated plan, which lies on top."""
+    is_filled: bool
+    """Of marks that stand alone: every other rival's is a ring, so that one is seen within another."""
+
+
+def looks(results: Iterable[PlanResult]) -> Iterator[tuple[PlanResult, Look]]:
+    """Yield each plan with its look; that of a rival depends on how many rivals come before it."""
+    rivals = 0
+    for result in results:
+        if result.role == "plan":
+            yield result, Look("*", ACCENT, "black", 9, is_star=True, is_filled=True)
+            continue
+        colour = OTHERS[rivals % len(OTHERS)]
+        yield result, Look(OTHER_MARKS[rivals % len(OTHER_MARKS)], colour, colour, 5, False, rivals % 2 == 0)
+        rivals += 1
+
+
 @contextmanager
-def _settings() -> Iterator[None]:
-    """Set matplotlib as pictures need it, whatever the user's own settings are; give those back at the end."""
+def picture_settings() -> Iterator[None]:
+    """Set matplotlib as pictures need it, whatever the user's own settings are; give those back at the end.
+
+    Raises MissingMatplotlib.
+    """
     try:
         import matplotlib
         import matplotlib.figure

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from kvprof.records.audit import Audit
 from kvprof.records.words import counted
-from kvprof.report.charts.audit import draw_audit_panel
-from kvprof.report.page import Block, Drawing, Figure, Paragraph, Section, Table, missing, sentence
-from kvprof.workspace.report_inputs import ReportFiles
+from kvprof.report.page import Block, Figure, Paragraph, Section, Table, missing, sentence
+from kvprof.report.plots.audit import audit_figure, audit_labels
+from kvprof.report.plots.style import Draw
 
 HEADING = "Do the predictions hold?"
 
@@ -20,8 +20,6 @@ def audit_section(files: ReportFiles, divergence_command: str) -> Section:
         first = missing(divergence_command, "single tensors (slow: --layers and --formats choose a sample)")
         return Section("audit", HEADING, [first, missing("kvprof audit", "those against the predictions")])
     audit = files.audit.document
-    labels = list(dict.fromkeys(spread.label for spread in audit.ratios))
-    widths = sorted({point.bits for point in audit.points})
     blocks: list[Block] = [
         Paragraph(
             "Predictions are worth what measurements say of them. Each mark is one layer's keys or values, stored "
@@ -32,14 +30,10 @@ def audit_section(files: ReportFiles, divergence_command: str) -> Section:
         ),
         Paragraph(_means(audit), "means"),
     ]
-    for label in labels:
-        shown = [
-            draw_audit_panel([point for point in audit.points if point.bits == bits], label, bits) for bits in widths
-        ]
-        drawings = [Drawing(svg) for svg in shown if svg is not None]
-        if drawings:
-            caption = f"{label} against measured KL divergence, nats a token, a panel for each width of code."
-            blocks.append(Figure(caption, drawings, [_points(audit, label)]))
+    for label in audit_labels(audit):
+        caption = f"{label} against measured KL divergence, nats a token, a panel for each width of code."
+        drawings = [_draw(audit, label, bits) for bits in sorted({point.bits for point in audit.points})]
+        blocks.append(Figure(caption, drawings, [_points(audit, label)], are_small=True))
     if audit.agreements:
         blocks.append(_ranks(audit))
     if audit.ratios:
@@ -48,6 +42,10 @@ def audit_section(files: ReportFiles, divergence_command: str) -> Section:
         blocks.append(_plans(audit))
     blocks += [Paragraph(sentence(remark), "note") for remark in audit.remarks if remark]
     return Section("audit", HEADING, blocks)
+
+
+def _draw(audit: Audit, label: str, bits: int) -> Draw:
+    return lambda canvas: audit_figure(audit, label, canvas, bits)
 
 
 def _means(audit: Audit) -> str:

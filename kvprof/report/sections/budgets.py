@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from kvprof.records.evaluation import PlanResult
 from kvprof.records.frontier import Frontier
-from kvprof.report.charts.budgets import Measured, Predicted, draw_budgets
+from kvprof.records.gathered import ReportFiles
 from kvprof.report.evaluations import KL_FLOOR, nats_text
 from kvprof.report.frontiers import knee_lines
-from kvprof.report.page import Block, Commands, Figure, Paragraph, Section, Table, both_widths, missing
+from kvprof.report.page import Block, Commands, Figure, Paragraph, Section, Table, missing
+from kvprof.report.plots.frontier import frontier_figure
 from kvprof.report.sections.losses import other_scores
 from kvprof.workspace.report_inputs import ReportFiles
 
 HEADING = "What would another budget buy?"
-WIDE, NARROW = (920, 470), (358, 460)
 
 
 def budgets_section(files: ReportFiles, frontier_command: str, evaluate_command: str) -> Section:
@@ -24,11 +24,11 @@ def budgets_section(files: ReportFiles, frontier_command: str, evaluate_command:
     if frontier is None and files.evaluation is None:
         absent = missing(frontier_command, "the best plan of every budget")
         return Section("budgets", HEADING, [absent, missing(evaluate_command, "the plan against its rivals")])
-    measured = measured_plans(files)
+    measured = _measured_plans(files)
     blocks: list[Block] = [
         Paragraph(
             "Fewer bits lose more. The line is the best plan at each number of stored bits, as the scores predict it; "
-            "a knee is where a further bit begins to buy less than the bits before it did. Numbered marks were "
+            "a knee is where a further bit begins to buy less than the bits before it did. The other marks were "
             "measured: the plan, and rivals at the bits that they store. Lower is better, and further left is smaller.",
             "see",
         )
@@ -44,50 +44,31 @@ def budgets_section(files: ReportFiles, frontier_command: str, evaluate_command:
         tables.append(_frontier_table(frontier))
     if measured:
         tables.append(_measured_table(measured))
-    plan = _predicted(files)
-    anything = any(point.predicted_kl_nats > 0 for point in frontier.points) if frontier else False
-    if anything or any(each.result.kl_nats > 0 for each in measured):
-        drawings = both_widths(
-            draw_budgets(frontier, plan, measured, *WIDE), draw_budgets(frontier, plan, measured, *NARROW)
-        )
-        caption = "KL divergence from full precision against stored bits."
-        if files.evaluation is not None:
-            text = files.evaluation.document.text
-            caption += f" Measured on {text.dataset}" + (f" ({text.split})." if text.split else ".")
-        blocks.append(Figure(caption, drawings, tables))
-    else:
-        blocks += tables
+    plan = None if files.plan is None else files.plan.document
+    caption = "KL divergence from full precision against stored bits."
+    if files.evaluation is not None:
+        text = files.evaluation.document.text
+        caption += f" Measured on {text.dataset}" + (f" ({text.split})." if text.split else ".")
+    blocks.append(Figure(caption, [lambda canvas: frontier_figure(frontier, measured, canvas, plan)], tables))
     if frontier is not None:
         blocks += _notes(files, frontier)
     return Section("budgets", HEADING, blocks)
 
 
-def measured_plans(files: ReportFiles) -> list[Measured]:
-    """Return what was measured, each plan once, numbered in the order of its KL divergence."""
+def _measured_plans(files: ReportFiles) -> list[PlanResult]:
+    """Return what was measured, each plan once, the least KL divergence first."""
     if files.evaluation is None:
         return []
-    own = files.evaluation.document.plans
-    seen = {result.digest for result in own}
-    others: list[PlanResult] = []
-    for found in files.more_evaluations:
+    found = list(files.evaluation.document.plans)
+    for more in files.more_evaluations:
+        seen = {result.digest for result in found}
         # The other files' evaluated plan is one to compare with here.
-        others += [
+        found += [
             result.model_copy(update={"role": "against"}) if result.role == "plan" else result
-            for result in found.document.plans
+            for result in more.document.plans
             if result.digest not in seen
         ]
-        seen |= {result.digest for result in others}
-    ranked = sorted([*own, *others], key=lambda result: result.kl_nats)
-    return [Measured(number, result, result in own) for number, result in enumerate(ranked, start=1)]
-
-
-def _predicted(files: ReportFiles) -> Predicted | None:
-    plan = None if files.plan is None else files.plan.document
-    if plan is None or plan.solver is None or plan.budget is None:
-        return None
-    if plan.solver.predicted_kl_nats is None or not plan.budget.stored_bits:
-        return None
-    return Predicted(plan.budget.stored_bits, plan.solver.predicted_kl_nats)
+    return sorted(found, key=lambda result: result.kl_nats)
 
 
 def _means(frontier: Frontier) -> str:
@@ -140,12 +121,12 @@ def _frontier_table(frontier: Frontier) -> Table:
     return Table("The best plan at each budget", headings, rows, left=(7,), is_long=True)
 
 
-def _measured_table(measured: list[Measured]) -> Table:
+def _measured_table(measured: list[PlanResult]) -> Table:
     rows = []
-    for each in measured:
-        result = each.result
+    for result in measured:
         error = f" ± {result.kl_stderr_nats:#.2g}" if result.kl_stderr_nats and result.kl_nats >= KL_FLOOR else ""
-        rows.append((str(each.number), result.name, f"{result.stored_bits:.4g}", nats_text(result.kl_nats) + error))
-    strong = next((place for place, each in enumerate(measured) if each.result.role == "plan"), None)
-    headings = ("no.", "plan", "stored bits", "measured KL, nats/token")
-    return Table("The numbered marks", headings, rows, left=(1,), strong=strong)
+        rows.append((result.name, f"{result.stored_bits:.4g}", nats_text(result.kl_nats) + error))
+    strong = next((place for place, result in enumerate(measured) if result.role == "plan"), None)
+    return Table(
+        "What was measured", ("plan", "stored bits", "measured KL, nats/token"), rows, left=(0,), strong=strong
+    )

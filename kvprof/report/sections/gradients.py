@@ -5,13 +5,12 @@ Reads Scores with gradient norms.
 
 from __future__ import annotations
 
-from kvprof.records.formats import TENSORS, TensorName
+from kvprof.records.formats import TENSORS
+from kvprof.records.gathered import ReportFiles
 from kvprof.records.scores import Scores
-from kvprof.report.charts.layers import LayerMark, draw_layers
-from kvprof.report.page import Block, Figure, Paragraph, Section, Table, both_widths, missing, sentence
+from kvprof.report.page import Block, Figure, Paragraph, Section, Table, missing, sentence
+from kvprof.report.plots.projections import gradients_figure
 from kvprof.report.sentences import score_remarks
-from kvprof.report.series import by_layer
-from kvprof.workspace.report_inputs import ReportFiles
 
 HEADING = "How strongly does the loss pull at W_k and W_v?"
 
@@ -32,7 +31,7 @@ def gradients_section(files: ReportFiles, command: str) -> Section:
         Figure(
             "L2 norm of the gradient of the loss with respect to each projection, in nats per unit of weight: mean "
             "over calibration sequences, bars one standard error.",
-            both_widths(*(_draw(scores, files.model.num_layers, width) for width in (920, 358))),
+            [lambda canvas: gradients_figure(scores, canvas)],
             [_table(scores)],
         ),
     ]
@@ -53,22 +52,6 @@ def _means(scores: Scores) -> str:
         of = scores.calibration
         text += f"Measured on {of.sequences} sequences, {of.tokens} tokens of {of.dataset}."
     return text.strip()
-
-
-def _draw(scores: Scores, num_layers: int, width: float) -> str:
-    series: dict[TensorName, list[LayerMark]] = {}
-    for tensor in TENSORS:
-        numbers = []
-        for layer, norm, error in by_layer(scores, "gradient_norm", tensor):
-            tip = f"layer {layer}, {tensor}s: gradient norm {norm:.4g}"
-            ends: tuple[float | None, float | None] = (None, None)
-            if error is not None:
-                tip += f" ± {error:.2g}"
-                ends = max(norm - error, 0.1 * norm), norm + error
-            numbers.append(LayerMark(layer, norm, *ends, tip=tip))
-        series[tensor] = numbers
-    title = "gradient norm, nats per unit of weight"
-    return draw_layers(series, num_layers, title, "Gradient norm of W_k and W_v by layer", width=width)
 
 
 def _table(scores: Scores) -> Table:

@@ -12,8 +12,9 @@ from kvprof.records.formats import TENSORS, TensorName
 from kvprof.records.plan import BitPlan
 from kvprof.records.scores import Scores
 from kvprof.records.words import short_digest
-from kvprof.report.charts.heat import Column, draw_heat, shades_of
-from kvprof.report.page import Block, Drawing, Figure, Paragraph, Section, Table, missing
+from kvprof.report.page import Block, Figure, Paragraph, Section, Table, missing
+from kvprof.report.plots.losses import losses_figure
+from kvprof.report.plots.style import Draw
 from kvprof.report.series import ScoredFormat, scored_formats
 from kvprof.workspace.report_inputs import ReportFiles
 
@@ -30,18 +31,6 @@ def losses_section(files: ReportFiles, command: str) -> Section:
     plan = None if files.plan is None else files.plan.document
     losses = {tensor: _losses(scores, tensor) for tensor in TENSORS}
     formats = {tensor: scored_formats(scores, tensor) for tensor in TENSORS}
-    every = [loss for tensor in TENSORS for row in losses[tensor].values() for loss in row.values()]
-    shades = shades_of(every)
-    drawings = [
-        Drawing(
-            draw_heat(
-                list(losses[tensor].items()), list(map(_column, formats[tensor])), shades, f"{tensor}s",
-                _chosen(plan, tensor),
-            )
-        )
-        for tensor in TENSORS
-        if formats[tensor]
-    ]  # fmt: skip
     framed = " A frame marks the format that the plan gives a layer." if plan is not None else ""
     blocks: list[Block] = [
         Paragraph(
@@ -56,8 +45,9 @@ def losses_section(files: ReportFiles, command: str) -> Section:
         Figure(
             "Predicted loss of each layer's keys and values, format by format: nats a token, one colour scale for "
             "both; formats from the fewest stored bits to the most.",
-            drawings,
+            [_draw(scores, plan, tensor) for tensor in TENSORS if formats[tensor]],
             [_table(losses[tensor], formats[tensor], tensor) for tensor in TENSORS if formats[tensor]],
+            are_small=True,
         ),
     ]
     if scores.decoding is not None:
@@ -87,13 +77,8 @@ def _losses(scores: Scores, tensor: TensorName) -> dict[int, Mapping[str, float]
     return {layer: row for layer, row in rows.items() if row}
 
 
-def _column(form: ScoredFormat) -> Column:
-    known = "no format of this cache" if form.stored_bits is None else f"{form.stored_bits:.4g} stored bits"
-    return Column(form.name, known)
-
-
-def _chosen(plan: BitPlan | None, tensor: TensorName) -> dict[int, str]:
-    return {} if plan is None else {entry.layer: entry.tensor(tensor).name for entry in plan.layers}
+def _draw(scores: Scores, plan: BitPlan | None, tensor: TensorName) -> Draw:
+    return lambda canvas: losses_figure(scores, canvas, (tensor,), plan)
 
 
 def _means(

@@ -8,17 +8,14 @@ from __future__ import annotations
 from kvprof.records.formats import TENSORS
 from kvprof.records.plan import BitPlan
 from kvprof.records.words import layers_text
-from kvprof.report.charts.plan import draw_plan
-from kvprof.report.page import Block, Figure, Paragraph, Section, Table, both_widths, missing
+from kvprof.report.page import Block, Figure, Paragraph, Section, Table, missing
 from kvprof.report.plans import plan_lines
+from kvprof.report.plots.plan import plan_figure
 from kvprof.report.sections.losses import other_scores
 from kvprof.report.series import skipped_layers, stored_tensors
 from kvprof.workspace.report_inputs import ReportFiles
 
 HEADING = "Where do the bits go?"
-WIDE, NARROW = 920, 358
-CROWDED = 60
-"""Layers from which on the narrow picture is drawn wider, and shrinks on a phone."""
 
 
 def plan_section(files: ReportFiles, command: str) -> Section:
@@ -26,7 +23,6 @@ def plan_section(files: ReportFiles, command: str) -> Section:
     if files.plan is None:
         return Section("plan", HEADING, [missing(command, "a bit plan from the scores")])
     plan = files.plan.document
-    narrow = NARROW if plan.model.num_layers < CROWDED else 6 * plan.model.num_layers
     blocks: list[Block] = [
         Paragraph(
             "A bit plan gives each layer's keys and each layer's values a format of their own. The full bar is the "
@@ -37,7 +33,7 @@ def plan_section(files: ReportFiles, command: str) -> Section:
         Paragraph(_means(plan), "means"),
         Figure(
             "Bits an element of each layer's cache: keys above, values below.",
-            both_widths(draw_plan(plan, WIDE), draw_plan(plan, narrow)),
+            [lambda canvas: plan_figure(plan, "the plan", canvas)],
             [_table(plan)],
         ),
         Table("What it costs, and what it is predicted to lose", ("", ""), _facts(plan), left=(0, 1)),

@@ -5,14 +5,11 @@ Reads an Evaluation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from kvprof.records.evaluation import Evaluation, PlanResult
 from kvprof.records.words import counted
-from kvprof.report.charts.positions import draw_positions
 from kvprof.report.evaluations import KL_FLOOR, evaluation_lines, evaluation_verdict, nats_text
-from kvprof.report.page import Block, Code, Drawing, Figure, Paragraph, Section, Table, missing, sentence
-from kvprof.report.sections.budgets import measured_plans
+from kvprof.report.page import Block, Code, Figure, Paragraph, Section, Table, missing, sentence
+from kvprof.report.plots.positions import positions_figure
 from kvprof.report.series import ranked_results
 from kvprof.workspace.report_inputs import ReportFiles
 
@@ -24,7 +21,6 @@ def quality_section(files: ReportFiles, command: str) -> Section:
     if files.evaluation is None:
         return Section("quality", HEADING, [missing(command, "the plan's cache against full precision and its rivals")])
     evaluation = files.evaluation.document
-    numbers = {each.result.name: each.number for each in measured_plans(files) if each.is_own}
     blocks: list[Block] = [
         Paragraph(
             "The model read text twice, once with its cache in full precision and once with the cache stored as the "
@@ -39,14 +35,10 @@ def quality_section(files: ReportFiles, command: str) -> Section:
         text = f"This evaluation is of another plan than the one shown above: of {evaluation.plan.name}; "
         blocks.append(Paragraph((text, Code(command), " measures the one above."), "note"))
     blocks += [
-        _results(evaluation, numbers),
+        _results(evaluation),
         Figure(
-            "The same by position: the further back the cache reaches, the more of it is quantized. Numbers as in the "
-            "table.",
-            [
-                Drawing(draw_positions(evaluation.plans, quantity, numbers))
-                for quantity in ("kl_nats", "top1_agreement")
-            ],
+            "The same by position: the further back the cache reaches, the more of it is quantized.",
+            [lambda canvas: positions_figure(evaluation, canvas, ("kl_nats", "top1_agreement"))],
             [_positions(evaluation)],
         ),
     ]
@@ -71,21 +63,21 @@ def _means(evaluation: Evaluation) -> str:
     return (words + (verdict + "." if verdict else "")).strip()
 
 
-def _results(evaluation: Evaluation, numbers: Mapping[str, int]) -> Table:
+def _results(evaluation: Evaluation) -> Table:
     plan = evaluation.plan
     ranked = ranked_results(evaluation)
-    full = ("", "full precision", "", "16", "0", "-", "0", "1", f"{evaluation.reference_perplexity:.2f}", "-")
-    rows = [full, *((str(numbers[result.name]), *_cells(result, plan)) for result in ranked)]
+    full = ("full precision", "", "16", "0", "-", "0", "1", f"{evaluation.reference_perplexity:.2f}", "-")
+    rows = [full, *(_cells(result, plan) for result in ranked)]
     split = f", {evaluation.text.split}" if evaluation.text.split else ""
     caption = (
         f"{counted(evaluation.text.sequences, 'sequence')} of {evaluation.text.dataset}{split}, from position "
         f"{evaluation.measured_from}, in {evaluation.dtype}"
     )
     headings = (
-        "no.", "plan", "what it is", "stored bits", "KL, nats/token", "± stderr", "KL, 99th percentile",
+        "plan", "what it is", "stored bits", "KL, nats/token", "± stderr", "KL, 99th percentile",
         "top-1 agreement", "perplexity", "KL / the plan's",
     )  # fmt: skip
-    return Table(caption, headings, rows, left=(1, 2), strong=1 + ranked.index(plan))
+    return Table(caption, headings, rows, left=(0, 1), strong=1 + ranked.index(plan))
 
 
 def _cells(result: PlanResult, plan: PlanResult) -> tuple[str, ...]:

@@ -6,19 +6,23 @@ Reads Spectra.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-from kvprof.records.formats import TENSORS, TensorName
+from kvprof.records.formats import TENSORS
+from kvprof.records.gathered import ReportFiles
 from kvprof.records.spectra import LayerSpectra, Spectra
-from kvprof.report.charts.layers import LayerMark, draw_layers
-from kvprof.report.charts.spectra import draw_spectrum
-from kvprof.report.page import Block, Drawing, Figure, Paragraph, Section, Table, missing, sentence
-from kvprof.report.series import SPECTRUM_FLOOR, spread_over
+from kvprof.report.page import Block, Figure, Paragraph, Section, Table, missing, sentence
+from kvprof.report.plots.spectra import spectra_by_layer_figure, spectra_figure
+from kvprof.report.plots.style import Draw
+from kvprof.report.series import spread_over
 from kvprof.report.spectra import SHARE, heads_text, larger_text
 from kvprof.workspace.report_inputs import ReportFiles
 
 HEADING = "How large are the cached keys and values themselves?"
 SHOWN = 6
 """Layers whose spectra are open at once, evenly spaced; the others, where they are more than two, a click away."""
+A_PICTURE = 4
+"""Of those others."""
 
 
 def spectra_section(files: ReportFiles, command: str) -> Section:
@@ -27,7 +31,6 @@ def spectra_section(files: ReportFiles, command: str) -> Section:
         return Section("spectra", HEADING, [missing(command, "the singular values of cached keys and values")])
     spectra = files.spectra.document
     entries = spectra.layers
-    low, high = _range(spectra)
     picked = list(entries) if len(entries) <= SHOWN + 2 else spread_over(entries, SHOWN)
     rest = [entry for entry in entries if entry not in picked]
     blocks: list[Block] = [
@@ -43,15 +46,12 @@ def spectra_section(files: ReportFiles, command: str) -> Section:
             "Layer by layer: the largest singular value of the cached keys and values, in units of the cached elements "
             "(mean over heads, a band from the least head to the largest), and how many singular values hold 90 % of "
             "the sum of squares.",
-            [
-                Drawing(_draw_norm(spectra, files.model.num_layers)),
-                Drawing(_draw_rank(spectra, files.model.num_layers)),
-            ],
+            [lambda canvas: spectra_by_layer_figure(spectra, canvas)],
             [_table(spectra)],
         ),
         Figure(
             "All singular values of some layers, in units of the cached elements; one vertical axis for all.",
-            [Drawing(draw_spectrum(entry, low, high)) for entry in picked],
+            [_draw(spectra, picked)],
             [_values(picked)],
         ),
     ]
@@ -59,12 +59,17 @@ def spectra_section(files: ReportFiles, command: str) -> Section:
         blocks.append(
             Figure(
                 f"The other {len(rest)} layers.",
-                [Drawing(draw_spectrum(entry, low, high)) for entry in rest],
+                [_draw(spectra, rest[start : start + A_PICTURE]) for start in range(0, len(rest), A_PICTURE)],
                 [_values(rest)],
                 is_long=True,
+                are_small=True,
             )
         )
     return Section("spectra", HEADING, blocks)
+
+
+def _draw(spectra: Spectra, entries: Sequence[LayerSpectra]) -> Draw:
+    return lambda canvas: spectra_figure(spectra, [entry.layer for entry in entries], canvas)
 
 
 def _means(spectra: Spectra) -> str:
@@ -78,46 +83,6 @@ def _means(spectra: Spectra) -> str:
             f"average over layers (between {min(ranks)} and {max(ranks)}). "
         )
     return text + sentence(heads_text(spectra))
-
-
-def _range(spectra: Spectra) -> tuple[float, float]:
-    """Return the ends of the axis that all layers share."""
-    every = [entry.tensor(tensor) for entry in spectra.layers for tensor in TENSORS]
-    high = max(max(spectrum.high) for spectrum in every) or 1.0
-    above = [value for spectrum in every for value in spectrum.low if value > high * SPECTRUM_FLOOR]
-    low = min(above, default=high / 10)
-    return low / 1.2, max(high * 1.2, low * 2)
-
-
-def _draw_norm(spectra: Spectra, num_layers: int) -> str:
-    series: dict[TensorName, list[LayerMark]] = {}
-    for tensor in TENSORS:
-        numbers = []
-        for entry in spectra.layers:
-            found = entry.tensor(tensor)
-            ends = (found.low[0], found.high[0]) if found.heads > 1 else (None, None)
-            tip = f"layer {entry.layer}, {tensor}s: largest singular value {found.spectral_norm:.4g}"
-            if found.heads > 1:
-                tip += f", {found.low[0]:.4g} to {found.high[0]:.4g} over {found.heads} heads"
-            numbers.append(LayerMark(entry.layer, found.spectral_norm, ends[0], ends[1], tip))
-        series[tensor] = numbers
-    title = "largest singular value, cached units"
-    return draw_layers(
-        series, num_layers, title, "Largest singular value of cached keys and values by layer", "heads", as_band=True
-    )
-
-
-def _draw_rank(spectra: Spectra, num_layers: int) -> str:
-    series: dict[TensorName, list[LayerMark]] = {}
-    for tensor in TENSORS:
-        ranks = {entry.layer: entry.tensor(tensor).values_for(SHARE) for entry in spectra.layers}
-        series[tensor] = [
-            LayerMark(layer, rank, tip=f"layer {layer}, {tensor}s: {rank} singular values hold 90 %")
-            for layer, rank in ranks.items()
-        ]
-    return draw_layers(
-        series, num_layers, "singular values that hold 90 %, count", "Effective rank of cached keys and values by layer"
-    )
 
 
 def _table(spectra: Spectra) -> Table:

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from kvprof.records.formats import TENSORS
+from kvprof.records.gathered import ReportFiles
 from kvprof.records.scores import Scores
 from kvprof.records.words import layers_text
-from kvprof.report.charts.layers import LayerMark, draw_layers
-from kvprof.report.page import Block, Drawing, Figure, Paragraph, Section, Table, missing, sentence
+from kvprof.report.page import Block, Figure, Paragraph, Section, Table, missing, sentence
+from kvprof.report.plots.projections import norms_figure
 from kvprof.report.sentences import larger, norm_verdict, score_remarks
-from kvprof.report.series import by_layer
-from kvprof.workspace.report_inputs import ReportFiles
 
 HEADING = "How large are the projections W_k and W_v?"
 Norm = Literal["spectral_norm", "frobenius_norm"]
@@ -38,7 +36,7 @@ def weights_section(files: ReportFiles, command: str) -> Section:
         Paragraph(_means(scores), "means"),
         Figure(
             "Norms of each layer's projections, in units of the weights.",
-            [Drawing(_draw(scores, norm, files.model.num_layers)) for norm in norms],
+            [lambda canvas: norms_figure(scores, canvas)],
             [_table(scores, norms)],
         ),
     ]
@@ -67,19 +65,6 @@ def _means(scores: Scores) -> str:
             f"layer {least}."
         )
     return f"{text} In short: {verdict}."
-
-
-def _draw(scores: Scores, norm: Norm, num_layers: int) -> str:
-    series = {
-        tensor: [
-            LayerMark(layer, value, tip=f"layer {layer}, {tensor}s: {NORMS[norm]} {value:.4g}")
-            for layer, value, _ in by_layer(scores, norm, tensor)
-        ]
-        for tensor in TENSORS
-    }
-    return draw_layers(
-        series, num_layers, f"{NORMS[norm]}, units of the weights", f"{NORMS[norm]} of W_k and W_v by layer"
-    )
 
 
 def _table(scores: Scores, norms: list[Norm]) -> Table:
