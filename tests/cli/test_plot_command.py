@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pictured
 import pytest
+import record_factories
 from benchmarked import benchmark
 from test_commands import run
 
@@ -21,7 +21,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 def folder(in_tmp: Path) -> Path:
     """The output folder of a small model, with every file but audit.json and benchmark.json."""
     folder = Path("outputs/handmade")
-    for name, document in pictured.folder_of(4, (1,)).items():
+    for name, document in record_factories.folder_of(4, (1,)).items():
         document.save(folder / name)
     return folder
 
@@ -64,7 +64,7 @@ def test_pictures_of_a_folder_go_into_it_wherever_it_is(folder: Path) -> None:
 
 def test_every_plan_of_the_folder_is_drawn_and_an_export_of_one_is_not(folder: Path) -> None:
     (folder / "plan-2.50.json").rename(folder / "plan-kl-0.01.json")
-    pictured.plan(4, seed=2).save(folder / "plan-3.00.json")
+    record_factories.plan(4, seed=2).save(folder / "plan-3.00.json")
     (folder / "plan-3.00.hf_quant_config.json").write_text('{"quantization": {}}')
     assert run("plot", "plan").exit_code == 0
     assert drawn(folder) == ["plan-3.00.png", "plan-kl-0.01.png"]
@@ -107,7 +107,7 @@ def test_what_makes_no_sense_is_a_usage_error(words: list[str], said: str, folde
 
 
 def test_a_model_is_found_by_its_id_or_by_its_folder(folder: Path) -> None:
-    pictured.norms(2).save("outputs/org--other/norms.json")  # the newest
+    record_factories.norms(2).save("outputs/org--other/norms.json")  # the newest
     assert run("plot", "norms").exit_code == 0
     assert drawn(Path("outputs/org--other")) == ["norms.png"]
     assert run("plot", "norms", "--model", "org/other", "--format", "svg").exit_code == 0
@@ -140,7 +140,7 @@ def test_a_file_is_drawn_as_what_it_is(folder: Path) -> None:
 
 
 def test_the_picture_of_a_file_elsewhere_goes_to_its_models_folder_under_a_name_of_its_own(folder: Path) -> None:
-    pictured.gradients(3).model_copy(update={"source": "divergence"}).save("mine.json")
+    record_factories.gradients(3).model_copy(update={"source": "divergence"}).save("mine.json")
     assert run("plot", "losses", "mine.json").exit_code == 0
     assert drawn(folder) == ["losses-mine.png"]
     (folder / "gradients.json").rename(folder / "mine.json")
@@ -204,7 +204,7 @@ def test_a_broken_file_is_passed_over_where_nobody_named_it(folder: Path) -> Non
 
 
 def test_a_file_without_what_a_picture_shows_says_what_it_lacks(folder: Path) -> None:
-    pictured.norms(3).save(folder / "gradients.json")
+    record_factories.norms(3).save(folder / "gradients.json")
     result = run("plot", "losses")
     assert result.exit_code == 1
     assert "gradients.json has no loss_increase" in " ".join(result.output.split())
@@ -213,7 +213,7 @@ def test_a_file_without_what_a_picture_shows_says_what_it_lacks(folder: Path) ->
 
 
 def test_what_there_is_nothing_to_draw_of_is_a_remark_or_named_an_error(folder: Path) -> None:
-    record = pictured.frontier()
+    record = record_factories.frontier()
     points = tuple(point.model_copy(update={"predicted_kl_nats": 0.0}) for point in record.points)
     record.model_copy(update={"points": points}).save(folder / "frontier.json")
     result = run("plot")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import reported
+import report_factories
 from folders import save_folder
 from test_commands import run
 
@@ -17,7 +17,7 @@ from kvprof.records.replies import Written
 
 
 def test_it_writes_both_pages_beside_the_files_and_says_where(in_tmp: Path) -> None:
-    reported.save_all(in_tmp / "outputs" / "handmade")
+    report_factories.save_all(in_tmp / "outputs" / "handmade")
     result = run("report")
     assert result.exit_code == 0, result.output
     for name in ("report.html", "report.md"):
@@ -27,14 +27,14 @@ def test_it_writes_both_pages_beside_the_files_and_says_where(in_tmp: Path) -> N
 
 
 def test_the_answer_as_json_is_the_paths(in_tmp: Path) -> None:
-    reported.save_all(in_tmp / "outputs" / "handmade")
+    report_factories.save_all(in_tmp / "outputs" / "handmade")
     answer = Written.model_validate(json.loads(run("report", "--json", "--out", "made").stdout))
     assert answer.paths == ("made/report.html", "made/report.md")
     assert all(Path(path).is_file() for path in answer.paths)
 
 
 def test_the_same_files_make_the_same_pages(in_tmp: Path) -> None:
-    reported.save_all(in_tmp / "outputs" / "handmade")
+    report_factories.save_all(in_tmp / "outputs" / "handmade")
     run("report", "--out", "a")
     run("report", "--out", "b")
     for name in ("report.html", "report.md"):
@@ -42,7 +42,7 @@ def test_the_same_files_make_the_same_pages(in_tmp: Path) -> None:
 
 
 def test_out_may_be_a_file_and_the_folder_may_be_named(in_tmp: Path) -> None:
-    reported.save_all(in_tmp / "measured")
+    report_factories.save_all(in_tmp / "measured")
     result = run("report", "measured", "--out", "site/index.html")
     assert result.exit_code == 0, result.output
     assert Path("site/index.html").is_file()
@@ -98,7 +98,7 @@ def test_each_model_that_could_be_meant_is_named_once(in_tmp: Path) -> None:
 
 
 def test_shapes_come_from_the_files_where_the_config_is_not_here(in_tmp: Path) -> None:
-    reported.save_all(in_tmp / "outputs" / "handmade")
+    report_factories.save_all(in_tmp / "outputs" / "handmade")
     run("report", "handmade")
     page = Path("outputs/handmade/report.html").read_text(encoding="utf-8")
     assert "Each token adds 3072 bytes" in page  # 4 layers of 3 heads of 64, K and V, 2 bytes each
@@ -107,9 +107,9 @@ def test_shapes_come_from_the_files_where_the_config_is_not_here(in_tmp: Path) -
 
 
 def test_named_files_are_the_ones_that_are_shown(in_tmp: Path) -> None:
-    reported.save_all(in_tmp / "outputs" / "handmade")
-    reported.plan(solver={"method": "by hand", "predicted_kl_nats": 0.0078125}).save("mine.json")
-    reported.gradients(source="mine").save("scores.json")
+    report_factories.save_all(in_tmp / "outputs" / "handmade")
+    report_factories.plan(solver={"method": "by hand", "predicted_kl_nats": 0.0078125}).save("mine.json")
+    report_factories.gradients(source="mine").save("scores.json")
     result = run("report", "--plan", "mine.json", "--scores", "scores.json")
     assert "predicted KL divergence: 0.00781 nats" in result.output
     page = Path("outputs/handmade/report.md").read_text(encoding="utf-8")
@@ -118,18 +118,18 @@ def test_named_files_are_the_ones_that_are_shown(in_tmp: Path) -> None:
 
 
 def test_what_is_passed_over_is_said_on_the_page_and_beside_it(in_tmp: Path) -> None:
-    folder = reported.save_all(in_tmp / "outputs" / "handmade")
+    folder = report_factories.save_all(in_tmp / "outputs" / "handmade")
     other = {"id": "other", "fingerprint": "sha256:two", "num_layers": 4}
-    reported.norms(model=other).save(folder / "norms.json")
+    report_factories.norms(model=other).save(folder / "norms.json")
     result = run("report")
     assert "passed over outputs/handmade/norms.json" in " ".join(result.output.split())
     assert "passed over outputs/handmade/norms.json" in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_plan_of_another_model_is_refused(in_tmp: Path) -> None:
-    reported.save_all(in_tmp / "outputs" / "handmade")
+    report_factories.save_all(in_tmp / "outputs" / "handmade")
     other = {"id": "other", "fingerprint": "sha256:two", "num_layers": 4}
-    reported.plan(model=other).save("other.json")
+    report_factories.plan(model=other).save("other.json")
     result = run("report", "--scores", "outputs/handmade/gradients.json", "--plan", "other.json")
     assert result.exit_code == 4
     assert "is not of the model that this report is about" in " ".join(result.output.split())
@@ -147,7 +147,7 @@ def test_a_plan_of_another_model_is_refused(in_tmp: Path) -> None:
     ],
 )
 def test_a_mistake_is_one_message(in_tmp: Path, arguments: tuple[str, ...], code: int, words: str) -> None:
-    reported.save_all(in_tmp / "outputs" / "handmade")
+    report_factories.save_all(in_tmp / "outputs" / "handmade")
     (in_tmp / "benchmark.json").write_text('{"schema": "kvprof.nothing/1"}')
     (in_tmp / "blocked").write_text("")
     result = run("report", *arguments)
@@ -157,7 +157,7 @@ def test_a_mistake_is_one_message(in_tmp: Path, arguments: tuple[str, ...], code
 
 
 def test_a_model_that_only_files_know_costs_no_torch(in_tmp: Path) -> None:
-    reported.save_all(in_tmp / "outputs" / "handmade")
+    report_factories.save_all(in_tmp / "outputs" / "handmade")
     code = """
 import sys
 sys.argv = ["kvprof", "report"]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox, BboxBase
-from pictured import audit
+from record_factories import audit
 
 from kvprof.errors import OutputError
 from kvprof.records.frontier import Frontier, FrontierPoint

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 import matplotlib
 import pytest
-import reported
+import report_factories
 
 from kvprof.records.inventory import Inventory, RedFlag
 from kvprof.report.html import to_html
@@ -64,7 +64,7 @@ class Parsed(HTMLParser):
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The page of a folder with a file of every kind, drawn once."""
-    return to_html(make_page(gather(reported.save_all(tmp_path_factory.mktemp("all")))))
+    return to_html(make_page(gather(report_factories.save_all(tmp_path_factory.mktemp("all")))))
 
 
 def words_of(page: Page) -> str:
@@ -182,15 +182,15 @@ def test_no_colour_is_out_of_reach_of_the_dark_scheme(text: str) -> None:
 
 
 def test_a_colour_that_the_page_has_no_name_for_is_an_error() -> None:
-    figure = norms_figure(reported.norms(), Canvas(4.0, on_screen=True))
+    figure = norms_figure(report_factories.norms(), Canvas(4.0, on_screen=True))
     figure.axes[0].lines[0].set_color("#123456")
     with pytest.raises(ValueError, match="#123456"):
         page_svg(figure, "p-", 400)
 
 
 def test_the_same_files_make_the_same_bytes_whatever_the_settings_of_matplotlib(tmp_path: Path) -> None:
-    reported.norms(skipped=(1,)).save(tmp_path / "norms.json")
-    reported.gradients(skipped=(1,)).save(tmp_path / "gradients.json")
+    report_factories.norms(skipped=(1,)).save(tmp_path / "norms.json")
+    report_factories.gradients(skipped=(1,)).save(tmp_path / "gradients.json")
     page = make_page(gather(tmp_path))
     first = to_html(page)
     with matplotlib.rc_context({"font.size": 20, "svg.hashsalt": "another", "svg.fonttype": "path"}):
@@ -230,7 +230,7 @@ def test_the_numbers_of_the_tables_are_the_files(text: str) -> None:
     assert ["plan-3.00", "the plan", "3", *measured] in rows
     assert ["kvmix", "384-511", "256", "0.0938", "0.8125"] in rows
     assert ["1", "value", "int2g64", "0.000200", "0.000400", "1.0e-05"] in rows
-    scores = reported.gradients()
+    scores = report_factories.gradients()
     loss = (scores.layers[2].value.loss_increase or {})["rot3"]
     heads = next(row for row in rows if row[:1] == ["layer"] and "rot1" in row)
     start = rows.index(heads)
@@ -238,7 +238,7 @@ def test_the_numbers_of_the_tables_are_the_files(text: str) -> None:
 
 
 def test_marks_say_the_same_numbers_as_the_files(text: str) -> None:
-    scores = reported.gradients()
+    scores = report_factories.gradients()
     for entry in scores.layers:
         for tensor in ("key", "value"):
             for name, loss in (entry.tensor(tensor).loss_increase or {}).items():  # type: ignore[arg-type]
@@ -305,7 +305,7 @@ def test_bars_of_a_plan_are_as_high_as_their_bits(text: str) -> None:
 def test_a_heat_map_has_a_cell_for_each_layer_and_format_darker_where_more_is_lost(text: str) -> None:
     svg = named(text, "predicted loss of each tensor")
     where = middles(svg)
-    scores = reported.gradients()
+    scores = report_factories.gradients()
     losses = {entry.layer: entry.key.loss_increase or {} for entry in scores.layers}
     assert len(where) == sum(map(len, losses.values()))
     shades: dict[float, int] = {}
@@ -328,7 +328,7 @@ def test_without_matplotlib_tables_stand_for_the_pictures(
     monkeypatch: pytest.MonkeyPatch, text: str, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    bare = to_html(make_page(gather(reported.save_all(tmp_path))))
+    bare = to_html(make_page(gather(report_factories.save_all(tmp_path))))
     assert "<svg" not in bare
     assert "pip install &#39;kvprof-bits[plot]&#39;" in bare
     names = {str(tmp_path), "all0"}
@@ -338,7 +338,7 @@ def test_without_matplotlib_tables_stand_for_the_pictures(
 
 
 def test_a_layer_that_keeps_a_window_is_drawn_as_left_alone(tmp_path: Path) -> None:
-    text = to_html(make_page(gather(reported.save_all(tmp_path, skipped=(1,)))))
+    text = to_html(make_page(gather(report_factories.save_all(tmp_path, skipped=(1,)))))
     Parsed(text)
     assert tips(text, "layer 1: left") == ["layer 1: left in full precision, sliding window of 512 tokens"]
     assert tips(text, "layer 1, keys int3g64 (") == []  # no plan gives it a format
@@ -375,7 +375,7 @@ def test_the_sentences_have_this_models_numbers(text: str) -> None:
     ],
 )
 def test_a_section_without_its_file_names_the_command_that_makes_it(tmp_path: Path, name: str, command: str) -> None:
-    folder = reported.save_all(tmp_path)
+    folder = report_factories.save_all(tmp_path)
     whole = words_of(make_page(gather(folder)))
     (folder / name).unlink()
     text = words_of(make_page(gather(folder)))
@@ -386,7 +386,7 @@ def test_a_section_without_its_file_names_the_command_that_makes_it(tmp_path: Pa
 
 
 def test_each_file_alone_makes_a_page_that_names_it_and_no_other(tmp_path: Path) -> None:
-    files = sorted(reported.save_all(tmp_path / "all").glob("*.json"))
+    files = sorted(report_factories.save_all(tmp_path / "all").glob("*.json"))
     assert len(files) == 7
     for path in files:
         folder = tmp_path / path.stem
@@ -399,19 +399,19 @@ def test_each_file_alone_makes_a_page_that_names_it_and_no_other(tmp_path: Path)
 
 def test_text_from_files_stays_text(tmp_path: Path) -> None:
     model = {"id": EVIL, "fingerprint": "sha256:one", "architecture": EVIL, "num_layers": 4}
-    text = reported.TEXT | {"dataset": EVIL, "split": EVIL, "fingerprint": EVIL}
-    scores = reported.gradients(model=model)
+    text = report_factories.TEXT | {"dataset": EVIL, "split": EVIL, "fingerprint": EVIL}
+    scores = report_factories.gradients(model=model)
     scores.save(tmp_path / "gradients.json")
-    plan = reported.plan(scores, model=model, provenance={"scores": None, "command": EVIL})
+    plan = report_factories.plan(scores, model=model, provenance={"scores": None, "command": EVIL})
     plan.save(tmp_path / "plan.json")
-    frontier = reported.frontier(scores, model=model, command=f"kvprof frontier {EVIL}", metric=EVIL)
+    frontier = report_factories.frontier(scores, model=model, command=f"kvprof frontier {EVIL}", metric=EVIL)
     frontier.save(tmp_path / "frontier.json")
-    rival = reported.result(EVIL, "rival", 0.5, 2.0, "sha256:x")
-    own = reported.result("plan", "plan", 0.25, 3.0, plan.digest)
-    reported.evaluation(plan, model=model, text=text, plans=[own, rival]).save(tmp_path / "evaluation.json")
-    audit = reported.audit(model=model, remarks=[EVIL])
+    rival = report_factories.result(EVIL, "rival", 0.5, 2.0, "sha256:x")
+    own = report_factories.result("plan", "plan", 0.25, 3.0, plan.digest)
+    report_factories.evaluation(plan, model=model, text=text, plans=[own, rival]).save(tmp_path / "evaluation.json")
+    audit = report_factories.audit(model=model, remarks=[EVIL])
     audit.save(tmp_path / "audit.json")
-    reported.norms(model=model | {"fingerprint": "sha256:two"}, source=EVIL).save(tmp_path / "norms.json")
+    report_factories.norms(model=model | {"fingerprint": "sha256:two"}, source=EVIL).save(tmp_path / "norms.json")
     files = gather(tmp_path)
     assert files.geometry is not None
     flag = RedFlag(name=EVIL, layers=(0, 1), why=EVIL)
@@ -425,39 +425,39 @@ def test_text_from_files_stays_text(tmp_path: Path) -> None:
 
 def test_control_codes_from_files_do_not_reach_the_page(tmp_path: Path) -> None:
     model = {"id": "a\x1b[31m\u202eb", "fingerprint": None, "num_layers": 4}
-    reported.norms(model=model).save(tmp_path / "norms.json")
+    report_factories.norms(model=model).save(tmp_path / "norms.json")
     text = to_html(make_page(gather(tmp_path)))
     assert "\x1b" not in text
     assert "\u202e" not in text
 
 
 def test_a_model_of_32_layers_makes_about_a_megabyte(tmp_path: Path) -> None:
-    text = to_html(make_page(gather(reported.save_all(tmp_path, layers=32))))
+    text = to_html(make_page(gather(report_factories.save_all(tmp_path, layers=32))))
     assert len(text.encode()) < 1.2 * 10**6
 
 
 @pytest.mark.parametrize("numbers", [(0.0,), (1e308,), (5e-324,), (1e308, 5e-324, 0.0, 1.0)])
 def test_numbers_that_have_no_place_on_an_axis_break_nothing(tmp_path: Path, numbers: tuple[float, ...]) -> None:
     given = itertools.cycle(numbers)
-    value = reported.gradients().model_dump(mode="json", by_alias=True)
+    value = report_factories.gradients().model_dump(mode="json", by_alias=True)
     for entry in value["layers"]:
         for tensor in ("key", "value"):
             entry[tensor] = {name: next(given) for name in ("gradient_norm", "spectral_norm", "frobenius_norm")}
             entry[tensor] |= {"gradient_norm_stderr": next(given), "loss_increase": {"int2g64": next(given)}}
     del value["calibration"]
-    reported.gradients().from_json(value, "zeros").save(tmp_path / "gradients.json")
-    zero = reported.result("plan", "plan", min(min(numbers), 1e-300), 3.0, "sha256:0")
-    reported.evaluation(plans=[zero]).save(tmp_path / "evaluation.json")
+    report_factories.gradients().from_json(value, "zeros").save(tmp_path / "gradients.json")
+    zero = report_factories.result("plan", "plan", min(min(numbers), 1e-300), 3.0, "sha256:0")
+    report_factories.evaluation(plans=[zero]).save(tmp_path / "evaluation.json")
     points = [
         point.model_dump() | {"predicted_kl_nats": next(given), "predicted_kl_stderr_nats": next(given)}
-        for point in reported.frontier().points
+        for point in report_factories.frontier().points
     ]
-    reported.frontier(points=points).save(tmp_path / "frontier.json")
+    report_factories.frontier(points=points).save(tmp_path / "frontier.json")
     audited = [
         point.model_dump() | {"measured_nats": next(given), "scores": {"loss_increase": next(given)}}
-        for point in reported.audit().points
+        for point in report_factories.audit().points
     ]
-    reported.audit(points=audited).save(tmp_path / "audit.json")
+    report_factories.audit(points=audited).save(tmp_path / "audit.json")
     text = to_html(make_page(gather(tmp_path)))
     Parsed(text)
     values = [value for svg in pictures(text) for each in svg.iter() for value in each.attrib.values()]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import reported
+import report_factories
 from browser import CHROMIUM, in_browser, opened
 
 from kvprof.report.html import to_html
@@ -44,7 +44,7 @@ LAYOUT = """(() => {
 
 def save_page(folder: Path, layers: int) -> Path:
     """Write a page with a picture of every kind, of a model with one layer that slides."""
-    reported.save_all(folder, layers=layers, skipped=(1,))
+    report_factories.save_all(folder, layers=layers, skipped=(1,))
     path = folder / "report.html"
     path.write_text(to_html(make_page(gather(folder))), encoding="utf-8")
     return path

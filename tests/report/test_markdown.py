@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import reported
+import report_factories
 
 from kvprof.report.html import to_html
 from kvprof.report.markdown import escape, to_markdown
@@ -20,7 +20,7 @@ CELL = re.compile(r"(?<!\\)\|")
 
 @pytest.fixture
 def text(tmp_path: Path) -> str:
-    return to_markdown(make_page(gather(reported.save_all(tmp_path))))
+    return to_markdown(make_page(gather(report_factories.save_all(tmp_path))))
 
 
 def page(*blocks: Paragraph | Table | Commands) -> Page:
@@ -91,7 +91,7 @@ def test_a_paragraph_begins_no_list() -> None:
 def test_an_evil_model_id_stays_text_in_the_whole_report(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>"
     model = {"id": evil, "fingerprint": None, "num_layers": 4}
-    reported.norms(model=model).save(tmp_path / "norms.json")
+    report_factories.norms(model=model).save(tmp_path / "norms.json")
     found = to_markdown(make_page(gather(tmp_path)))
     assert "<script" not in found
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in found

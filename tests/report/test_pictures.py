@@ -10,8 +10,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
-import pictured
 import pytest
+import record_factories
 from benchmarked import benchmark
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -43,16 +43,20 @@ AGREED: dict[str, Any] = {
 }  # fmt: skip
 
 PICTURES: dict[str, Callable[[int, Any, Page], Figure]] = {
-    "norms": lambda layers, skipped, page: norms_figure(pictured.norms(layers, skipped), page),
-    "spectra": lambda layers, skipped, page: spectra_figure(pictured.spectra(layers, skipped), None, page),
-    "gradients": lambda layers, skipped, page: gradients_figure(pictured.gradients(layers, skipped), page),
-    "losses": lambda layers, skipped, page: losses_figure(pictured.gradients(layers, skipped), page),
-    "plan": lambda layers, skipped, page: plan_figure(pictured.plan(layers, skipped), "plan-2.50", page),
+    "norms": lambda layers, skipped, page: norms_figure(record_factories.norms(layers, skipped), page),
+    "spectra": lambda layers, skipped, page: spectra_figure(record_factories.spectra(layers, skipped), None, page),
+    "gradients": lambda layers, skipped, page: gradients_figure(record_factories.gradients(layers, skipped), page),
+    "losses": lambda layers, skipped, page: losses_figure(record_factories.gradients(layers, skipped), page),
+    "plan": lambda layers, skipped, page: plan_figure(record_factories.plan(layers, skipped), "plan-2.50", page),
     "frontier": lambda layers, _, page: frontier_figure(
-        pictured.frontier(layers), ranked_results(pictured.evaluation()), page
+        record_factories.frontier(layers), ranked_results(record_factories.evaluation()), page
     ),
-    "positions": lambda layers, _, page: positions_figure(pictured.evaluation(layers), page),
-    "audit": lambda layers, _, page: audit_figure(pictured.audit(AUDITED, layers, **AGREED), "loss_increase", page),
+    "positions": lambda layers, _, page: positions_figure(record_factories.evaluation(layers), page),
+    "audit": lambda layers, _, page: audit_figure(
+        record_factories.audit(AUDITED, layers, **AGREED), "loss_increase", page
+    ),
+        record_factories.audit(AUDITED, layers, **AGREED), "loss_increase", page
+    ),
     "benchmark": lambda layers, _, page: benchmark_figure(benchmark(contexts=(4096, 131072), batches=(1, 8)), page),
 }
 MODELS = {"demo": (30, ()), "hybrid": (26, HYBRID), "deep": (80, ()), "two": (2, (0,))}
@@ -133,7 +137,7 @@ def lines(figure: Figure, panel: int = 0) -> list[tuple[list[float], list[float]
 
 
 def test_norms_are_those_of_the_record() -> None:
-    scores = pictured.norms(7)
+    scores = record_factories.norms(7)
     figure = norms_figure(scores)
     for panel, norm in enumerate(("spectral_norm", "frobenius_norm")):
         shown = lines(figure, panel)
@@ -142,7 +146,7 @@ def test_norms_are_those_of_the_record() -> None:
 
 
 def test_gradients_have_their_standard_errors() -> None:
-    scores = pictured.gradients(6)
+    scores = record_factories.gradients(6)
     (axes,) = gradients_figure(scores).axes
     keys, values = axes.containers
     for container, tensor in ((keys, "key"), (values, "value")):
@@ -157,7 +161,7 @@ def test_gradients_have_their_standard_errors() -> None:
 
 
 def test_losses_have_a_cell_for_each_layer_and_format_by_stored_bits() -> None:
-    scores = pictured.gradients(5)
+    scores = record_factories.gradients(5)
     keys, values, _bar = losses_figure(scores).axes
     for axes, tensor in ((keys, "key"), (values, "value")):
         names = [label.get_text().split()[0] for label in axes.get_yticklabels()]
@@ -187,7 +191,7 @@ def test_a_cell_without_a_loss_is_empty_and_a_loss_of_zero_is_not() -> None:
 
 
 def test_a_plan_shows_codes_scales_and_the_name_of_each_format() -> None:
-    plan = pictured.plan(26, HYBRID)
+    plan = record_factories.plan(26, HYBRID)
     figure = plan_figure(plan)
     assert len(figure.axes) == 2
     for axes, tensor in zip(figure.axes, ("key", "value"), strict=True):
@@ -202,20 +206,20 @@ def test_a_plan_shows_codes_scales_and_the_name_of_each_format() -> None:
 
 
 def test_a_deep_plan_goes_on_in_further_rows_of_panels() -> None:
-    figure = plan_figure(pictured.plan(80))
+    figure = plan_figure(record_factories.plan(80))
     assert len(figure.axes) == 4
     assert sum(len(axes.texts) for axes in figure.axes) == 2 * 80
 
 
 def test_a_format_name_never_leaves_its_panel() -> None:
     formats = {"key": ("int8g128c", "full"), "value": ("rot1", "full")}
-    for axes in plan_figure(pictured.plan(30, formats=formats)).axes:
+    for axes in plan_figure(record_factories.plan(30, formats=formats)).axes:
         frame = axes.get_window_extent()
         assert all(text.get_window_extent().y1 <= frame.y1 for text in axes.texts)
 
 
 def test_spectra_show_a_dozen_layers_or_those_that_are_asked_for() -> None:
-    record = pictured.spectra(80)
+    record = record_factories.spectra(80)
     shown = [axes.get_title() for axes in drawn("spectra", "deep").axes]
     assert len(shown) == 12
     assert (shown[0], shown[-1]) == ("layer 0", "layer 79")
@@ -233,7 +237,7 @@ def test_spectra_show_a_dozen_layers_or_those_that_are_asked_for() -> None:
 
 @pytest.mark.parametrize(("text", "layers"), [("0", [0]), ("0-2,7", [0, 1, 2, 7]), ("7, 7,6-7", [6, 7])])
 def test_layers_are_named_one_by_one_or_in_runs(text: str, layers: list[int]) -> None:
-    assert layers_named(text, pictured.spectra(8)) == layers
+    assert layers_named(text, record_factories.spectra(8)) == layers
 
 
 @pytest.mark.parametrize(
@@ -242,11 +246,11 @@ def test_layers_are_named_one_by_one_or_in_runs(text: str, layers: list[int]) ->
 )
 def test_layers_that_are_not_there_are_named(text: str, problem: str) -> None:
     with pytest.raises(UsageError, match=problem):
-        layers_named(text, pictured.spectra(8))
+        layers_named(text, record_factories.spectra(8))
 
 
 def test_a_frontier_has_its_curve_its_knees_and_every_rival_at_its_bits() -> None:
-    frontier, evaluation = pictured.frontier(), pictured.evaluation()
+    frontier, evaluation = record_factories.frontier(), record_factories.evaluation()
     figure = frontier_figure(frontier, ranked_results(evaluation))
     shown = lines(figure)
     curve = ([point.stored_bits for point in frontier.points], [point.predicted_kl_nats for point in frontier.points])
@@ -265,7 +269,7 @@ def test_a_frontier_has_its_curve_its_knees_and_every_rival_at_its_bits() -> Non
 
 
 def test_positions_have_a_mark_for_each_stretch_of_each_plan() -> None:
-    evaluation = pictured.evaluation(first=40)
+    evaluation = record_factories.evaluation(first=40)
     figure = positions_figure(evaluation)
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["40", "64", "128", "256", "512", "1,024"]
@@ -314,7 +318,7 @@ def test_an_svg_is_xml_whose_text_is_text(name: str, tmp_path: Path) -> None:
 
 
 def test_a_model_may_be_called_anything(tmp_path: Path) -> None:
-    scores = pictured.norms(3)
+    scores = record_factories.norms(3)
     named = scores.model_copy(update={"model": scores.model.model_copy(update={"id": "a$b$ <&> \x07 " + "x" * 200})})
     path = save_figure(norms_figure(named), tmp_path / "n.svg")
     assert "a$b$ &lt;&amp;&gt; \N{REPLACEMENT CHARACTER} xxx" in path.read_text(encoding="utf-8")
@@ -326,7 +330,7 @@ def test_a_record_with_none_of_its_numbers_is_not_drawn() -> None:
     for draw in (norms_figure, gradients_figure, losses_figure):
         with pytest.raises(NothingToDraw):
             draw(empty)
-    record = pictured.spectra(1)
+    record = record_factories.spectra(1)
     flat = record.layers[0].key.model_copy(update=dict.fromkeys(("mean", "low", "high"), (0.0,)))
     layer = record.layers[0].model_copy(update={"key": flat, "value": flat})
     with pytest.raises(NothingToDraw, match="every singular value is zero"):

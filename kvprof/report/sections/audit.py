@@ -10,6 +10,7 @@ from kvprof.records.words import counted
 from kvprof.report.page import Block, Figure, Paragraph, Section, Table, missing, sentence
 from kvprof.report.plots.audit import audit_figure, audit_labels
 from kvprof.report.plots.style import Draw
+from kvprof.workspace.report_inputs import ReportFiles
 
 HEADING = "Do the predictions hold?"
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from kvprof.records.evaluation import PlanResult
 from kvprof.records.frontier import Frontier
-from kvprof.records.gathered import ReportFiles
 from kvprof.report.evaluations import KL_FLOOR, nats_text
 from kvprof.report.frontiers import knee_lines
 from kvprof.report.page import Block, Commands, Figure, Paragraph, Section, Table, missing

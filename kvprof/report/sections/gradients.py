@@ -6,11 +6,11 @@ Reads Scores with gradient norms.
 from __future__ import annotations
 
 from kvprof.records.formats import TENSORS
-from kvprof.records.gathered import ReportFiles
 from kvprof.records.scores import Scores
 from kvprof.report.page import Block, Figure, Paragraph, Section, Table, missing, sentence
 from kvprof.report.plots.projections import gradients_figure
 from kvprof.report.sentences import score_remarks
+from kvprof.workspace.report_inputs import ReportFiles
 
 HEADING = "How strongly does the loss pull at W_k and W_v?"
 

@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 
 from kvprof.records.formats import TENSORS
-from kvprof.records.gathered import ReportFiles
 from kvprof.records.spectra import LayerSpectra, Spectra
 from kvprof.report.page import Block, Figure, Paragraph, Section, Table, missing, sentence
 from kvprof.report.plots.spectra import spectra_by_layer_figure, spectra_figure

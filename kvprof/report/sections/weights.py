@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from kvprof.records.gathered import ReportFiles
 from kvprof.records.scores import Scores
 from kvprof.records.words import layers_text
 from kvprof.report.page import Block, Figure, Paragraph, Section, Table, missing, sentence
 from kvprof.report.plots.projections import norms_figure
 from kvprof.report.sentences import larger, norm_verdict, score_remarks
+from kvprof.workspace.report_inputs import ReportFiles
 
 HEADING = "How large are the projections W_k and W_v?"
 Norm = Literal["spectral_norm", "frobenius_norm"]
