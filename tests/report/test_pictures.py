@@ -55,8 +55,6 @@ PICTURES: dict[str, Callable[[int, Any, Page], Figure]] = {
     "audit": lambda layers, _, page: audit_figure(
         record_factories.audit(AUDITED, layers, **AGREED), "loss_increase", page
     ),
-        record_factories.audit(AUDITED, layers, **AGREED), "loss_increase", page
-    ),
     "benchmark": lambda layers, _, page: benchmark_figure(benchmark(contexts=(4096, 131072), batches=(1, 8)), page),
 }
 MODELS = {"demo": (30, ()), "hybrid": (26, HYBRID), "deep": (80, ()), "two": (2, (0,))}
