@@ -78,14 +78,14 @@ def test_the_factor_is_the_geometric_mean_of_measured_over_predicted(
 ) -> None:
     plans = {"coarse": make_plan(1, 1, WINDOW), "fine": make_plan(3, 2, WINDOW)}
     result = run(source, scores, path, [predicted(name, plan) for name, plan in plans.items()])
-    predicted = np.mean(SAMPLES[:3])  # of the sequences that were measured
+    foreseen = np.mean(SAMPLES[:3])  # of the sequences that were measured
     ratios = []
     for check, plan in zip(result.plans, plans.values(), strict=True):
         expected = measured(source, text, plan)
         assert check.measured_kl_nats == pytest.approx(np.mean(expected), rel=0.01)
         assert check.measured_kl_stderr_nats == pytest.approx(np.std(expected, ddof=1) / math.sqrt(3), rel=0.05)
-        assert check.predicted_kl_nats == pytest.approx(predicted)
-        ratios.append(np.mean(expected) / predicted)
+        assert check.predicted_kl_nats == pytest.approx(foreseen)
+        ratios.append(np.mean(expected) / foreseen)
     found = result.found
     assert found.factor == pytest.approx(math.sqrt(ratios[0] * ratios[1]), rel=0.01)
     assert found.spread == pytest.approx(math.sqrt(max(ratios) / min(ratios)), rel=0.01)
