@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import SerializerFunctionWrapHandler, model_serializer
+from pydantic import SerializerFunctionWrapHandler, ValidationError, model_serializer
+from typing_extensions import Self
 
-from kvprof.records.document import Integer, Number, Record, Text
+from kvprof.errors import UsageError
+from kvprof.records.document import Integer, Number, Record, Text, brief
 
 NARROWING = ("bits", "formats", "group_size", "min_key_bits", "pin", "tie")
 """What leaves a plan less to choose from than was scored."""
+
+_NEEDED = {
+    "float_type": "a finite number",
+    "finite_number": "a finite number",
+    "int_type": "a whole number",
+    "less_than": "a number below 2^63",
+    "greater_than_equal": "a number from -2^63",
+    "string_unicode": "a text in UTF-8",
+}
+"""What an option must be, by pydantic's name of the fault; of any other, a text."""
 
 
 class AllocateRequest(Record):
@@ -51,6 +63,18 @@ class AllocateRequest(Record):
     recent_tokens: Integer | None = None
     scores: Text | None = None
     """The file that was named."""
+
+    @classmethod
+    def of(cls, **options: Any) -> Self:
+        """Return the request of options as a caller gives them; raises UsageError for one that no request can keep."""
+        try:
+            return cls(**options)
+        except ValidationError as error:
+            faults = error.errors(include_url=False)
+            name = str(faults[0]["loc"][0])
+            needed = [_NEEDED.get(fault["type"], "a text") for fault in faults if fault["loc"][0] == name][-1]
+            option = name.replace("_", "-")
+            raise UsageError(f"--{option} {brief(options[name])}: {needed} is needed.") from None
 
     @model_serializer(mode="wrap")
     def _without_nulls(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
