@@ -25,6 +25,9 @@ from kvprof.targets.registry import target_named
 ROUNDING = 1e-9
 """Relative; what sums of the same numbers may differ by on another machine. On one machine they do not differ."""
 
+MOST_CHARACTERS = 2000
+"""Of a request that is printed."""
+
 COSTS = ("nominal_bits", "stored_bits", "bytes_per_token")
 
 
@@ -89,7 +92,9 @@ def verify_command(plan: BitPlan) -> Iterator[Check]:
         yield unknown("command", first_line(error))
     else:
         asked = ", ".join(f"{name} {value}" for name, value in made.request.said().items())
-        yield Check(name="command", status="holds" if alike else "differs", said=made.command, found=asked)
+        yield Check(
+            name="command", status="holds" if alike else "differs", said=made.command, found=asked[:MOST_CHARACTERS]
+        )
 
 
 def verify_versions(plan: BitPlan, scores: Scores | None) -> Iterator[Check]:

@@ -8,20 +8,10 @@ from pydantic import SerializerFunctionWrapHandler, ValidationError, model_seria
 from typing_extensions import Self
 
 from kvprof.errors import UsageError
-from kvprof.records.document import Integer, Number, Record, Text, brief
+from kvprof.records.document import Count, Integer, Number, Record, Text, brief
 
 NARROWING = ("bits", "formats", "group_size", "min_key_bits", "pin", "tie")
 """What leaves a plan less to choose from than was scored."""
-
-_NEEDED = {
-    "float_type": "a finite number",
-    "finite_number": "a finite number",
-    "int_type": "a whole number",
-    "less_than": "a number below 2^63",
-    "greater_than_equal": "a number from -2^63",
-    "string_unicode": "a text in UTF-8",
-}
-"""What an option must be, by pydantic's name of the fault; of any other, a text."""
 
 
 class AllocateRequest(Record):
@@ -59,8 +49,8 @@ class AllocateRequest(Record):
     as_published: bool | None = None
     bits_key: Integer | None = None
     bits_value: Integer | None = None
-    sink_tokens: Integer | None = None
-    recent_tokens: Integer | None = None
+    sink_tokens: Count | None = None
+    recent_tokens: Count | None = None
     scores: Text | None = None
     """The file that was named."""
 
@@ -72,9 +62,9 @@ class AllocateRequest(Record):
         except ValidationError as error:
             faults = error.errors(include_url=False)
             name = str(faults[0]["loc"][0])
-            needed = [_NEEDED.get(fault["type"], "a text") for fault in faults if fault["loc"][0] == name][-1]
+            fault = [fault["msg"] for fault in faults if fault["loc"][0] == name][-1]  # of a number or a text: a number
             option = name.replace("_", "-")
-            raise UsageError(f"--{option} {brief(options[name])}: {needed} is needed.") from None
+            raise UsageError(f"--{option} {brief(options[name])}: {fault[0].lower()}{fault[1:]}.") from None
 
     @model_serializer(mode="wrap")
     def _without_nulls(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
