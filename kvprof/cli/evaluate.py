@@ -62,7 +62,7 @@ def model_asked(named: str | None, model: str | None) -> str | None:
     if (path.suffix == ".json" and not os.path.isdir(path)) or (os.path.isfile(path) and path.suffix != ".gguf"):
         raise UsageError(
             f"{named} is no model, which the second argument is.\n"
-            f"  The plan comes first: PLAN MODEL. Compare plans with --against {named}."
+            f"  Compare plans with --against {named}. Of the two arguments, the plan comes first."
         )
     return named
 
