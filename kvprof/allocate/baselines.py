@@ -35,7 +35,7 @@ def baseline_plans(
 ) -> tuple[tuple[str, tuple[BitPlan, ...]], ...]:
     """Return the baselines of a plan, each a name and the plans that it may put forward, the best of which counts.
 
-    "uniform"                 one format for all keys and one for all values: see pairs.py
+    "uniform"                 one format for all keys and one for all values: see uniform_pairs.py
     "kvmix"                   the rule of arXiv 2506.08018; left out where there are no gradients
     "norm-greedy spectral"    the rule of arXiv 2502.15075 by the spectral norm
     "norm-greedy frobenius"   the same by the Frobenius norm

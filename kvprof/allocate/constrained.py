@@ -1,6 +1,6 @@
 """A plan solved within what a runtime can be told, and the plan that it would be without that restriction.
 
-Reads Scores, a target and a limit; writes BitPlans. Does not know how constraints is searched (constraints.py).
+Reads Scores, a target and a limit; writes BitPlans. Does not know how constraints are searched (constraints.py).
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _formats(scores: Scores, target: Target, asked: str | None, group_size: int 
 
 
 class _Rows:
-    """The problem's candidates by the names that the target's constraints knows them by."""
+    """The problem's candidates by the names that the target's constraints know them by."""
 
     def __init__(self, problem: ExactProblem, target: Target) -> None:
         self._problem = problem

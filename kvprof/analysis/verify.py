@@ -25,6 +25,9 @@ from kvprof.targets.registry import target_named
 ROUNDING = 1e-9
 """Relative; what sums of the same numbers may differ by on another machine. On one machine they do not differ."""
 
+MOST_CHARACTERS = 2000
+"""Of a request that is printed."""
+
 COSTS = ("nominal_bits", "stored_bits", "bytes_per_token")
 
 
@@ -76,7 +79,22 @@ def verify_solution(plan: BitPlan, scores: Scores) -> Iterator[Check]:
         return
     yield from _predicted(plan, task, None if own is scores else "before the scores were calibrated")
     yield from _solved(plan, own)
-    yield from _commanded(plan)
+
+
+def verify_command(plan: BitPlan) -> Iterator[Check]:
+    """Yield whether the command that readers see asks for what the plan's request says."""
+    made = plan.provenance
+    if made is None or made.request is None or made.command is None:
+        return  # then it is the command that was solved again
+    try:
+        alike = ask_alike(made.request, read_command(made.command))
+    except InvalidFile as error:
+        yield unknown("command", first_line(error))
+    else:
+        asked = ", ".join(f"{name} {value}" for name, value in made.request.said().items())
+        yield Check(
+            name="command", status="holds" if alike else "differs", said=made.command, found=asked[:MOST_CHARACTERS]
+        )
 
 
 def verify_versions(plan: BitPlan, scores: Scores | None) -> Iterator[Check]:
@@ -156,20 +174,6 @@ def _as_the_plan_knew_them(plan: BitPlan, scores: Scores) -> Scores:
         return scores
     raw = solver.kl_factor is None and (scores.effects is not None or solver.factor == 1.0)
     return scores.model_copy(update={"kl_calibration": None}) if raw else scores
-
-
-def _commanded(plan: BitPlan) -> Iterator[Check]:
-    """Yield whether the command that readers see asks for what the plan's request says."""
-    made = plan.provenance
-    if made is None or made.request is None or made.command is None:
-        return  # then it is the command that was solved again
-    try:
-        alike = ask_alike(made.request, read_command(made.command))
-    except InvalidFile as error:
-        yield unknown("command", first_line(error))
-    else:
-        note = None if alike else "the command is not what the request asks for"
-        yield Check(name="command", status="holds" if alike else "differs", said=made.command, note=note)
 
 
 def _kept(plan: BitPlan, nominal_bits: float | None, stored_bits: float | None) -> Check:

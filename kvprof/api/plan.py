@@ -74,25 +74,25 @@ def allocate(
     Raises InfeasibleBudget, with the range that can be reached; UsageError for options that do not go together;
     InvalidFile for scores that cannot be read, or lack what the rule needs.
     """
-    if as_published and sink_tokens:
-        raise UsageError(f"as_published has no sinks, sink_tokens asks for {sink_tokens}; leave out one of them.")
     check_words(unit=unit, rule=rule, metric=metric, tie=tie, target=target, layers=layers)
     check_flags(as_published=as_published)
     check_around(out)
     check_window(sink_tokens, recent_tokens)
+    if as_published and sink_tokens:
+        raise UsageError(f"as_published has no sinks, sink_tokens asks for {sink_tokens}; leave out one of them.")
     check_whole(context=context, batch=batch, group_size=group_size, min_key_bits=min_key_bits)
     check_range("group_size", group_size, 1, LARGEST_GROUP)
     check_range("min_key_bits", min_key_bits, 1, 16)
-    request = AllocateRequest(
+    request = AllocateRequest.of(
         budget=budget,
         unit=unit,
-        memory=f"{memory}B" if isinstance(memory, int) else memory,
+        memory=f"{memory}B" if isinstance(memory, int) and not isinstance(memory, bool) else memory,
         context=context,
         batch=batch,
         max_kl=max_kl,
         rule=None if rule == "exact" else rule,
         metric=metric,
-        bits=None if bits is None else parse_bits(str(bits)) if isinstance(bits, str | int) else known_bits(bits),
+        bits=None if bits is None else _widths(bits),
         formats=joined(formats),
         group_size=group_size,
         pin=None if pin is None else several(pin),
@@ -136,6 +136,10 @@ def plan_as_asked(request: AllocateRequest, scores: tuple[Path, Scores] | None, 
         scores = newest_scores(metric_needed(rule, request.metric, request.max_kl, request.formats, request.target))
     path, found = scores
     return Planned(allocate_as_asked(found, request, target, command), found, path)
+
+
+def _widths(bits: str | int | Sequence[int]) -> tuple[int, ...]:
+    return parse_bits(str(bits)) if isinstance(bits, str | int) else known_bits(several(bits))  # type: ignore[arg-type]
 
 
 def _spelled(request: AllocateRequest) -> str:

@@ -18,6 +18,7 @@ from kvprof.analysis.verify import (
     geometry_compared,
     solve_again,
     unknown,
+    verify_command,
     verify_costs,
     verify_solution,
     verify_versions,
@@ -65,6 +66,7 @@ def verify(
         checks += [unknown(name, why) for name in SOLVED_FROM_SCORES]
     else:
         checks += verify_solution(read, found)
+    checks += verify_command(read)
     checks += verify_versions(read, found)
     if model is None:
         checks += [unknown(name, "no model is named (--model)") for name in ("model", "calibration text")]

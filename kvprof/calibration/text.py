@@ -34,7 +34,7 @@ from kvprof.workspace.text_files import (
 
 BUILTIN = "builtin"
 SELF = "self"
-"""Text that the model writes itself: it has no rows, see `calibration.self_text`."""
+"""Text that the model writes itself: it has no rows, see `calibration.self_generated`."""
 SPLITS = ("calibration", "held-out")
 ROWS_LOOKED_AT = 100
 """First rows that decide which column is text."""
@@ -64,7 +64,7 @@ def open_text(data: str = BUILTIN, split: str | None = None, seed: int = 0, colu
     """Open a source of calibration text, its rows in an order that the seed decides.
 
     data: `builtin` (the Python language reference that ships inside the interpreter); a file, a folder or a pattern of
-    files as `records.text_files.find_files` takes them (a line of a .txt is a row); or a hub dataset as `hub_parts`
+    files as `workspace.text_files.find_files` takes them (a line of a .txt is a row); or a hub dataset as `hub_parts`
     takes it: its id, with its configuration behind it where it has several.
     split: `calibration` or `held-out`, by a hash of the row (of the topic's name for the built-in text), three rows to
     one; `all` for both; of a hub dataset, or of files whose names tell splits apart, its own split. Default:

@@ -158,7 +158,7 @@ def allocate(
         raise UsageError(f"--as-published has no sinks, --sink-tokens asks for {sink_tokens}; leave out one of them.")
     metric_needed(rule)  # an unknown rule is refused before anything is read
     widths = None if bits is None else parse_bits(bits)
-    request = AllocateRequest(
+    request = AllocateRequest.of(
         budget=budget,
         unit=unit,
         memory=memory,

@@ -60,7 +60,10 @@ def model_asked(named: str | None, model: str | None) -> str | None:
         raise UsageError(f"MODEL is {named!r} and --model is {model!r}.\n  Leave out one of them.")
     path = Path(os.path.expanduser(named))
     if (path.suffix == ".json" and not os.path.isdir(path)) or (os.path.isfile(path) and path.suffix != ".gguf"):
-        raise UsageError(f"{named} is no model, which the second argument is.\n  Compare plans with --against {named}.")
+        raise UsageError(
+            f"{named} is no model, which the second argument is.\n"
+            f"  Compare plans with --against {named}. Of the two arguments, the plan comes first."
+        )
     return named
 
 

@@ -141,7 +141,7 @@ class Run:
 
     @property
     def computes_in(self) -> torch.dtype:
-        """Gradients of a model in half precision are computed in float32 (`models.widening`)."""
+        """Gradients of a model in half precision are computed in float32 (`models.execution.upcast`)."""
         return torch.promote_types(self.dtype, torch.float32) if self.passes.backwards else self.dtype
 
     @property

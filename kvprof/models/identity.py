@@ -1,6 +1,6 @@
 """Is this the model that a file speaks of? Fingerprints of W_k and W_v, and the check of a file against a model.
 
-Reads projections as `models.weights` streams them, out of a checkpoint or a live model. Writes nothing.
+Reads projections as `models.checkpoint.weights` streams them, out of a checkpoint or a live model. Writes nothing.
 """
 
 from __future__ import annotations

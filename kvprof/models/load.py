@@ -245,8 +245,8 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto", s
     dtype: auto (the checkpoint's own), float32, bfloat16 or float16.
     device: auto (the first GPU; where the model does not fit it, accelerate spreads the layers over all GPUs and the
     CPU; the CPU where there is no GPU), or a torch device such as cpu, cuda:1, mps.
-    stream: leave the weights in the checkpoint, and load each block when it runs (`models.streaming`); auto is then
-    the first GPU whatever its size.
+    stream: leave the weights in the checkpoint, and load each block when it runs (`models.execution.streaming`); auto
+    is then the first GPU whatever its size.
     A model that is loaded already is returned as it is. Raises UsageError for an unknown dtype or device, or another
     than a loaded model has, ModelError for a checkpoint that cannot be loaded.
     """

@@ -58,7 +58,7 @@ class PinnedModel:
 
 
 def pin(source: ModelSource) -> PinnedModel:
-    """Settle on a model's files without downloading its weights. Raises ModelError as `models.hub` does."""
+    """Settle on a model's files without downloading its weights. Raises ModelError as `models.checkpoint.hub` does."""
     if source.live is not None:
         check_in_memory(source.live)
         return PinnedModel(source, None, f"model {id(source.live)} of process {os.getpid()}")

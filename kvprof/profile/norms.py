@@ -99,7 +99,7 @@ def measure_norms(
     progress: called with (bytes done, bytes in all) of what is read of the checkpoint.
     Returns Scores with spectral_norm, frobenius_norm, stable_rank and their per-head twins, bias_norm and k_norm gains
     where there are any, and the inventory that was taken on the way.
-    Raises ModelError, UnknownLayout and NonFiniteWeight as `models.weights` does.
+    Raises ModelError, UnknownLayout and NonFiniteWeight as `models.checkpoint.weights` does.
     """
     subject = _open(source)
     return _measure(subject, progress), subject.inventory

@@ -26,8 +26,9 @@ USUAL_SEQUENCES = 8
 class TextSettings:
     """What text to measure on, and how the model is loaded.
 
-    data, split, column, config: as `calibration.mix.TextRequest` has them. sequence_length: None is CALIBRATION_LENGTH,
-    or what the model was made for where that is less. dtype, device, stream: as `models.load.load_model` takes them.
+    data, split, column, config: as `calibration.mixture.TextRequest` has them. sequence_length: None is
+    CALIBRATION_LENGTH, or what the model was made for where that is less. dtype, device, stream: as
+    `models.load.load_model` takes them.
     """
 
     data: Sequence[str] = USUAL_DATA

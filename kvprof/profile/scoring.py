@@ -68,8 +68,9 @@ def measure_sensitivity(
     model: in eval mode, no parameter asking for a gradient; left as it was found. formats: None or none at all leaves
     the losses out. done: results of sequences measured before, by index. finished: called with each batch's results.
     is_enough: asked of the scores so far, as `run_sensitivity` has it; sequences beyond are then not in the result.
-    A model in half precision computes in float32 meanwhile (`models.widening`). A batch that does not fit the memory is
-    measured in batches of half the size, and so is all that follows: what is measured then is what that size gives.
+    A model in half precision computes in float32 meanwhile (`models.execution.upcast`). A batch that does not fit the
+    memory is measured in batches of half the size, and so is all that follows: what is measured then is what that size
+    gives.
     indices: the sequences to measure, all by default. group: the processes that measure a batch each at a time.
     Returns Scores: means over sequences, with standard errors (of a single one, 0 for norms, none for losses).
     Raises NonFiniteGradient, with advice, where half precision overflows.

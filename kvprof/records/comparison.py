@@ -1,6 +1,6 @@
 """What `kvprof diff` finds: which tensors two plans of one model store differently, and what that changes.
 
-Plain data made by `allocate.diff` and printed by `report`.
+Plain data made by `analysis.diff` and printed by `report`.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ class Document(Record):
         schema = schema_of(value, name)
         _check_lists(value, name)
         if schema != cls.kind:
-            raise InvalidFile(f"{name}: schema is {_brief(schema)}, expected {cls.kind!r}.\n  {_schema_advice(schema)}")
+            raise InvalidFile(f"{name}: schema is {brief(schema)}, expected {cls.kind!r}.\n  {_schema_advice(schema)}")
         try:
             return cls.model_validate(value)
         except ValidationError as error:
@@ -183,7 +183,7 @@ def read_json(path: str | Path) -> object:
         seen: dict[str, object] = {}
         for key, value in pairs:
             if key in seen:
-                raise InvalidFile(f"{path}: the key {_brief(key)} stands twice in one object.\n  Keep one of the two.")
+                raise InvalidFile(f"{path}: the key {brief(key)} stands twice in one object.\n  Keep one of the two.")
             seen[key] = value
         return seen
 
@@ -277,15 +277,15 @@ def explain_invalid(error: ValidationError, name: str, model: type[BaseModel]) -
         elif item["type"] == "missing":
             lines.append(f"missing key {place}")
         elif item["type"] == "model_type":
-            lines.append(f"{where}input should be a table of keys and values, found {_brief(item['input'])}")
+            lines.append(f"{where}input should be a table of keys and values, found {brief(item['input'])}")
         elif item["type"] in ("value_error", "assertion_error"):
             lines.append(where + _LONG_WORD.sub(r"\1...", str(item["ctx"]["error"])))
         elif item["type"] == "literal_error":
             nearest = did_you_mean(str(item["input"]), re.findall(r"'([^']*)'", item["ctx"]["expected"]))
             advice = f": {nearest}" if nearest.startswith("did") else ""
-            lines.append(f"{where}input should be {item['ctx']['expected']}, found {_brief(item['input'])}{advice}")
+            lines.append(f"{where}input should be {item['ctx']['expected']}, found {brief(item['input'])}{advice}")
         else:
-            lines.append(f"{where}{item['msg'][0].lower()}{item['msg'][1:]}, found {_brief(item['input'])}")
+            lines.append(f"{where}{item['msg'][0].lower()}{item['msg'][1:]}, found {brief(item['input'])}")
     more = error.error_count() - len(lines)
     if more > 0:
         lines.append(f"and {more} more")
@@ -305,16 +305,15 @@ def latent_or_plain() -> Discriminator:
 def _place(location: tuple[int | str, ...]) -> str:
     """Return `layers[3].key.bits`: the fourth entry of the file, whichever layer that is."""
     parts = (
-        f"[{part}]"
-        if isinstance(part, int)
-        else f".{part if part.isidentifier() and len(part) <= 60 else _brief(part)}"
+        f"[{part}]" if isinstance(part, int) else f".{part if part.isidentifier() and len(part) <= 60 else brief(part)}"
         for part in location
         if part not in (PLAIN, LATENT)
     )
     return "".join(parts).removeprefix(".")
 
 
-def _brief(value: object) -> str:
+def brief(value: object) -> str:
+    """Return a value as Python writes it, in at most 60 characters."""
     text = reprlib.repr(value)  # of limited depth: a plain repr of deep nesting overflows the stack
     return text if len(text) <= 60 else text[:57] + "..."
 

@@ -1,6 +1,6 @@
 """What `kvprof explain` finds: what some tensors cost at each format, against the price of a bit in the whole plan.
 
-Plain data made by `allocate.explain` and printed by `report`. A loss is in nats a token where the metric is
+Plain data made by `analysis.explain` and printed by `report`. A loss is in nats a token where the metric is
 `loss_increase`, else in units of the metric's own; `price` always says what one stored bit an element is worth.
 """
 

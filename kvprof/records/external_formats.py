@@ -1,7 +1,7 @@
 """The formats of other runtimes' caches: what each stores, by the name that its runtime gives it.
 
-Plain data; the rounding itself is `runtime.external`'s business. Each lies along a token's channels, in blocks within a
-head, and keeps beside its codes what `side_bits` counts: scales, and where there are some, offsets.
+Plain data; the rounding itself is `runtime.quantization.external`'s business. Each lies along a token's channels, in
+blocks within a head, and keeps beside its codes what `side_bits` counts: scales, and where there are some, offsets.
 """
 
 from __future__ import annotations

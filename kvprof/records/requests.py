@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import SerializerFunctionWrapHandler, model_serializer
+from pydantic import SerializerFunctionWrapHandler, ValidationError, model_serializer
+from typing_extensions import Self
 
-from kvprof.records.document import Integer, Number, Record, Text
+from kvprof.errors import UsageError
+from kvprof.records.document import Count, Integer, Number, Record, Text, brief
 
 NARROWING = ("bits", "formats", "group_size", "min_key_bits", "pin", "tie")
 """What leaves a plan less to choose from than was scored."""
@@ -47,10 +49,22 @@ class AllocateRequest(Record):
     as_published: bool | None = None
     bits_key: Integer | None = None
     bits_value: Integer | None = None
-    sink_tokens: Integer | None = None
-    recent_tokens: Integer | None = None
+    sink_tokens: Count | None = None
+    recent_tokens: Count | None = None
     scores: Text | None = None
     """The file that was named."""
+
+    @classmethod
+    def of(cls, **options: Any) -> Self:
+        """Return the request of options as a caller gives them; raises UsageError for one that no request can keep."""
+        try:
+            return cls(**options)
+        except ValidationError as error:
+            faults = error.errors(include_url=False)
+            name = str(faults[0]["loc"][0])
+            fault = [fault["msg"] for fault in faults if fault["loc"][0] == name][-1]  # of a number or a text: a number
+            option = name.replace("_", "-")
+            raise UsageError(f"--{option} {brief(options[name])}: {fault[0].lower()}{fault[1:]}.") from None
 
     @model_serializer(mode="wrap")
     def _without_nulls(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:

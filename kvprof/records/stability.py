@@ -1,6 +1,6 @@
 """How much of a plan is chance: what other calibration sequences of the same text would have changed.
 
-Plain data made by `allocate.stability` and printed by `report`.
+Plain data made by `analysis.stability` and printed by `report`.
 """
 
 from __future__ import annotations

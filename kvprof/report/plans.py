@@ -110,7 +110,7 @@ def _shows(part: float, nats: float) -> bool:
 
 
 def restriction_lines(plan: BitPlan, unrestricted: BitPlan) -> list[str]:
-    """Return what a runtime's grammar costs: a plan within it beside the best one that stores no more bits."""
+    """Return what a runtime's constraints cost: a plan within them beside the best one that stores no more bits."""
     # What the choice made of noise is known of the unrestricted plan alone.
     kl, free = (
         None

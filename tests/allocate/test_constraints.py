@@ -1,4 +1,4 @@
-"""Each constraints's best assignment is that of brute force over all that it can express."""
+"""The best assignment within each runtime's constraints is that of brute force over all that it can express."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def every_assignment(layers: list[int]) -> Iterator[dict[tuple[int, str], str]]:
 
 
 def can_say(constraints: Constraints, assignment: Assignment, num_layers: int) -> bool:
-    """Whether a constraints can express an assignment: told anew, from what its runtime takes, not from `misfit`."""
+    """Whether constraints can express an assignment: told anew, from what its runtime takes, not from `misfit`."""
     layers = sorted({layer for layer, _ in assignment})
     keys, values = ([assignment[layer, tensor] for layer in layers] for tensor in ("key", "value"))
     pairs = list(zip(keys, values, strict=True))

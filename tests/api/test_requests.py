@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from score_factories import random_scores
 
 from kvprof.api import plan as api
 from kvprof.cli import allocate as cli
+from kvprof.errors import UsageError
 from kvprof.records.recipe import Plans
 from kvprof.records.recipe import Target as TargetTable
 from kvprof.records.requests import AllocateRequest
@@ -38,3 +41,27 @@ def test_what_was_not_asked_for_is_not_written() -> None:
     assert AllocateRequest.model_validate(request.model_dump(mode="json")) == request
     with pytest.raises(ValidationError, match="evil"):
         AllocateRequest.model_validate({"evil": 1})
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("budget", value) for value in ([1], True, float("nan"), float("inf"), 10**400, "\ud800", {}, b"3")),
+        *(("memory", value) for value in (1.5, True, [1], b"1GiB")),
+        *(("context", value) for value in (1.5, "x", True, 10**400, 2**63)),
+        *(("bits", value) for value in (1.5, "x", True, [2, 7], [], object())),
+        *(("pin", value) for value in (7, "x", [7], "\ud800")),
+        *(("max_kl", value) for value in ([0.1], True, float("nan"))),
+        *(("bits_key", value) for value in (1.5, True, "4", 2**63)),
+        *(("sink_tokens", value) for value in (-1, 1.5, True, 2**63)),
+    ],
+)
+def test_a_value_that_no_option_takes_is_refused(option: str, value: Any) -> None:
+    others: dict[str, Any] = {
+        "bits_key": {"rule": "uniform", "bits_value": 4},
+        "memory": {"context": 64},
+        "context": {"memory": "1MiB"},
+        "max_kl": {},
+    }
+    with pytest.raises(UsageError):
+        api.allocate(random_scores(2, 2), **others.get(option, {"budget": 6.0}) | {option: value})

@@ -1,7 +1,7 @@
 """A model whose modules have their weights only while they run, and go back by running once more.
 
 Puts itself around the forward of modules. Does not know where the weights come from (streaming.py: the disk;
-widening.py: memory, in another dtype), nor what is measured.
+upcast.py: memory, in another dtype), nor what is measured.
 """
 
 from __future__ import annotations

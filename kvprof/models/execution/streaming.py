@@ -1,7 +1,7 @@
 """A model larger than the memory: its weights stay in the checkpoint, and each block has them only while it runs.
 
 Reads a checkpoint through transformers' own loading, all of it left on the disk. Does not know how a block is run with
-weights that come and go (blockwise.py), nor what is measured.
+weights that come and go (offload.py), nor what is measured.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ KERNELS = ("auto", "triton", "torch")
 
 @dataclass(frozen=True)
 class Kernels:
-    """The cache's three operations; `runtime.torch_kernels` says what each one does.
+    """The cache's three operations; `runtime.kernels.torch_kernels` says what each one does.
 
     why_not: says why `attend` does not take a query, its history and its mask, or None where it does.
     """

@@ -1,4 +1,4 @@
-"""How numbers are rounded, rotated and multiplied on a GPU: as `runtime.quantizer` does it, to the last bit.
+"""How numbers are rounded, rotated and multiplied on a GPU: as `runtime.quantization` does it, to the last bit.
 
 Device functions of Triton's; what every kernel here shares. Does not know how codes lie in bytes.
 

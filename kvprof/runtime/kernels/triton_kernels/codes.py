@@ -1,4 +1,4 @@
-"""Packed bytes -> codes -> numbers, in a GPU's registers. `runtime.packing` says how codes lie in bytes.
+"""Packed bytes -> codes -> numbers, in a GPU's registers. `runtime.quantization.packing` says how codes lie in bytes.
 
 Device functions of Triton's. Where rows and groups are powers of two, codes are read in words of 32 bits: a shift and a
 mask leave two of them 16 bits apart, which is how a GPU holds a pair of half-precision numbers.
