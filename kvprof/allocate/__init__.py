@@ -20,6 +20,7 @@ from kvprof.allocate.target import Target, check_latents
 from kvprof.allocate.task import usual_window, without_sinks
 from kvprof.callables import make_callable
 from kvprof.errors import UsageError, did_you_mean
+from kvprof.records.document import LONGEST_TEXT
 from kvprof.records.formats import TensorName, parse_formats
 from kvprof.records.plan import BitPlan, Provenance, Window
 from kvprof.records.requests import AllocateRequest
@@ -178,6 +179,8 @@ def allocate_as_asked(
         target=target,
         window=usual_window(scores, request.sink_tokens, request.recent_tokens, own),
     )
+    if command is not None and len(command) > LONGEST_TEXT:
+        command = None  # no file could be read with it; the request says the same
     made = (plan.provenance or Provenance()).model_copy(update={"command": command, "request": request})
     return plan.model_copy(update={"provenance": made})
 

@@ -94,10 +94,16 @@ def bit_limit(budget: str | float, unit: str | None = None) -> Limit:
     return Limit(Fraction(amount), "stored" if unit == "stored" else "nominal")
 
 
+MOST_TOKENS = 2**36
+"""That a cache is planned for: what more cost no longer counts in 64 bits."""
+
+
 def memory_limit(memory: str, context: int, batch: int = 1) -> Limit:
     """Read a budget in bytes of cache, for `batch` sequences of `context` tokens; raises UsageError."""
     if context < 1 or batch < 1:
         raise UsageError(f"a cache of {batch} sequences of {context} tokens does not exist; both must be positive.")
+    if context * batch > MOST_TOKENS:
+        raise UsageError(f"{batch} sequences of {context} tokens are more than {MOST_TOKENS} tokens: check the two.")
     return Limit(Fraction(parse_memory(memory)), "bytes", context, batch)
 
 

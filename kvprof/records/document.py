@@ -37,8 +37,9 @@ Positive = Annotated[int, Field(strict=True, ge=1, le=LARGEST_COUNT)]
 LayerIndex = Annotated[int, Field(strict=True, ge=0, lt=10_000)]
 LayerCount = Annotated[int, Field(strict=True, ge=1, le=10_000)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+LONGEST_TEXT = 65_536
 Text = Annotated[
-    str, Field(strict=True, max_length=65_536)
+    str, Field(strict=True, max_length=LONGEST_TEXT)
 ]  # the bound also makes pydantic refuse half a surrogate pair
 
 LARGEST_FILE_BYTES = 256 * 2**20

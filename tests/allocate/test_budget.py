@@ -252,3 +252,9 @@ def test_bits_are_read_ascending_and_once() -> None:
 def test_bits_that_no_codes_have_are_refused_with_those_that_they_have(text: str) -> None:
     with pytest.raises(UsageError, match="choose from 1, 2, 3, 4, 5, 6, 8, 16"):
         parse_bits(text)
+
+
+@pytest.mark.parametrize(("context", "batch"), [(2**62, 1), (2**53, 2**53), (2**36 + 1, 1)])
+def test_more_tokens_than_any_cache_holds_are_refused(context: int, batch: int) -> None:
+    with pytest.raises(UsageError, match=f"{batch} sequences of {context} tokens are more than 68719476736 tokens"):
+        memory_limit("1GiB", context, batch)

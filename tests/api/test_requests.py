@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 from score_factories import random_scores
 
+import kvprof
+from kvprof import BitPlan
 from kvprof.api import plan as api
 from kvprof.cli import allocate as cli
 from kvprof.errors import UsageError
@@ -65,3 +68,11 @@ def test_a_value_that_no_option_takes_is_refused(option: str, value: Any) -> Non
     }
     with pytest.raises(UsageError):
         api.allocate(random_scores(2, 2), **others.get(option, {"budget": 6.0}) | {option: value})
+
+
+def test_a_command_that_no_file_could_hold_is_left_out(in_tmp: Path) -> None:
+    pins = [f"key:{number % 3}=int4g64" for number in range(9_000)]
+    plan = kvprof.allocate(random_scores(3), 6, pin=pins, out="plan.json")
+    assert plan.provenance is not None
+    assert plan.provenance.command is None
+    assert BitPlan.load("plan.json") == plan
