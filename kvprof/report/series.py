@@ -137,7 +137,7 @@ def skipped_layers(record: Scores | BitPlan | Spectra) -> dict[int, str]:
 
 
 def ranked_results(evaluation: Evaluation) -> list[PlanResult]:
-    """Return the evaluated plan and its rivals, the least measured KL first."""
+    """Return the evaluated plan and its baselines, the least measured KL first."""
     return sorted(evaluation.plans, key=lambda result: result.kl_nats)
 
 

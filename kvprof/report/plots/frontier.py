@@ -45,7 +45,7 @@ def frontier_figure(
 ) -> Figure:
     """Draw the predicted KL of the best plan at each number of stored bits, and the measured KL of evaluated plans.
 
-    measured: plans and rivals of the same model, at the bits that they store; on a screen, of no frontier too.
+    measured: plans and baselines of the same model, at the bits that they store; on a screen, of no frontier too.
     plan: whose own prediction is marked. What loses nothing has no place on a logarithmic axis.
     Raises NothingToDraw, MissingMatplotlib.
     """
@@ -142,7 +142,7 @@ def _draw_prediction(axes: Axes, plan: BitPlan) -> None:
 
 
 def _draw_results(axes: Axes, results: Sequence[PlanResult]) -> None:
-    """Draw measured plans with their standard errors: an evaluated one a star, each rival a mark of its own."""
+    """Draw measured plans with their standard errors: an evaluated one a star, each baseline a mark of its own."""
     for result, look in looks(results):
         error = min(result.kl_stderr_nats or 0.0, 0.9 * result.kl_nats)
         axes.errorbar(

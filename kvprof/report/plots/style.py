@@ -197,19 +197,19 @@ class Look(NamedTuple):
     is_star: bool
     """Whether it is the evaluated plan, which lies on top."""
     is_filled: bool
-    """Of marks that stand alone: every other rival's is a ring, so that one is seen within another."""
+    """Of marks that stand alone: every other baseline's is a ring, so that one is seen within another."""
 
 
 def looks(results: Iterable[PlanResult]) -> Iterator[tuple[PlanResult, Look]]:
-    """Yield each plan with its look; that of a rival depends on how many rivals come before it."""
-    rivals = 0
+    """Yield each plan with its look; that of a baseline depends on how many baselines come before it."""
+    baselines = 0
     for result in results:
         if result.role == "plan":
             yield result, Look("*", ACCENT, "black", 9, is_star=True, is_filled=True)
             continue
-        colour = OTHERS[rivals % len(OTHERS)]
-        yield result, Look(OTHER_MARKS[rivals % len(OTHER_MARKS)], colour, colour, 5, False, rivals % 2 == 0)
-        rivals += 1
+        colour = OTHERS[baselines % len(OTHERS)]
+        yield result, Look(OTHER_MARKS[baselines % len(OTHER_MARKS)], colour, colour, 5, False, baselines % 2 == 0)
+        baselines += 1
 
 
 @contextmanager

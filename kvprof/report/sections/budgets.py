@@ -1,4 +1,4 @@
-"""Section: what every budget buys, and where the plan and its rivals lie.
+"""Section: what every budget buys, and where the plan and its baselines lie.
 
 Reads a Frontier, the plan's prediction and the results of evaluations.
 """
@@ -22,13 +22,14 @@ def budgets_section(files: ReportFiles, frontier_command: str, evaluate_command:
     frontier = None if files.frontier is None else files.frontier.document
     if frontier is None and files.evaluation is None:
         absent = missing(frontier_command, "the best plan of every budget")
-        return Section("budgets", HEADING, [absent, missing(evaluate_command, "the plan against its rivals")])
+        return Section("budgets", HEADING, [absent, missing(evaluate_command, "the plan against its baselines")])
     measured = _measured_plans(files)
     blocks: list[Block] = [
         Paragraph(
             "Fewer bits lose more. The line is the best plan at each number of stored bits, as the scores predict it; "
             "a knee is where a further bit begins to buy less than the bits before it did. The other marks were "
-            "measured: the plan, and rivals at the bits that they store. Lower is better, and further left is smaller.",
+            "measured: the plan, and baselines at the bits that they store. Lower is better, and further left is "
+            "smaller.",
             "see",
         )
     ]
@@ -37,7 +38,7 @@ def budgets_section(files: ReportFiles, frontier_command: str, evaluate_command:
     else:
         blocks.append(Paragraph(_means(frontier), "means"))
     if not measured:
-        blocks.append(missing(evaluate_command, "the plan against its rivals"))
+        blocks.append(missing(evaluate_command, "the plan against its baselines"))
     tables = []
     if frontier is not None:
         tables.append(_frontier_table(frontier))

@@ -1,4 +1,4 @@
-"""Section: what was measured of the plan and its rivals, and how it changes along a sequence.
+"""Section: what was measured of the plan and its baselines, and how it changes along a sequence.
 
 Reads an Evaluation.
 """
@@ -19,7 +19,9 @@ HEADING = "How good is it, measured?"
 def quality_section(files: ReportFiles, command: str) -> Section:
     """Return the section. command: `kvprof evaluate PLAN`."""
     if files.evaluation is None:
-        return Section("quality", HEADING, [missing(command, "the plan's cache against full precision and its rivals")])
+        return Section(
+            "quality", HEADING, [missing(command, "the plan's cache against full precision and its baselines")]
+        )
     evaluation = files.evaluation.document
     blocks: list[Block] = [
         Paragraph(
@@ -83,7 +85,7 @@ def _results(evaluation: Evaluation) -> Table:
 def _cells(result: PlanResult, plan: PlanResult) -> tuple[str, ...]:
     return (
         result.name,
-        {"plan": "the plan", "rival": "rival", "against": "compared with"}[result.role],
+        {"plan": "the plan", "rival": "baseline", "against": "compared with"}[result.role],
         f"{result.stored_bits:.4g}",
         nats_text(result.kl_nats),
         f"{result.kl_stderr_nats:#.2g}" if result.kl_stderr_nats and result.kl_nats >= KL_FLOOR else "-",
