@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvprof import BitPlan, Scores
-from kvprof.allocate import allocate
+from kvprof.allocate import allocate, allocate_as_asked
 from kvprof.errors import InvalidFile, KvprofError, UsageError
-from kvprof.records.plan import Window
+from kvprof.records.plan import Provenance, Window
+from kvprof.records.requests import AllocateRequest
 
 PUBLISHED_BITS = (1, 2, 3, 4, 8)
 
@@ -194,7 +195,8 @@ def test_uniform_states_the_objective_of_a_metric_that_is_asked_for() -> None:
 
 def test_a_plan_carries_what_its_scores_know() -> None:
     source = uneven_scores()
-    plan = allocate(source, budget=3, window=Window(sink_tokens=0, recent_tokens=32), command="kvprof allocate")
+    request = AllocateRequest(budget=3, sink_tokens=0, recent_tokens=32)
+    plan = allocate_as_asked(source, request, command="kvprof allocate")
     assert [entry.layer for entry in plan.layers] == [0, 2, 4]
     assert [(skip.layer, skip.reason) for skip in plan.skipped] == [
         (1, "sliding window of 512 tokens"),
@@ -202,7 +204,7 @@ def test_a_plan_carries_what_its_scores_know() -> None:
     ]
     assert plan.geometry == source.geometry
     assert plan.model.num_layers == 5
-    assert (plan.provenance.scores, plan.provenance.command) == (source.digest, "kvprof allocate")
+    assert plan.provenance == Provenance(scores=source.digest, command="kvprof allocate", request=request)
     assert plan.window == Window(sink_tokens=0, recent_tokens=32)
     assert BitPlan.from_json(plan.model_dump(mode="json", by_alias=True), "plan") == plan
 

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from score_factories import random_scores
 
 from kvprof import BitPlan, Scores
-from kvprof.allocate import allocate
+from kvprof.allocate import allocate, allocate_as_asked
 from kvprof.allocate.losses import stderr_of_mean
 from kvprof.allocate.prediction import predict
 from kvprof.errors import InfeasibleBudget, InvalidFile, UsageError
 from kvprof.records.formats import format_named
 from kvprof.records.plan import Window
+from kvprof.records.requests import AllocateRequest
 
 KEYS = {"int2g64": 0.3, "int3g64": 0.1, "int4g64": 0.02, "int4g128": 0.03, "rot2": 0.2, "int8g64": 0.001}
 VALUES = {"rot1": 0.5, "rot2": 0.15, "int2g64": 0.25, "int4g64": 0.02, "int8g64": 0.002}
@@ -380,5 +381,6 @@ def test_a_plan_has_the_window_that_its_scores_were_measured_with() -> None:
 
 
 def test_the_plan_reads_back_as_it_was_written() -> None:
-    plan = allocate(random_scores(3, factor=1.5), budget=2.5, command="kvprof allocate --budget 2.5")
+    request = AllocateRequest(budget="2.5")
+    plan = allocate_as_asked(random_scores(3, factor=1.5), request, command="kvprof allocate --budget 2.5")
     assert BitPlan.from_json(plan.model_dump(mode="json", by_alias=True), "plan") == plan

@@ -57,7 +57,7 @@ def test_plans_within_a_grammar_lose_no_more_than_any_global_pair_of_no_more_byt
 
     stored: dict[str, Fraction] = {name: format_named(name, "key", 64).stored_bits(64) for name in names}
     for target, known in (("llama.cpp", set(names) - {"q6_0"}), ("ik_llama.cpp", set(names))):
-        plan = allocate(scores, target=target, budget=BUDGET)
+        plan = allocate(scores, target=TARGETS[target], budget=BUDGET)
         assert plan.budget is not None
         assert plan.budget.stored_bits <= BUDGET
         pairs = [
