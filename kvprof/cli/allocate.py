@@ -158,31 +158,13 @@ def allocate(
         raise UsageError(f"--as-published has no sinks, --sink-tokens asks for {sink_tokens}; leave out one of them.")
     metric_needed(rule)  # an unknown rule is refused before anything is read
     widths = None if bits is None else parse_bits(bits)
-    request = AllocateRequest.of(
-        budget=budget,
-        unit=unit,
-        memory=memory,
-        context=context,
-        batch=batch,
-        max_kl=max_kl,
-        rule=None if rule == "exact" else rule,
-        metric=metric,
-        bits=widths,
-        formats=formats,
-        group_size=group_size,
-        pin=pin,
-        tie=tie,
-        min_key_bits=min_key_bits,
-        target=target,
-        layers=layers,
-        top_fraction=top_fraction,
-        as_published=as_published or None,
-        bits_key=bits_key,
-        bits_value=bits_value,
-        sink_tokens=sink_tokens,
-        recent_tokens=recent_tokens,
-        scores=None if scores is None else str(scores),
-    )
+    changed = {
+        "rule": None if rule == "exact" else rule,
+        "bits": widths,
+        "as_published": as_published or None,
+        "scores": None if scores is None else str(scores),
+    }
+    request = AllocateRequest.of(**{name: value for name, value in options.items() if name != "out"} | changed)
     named = None if scores is None else (scores, Scores.load(scores))
     plan, found, path = plan_as_asked(request, named, typed_command("allocate", options))
     allowed = Allowed(bits=widths, formats=formats, group_size=group_size, min_key_bits=min_key_bits, pins=pin or ())

@@ -124,7 +124,7 @@ def import_(
     from kvprof.report.console import print_plain, print_result, print_written
     from kvprof.report.plans import show_plan
     from kvprof.storage.folders import output_folder, slug
-    from kvprof.targets.kvtuner import kvtuner_plan, read_kvtuner
+    from kvprof.targets.kvtuner_import import kvtuner_plan, read_kvtuner
 
     if tool not in TOOLS:
         raise UsageError(f"kvprof cannot import from {tool!r}: {did_you_mean(tool, TOOLS)}")

@@ -23,7 +23,7 @@ from kvprof.records.plan import BitPlan
 from kvprof.records.recipe import read_recipe
 from kvprof.records.scores import LOSS_INCREASE, Scores
 from kvprof.storage.journal import Journal, _line
-from kvprof.targets.kvtuner import kvtuner_plan, read_kvtuner
+from kvprof.targets.kvtuner_import import kvtuner_plan, read_kvtuner
 
 CORPUS = Path(__file__).parent.parent / "data" / "fuzz"
 """A folder for each reader: inputs that a defect was found with, and are read again by each run of the tests."""

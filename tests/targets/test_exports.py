@@ -34,7 +34,7 @@ from kvprof.records.formats import TENSORS, format_named, parse_formats
 from kvprof.records.geometry import CacheGeometry, KVLayer
 from kvprof.records.plan import BitPlan, Provenance, Quantizer, Window
 from kvprof.runtime import PlanCache
-from kvprof.targets.kvtuner import kvtuner_plan, read_kvtuner
+from kvprof.targets.kvtuner_import import kvtuner_plan, read_kvtuner
 from kvprof.targets.registry import TARGETS, WRITERS, export
 
 LAYERS = 8

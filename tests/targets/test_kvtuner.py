@@ -16,7 +16,7 @@ from kvprof.cli.app import app
 from kvprof.errors import InvalidFile, Mismatch
 from kvprof.records.geometry import CacheGeometry, KVLayer
 from kvprof.records.plan import Window
-from kvprof.targets.kvtuner import kvtuner_plan, read_kvtuner
+from kvprof.targets.kvtuner_import import kvtuner_plan, read_kvtuner
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "kvtuner_llama31_8b_kivi_4_1.yaml"
 TWO_LAYERS = "0:\n  nbits_key: 4\n  nbits_value: 2\n1:\n  nbits_key: 8\n  nbits_value: 4\n"
