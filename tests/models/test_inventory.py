@@ -215,7 +215,7 @@ def test_attention_beside_a_recurrent_state_is_hybrid_and_planned() -> None:
 def test_a_model_without_attention_has_nothing_to_plan(name: str) -> None:
     inventory = take_inventory(config(name, state_size=4))
     assert kinds(inventory) == ["recurrent"] * 4
-    assert inventory.geometry.bytes_at(1000) == 0
+    assert inventory.geometry.planned == ()
 
 
 @pytest.mark.parametrize("name", LATENTS)
