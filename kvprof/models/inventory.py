@@ -175,10 +175,11 @@ def _unplanned_latents(
         if not found[layer].is_fused:  # a config may name a rank that its model does not use
             unplanned[layer] = "full", None
         elif not hasattr(attention, "expand_kv"):
-            version = transformers.__version__
+            latent = f"{attention.kv_lora_rank + attention.qk_rope_head_dim} numbers a token"
             unplanned[layer] = (
                 "other",
-                f"{LATENT}: transformers {version} caches the keys and values made of the latent",
+                f"{LATENT}: transformers {transformers.__version__} caches the keys and values made of the latent, of "
+                f"which nothing is planned; a runtime that caches the latent stores {latent}",
             )
         elif attention.qk_rope_head_dim == 0:
             unplanned[layer] = "latent", f"{LATENT} without a rotary part"

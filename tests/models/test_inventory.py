@@ -289,6 +289,7 @@ def test_a_cache_that_is_not_known_has_no_bytes_at_all(monkeypatch: pytest.Monke
     inventory = take_inventory(TINY["deepseek-v3"]())
     assert kinds(inventory) == ["other"] * 2
     assert "caches the keys and values made of the latent" in str(inventory.geometry.layers[0].skipped)
+    assert "stores 20 numbers a token" in str(inventory.geometry.layers[0].skipped)
     assert inventory.bytes_per_token is inventory.bytes_at is None
 
 
