@@ -175,7 +175,8 @@ def _unplanned_latents(
         if not found[layer].is_fused:  # a config may name a rank that its model does not use
             unplanned[layer] = "full", None
         elif not hasattr(attention, "expand_kv"):
-            latent = f"{attention.kv_lora_rank + attention.qk_rope_head_dim} numbers a token"
+            own: Any = attention
+            latent = f"{own.kv_lora_rank + own.qk_rope_head_dim} numbers a token"
             unplanned[layer] = (
                 "other",
                 f"{LATENT}: transformers {transformers.__version__} caches the keys and values made of the latent, of "
