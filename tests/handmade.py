@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvprof import BitPlan
-from kvprof.records.geometry import CacheGeometry, KVLayer
+from kvprof.records.geometry import CacheGeometry, KVLayer, RecurrentState
 from kvprof.records.scores import Scores
 
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "published_norms.json").read_text())
@@ -28,7 +28,13 @@ def sliding(layer: int, window: int = 512) -> KVLayer:
 
 def recurrent(layer: int) -> KVLayer:
     return KVLayer(
-        layer=layer, kind="recurrent", kv_heads=0, key_head_dim=0, value_head_dim=0, skipped="recurrent state"
+        layer=layer,
+        kind="recurrent",
+        kv_heads=0,
+        key_head_dim=0,
+        value_head_dim=0,
+        skipped="recurrent state",
+        state=RecurrentState(elements=700, float32_elements=90),
     )
 
 

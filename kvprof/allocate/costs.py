@@ -16,6 +16,7 @@ from kvprof.errors import InfeasibleBudget, UsageError
 from kvprof.records.formats import CODE_BITS, FULL_BITS, Format
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import Window, tensor_bytes
+from kvprof.records.words import layers_text
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,12 @@ def price(
                 "  Give --budget in bits per element, or take scores measured by kvprof norms or kvprof gradients."
             )
         shapes, element_bytes, context = geometry.layers, geometry.element_bytes, limit.context
+        if geometry.uncounted:
+            layers = layers_text([layer.layer for layer in geometry.uncounted])
+            raise UsageError(
+                f"the size of the recurrent states of {layers} is not known, so the bytes of a plan are unknown.\n"
+                "  Give --budget in bits per element."
+            )
         in_bytes = [
             [
                 limit.batch * tensor_bytes(form, shapes[tensor.layer], tensor.name, window, element_bytes, context)

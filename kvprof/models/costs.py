@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import PretrainedConfig
 
+from kvprof.models.decoder import query_heads
 from kvprof.models.execution.activation_offload import HELD_BYTES
 from kvprof.models.inventory import Skeleton, build_skeleton, take_inventory
 from kvprof.models.layouts import block_stack
@@ -101,7 +102,7 @@ def costs_of(config: PretrainedConfig) -> Costs:
     sizes = [_elements(block, 1.0) for block in blocks]
     share = _active_share(text)
     head = int(text.vocab_size) * int(text.hidden_size)
-    heads = int(getattr(text, "num_attention_heads", None) or 0)  # a recurrent model has none
+    heads = query_heads(text)
     # Asked of the layers first: some configs have a head dimension for each, and none to give away.
     head_dims = [getattr(skeleton.attention(layer), "head_dim", None) or 0 for layer in skeleton.projections]
     head_dim = max(head_dims, default=0) or getattr(text, "head_dim", None) or text.hidden_size // max(1, heads)

@@ -215,6 +215,17 @@ def cross_attention_layers(modules: Mapping[str, nn.Module]) -> frozenset[int]:
     return frozenset(found)
 
 
+def query_heads(config: PretrainedConfig) -> int:
+    """Return the query heads of each layer of a decoder, 0 where it has none; raises ModelError where layers differ."""
+    try:
+        return int(getattr(config, "num_attention_heads", None) or 0)
+    except RuntimeError:  # of transformers, for what layers have each
+        raise ModelError(
+            f"{type(config).__name__}: its layers differ in their query heads, and kvprof measures models of one "
+            "number for all.\n  kvprof inspect lists what such a model caches."
+        ) from None
+
+
 def layers_without_values(modules: Mapping[str, nn.Module]) -> frozenset[int]:
     """Return the layers of a decoder that make their values of what the keys' matrix puts out. modules: by name."""
     found = set()

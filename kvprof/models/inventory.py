@@ -28,6 +28,7 @@ from kvprof.models.decoder import (
     decoder_modules,
     layers_without_values,
     own_cache,
+    query_heads,
     takes_cache,
     text_config,
 )
@@ -43,6 +44,15 @@ latent attention: kv_a_layernorm."""
 
 PROJECTING = ("full", "sliding", "chunked", "hybrid", "latent")
 """The kinds of layer that project what they cache."""
+
+KNOWN_LAYERS = {
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
+}
+"""Layers of transformers' cache of which it is known which tokens they hold; by name, since no version has them all. A
+class made of one of them may hold others."""
 
 LATENT = "layer of latent attention (MLA)"
 
@@ -82,7 +92,7 @@ class Skeleton:
     @property
     def query_heads(self) -> int:
         """Query heads of a layer."""
-        return int(self.config.num_attention_heads)
+        return query_heads(self.config)
 
     def attention(self, layer: int) -> nn.Module:
         """Return the attention module of a layer."""
@@ -274,6 +284,12 @@ def _layer_kinds(config: PretrainedConfig) -> list[tuple[LayerKind, int | None, 
     """Return (kind, window, reason to skip) of each layer, as transformers' own cache for this config has it."""
     try:
         cache_layers = DynamicCache(config=config).layers
+        runs = getattr(config, "decoder_layers", None) or config.num_hidden_layers
+        if runs != config.num_hidden_layers:
+            raise ModelError(
+                f"{type(config).__name__} has {runs} decoder layers, and transformers makes a cache for "
+                f"{config.num_hidden_layers}, those of its encoder: such a model cannot be run with a cache."
+            )
         if 0 < len(cache_layers) < config.num_hidden_layers:
             raise ModelError(
                 f"{type(config).__name__}: transformers {transformers.__version__} has a cache for {len(cache_layers)} "
@@ -308,22 +324,22 @@ def _kind(
     if recurrent and not isinstance(cache_layer, DynamicLayer):
         return "recurrent", None, "recurrent layer with a state of fixed size"
     is_latent = getattr(own, "kv_lora_rank", None) is not None
+    known = KNOWN_LAYERS | ({"DynamicIndexedLayer"} if is_latent else set())
+    if isinstance(cache_layer, DynamicLayer) and type(cache_layer).__name__ not in known:
+        what = LATENT if is_latent else "layer"
+        return "other", None, f"{what} with a cache of a kind unknown to kvprof ({type(cache_layer).__name__})"
     if isinstance(cache_layer, DynamicSlidingWindowLayer):
         window = int(cache_layer.sliding_window)
         if is_latent:
             return "latent", window, f"{LATENT} with a window of {window} tokens"
-        if window >= getattr(config, "max_position_embeddings", window + 1) and not recurrent:
+        limit = getattr(config, "max_position_embeddings", None) or 0
+        if 0 < limit <= window and not recurrent:
             return "full", None, None  # the window never moves within the context that the model was made for
         kind: LayerKind = "chunked" if layer_type == "chunked_attention" else "sliding"
         return kind, window, None
     if recurrent:
         return "hybrid", None, None
-    if is_latent and type(cache_layer).__name__ in ("DynamicLayer", "DynamicIndexedLayer"):  # not in every version
-        return "latent", None, None
-    if type(cache_layer) is not DynamicLayer:
-        what = LATENT if is_latent else "layer"
-        return "other", None, f"{what} with a cache of a kind unknown to kvprof ({type(cache_layer).__name__})"
-    return "full", None, None
+    return ("latent" if is_latent else "full"), None, None
 
 
 def _describe(skeleton: Skeleton, index: int, kind: LayerKind, window: int | None, reason: str | None) -> KVLayer:
@@ -353,7 +369,7 @@ def _describe(skeleton: Skeleton, index: int, kind: LayerKind, window: int | Non
     head_dim = (
         getattr(skeleton.attention(index), "head_dim", None)
         or getattr(config, "head_dim", None)
-        or config.hidden_size // config.num_attention_heads
+        or config.hidden_size // query_heads(config)
     )
     if projection.is_fused:
         kv_heads, value_head_dim = _fused_kv_heads(config), head_dim
@@ -394,7 +410,7 @@ def _check_width(layer: KVLayer) -> None:
 
 def _fused_kv_heads(config: PretrainedConfig) -> int:
     """Return the KV heads that a config with fused projections promises."""
-    heads = int(config.num_attention_heads)
+    heads = query_heads(config)
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
         return 1
     if getattr(config, "new_decoder_architecture", True):  # Falcon's plain layout ignores its num_kv_heads

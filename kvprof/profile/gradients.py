@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from kvprof.calibration.sequences import IGNORED, Batch
 from kvprof.errors import ModelError, NonFiniteGradient, UnknownLayout, UnsupportedAttention, first_line
 from kvprof.models.checkpoint.weights import take_rows
-from kvprof.models.decoder import decoder_modules, text_config
+from kvprof.models.decoder import decoder_modules, query_heads, text_config
 from kvprof.models.inventory import key_norm_of
 from kvprof.models.layouts import Rows, choose_layout, cut_rows, find_projections
 from kvprof.models.load import input_device, wider_dtype_advice
@@ -105,14 +105,14 @@ def _weight_gradient_norms(
             f"layers {geometry.scored[again[0]].layer} and {geometry.scored[again[1]].layer} of {type(model).__name__} "
             "are the very same module, and nothing tells on the way back which of them a gradient came through."
         )
-    query_heads = text_config(model.config).num_attention_heads
+    heads = query_heads(text_config(model.config))
     try:
         for layer in geometry.scored:
             projection = projections[layer.layer]
             key, value = modules[projection.key], modules[projection.value]
             if projection.is_fused:
-                layout = choose_layout(projection, tuple(key.get_parameter("weight").shape), layer, query_heads)
-                rows: Rows = cut_rows(layout, layer, query_heads)
+                layout = choose_layout(projection, tuple(key.get_parameter("weight").shape), layer, heads)
+                rows: Rows = cut_rows(layout, layer, heads)
                 both = capture(layer.layer, {"key": rows.key, "value": rows.value})
                 handles.append(key.register_forward_hook(both))
             elif projection.key == projection.value:

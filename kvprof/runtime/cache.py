@@ -6,7 +6,7 @@ hands attention plain tensors for the length of one layer's step. Does not know 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +148,8 @@ class PlanCache(Cache):  # type: ignore[misc]
             raise CacheError(f"{tokens_to_remove!r} is no number of tokens.")
         held = self.get_seq_length()
         left = tokens_left(held, tokens_to_remove)
+        if left < held:
+            _check_states(self.layers)  # first: recording a past, which other layers ask for, would not help
         for layer in self.layers:
             if (planned := planned_layer(layer)) is not None:
                 planned.check_crop(left - held)
@@ -239,14 +241,19 @@ def _held_bytes(layer: Any) -> int:
     return sum(x.numel() * x.element_size() for x in held)
 
 
+def _check_states(layers: Iterable[Any]) -> None:
+    """Raise CacheError where a layer has a recurrent state, which holds no past."""
+    mixed = (layer for layer in layers if isinstance(layer, LinearAttentionCacheLayerMixin))
+    if any(any(layer.is_recurrent_states_initialized.values()) for layer in mixed):
+        raise CacheError("the cache has layers with a recurrent state, which cannot go back; nothing was changed.")
+
+
 def _check_own_crop(layer: Any, held: int, left: int) -> None:
     """Raise CacheError where transformers' part of a layer has let go what it needs to go back to fewer tokens."""
     sizes: list[tuple[int, int]] = []  # tokens that are there, and that every step needs
     if isinstance(layer, DynamicSlidingWindowLayer) and held >= layer.sliding_window:
         sizes.append((layer.keys.shape[-2], layer.sliding_window - 1))
     if isinstance(layer, LinearAttentionCacheLayerMixin):
-        if any(layer.is_recurrent_states_initialized.values()):
-            raise CacheError("the cache has layers with a recurrent state, which cannot go back; nothing was changed.")
         for number, state in layer.conv_states.items():
             if state is not None:
                 sizes.append((state.shape[-1], layer.conv_kernel_size[number]))

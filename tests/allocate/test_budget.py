@@ -13,6 +13,7 @@ from kvprof import BitPlan, Scores
 from kvprof.allocate import allocate
 from kvprof.allocate.budget import bit_limit, memory_limit, parse_bits, parse_memory
 from kvprof.errors import InfeasibleBudget, UsageError
+from kvprof.records.geometry import KVLayer, RecurrentState
 from kvprof.records.plan import Window
 
 GIB = 2**30
@@ -179,6 +180,17 @@ def test_memory_within_the_window_needs_no_codes() -> None:
 def test_memory_needs_a_geometry() -> None:
     with pytest.raises(UsageError, match="carry no geometry"):
         allocate(scores([1.0], [1.0]), memory="1GiB", context=100)
+
+
+def test_memory_needs_the_size_of_every_recurrent_state() -> None:
+    recurrent = KVLayer(layer=1, kind="recurrent", kv_heads=0, key_head_dim=0, value_head_dim=0, skipped="a state")
+    with pytest.raises(UsageError, match="the size of the recurrent states of layer 1 is not known"):
+        allocate(scores([1.0], [1.0], geometry(full(0), recurrent)), memory="1GiB", context=100)
+    counted = recurrent.model_copy(update={"state": RecurrentState(elements=1000, float32_elements=10)})
+    known = geometry(full(0), counted)
+    window = Window(sink_tokens=4, recent_tokens=128)
+    plan = allocate(scores([1.0], [1.0], known), memory=f"{51200 + 2040}B", context=100, window=window)
+    assert plan.bytes_at(100) == 51200 + 1000 * known.element_bytes + 10 * 4
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from kvprof.cli.app import app
 from kvprof.errors import KvprofError, ModelError
+from kvprof.models.decoder import query_heads
 from kvprof.models.inventory import position_limit, take_inventory
 from kvprof.records.inventory import Inventory
 
@@ -281,6 +282,47 @@ def test_a_rank_that_a_model_does_not_use_makes_no_latent() -> None:
     config = TINY["llama"]()
     config.kv_lora_rank = 16
     assert take_inventory(config).geometry == take_inventory(TINY["llama"]()).geometry
+
+
+def test_a_cache_class_made_of_a_sliding_one_may_hold_other_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unlimited-OCR's slides over what it generates, and keeps every token of the prompt."""
+
+    class Keeps(transformers.cache_utils.DynamicSlidingWindowLayer):  # type: ignore[misc]
+        pass
+
+    config = TINY["mistral-sliding"]()
+    layers = [Keeps(sliding_window=16) for _ in range(config.num_hidden_layers)]
+    cache = type("Cache", (), {"layers": layers})()
+    monkeypatch.setattr("kvprof.models.inventory.DynamicCache", lambda config: cache)
+    inventory = take_inventory(config)
+    assert kinds(inventory) == ["other"] * 2
+    assert "of a kind unknown to kvprof (Keeps)" in str(inventory.geometry.layers[0].skipped)
+    assert inventory.bytes_at is None
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_of_positions_that_is_none_makes_no_window_full(limit: int) -> None:
+    config = TINY["mistral-sliding"]()
+    config.max_position_embeddings = limit
+    assert kinds(take_inventory(config)) == ["sliding"] * 2
+
+
+def test_a_decoder_of_more_layers_than_its_cache_is_refused() -> None:
+    config = transformers.WhisperConfig(encoder_layers=2, decoder_layers=4, d_model=36, is_encoder_decoder=False)
+    config.architectures = ["WhisperForCausalLM"]
+    with pytest.raises(ModelError, match="has 4 decoder layers, and transformers makes a cache for 2"):
+        take_inventory(config)
+
+
+def test_query_heads_that_differ_by_layer_are_refused_in_a_sentence() -> None:
+    class Differs:
+        @property
+        def num_attention_heads(self) -> int:
+            raise RuntimeError("'num_attention_heads' is a per-layer attribute and may vary across layers.")
+
+    with pytest.raises(ModelError, match="Differs: its layers differ in their query heads"):
+        query_heads(Differs())  # type: ignore[arg-type]
+    assert query_heads(transformers.MambaConfig()) == 0
 
 
 def test_a_cache_that_is_not_known_has_no_bytes_at_all(monkeypatch: pytest.MonkeyPatch) -> None:

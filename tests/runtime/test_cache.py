@@ -343,6 +343,8 @@ def test_a_recurrent_state_never_goes_back(name: str) -> None:
     cache.activate_past_recording()
     step(model, prompt(40), cache)
     before = contents(cache)
+    with pytest.raises(CacheError, match="recurrent state, which cannot go back"):
+        filled(model).crop(-1)  # without advice to record a past, which would not help
     with pytest.raises(CacheError, match="recurrent state, which cannot go back; nothing was changed"):
         cache.crop(-1)
     assert same(contents(cache), before)

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from kvprof.errors import ModelError, NonFiniteWeight
 from kvprof.models.checkpoint.files import Checkpoint, Runs
 from kvprof.models.checkpoint.shards import FLOATS, quantized
-from kvprof.models.decoder import other_parts, text_config
+from kvprof.models.decoder import other_parts, query_heads, text_config
 from kvprof.models.inventory import NORM_ON_KEYS
 from kvprof.models.layouts import Projection, Rows, choose_layout, cut_rows, find_projections
 from kvprof.models.quantized.checkpoint import stored_kinds
@@ -86,8 +86,8 @@ class Projections:
         modules = {name.removesuffix(".weight") for name in self._names if name.endswith(".weight")}
         found = find_projections(modules, geometry, beside=other_parts(config))
         fused = any(each.is_fused for each in found.values())
-        query_heads = int(text_config(config).num_attention_heads) if fused else 0
-        self.layers = tuple(self._reads(layer, found[layer.layer], query_heads) for layer in geometry.scored)
+        heads = query_heads(text_config(config)) if fused else 0
+        self.layers = tuple(self._reads(layer, found[layer.layer], heads) for layer in geometry.scored)
 
     @property
     def kinds(self) -> tuple[str, ...]:
