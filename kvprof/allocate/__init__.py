@@ -23,7 +23,7 @@ from kvprof.errors import UsageError, did_you_mean
 from kvprof.records.document import LONGEST_TEXT
 from kvprof.records.formats import TensorName, parse_formats
 from kvprof.records.plan import BitPlan, Provenance, Window
-from kvprof.records.requests import AllocateRequest
+from kvprof.records.requests.plan import AllocateRequest
 from kvprof.records.scores import LOSS_INCREASE, METRICS, Scores, default_unit
 
 __all__ = ["RULES", "allocate", "allocate_as_asked", "check_request", "metric_needed"]

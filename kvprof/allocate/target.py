@@ -15,7 +15,8 @@ from kvprof.errors import UsageError, did_you_mean
 from kvprof.records.external_formats import EXTERNAL
 from kvprof.records.formats import TENSORS, Format, TensorName, format_named
 from kvprof.records.geometry import CacheGeometry
-from kvprof.records.plan import LAYER_CHOICES, BitPlan, LayerChoice, Window
+from kvprof.records.plan import LAYER_CHOICES, BitPlan, Window
+from kvprof.records.requests.request import LayerChoice
 
 WHOLE_CACHE = Window(sink_tokens=0, recent_tokens=0)
 """Every token is quantized as it comes."""

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from kvprof.allocate.budget import known_bits, parse_bits
 from kvprof.errors import InvalidFile, UsageError, first_line
 from kvprof.records.plan import BitPlan
-from kvprof.records.requests import AllocateRequest
+from kvprof.records.requests.plan import AllocateRequest
 
 CALL = "kvprof.allocate"
 WORDS = ("kvprof", "allocate")

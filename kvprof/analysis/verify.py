@@ -18,7 +18,7 @@ from kvprof.errors import InvalidFile, KvprofError, Mismatch, first_line
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import BitPlan, Solver, TensorPlan
 from kvprof.records.replies import Check
-from kvprof.records.requests import AllocateRequest
+from kvprof.records.requests.plan import AllocateRequest
 from kvprof.records.scores import METRICS, Scores
 from kvprof.targets.registry import target_named
 

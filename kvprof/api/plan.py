@@ -24,7 +24,7 @@ from kvprof.api.given import (
 )
 from kvprof.errors import UsageError
 from kvprof.records.plan import BitPlan
-from kvprof.records.requests import AllocateRequest
+from kvprof.records.requests.plan import AllocateRequest
 from kvprof.records.scores import Scores
 from kvprof.targets.registry import target_named
 from kvprof.workspace.discovery import newest_scores, scores_for

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from kvprof.evaluate.evaluation import Baseline
     from kvprof.models.load import ModelSource
-    from kvprof.profile.request import SensitivitySettings
+    from kvprof.records.requests.measure import GradientsRequest
 
 Plan = BitPlan | str | Path
 
@@ -100,7 +100,7 @@ def evaluate(
     dtype, device = word(dtype), word(device)
     from kvprof.calibration.text import BUILTIN
     from kvprof.evaluate.evaluation import EvaluationSettings, check_request, run_evaluation
-    from kvprof.profile.request import SensitivitySettings
+    from kvprof.records.requests.measure import GradientsRequest
 
     settings = EvaluationSettings(
         (BUILTIN,) if data is None else several(data),
@@ -125,7 +125,7 @@ def evaluate(
         if rivals or check:
             check_request(source, [(name, found), *further], settings, compares=check)
         if rivals:
-            measuring = SensitivitySettings(dtype=dtype, device=device, stream=stream)
+            measuring = GradientsRequest(dtype=dtype, device=device, stream=stream)
             path = Path(plan) if isinstance(plan, str | Path) else None
             published = published_baselines(found, path, source, folder, measuring, restart)
         run = run_evaluation(source, found, settings, folder, published, further, name, restart, progress or silent)
@@ -150,7 +150,7 @@ def published_baselines(
     path: Path | None,
     source: ModelSource,
     folder: Path,
-    measuring: SensitivitySettings,
+    measuring: GradientsRequest,
     restart: bool,
     bar: Callable[[str, str], AbstractContextManager[Progress]] = lambda title, unit: nullcontext(silent),
 ) -> list[Baseline]:

@@ -21,7 +21,7 @@ from kvprof.cli.allowed import (
     SinkTokens,
     Tie,
 )
-from kvprof.cli.options import BASELINES, BUDGET, FORMATS
+from kvprof.records.requests.option import BASELINES, BUDGET, FORMATS
 
 
 def allocate(
@@ -147,7 +147,7 @@ def allocate(
     from kvprof.cli.typed import typed_command
     from kvprof.errors import UsageError
     from kvprof.records.geometry import bytes_text
-    from kvprof.records.requests import AllocateRequest
+    from kvprof.records.requests.plan import AllocateRequest
     from kvprof.records.scores import Scores
     from kvprof.report.console import print_note, print_plain, print_result, print_written
     from kvprof.report.plans import plan_remarks, prediction_lines, restriction_lines, show_plan, stability_lines

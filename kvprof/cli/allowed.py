@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from kvprof.cli.options import FORMATS, RECENT_TOKENS, SINK_TOKENS, WINDOW, within
+from kvprof.cli.options import RECENT_TOKENS, SINK_TOKENS, within
+from kvprof.records.requests.option import FORMATS, WINDOW
 
 ScoresFile = Annotated[
     Path | None, typer.Option(help="Scores file.", show_default="the newest in outputs/ that has the metric")

@@ -7,109 +7,14 @@ from typing import Annotated
 
 import typer
 
-from kvprof.cli.measure import Model
 from kvprof.cli.options import (
-    MEASUREMENT,
-    TEXT,
-    CalibrationLength,
-    Column,
-    Config,
     Device,
-    DryRun,
     Dtype,
-    Out,
-    Pack,
     PlannedModel,
-    RecentTokens,
     Restart,
-    Seed,
-    SinkTokens,
-    Split,
-    Stream,
-    SuffixFraction,
-    Texts,
     TokenizerName,
     TrustRemoteCode,
 )
-from kvprof.cli.watching import Watch
-
-
-def divergence(
-    model: Model = None,
-    formats: Annotated[
-        str,
-        typer.Option(help="Formats to measure: int2g64 or key:int3g64c,value:rot2; time is proportional."),
-    ] = "int2g64",
-    layers: Annotated[
-        str | None,
-        typer.Option(help="Layers to measure, such as 0-3,7.", show_default="all that a plan covers"),
-    ] = None,
-    data: Texts = None,
-    out: Out = None,
-    dry_run: DryRun = False,
-    sequences: Annotated[
-        int, typer.Option(help="Calibration sequences; time is proportional.", rich_help_panel=TEXT)
-    ] = 2,
-    split: Split = None,
-    column: Column = None,
-    config: Config = None,
-    sequence_length: CalibrationLength = None,
-    seed: Seed = 0,
-    pack: Pack = False,
-    recent_tokens: RecentTokens = 128,
-    sink_tokens: SinkTokens = 4,
-    tensors: Annotated[
-        str, typer.Option(help="Tensors to measure: `key`, `value` or both.", rich_help_panel=MEASUREMENT)
-    ] = "key,value",
-    suffix_fraction: SuffixFraction = 0.5,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    stream: Stream = False,
-    tokenizer: TokenizerName = None,
-    trust_remote_code: TrustRemoteCode = False,
-    restart: Restart = False,
-) -> None:
-    """Measure the KL of quantizing one tensor of one layer at a time.
-
-    One forward pass per layer, tensor, format and sequence; `audit` compares the result with predictions.
-    """
-    from kvprof.calibration.spec import USUAL_DATA
-    from kvprof.models.load import resolve
-    from kvprof.profile.divergence import DivergenceSettings, run_divergence
-    from kvprof.records.plan import Window
-    from kvprof.report.audits import show_divergence
-    from kvprof.report.console import print_note, print_result, print_written, progress
-    from kvprof.storage.folders import output_folder
-
-    source = resolve(model, trust_remote_code, tokenizer)
-    folder = output_folder(source.id, out)
-    settings = DivergenceSettings(
-        layers=layers,
-        tensors=tensors,
-        formats=formats,
-        window=Window(sink_tokens=sink_tokens, recent_tokens=recent_tokens),
-        suffix_fraction=suffix_fraction,
-        data=data or USUAL_DATA,
-        split=split,
-        column=column,
-        config=config,
-        sequences=sequences,
-        sequence_length=sequence_length,
-        seed=seed,
-        pack=pack,
-        dtype=dtype,
-        device=device,
-        stream=stream,
-    )
-    watch = Watch(dry_run)
-    with watch.over(device), progress("divergence", "forwards") as advance:
-        writing = advance.beside("writing text", "tokens")
-        run = run_divergence(source, settings, folder, restart, advance, writing, watch)
-    show_divergence(run.scores)
-    for remark in run.remarks:
-        print_note(remark)
-    print_written(run.path)
-    print_result(run.scores)
 
 
 def calibrate(

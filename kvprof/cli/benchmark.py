@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvprof.cli.options import DEVICE, MEASUREMENT, Out, Restart, TrustRemoteCode, within
+from kvprof.cli.options import Out, Restart, TrustRemoteCode, within
 from kvprof.errors import UsageError
+from kvprof.records.requests.option import DEVICE, MEASUREMENT
 
 if TYPE_CHECKING:
     from kvprof.records.formats import TensorName

@@ -10,9 +10,6 @@ import typer
 
 from kvprof.cli.manner import Command
 from kvprof.cli.options import (
-    BASELINES,
-    DEVICE,
-    MEASUREMENT,
     Column,
     Config,
     Device,
@@ -31,6 +28,7 @@ from kvprof.cli.options import (
 )
 from kvprof.cli.watching import Watch
 from kvprof.errors import UsageError
+from kvprof.records.requests.option import BASELINES, DEVICE, MEASUREMENT
 
 
 class TakesSeveralFiles(Command):
@@ -143,8 +141,8 @@ def evaluate(
     from kvprof.calibration.text import BUILTIN
     from kvprof.evaluate.evaluation import EvaluationSettings, check_request, run_evaluation
     from kvprof.models.load import resolve
-    from kvprof.profile.request import SensitivitySettings
     from kvprof.records.plan import BitPlan
+    from kvprof.records.requests.measure import GradientsRequest
     from kvprof.report.console import print_note, print_result, print_written, progress
     from kvprof.report.evaluations import show_evaluation
     from kvprof.storage.folders import output_folder
@@ -175,7 +173,7 @@ def evaluate(
     )
     if rivals or check:  # run_evaluation checks the same, but after the baselines are measured
         check_request(source, [(name, found), *further], settings, compares=check)
-    measuring = SensitivitySettings(dtype=dtype, device=device, stream=stream)
+    measuring = GradientsRequest(dtype=dtype, device=device, stream=stream)
     published = []
     if rivals and not dry_run:
         published = published_baselines(found, plan, source, folder, measuring, restart, progress)

@@ -22,7 +22,7 @@ from kvprof.cli.allowed import (
     SinkTokens,
     Tie,
 )
-from kvprof.cli.options import BUDGET
+from kvprof.records.requests.option import BUDGET
 
 
 def frontier(

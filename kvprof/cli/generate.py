@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from kvprof.cli.options import DEVICE, MEASUREMENT, Dtype, PlannedModel, TokenizerName, TrustRemoteCode, within
+from kvprof.cli.options import Dtype, PlannedModel, TokenizerName, TrustRemoteCode, within
+from kvprof.records.requests.option import DEVICE, MEASUREMENT
 
 
 def generate(

@@ -11,14 +11,7 @@ from typing import Annotated
 
 import typer
 
-BUDGET = "Budget"
-TEXT = "Text"
-FORMATS = "Formats"
-WINDOW = "Cache window"
-BASELINES = "Baselines"
-MEASUREMENT = "Measurement"
-DEVICE = "Model and device"
-OUTPUT = "Output"
+from kvprof.records.requests.option import DEVICE, FORMATS, MEASUREMENT, OUTPUT, TEXT, WINDOW
 
 
 def within(low: int, high: int) -> Callable[[int | None], int | None]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvprof.cli.options import OUTPUT
+from kvprof.records.requests.option import OUTPUT
 
 Pictures = Annotated[
     list[str] | None,

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvprof.cli.completion import recipes
-from kvprof.cli.options import OUTPUT, TokenizerName, TrustRemoteCode
+from kvprof.cli.options import TokenizerName, TrustRemoteCode
 from kvprof.cli.stops import STOPPED
 from kvprof.errors import InvalidFile, UsageError
+from kvprof.records.requests.option import OUTPUT
 
 if TYPE_CHECKING:
     from kvprof.recipes.done import Past

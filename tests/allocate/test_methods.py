@@ -16,7 +16,7 @@ from kvprof import BitPlan, Scores
 from kvprof.allocate import allocate, allocate_as_asked
 from kvprof.errors import InvalidFile, KvprofError, UsageError
 from kvprof.records.plan import Provenance, Window
-from kvprof.records.requests import AllocateRequest
+from kvprof.records.requests.plan import AllocateRequest
 
 PUBLISHED_BITS = (1, 2, 3, 4, 8)
 

@@ -21,7 +21,7 @@ from kvprof.allocate.prediction import predict
 from kvprof.errors import InfeasibleBudget, InvalidFile, UsageError
 from kvprof.records.formats import format_named
 from kvprof.records.plan import Window
-from kvprof.records.requests import AllocateRequest
+from kvprof.records.requests.plan import AllocateRequest
 
 KEYS = {"int2g64": 0.3, "int3g64": 0.1, "int4g64": 0.02, "int4g128": 0.03, "rot2": 0.2, "int8g64": 0.001}
 VALUES = {"rot1": 0.5, "rot2": 0.15, "int2g64": 0.25, "int4g64": 0.02, "int8g64": 0.002}

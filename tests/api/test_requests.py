@@ -17,7 +17,7 @@ from kvprof.cli import allocate as cli
 from kvprof.errors import UsageError
 from kvprof.records.recipe import Plans
 from kvprof.records.recipe import Target as TargetTable
-from kvprof.records.requests import AllocateRequest
+from kvprof.records.requests.plan import AllocateRequest
 
 FIELDS = set(AllocateRequest.model_fields)
 WHERE_IT_GOES = {"out"}

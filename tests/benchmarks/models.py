@@ -35,10 +35,11 @@ from kvprof.analysis.ranks import spearman
 from kvprof.evaluate.evaluation import Baseline, EvaluationSettings, run_evaluation
 from kvprof.evaluate.kl_factor import CalibrateSettings, run_calibrate
 from kvprof.models.load import ModelSource, resolve
-from kvprof.profile.divergence import DivergenceSettings, run_divergence
+from kvprof.profile.divergence import run_divergence
 from kvprof.records.evaluation import PlanResult
 from kvprof.records.formats import TENSORS
 from kvprof.records.plan import Window
+from kvprof.records.requests.measure import DivergenceRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "kvprof/evaluate/README.md"
@@ -230,13 +231,14 @@ class Measurements:
         case = self.case
         with _Told(self, "divergence.json") as missing:
             if missing:
-                settings = DivergenceSettings(
+                settings = DivergenceRequest(
                     data=case.data,
                     sequences=case.singles,
                     sequence_length=case.length,
                     layers=case.layers,
                     formats=TWO_BITS,
-                    window=self.window,
+                    sink_tokens=self.window.sink_tokens,
+                    recent_tokens=self.window.recent_tokens,
                 )
                 run_divergence(self.source, settings, self.folder)
         path = self.folder / "divergence.json"

@@ -16,7 +16,8 @@ from kvprof import BitPlan, Scores
 from kvprof.allocate import allocate
 from kvprof.evaluate.evaluation import EvaluationSettings, run_evaluation
 from kvprof.models.load import resolve
-from kvprof.profile.divergence import DivergenceSettings, run_divergence
+from kvprof.profile.divergence import run_divergence
+from kvprof.records.requests.measure import DivergenceRequest
 
 pytestmark = pytest.mark.demo
 
@@ -30,7 +31,7 @@ def scores(quickstart: Quickstart) -> Scores:
 
 
 def test_predicted_losses_rank_tensors_as_they_are_measured_and_tell_their_size(scores: Scores, tmp_path: Path) -> None:
-    measured = run_divergence(resolve("demo"), DivergenceSettings(layers=LAYERS, sequences=1), tmp_path).scores
+    measured = run_divergence(resolve("demo"), DivergenceRequest(layers=LAYERS, sequences=1), tmp_path).scores
     assert measured.calibration is not None
     assert scores.calibration is not None
     same = scores.calibration.sequence_fingerprints.index(measured.calibration.sequence_fingerprints[0])
