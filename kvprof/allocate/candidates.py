@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 
 from typing_extensions import TypedDict
 
-from kvprof.allocate.budget import CachedTensor, known_bits
+from kvprof.allocate.budget import CachedTensor
 from kvprof.allocate.losses import PredictedLoss
 from kvprof.allocate.pins import Pin, parse_pins
 from kvprof.allocate.scored import ScoredFormats
 from kvprof.errors import UsageError
-from kvprof.records.formats import FULL_BITS, TensorName, parse_formats, usual_format
+from kvprof.records.formats import FULL_BITS, TensorName, known_bits, parse_formats, usual_format
 from kvprof.records.scores import LOSS_INCREASE, Scores
 
 USUAL_BITS = (1, 2, 3, 4, 6, 8)

@@ -11,8 +11,8 @@ import shlex
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from kvprof.allocate.budget import known_bits, parse_bits
 from kvprof.errors import InvalidFile, UsageError, first_line
+from kvprof.records.formats import known_bits, parse_bits
 from kvprof.records.plan import BitPlan
 from kvprof.records.requests.plan import AllocateRequest
 

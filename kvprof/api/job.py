@@ -11,7 +11,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,9 +42,10 @@ class Job:
 
     model: a hub id, a folder, a .gguf file, `demo`, or a loaded model; None for the demo model. tokenizer: a loaded
     one, or its name. trust_remote_code: let the model's own Python code run. out: a folder for results. restart: begin
-    anew there. progress: called with (done, in all); writing: with (tokens done, in all) of text that the model writes
-    itself first. announce: called with the estimate of a run before a weight is loaded; may raise, to stop. usual: the
-    folder that has each model's results where none is named; None writes nothing then.
+    anew there. progress: called with (done, in all). beside: makes what is called likewise of a step that comes first,
+    of its title and its unit. announce: called with the estimate of a run before a weight is loaded; may raise, to
+    stop. usual: the folder that has each model's results where none is named; None writes nothing then. dry_run:
+    measure nothing, not even what the run needs first; `announce` stops it.
     """
 
     model: str | Path | PreTrainedModel | None = None
@@ -53,9 +54,15 @@ class Job:
     out: str | Path | None = None
     restart: bool = False
     progress: Progress = silent
-    writing: Progress = silent
+    beside: Callable[[str, str], Progress] = lambda title, unit: silent
     announce: Callable[[Estimate], None] = lambda estimate: None
     usual: Path | None = None
+    dry_run: bool = False
+
+    @property
+    def writing(self) -> Progress:
+        """Called with (tokens done, in all) of text that the model writes itself first."""
+        return self.beside("writing text", "tokens")
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Self:
@@ -69,22 +76,35 @@ class Job:
         names = ("model", "tokenizer", "trust_remote_code", "out", "restart")
         return cls(**{name: given[name] for name in names}, progress=given["progress"] or silent)
 
-    @contextlib.contextmanager
-    def opened(self, beside: str = "") -> Iterator[tuple[ModelSource, Path]]:
-        """Yield the model's source and the folder for results; one that is not named and not usual is gone afterwards.
+    def of_model(self, usual: str | None) -> Self:
+        """Return the job with a model where none is named."""
+        return self if self.model is not None else replace(self, model=usual)
 
-        beside: a folder within the usual one. A loaded model is in eval mode meanwhile, and then as it was.
-        Raises ModelError for a path that holds no model, UsageError for anything that cannot be one, OutputError.
+    def source(self) -> contextlib.AbstractContextManager[ModelSource]:
+        """Return a context of the model's source; a loaded model is in eval mode meanwhile, and then as it was.
+
+        Raises ModelError for a path that holds no model, UsageError for anything that cannot be one.
         """
-        with contextlib.ExitStack() as stack:
-            source = stack.enter_context(_source(self.model, self.tokenizer, self.trust_remote_code))
-            if self.out is not None:
-                folder = Path(self.out)
-            elif self.usual is not None:
-                folder = self.usual / slug(source.id) / beside
-            else:
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvprof-")))
-            yield source, output_folder(source.id, folder)
+        return _source(self.model, self.tokenizer, self.trust_remote_code)
+
+    @contextlib.contextmanager
+    def folder(self, model_id: str, inside: str = "") -> Iterator[Path]:
+        """Yield the folder for results; one that is not named and not usual is gone afterwards. Raises OutputError.
+
+        inside: a folder within the usual one.
+        """
+        if self.out is None and self.usual is None:
+            with tempfile.TemporaryDirectory(prefix="kvprof-") as folder:
+                yield Path(folder)
+            return
+        usual = None if self.usual is None else self.usual / slug(model_id) / inside
+        yield output_folder(model_id, usual if self.out is None else Path(self.out))
+
+    @contextlib.contextmanager
+    def opened(self, inside: str = "") -> Iterator[tuple[ModelSource, Path]]:
+        """Yield the model's source and the folder for results, as above."""
+        with self.source() as source, self.folder(source.id, inside) as folder:
+            yield source, folder
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvprof.allocate import allocate_as_asked, metric_needed
-from kvprof.allocate.budget import known_bits, parse_bits
 from kvprof.api.given import (
     check_around,
     check_flags,
@@ -23,6 +22,7 @@ from kvprof.api.given import (
     several,
 )
 from kvprof.errors import UsageError
+from kvprof.records.formats import known_bits, parse_bits
 from kvprof.records.plan import BitPlan
 from kvprof.records.requests.plan import AllocateRequest
 from kvprof.records.scores import Scores

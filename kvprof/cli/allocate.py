@@ -138,7 +138,6 @@ def allocate(
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
     from kvprof.allocate import metric_needed
-    from kvprof.allocate.budget import parse_bits
     from kvprof.allocate.candidates import Allowed
     from kvprof.allocate.constrained import unrestricted
     from kvprof.allocate.target import sliding_remark
@@ -146,6 +145,7 @@ def allocate(
     from kvprof.api.plan import plan_as_asked
     from kvprof.cli.typed import typed_command
     from kvprof.errors import UsageError
+    from kvprof.records.formats import parse_bits
     from kvprof.records.geometry import bytes_text
     from kvprof.records.requests.plan import AllocateRequest
     from kvprof.records.scores import Scores

@@ -1,22 +1,21 @@
-"""The commands `divergence`, `calibrate` and `audit`: measured losses, and predictions compared with them."""
+"""The commands `calibrate` and `audit`: predictions compared with what was measured."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvprof.cli.options import (
-    Device,
-    Dtype,
-    PlannedModel,
-    Restart,
-    TokenizerName,
-    TrustRemoteCode,
-)
+from kvprof.cli.options import PlannedModel, Restart, TokenizerName, TrustRemoteCode
+from kvprof.cli.request import asks
+from kvprof.cli.watching import watched
+
+if TYPE_CHECKING:
+    from kvprof.records.requests.check import CalibrateRequest
 
 
+@asks("check.CalibrateRequest")
 def calibrate(
     plans: Annotated[
         list[Path] | None,
@@ -32,9 +31,8 @@ def calibrate(
             show_default="what the plans were made from; else the newest in outputs/",
         ),
     ] = None,
-    sequences: Annotated[int, typer.Option(help="Sequences to measure on, out of those that were scored.")] = 4,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    *,
+    request: CalibrateRequest,
     tokenizer: TokenizerName = None,
     trust_remote_code: TrustRemoteCode = False,
     restart: Restart = False,
@@ -44,35 +42,23 @@ def calibrate(
     Whole plans can cost more than the sum of their tensors. The factor found is kept with the scores, and later
     predictions are multiplied by it.
     """
-    from kvprof.analysis.calibration_plans import predict_plans, usual_plans
-    from kvprof.records.plan import BitPlan
-    from kvprof.records.scores import Scores
-    from kvprof.workspace.names import short_names
-    from kvprof.workspace.scores_of_plans import scores_of_plans
-
-    read = {path: BitPlan.load(path) for path in plans or []}
-    path, found = scores_of_plans(read) if scores is None else (scores, Scores.load(scores))
-    named = dict(zip(short_names(read), read.values(), strict=True)) if read else usual_plans(found)
-    predicted = predict_plans(found, named)
-
-    from kvprof.evaluate.kl_factor import CalibrateSettings, run_calibrate
-    from kvprof.models.load import resolve
+    from kvprof.api.quality import calibration_as_asked
     from kvprof.records.replies import Calibrated
     from kvprof.report.audits import show_calibration
-    from kvprof.report.console import print_note, print_result, print_written, progress
-    from kvprof.storage.folders import output_folder
+    from kvprof.report.console import print_finished
 
-    source = resolve(model or predicted[0].plan.model.id, trust_remote_code, tokenizer)
-    folder = output_folder(source.id, path.parent)
-    settings = CalibrateSettings(sequences, dtype, device)
-    with progress("calibrate", "forwards") as advance:
-        writing = advance.beside("writing text", "tokens")
-        run = run_calibrate(source, found, path, predicted, settings, folder, restart, advance, writing)
+    with watched(
+        "calibrate",
+        "forwards",
+        request.device,
+        model=model,
+        tokenizer=tokenizer,
+        trust_remote_code=trust_remote_code,
+        restart=restart,
+    ) as job:
+        run = calibration_as_asked(request, plans or (), scores, job)
     show_calibration(run.plans, run.found)
-    for remark in run.remarks:
-        print_note(remark)
-    print_written(run.path)
-    print_result(Calibrated(path=str(run.path), kl_calibration=run.found, plans=run.plans))
+    print_finished(Calibrated(path=str(run.path), kl_calibration=run.found, plans=run.plans), run.path, run.remarks)
 
 
 def audit(

@@ -81,9 +81,9 @@ def frontier(
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as for allocate: threads cost more than the arithmetic
 
-    from kvprof.allocate.budget import parse_bits
     from kvprof.allocate.frontier import frontier as find_frontier
     from kvprof.allocate.task import usual_window
+    from kvprof.records.formats import parse_bits
     from kvprof.records.scores import LOSS_INCREASE, Scores
     from kvprof.report.console import print_note, print_plain, print_result, print_written
     from kvprof.report.frontiers import show_frontier

@@ -74,7 +74,6 @@ def _option(name: str, field: FieldInfo, option: Option) -> inspect.Parameter:
     typed = _typed(field.annotation)
     flag = f"--{(field.alias or name).replace('_', '-')}"
     default = field.default
-    several = typed.is_several and not option.joined
     words: list[str] = [f"{flag}/--no-{flag[2:]}" if default is True else flag]
     low, high = _bounds(field) if option.shows_range else (None, None)
     info = typer.Option(
@@ -86,7 +85,8 @@ def _option(name: str, field: FieldInfo, option: Option) -> inspect.Parameter:
         max=high,
         autocompletion=_completion(option, typed),
     )
-    annotation: Any = list[typed.kind] if several else typed.kind  # type: ignore[name-defined]
+    kind = str if option.commas else typed.kind
+    annotation: Any = list[kind] if typed.is_several else kind  # type: ignore[valid-type]
     if default is None:
         annotation = annotation | None
     return inspect.Parameter(
@@ -118,6 +118,8 @@ def _typed(annotation: Any) -> _Typed:
 
 def _bounds(field: FieldInfo) -> tuple[float | None, float | None]:
     """Return the least and the largest value of a field's number."""
+    from kvprof.records.document import LARGEST_COUNT
+
     notes = list(field.metadata)
     part: Any = field.annotation
     while arguments := get_args(part):
@@ -125,10 +127,9 @@ def _bounds(field: FieldInfo) -> tuple[float | None, float | None]:
             notes += getattr(note, "metadata", [note])
         part = arguments[0]
 
-    def bound(name: str) -> float | None:
-        return next((getattr(note, name) for note in notes if hasattr(note, name)), None)
-
-    return bound("ge"), bound("le")
+    least = max((note.ge for note in notes if hasattr(note, "ge")), default=None)
+    most = min((note.le for note in notes if hasattr(note, "le")), default=None)
+    return least, None if most == LARGEST_COUNT else most
 
 
 def _completion(option: Option, typed: _Typed) -> Callable[[str], list[str]] | None:

@@ -27,8 +27,7 @@ def watched(title: str, unit: str, device: str = "cpu", dry_run: bool = False, *
 
     watch = Watch(dry_run)
     with watch.over(device), progress(title, unit) as advance:
-        writing = advance.beside("writing text", "tokens")
-        yield Job(**place, progress=advance, writing=writing, announce=watch, usual=OUTPUTS)
+        yield Job(**place, progress=advance, beside=advance.beside, announce=watch, usual=OUTPUTS, dry_run=dry_run)
 
 
 class Watch:

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvprof.allocate import RULES, check_request
-from kvprof.allocate.budget import parse_bits, parse_memory
 from kvprof.errors import InvalidFile, UsageError, did_you_mean
 from kvprof.recipes.words import OWN_TEXTS
+from kvprof.records.formats import parse_bits
 from kvprof.records.recipe import Plans, Recipe, Target
 from kvprof.targets.registry import TARGETS
 from kvprof.workspace.text_files import files_below, is_pattern
@@ -30,9 +30,6 @@ def check_recipe(recipe: Recipe, texts: dict[str, dict[str, Path | None]]) -> No
     for table, several in (("plans", recipe.plans), ("rivals", recipe.rivals)):
         for number, plans in enumerate(several):
             _check_plans(plans, f"{table}[{number}]")
-    if recipe.benchmark is not None and recipe.benchmark.memory is not None:
-        with _at("benchmark.memory"):
-            parse_memory(recipe.benchmark.memory)
     for number, target in enumerate(recipe.targets):
         place = f"targets[{number}]"
         if target.runtime not in TARGETS:

@@ -23,6 +23,7 @@ from typing_extensions import Self
 from kvprof.errors import InvalidFile, did_you_mean
 from kvprof.records.document import Count, Number, Positive, Record, Text, explain_invalid, read_at_most
 from kvprof.records.requests import measure as requests
+from kvprof.records.requests.check import Benchmark, Calibrate, Evaluate
 from kvprof.records.requests.measure import BatchSize, Divergence, Reading
 from kvprof.records.requests.request import Flag, LayerChoice, ListedLayers, ScoredFormats, Word, one_or_several
 from kvprof.records.scores import METRICS
@@ -81,12 +82,6 @@ class Gradients(requests.Gradients):
 
     stable_at: Several[Number] | None = None
     batch_size: BatchSize = 1
-
-
-class Calibrate(Record):
-    """`kvprof calibrate`: the factor between measured and predicted KL, kept with the gradients' scores."""
-
-    sequences: Positive | None = None
 
 
 class Choice(Record):
@@ -156,29 +151,6 @@ class Plans(Windowed, Budgets):
     as_published: Flag | None = None
     bits_key: Positive | None = None
     bits_value: Positive | None = None
-
-
-class Evaluate(Reading):
-    """`kvprof evaluate` of the first plan, against all other plans and [[rivals]] of the recipe."""
-
-    measure_from: Count | None = None
-    rivals: Flag | None = None
-    """Whether published rules at the first plan's stored bits are measured too; they are, unless this is false."""
-    check: Flag | None = None
-    exact: Flag | None = None
-
-
-class Benchmark(Record):
-    """`kvprof benchmark` of the first plan."""
-
-    context: Several[Positive] | None = None
-    batch: Several[Positive] | None = None
-    memory: Word | None = None
-    kernels: Literal["auto", "triton", "torch"] | None = None
-    repeats: Positive | None = None
-    tokens: Positive | None = None
-    attention_only: Flag | None = None
-    seed: Count | None = None
 
 
 class Target(Choice, Budgets):

@@ -11,9 +11,11 @@ from handmade import full, geometry, scores, uneven_scores
 
 from kvprof import BitPlan, Scores
 from kvprof.allocate import allocate
-from kvprof.allocate.budget import bit_limit, memory_limit, parse_bits, parse_memory
+from kvprof.allocate.budget import bit_limit, memory_limit
 from kvprof.errors import InfeasibleBudget, UsageError
+from kvprof.records.formats import parse_bits
 from kvprof.records.plan import Window
+from kvprof.records.words import parse_memory
 
 GIB = 2**30
 

@@ -14,9 +14,10 @@ from scipy.stats import spearmanr
 
 from kvprof import BitPlan, Scores
 from kvprof.allocate import allocate
-from kvprof.evaluate.evaluation import EvaluationSettings, run_evaluation
+from kvprof.evaluate.evaluation import run_evaluation
 from kvprof.models.load import resolve
 from kvprof.profile.divergence import run_divergence
+from kvprof.records.requests.check import EvaluateRequest
 from kvprof.records.requests.measure import DivergenceRequest
 
 pytestmark = pytest.mark.demo
@@ -57,7 +58,7 @@ def test_plans_lose_a_fraction_of_what_the_best_uniform_pairs_lose(scores: Score
     }
     (first, *others), settings = (
         [*plans.items(), *pairs.items()],
-        EvaluationSettings(sequences=1, sequence_length=1024, measure_from=512),
+        EvaluateRequest(sequences=1, sequence_length=1024, measure_from=512),
     )
     found = run_evaluation(resolve("demo"), first[1], settings, tmp_path, against=others, name=first[0]).evaluation
     result = {one.name: one for one in found.plans}

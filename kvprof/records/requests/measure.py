@@ -199,11 +199,3 @@ class Divergence(Reading, Probes):
 
 class DivergenceRequest(Divergence, Measuring):
     """`kvprof divergence`."""
-
-
-class CalibrateRequest(Request):
-    """`kvprof calibrate`."""
-
-    sequences: Annotated[Positive, Option("Sequences to measure on, out of those that were scored.")] = 4
-    dtype: Dtype = "auto"
-    device: Device = "auto"

@@ -23,7 +23,7 @@ class Option:
 
     help: one sentence. panel: one of PANELS. default: what the help shows where the default depends on something else.
     shows_range: print the bounds beside the option. words: the list that a shell completes from, of `cli.completion`; a
-    `Literal` completes its own. joined: several values are one word, between commas.
+    `Literal` completes its own. commas: values may stand between commas.
     """
 
     help: str
@@ -31,7 +31,7 @@ class Option:
     default: str | None = None
     shows_range: bool = False
     words: str | None = None
-    joined: bool = False
+    commas: bool = False
 
     def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> dict[str, Any]:
         """Describe the field in a JSON Schema by its help."""

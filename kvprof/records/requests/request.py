@@ -14,7 +14,7 @@ from kvprof.errors import UsageError, did_you_mean
 from kvprof.records.document import Count, Integer, Record, Text, brief
 from kvprof.records.formats import parse_formats
 from kvprof.records.requests.option import WINDOW, Option
-from kvprof.records.words import read_layers
+from kvprof.records.words import parse_memory, read_layers
 
 T = TypeVar("T")
 V = TypeVar("V")
@@ -62,11 +62,17 @@ def _known_layers(layers: str) -> str:
     return layers
 
 
+def _known_memory(memory: str) -> str:
+    parse_memory(memory)
+    return memory
+
+
 Flag = Annotated[bool, Field(strict=True)]
 Word = Annotated[Text, Field(min_length=1)]
 Several = Annotated[tuple[T, ...], BeforeValidator(one_or_several), Field(min_length=1)]
 Seed = Annotated[Integer, Field(ge=0, le=2**32 - 1)]
 WindowTokens = Annotated[Count, Field(le=LARGEST_WINDOW)]
+MemoryWord = Annotated[Word, AfterValidator(refusing(_known_memory))]
 JoinedFormats = Annotated[Word, BeforeValidator(_joined)]
 """Formats, of whatever runtime, which only it may know."""
 ScoredFormats = Annotated[JoinedFormats, AfterValidator(refusing(_known_formats))]
@@ -131,7 +137,8 @@ def _explained(error: ValidationError, spelled: Callable[..., str]) -> str:
     context, value = fault.get("ctx", {}), brief(fault["input"])
     kind = fault["type"]
     if kind == "literal_error":
-        return f"unknown {spelled(name)} {value}: {did_you_mean(str(fault['input']), re.findall(QUOTED, context['expected']))}"
+        nearest = did_you_mean(str(fault["input"]), re.findall(QUOTED, context["expected"]))
+        return f"unknown {spelled(name)} {value}: {nearest}"
     if kind.startswith("bool"):
         needed = "True or False is needed"
     elif kind.startswith("int"):
