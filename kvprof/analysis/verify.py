@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterator
 
 from kvprof import __version__
-from kvprof.allocate import allocate_as_asked
 from kvprof.allocate.budget import CachedTensor, spent
+from kvprof.allocate.dispatch import allocate_as_asked
 from kvprof.allocate.losses import entries_of, fitting_scores, planned_tensors
 from kvprof.allocate.task import PlanTask
 from kvprof.analysis.recorded import ask_alike, read_command, read_request

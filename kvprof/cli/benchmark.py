@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvprof.cli.options import Out, Restart, TrustRemoteCode
+from kvprof.cli.options import Out, PlannedModelArgument, Restart, TrustRemoteCode
 from kvprof.cli.request import asks
 from kvprof.cli.watching import watched
 
@@ -24,13 +24,7 @@ def benchmark(
             "window of 128 tokens."
         ),
     ],
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="Hub id, folder, .gguf file, or `demo`.",
-            show_default="the plan's model; if it names none, the demo model",
-        ),
-    ] = None,
+    model: PlannedModelArgument = None,
     *,
     request: BenchmarkRequest,
     out: Out = None,

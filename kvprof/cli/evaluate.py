@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvprof.cli.manner import Command
-from kvprof.cli.options import DryRun, Out, Restart, TokenizerName, TrustRemoteCode
+from kvprof.cli.options import DryRun, Out, PlannedModelArgument, Restart, TokenizerName, TrustRemoteCode
 from kvprof.cli.request import asks
 from kvprof.cli.watching import watched
 from kvprof.errors import UsageError
@@ -56,14 +56,7 @@ def model_asked(named: str | None, model: str | None) -> str | None:
 @asks("check.EvaluateRequest")
 def evaluate(
     plan: Annotated[Path, typer.Argument(help="BitPlan file.")],
-    named: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            help="Hub id, folder, .gguf file, or `demo`.",
-            show_default="the plan's model; if it names none, the demo model",
-        ),
-    ] = None,
+    named: PlannedModelArgument = None,
     against: Annotated[
         list[Path] | None,
         typer.Option(help="Further plans to compare with: one file or several.", show_default=False),

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from kvprof.cli.options import DryRun, Out, Restart, TokenizerName, TrustRemoteCode
+from kvprof.cli.options import DryRun, Model, Out, Restart, TokenizerName, TrustRemoteCode
 from kvprof.cli.request import asks
 from kvprof.cli.watching import watched
 
 if TYPE_CHECKING:
     from kvprof.records.requests.measure import DivergenceRequest, GradientsRequest, SpectraRequest
-
-Model = Annotated[
-    str | None,
-    typer.Argument(help="Hub id, folder, .gguf file, or `demo`.", show_default="the demo model"),
-]
 
 
 def inspect(model: Model = None, trust_remote_code: TrustRemoteCode = False) -> None:

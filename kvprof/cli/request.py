@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from pkgutil import resolve_name
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
@@ -85,7 +86,7 @@ def _option(name: str, field: FieldInfo, option: Option) -> inspect.Parameter:
         max=high,
         autocompletion=_completion(option, typed),
     )
-    kind = str if option.commas else typed.kind
+    kind = str if option.commas else Path if option.is_path else typed.kind
     annotation: Any = list[kind] if typed.is_several else kind  # type: ignore[valid-type]
     if default is None:
         annotation = annotation | None

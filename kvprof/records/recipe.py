@@ -21,11 +21,13 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 from typing_extensions import Self
 
 from kvprof.errors import InvalidFile, did_you_mean
-from kvprof.records.document import Count, Number, Positive, Record, Text, explain_invalid, read_at_most
+from kvprof.records.document import Number, Positive, Record, Text, explain_invalid, read_at_most
 from kvprof.records.requests import measure as requests
+from kvprof.records.requests import plan as requests_plan
 from kvprof.records.requests.check import Benchmark, Calibrate, Evaluate
-from kvprof.records.requests.measure import BatchSize, Divergence, Reading
-from kvprof.records.requests.request import Flag, LayerChoice, ListedLayers, ScoredFormats, Word, one_or_several
+from kvprof.records.requests.measure import BatchSize, Divergence, Reading, Spectra
+from kvprof.records.requests.plan import Choice, Limits, MinKeyBits
+from kvprof.records.requests.request import Flag, ListedLayers, Word, one_or_several
 from kvprof.records.scores import METRICS
 from kvprof.storage.folders import RESERVED_ON_WINDOWS
 
@@ -73,10 +75,6 @@ class Norms(Record):
     """`kvprof norms`: it has no options of its own."""
 
 
-class Spectra(Reading):
-    """`kvprof spectra`."""
-
-
 class Gradients(requests.Gradients):
     """`kvprof gradients`."""
 
@@ -84,34 +82,12 @@ class Gradients(requests.Gradients):
     batch_size: BatchSize = 1
 
 
-class Choice(Record):
-    """What a plan may choose from."""
-
-    bits: Word | None = None
-    formats: ScoredFormats | None = None
-    group_size: Positive | None = None
-    pin: Several[Word] | None = None
-    min_key_bits: Annotated[Positive, Field(le=16)] | None = None
-
-
-class Windowed(Choice):
-    """What a plan of kvprof's own cache may choose from, and its window."""
-
-    tie: Literal["key-value"] | None = None
-    sink_tokens: Count | None = None
-    recent_tokens: Count | None = None
-
-
-class Frontier(Windowed):
+class Frontier(requests_plan.Frontier):
     """`kvprof frontier`, of the gradients' scores."""
 
     low: Number | None = Field(None, alias="from")
     high: Number | None = Field(None, alias="to")
-    points: Annotated[Positive, Field(ge=2, le=1000)] | None = None
-    unit: Unit | None = None
-    context: Positive | None = None
-    batch: Positive | None = None
-    layers: LayerChoice | None = None
+    pin: Several[Word] | None = None
 
     @model_validator(mode="after")
     def _goes_up(self) -> Self:
@@ -120,44 +96,30 @@ class Frontier(Windowed):
         return self
 
 
-class Budgets(Record):
-    """A limit: bits an element, each of several a plan of its own; or bytes of cache at a context and batch."""
-
-    budgets: Several[Number] | None = None
-    """Bits an element."""
-    unit: Unit | None = None
-    memory: Word | None = None
-    """Bytes of cache, such as 1.5GiB."""
-    context: Positive | None = None
-    """Tokens a sequence that `memory` must hold."""
-    batch: Positive | None = None
-    """Sequences, likewise."""
-
-
-class Plans(Windowed, Budgets):
+class Plans(requests_plan.Plan):
     """`kvprof allocate`: a plan for each budget, or the one plan of a rule or limit that takes none.
 
     name: what the file is called instead of plan-...; of several budgets, what stands before them.
-    scores: which measurement it spends by; by default what the metric, or the rule, needs.
+    budgets: bits an element. scores: which measurement it spends by; by default what the metric, or the rule, needs.
     """
 
     name: Annotated[Word, Field(pattern=r"^[\w.+-]+$", max_length=100), AfterValidator(_usable_name)] | None = None
+    budgets: Several[Number] | None = None
     scores: Literal["norms", "gradients", "divergence"] | None = None
-    rule: Word | None = None
     metric: Metric | None = None
     max_kl: Number | None = None
-    layers: LayerChoice | None = None
+    pin: Several[Word] | None = None
     top_fraction: Share | None = None
-    as_published: Flag | None = None
-    bits_key: Positive | None = None
-    bits_value: Positive | None = None
 
 
-class Target(Choice, Budgets):
+class Target(Choice, Limits):
     """Another runtime: its own formats scored, a plan within what it can be told, and the artefact for it."""
 
     runtime: Word
     """`kvprof targets` lists them."""
+    budgets: Several[Number] | None = None
+    pin: Several[Word] | None = None
+    min_key_bits: MinKeyBits = None
 
 
 class Audit(Record):

@@ -8,9 +8,9 @@ from fractions import Fraction
 
 import pytest
 from handmade import full, geometry, scores, uneven_scores
+from requested import allocate
 
 from kvprof import BitPlan, Scores
-from kvprof.allocate import allocate
 from kvprof.allocate.budget import bit_limit, memory_limit
 from kvprof.errors import InfeasibleBudget, UsageError
 from kvprof.records.formats import parse_bits

@@ -10,10 +10,10 @@ from statistics import median
 
 import pytest
 from quickstart import Quickstart
+from requested import allocate
 from scipy.stats import spearmanr
 
 from kvprof import BitPlan, Scores
-from kvprof.allocate import allocate
 from kvprof.evaluate.evaluation import run_evaluation
 from kvprof.models.load import resolve
 from kvprof.profile.divergence import run_divergence

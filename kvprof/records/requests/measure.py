@@ -15,9 +15,9 @@ from kvprof.records.requests.request import (
     RECENT_TOKENS,
     SINK_TOKENS,
     Flag,
+    Formats,
     ListedLayers,
     Request,
-    ScoredFormats,
     Seed,
     Several,
     SlidingLayers,
@@ -109,10 +109,14 @@ class Measuring(Reading, Loading):
     """What every measurement on calibration text has in common."""
 
 
-class SpectraRequest(Measuring):
-    """`kvprof spectra`."""
+class Spectra(Reading):
+    """What a recipe can ask `kvprof spectra` for."""
 
     sequences: Annotated[Positive, Option(SEQUENCES)] = USUAL_SEQUENCES
+
+
+class SpectraRequest(Spectra, Measuring):
+    """`kvprof spectra`."""
 
 
 class Gradients(Reading):
@@ -120,7 +124,7 @@ class Gradients(Reading):
 
     sequences: Annotated[Positive | None, Option(SEQUENCES, default="8; 32 with --until-stable")] = None
     formats: Annotated[
-        ScoredFormats | None,
+        Formats | None,
         Option(
             "Formats whose loss to predict: int3g64,rot2 or key:int2g64c,value:rot2; or `none`.",
             FORMATS,
@@ -179,7 +183,7 @@ class Probes(Request):
     """Which tensors are measured one at a time, and in which formats."""
 
     formats: Annotated[
-        ScoredFormats,
+        Formats,
         Option("Formats to measure: int2g64 or key:int3g64c,value:rot2; time is proportional."),
     ] = "int2g64"
     layers: Annotated[

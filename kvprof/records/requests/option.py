@@ -23,7 +23,8 @@ class Option:
 
     help: one sentence. panel: one of PANELS. default: what the help shows where the default depends on something else.
     shows_range: print the bounds beside the option. words: the list that a shell completes from, of `cli.completion`; a
-    `Literal` completes its own. commas: values may stand between commas.
+    `Literal` completes its own. commas: values may stand between commas. is_path:
+    a file.
     """
 
     help: str
@@ -32,6 +33,7 @@ class Option:
     shows_range: bool = False
     words: str | None = None
     commas: bool = False
+    is_path: bool = False
 
     def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> dict[str, Any]:
         """Describe the field in a JSON Schema by its help."""

@@ -72,10 +72,9 @@ Word = Annotated[Text, Field(min_length=1)]
 Several = Annotated[tuple[T, ...], BeforeValidator(one_or_several), Field(min_length=1)]
 Seed = Annotated[Integer, Field(ge=0, le=2**32 - 1)]
 WindowTokens = Annotated[Count, Field(le=LARGEST_WINDOW)]
+PathText = Annotated[Text, BeforeValidator(lambda path: str(path) if isinstance(path, os.PathLike) else path)]
 MemoryWord = Annotated[Word, AfterValidator(refusing(_known_memory))]
-JoinedFormats = Annotated[Word, BeforeValidator(_joined)]
-"""Formats, of whatever runtime, which only it may know."""
-ScoredFormats = Annotated[JoinedFormats, AfterValidator(refusing(_known_formats))]
+Formats = Annotated[Text, BeforeValidator(_joined), AfterValidator(refusing(_known_formats))]
 ListedLayers = Annotated[Word, AfterValidator(refusing(_known_layers))]
 LayerChoice = Literal["all", "full"]
 SlidingLayers = Annotated[
@@ -136,14 +135,14 @@ def _explained(error: ValidationError, spelled: Callable[..., str]) -> str:
     fault = [fault for fault in faults if fault["loc"][0] == name][-1]  # of a text or a number: a number
     context, value = fault.get("ctx", {}), brief(fault["input"])
     kind = fault["type"]
-    if kind == "literal_error":
+    if kind == "literal_error" and isinstance(fault["input"], str):
         nearest = did_you_mean(str(fault["input"]), re.findall(QUOTED, context["expected"]))
         return f"unknown {spelled(name)} {value}: {nearest}"
     if kind.startswith("bool"):
         needed = "True or False is needed"
     elif kind.startswith("int"):
         needed = "a whole number is needed"
-    elif kind == "string_type":
+    elif kind in ("string_type", "literal_error"):
         needed = "a word is needed"
     elif kind == "too_short":
         needed = "it names nothing; leave it out"
