@@ -21,13 +21,14 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 from typing_extensions import Self
 
 from kvprof.errors import InvalidFile, did_you_mean
-from kvprof.records.document import Number, Positive, Record, Text, explain_invalid, read_at_most
+from kvprof.records.document import Number, Record, Text, explain_invalid, read_at_most
 from kvprof.records.requests import measure as requests
 from kvprof.records.requests import plan as requests_plan
 from kvprof.records.requests.check import Benchmark, Calibrate, Evaluate
 from kvprof.records.requests.measure import BatchSize, Divergence, Reading, Spectra
 from kvprof.records.requests.plan import Choice, Limits, MinKeyBits
-from kvprof.records.requests.request import Flag, ListedLayers, Word, one_or_several
+from kvprof.records.requests.request import Flag, Word, one_or_several
+from kvprof.records.requests.share import PlotRequest
 from kvprof.records.scores import METRICS
 from kvprof.storage.folders import RESERVED_ON_WINDOWS
 
@@ -126,16 +127,11 @@ class Audit(Record):
     """`kvprof audit`: it has no options of its own. Needs [divergence]."""
 
 
-class Plot(Record):
+class Plot(PlotRequest):
     """`kvprof plot`: what was measured as pictures, in the folder plots/ beside it."""
 
     pictures: Several[Picture] | None = None
     """Some of them by name; all, unless some are named."""
-    kind: Literal["png", "svg"] | None = Field(None, alias="format")
-    width: Annotated[Number, Field(ge=3, le=40)] | None = None
-    """Inches."""
-    dpi: Annotated[Positive, Field(ge=50, le=1200)] | None = None
-    layers: ListedLayers | None = None
 
 
 class Report(Record):

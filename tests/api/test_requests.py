@@ -27,7 +27,7 @@ PLACE = {"model", "tokenizer", "trust_remote_code", "out", "restart", "dry_run"}
 """Where a job reads and writes, of commands and functions; no request."""
 PRINTING = {"as_json", "quiet"}
 FILES = {"evaluate": {"plan", "named", "against"}, "benchmark": {"plan"}, "generate": {"plan", "prompt"},
-         "calibrate": {"plans", "scores"}, "import": {"file", "tool"}}  # fmt: skip
+         "calibrate": {"plans", "scores"}, "plot": {"pictures"}, "import": {"file", "tool"}}  # fmt: skip
 """Files and texts that a command is given as arguments, and more of the kind."""
 LOADING = {"dtype", "device", "stream"}
 """What a recipe says once for all tables."""
@@ -40,6 +40,7 @@ TABLES: dict[str, tuple[type[Record], set[str]]] = {
     "benchmark": (recipe.Benchmark, LOADING | {"shape", "layers"}),
     "frontier": (recipe.Frontier, {"scores"}),
     "allocate": (recipe.Plans, {"target"}),
+    "plot": (recipe.Plot, set()),
 }
 """A command's table in a recipe, and what of its request it has not."""
 FUNCTIONS = ("gradients", "spectra", "allocate", "evaluate")
@@ -101,7 +102,7 @@ def test_the_function_has_a_keyword_for_each_field_and_no_other_and_its_default(
 def test_a_recipe_has_a_key_for_each_field_and_no_other(name: str) -> None:
     """A table makes a plan of each of its budgets; a plan for a runtime is a table of its own."""
     table, absent = TABLES[name]
-    keys = {"budget" if key == "budgets" else key for key in table.model_fields} - {"name"}
+    keys = {"budget" if key == "budgets" else key for key in table.model_fields} - {"name", "pictures"}
     fields = REQUESTS[name].model_fields
     assert keys == set(fields) - absent
     for key in keys & set(table.model_fields):

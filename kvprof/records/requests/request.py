@@ -21,6 +21,16 @@ V = TypeVar("V")
 
 LARGEST_WINDOW = 2**31
 QUOTED = re.compile(r"'([^']*)'")
+NEEDED = {
+    "bool": "True or False is needed",
+    "int": "a whole number is needed",
+    "string_type": "a word is needed",
+    "literal_error": "a word is needed",
+    "too_short": "it names nothing; leave it out",
+    "greater_than_equal": "at least {ge} is needed",
+    "less_than_equal": "at most {le} is possible",
+}
+"""What to give instead, by how pydantic's name for the fault begins."""
 
 
 def refusing(read: Callable[[V], T]) -> Callable[[V], T]:
@@ -104,7 +114,7 @@ class Request(Record):
         try:
             return cls.model_validate({name: options[name] for name in cls.model_fields if name in options})
         except ValidationError as error:
-            raise UsageError(_explained(error, as_keyword if of_function else as_option)) from None
+            raise UsageError(_explained(cls, error, as_keyword if of_function else as_option)) from None
 
     def said(self) -> dict[str, Any]:
         """Return what was asked for by name, without what is so by default."""
@@ -125,31 +135,21 @@ def as_keyword(name: str, value: str = "") -> str:
     return f"{name}={value}".rstrip("=")
 
 
-def _explained(error: ValidationError, spelled: Callable[..., str]) -> str:
+def _explained(request: type[Request], error: ValidationError, spelled: Callable[..., str]) -> str:
     """Return what is wrong with the first option that does not fit. spelled: makes its name and value words."""
     faults = error.errors(include_url=False)
     if faults[0]["type"] == "value_error":  # a validator's own sentence, which names options as a command line has them
         message = str(faults[0]["ctx"]["error"])
         return re.sub(r"--([a-z-]*[a-z])", lambda found: spelled(found[1].replace("-", "_")), message)
-    name = str(faults[0]["loc"][0])
-    fault = [fault for fault in faults if fault["loc"][0] == name][-1]  # of a text or a number: a number
-    context, value = fault.get("ctx", {}), brief(fault["input"])
-    kind = fault["type"]
-    if kind == "literal_error" and isinstance(fault["input"], str):
-        nearest = did_you_mean(str(fault["input"]), re.findall(QUOTED, context["expected"]))
+    place = faults[0]["loc"][0]
+    fault = [fault for fault in faults if fault["loc"][0] == place][-1]  # of a text or a number: a number
+    field = request.model_fields.get(str(place))
+    name = field.alias if field is not None and field.alias and spelled is as_option else str(place)
+    value = brief(fault["input"])
+    if fault["type"] == "literal_error" and isinstance(fault["input"], str):
+        nearest = did_you_mean(fault["input"], re.findall(QUOTED, fault["ctx"]["expected"]))
         return f"unknown {spelled(name)} {value}: {nearest}"
-    if kind.startswith("bool"):
-        needed = "True or False is needed"
-    elif kind.startswith("int"):
-        needed = "a whole number is needed"
-    elif kind in ("string_type", "literal_error"):
-        needed = "a word is needed"
-    elif kind == "too_short":
-        needed = "it names nothing; leave it out"
-    elif kind == "greater_than_equal":
-        needed = f"at least {context['ge']} is needed"
-    elif kind == "less_than_equal":
-        needed = f"at most {context['le']} is possible"
-    else:
-        needed = f"{fault['msg'][0].lower()}{fault['msg'][1:]}"
+    said = f"{fault['msg'][0].lower()}{fault['msg'][1:]}"
+    words = (words for kind, words in NEEDED.items() if fault["type"].startswith(kind))
+    needed = next((one.format(**fault.get("ctx", {})) for one in words), said)
     return f"{spelled(name, value)}: {needed}."
