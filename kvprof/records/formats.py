@@ -227,11 +227,6 @@ def parse_formats(text: str) -> dict[TensorName, tuple[str, ...]]:
     return {tensor: tuple(names) for tensor, names in chosen.items()}
 
 
-def parse_bits(text: str) -> tuple[int, ...]:
-    """Return the widths that a text such as "1,2,3,4,6,8,16" lists, ascending, each once; raises UsageError."""
-    return known_bits(word.strip() for word in text.split(","))
-
-
 def known_bits(widths: Iterable[int | str]) -> tuple[int, ...]:
     """Return widths ascending, each once; raises UsageError for one that no codes are packed to, or for none."""
     known = {str(bits): bits for bits in (*CODE_BITS, FULL_BITS)}

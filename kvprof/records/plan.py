@@ -362,9 +362,6 @@ def _cost_lines(plan: BitPlan) -> list[str]:
     return lines
 
 
-LAYER_CHOICES: tuple[LayerChoice, ...] = ("all", "full")
-
-
 def layers_left_alone(
     geometry: CacheGeometry, choice: LayerChoice, window: Window, context: int | None = None
 ) -> dict[int, str]:

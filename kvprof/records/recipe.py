@@ -68,7 +68,6 @@ def _usable_name(name: str) -> str:
 Several = Annotated[tuple[T, ...], BeforeValidator(one_or_several), Field(min_length=1, max_length=LONGEST_LIST)]
 Metric = Annotated[Word, AfterValidator(_known_metric)]
 Picture = Annotated[Word, AfterValidator(_known_picture)]
-Unit = Literal["stored", "nominal"]
 Share = Annotated[Number, Field(gt=0, le=1)]
 
 

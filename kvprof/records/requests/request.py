@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from typing_extensions import Self
 
 from kvprof.errors import UsageError, did_you_mean
@@ -102,8 +102,6 @@ SINK_TOKENS = "First tokens, kept in full precision."
 class Request(Record):
     """What a command is asked for. Only what was asked for otherwise than by default is worth writing."""
 
-    model_config = ConfigDict(populate_by_name=True)
-
     @classmethod
     def of(cls, options: Mapping[str, Any], of_function: bool = False) -> Self:
         """Return the request among a caller's options; others are left alone.
@@ -111,10 +109,11 @@ class Request(Record):
         of_function: they are keywords of a Python function, which a message names as `seed=-1`, not as `--seed -1`.
         Raises UsageError, naming the option and the value, for the first one that no request can hold.
         """
+        given = {field.alias or name: options[name] for name, field in cls.model_fields.items() if name in options}
         try:
-            return cls.model_validate({name: options[name] for name in cls.model_fields if name in options})
+            return cls.model_validate(given)
         except ValidationError as error:
-            raise UsageError(_explained(cls, error, as_keyword if of_function else as_option)) from None
+            raise UsageError(_explained(error, as_keyword if of_function else as_option)) from None
 
     def said(self) -> dict[str, Any]:
         """Return what was asked for by name, without what is so by default."""
@@ -135,16 +134,14 @@ def as_keyword(name: str, value: str = "") -> str:
     return f"{name}={value}".rstrip("=")
 
 
-def _explained(request: type[Request], error: ValidationError, spelled: Callable[..., str]) -> str:
+def _explained(error: ValidationError, spelled: Callable[..., str]) -> str:
     """Return what is wrong with the first option that does not fit. spelled: makes its name and value words."""
     faults = error.errors(include_url=False)
     if faults[0]["type"] == "value_error":  # a validator's own sentence, which names options as a command line has them
         message = str(faults[0]["ctx"]["error"])
         return re.sub(r"--([a-z-]*[a-z])", lambda found: spelled(found[1].replace("-", "_")), message)
-    place = faults[0]["loc"][0]
-    fault = [fault for fault in faults if fault["loc"][0] == place][-1]  # of a text or a number: a number
-    field = request.model_fields.get(str(place))
-    name = field.alias if field is not None and field.alias and spelled is as_option else str(place)
+    name = str(faults[0]["loc"][0])
+    fault = [fault for fault in faults if fault["loc"][0] == name][-1]  # of a text or a number: a number
     value = brief(fault["input"])
     if fault["type"] == "literal_error" and isinstance(fault["input"], str):
         nearest = did_you_mean(fault["input"], re.findall(QUOTED, fault["ctx"]["expected"]))
