@@ -84,9 +84,9 @@ def evaluation_as_asked(
     request: EvaluateRequest, plan: Plan, against: Mapping[str, Plan] | Plan | Sequence[Plan], job: Job
 ) -> EvaluationRun:
     """Evaluate a plan for the command and the function, which ask whether it is better; raises as `evaluate` does."""
-    (name, found), *further = _named(plan, against)
-    if request.check and not request.rivals and not further:
+    if request.check and not request.rivals and not against:
         raise UsageError("--check has nothing to compare with.\n  Leave out --no-rivals, or name plans with --against.")
+    (name, found), *further = _named(plan, against)
     from kvprof.evaluate.evaluation import check_request, run_evaluation
 
     path = Path(plan) if isinstance(plan, str | Path) else None

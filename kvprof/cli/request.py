@@ -49,13 +49,12 @@ def parameters_of(command: Command, request: type[Request] | None) -> list[inspe
     own = inspect.signature(command, eval_str=True, locals=known).parameters
     found: list[inspect.Parameter] = []
     for name, parameter in own.items():
-        is_request = request is not None and name == "request"
-        found += _options(request) if request is not None and is_request else [parameter]
-    order = [PANELS.index(get_args(parameter.annotation)[1].rich_help_panel) for parameter in found]
-    return [
-        found[place].replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for place in sorted(range(len(found)), key=order.__getitem__)
-    ]
+        found += _options(request) if request is not None and name == "request" else [parameter]
+    return [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in sorted(found, key=_panel)]
+
+
+def _panel(parameter: inspect.Parameter) -> int:
+    return PANELS.index(get_args(parameter.annotation)[1].rich_help_panel)
 
 
 def with_request(request: type[Request], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -165,6 +165,26 @@ def test_a_message_names_an_option_as_the_caller_writes_it() -> None:
             AllocateRequest.of(published, of_function)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"data": ["x\udcff.txt"]}, "--data 'x\\udcff.txt': it is not text in UTF-8."),
+        ({"data": [""]}, "--data '': it names nothing."),
+        ({"data": []}, "--data []: it names nothing; leave it out."),
+        ({"seed": 2**32}, "--seed 4294967296: at most 4294967295 is possible."),
+        ({"dtype": "float23"}, "unknown --dtype 'float23': did you mean 'float32'?"),
+        ({"tensors": "kye"}, "--tensors: no tensor is called 'kye': did you mean 'key'?"),
+        ({"layers": "3-1"}, "--layers '3-1': 3-1 runs backwards; write 1-3."),
+        ({"pack": 1}, "--pack 1: True or False is needed."),
+        ({"sequences": 2.5}, "--sequences 2.5: a whole number is needed."),
+    ],
+)
+def test_what_is_wrong_is_said_with_the_option_and_the_value(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        REQUESTS["divergence"].of(options)
+    assert str(raised.value) == words
+
+
 def test_a_command_that_no_file_could_hold_is_left_out(in_tmp: Path) -> None:
     pins = [f"key:{number % 3}=int4g64" for number in range(9_000)]
     plan = kvprof.allocate(random_scores(3), 6, pin=pins, out="plan.json")

@@ -47,7 +47,7 @@ def known_tensors(tensors: str) -> str:
     """Return `key`, `value` or both as they are written; raises ValueError for another word."""
     for word in (part.strip() for part in tensors.split(",")):
         if tensor_named(word) is None:
-            raise ValueError(f"no tensor is called {word!r}: {did_you_mean(word, TENSOR_WORDS)}")
+            raise ValueError(f"--tensors: no tensor is called {word!r}: {did_you_mean(word, TENSOR_WORDS)}")
     return tensors
 
 

@@ -25,6 +25,8 @@ NEEDED = {
     "bool": "True or False is needed",
     "int": "a whole number is needed",
     "string_type": "a word is needed",
+    "string_too_short": "it names nothing",
+    "string_unicode": "it is not text in UTF-8",
     "literal_error": "a word is needed",
     "too_short": "it names nothing; leave it out",
     "greater_than_equal": "at least {ge} is needed",
