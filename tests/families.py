@@ -73,6 +73,7 @@ FAMILIES = {
     "bamba": "Bamba",
     "falcon-h1": "Falcon-H1",
     "lfm2": "LFM2",
+    "inkling": "Inkling",
     "xglm": "XGLM",
 }
 """What each tiny model stands for."""

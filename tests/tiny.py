@@ -171,6 +171,23 @@ UNUSUAL: dict[str, Callable[[], PretrainedConfig]] = {
         hidden_size_per_layer_input=8,
         layer_types=_ALTERNATING,
     ),
+    "inkling": _config(
+        "InklingText",
+        **_LONG | {"num_hidden_layers": 4},
+        head_dim=8,
+        d_rel=4,
+        rel_extent=32,
+        swa_head_dim=8,
+        swa_num_attention_heads=4,
+        swa_num_key_value_heads=4,
+        sliding_window_size=16,
+        layer_types=["hybrid_sliding", "hybrid"] * 2,
+        mlp_layer_types=["dense", "sparse"] * 2,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        moe_intermediate_size=16,
+    ),
     "deepseek-v32": _config(
         "DeepseekV32",
         **_LATENT | {"max_position_embeddings": 256},
@@ -200,6 +217,8 @@ MIXTURES = ("mixtral", "qwen3-moe", "gpt-oss", "jetmoe", "dbrx", "deepseek-v2", 
 
 def skip_unknown(name: str) -> None:
     """Skip a test of what the installed transformers is too old for."""
+    if name == "inkling" and not hasattr(transformers, "InklingTextConfig"):
+        pytest.skip("this transformers does not know Inkling")
     if name in SHARE and not KNOWS_SHARING:
         pytest.skip("before transformers 5.23 a model that shares keys and values is refused (test_inventory.py)")
 

@@ -77,6 +77,7 @@ def price(
         skipped = [shape for shape in shapes if shape.layer not in planned]
         fixed = sum(shape.tokens_kept(context) * geometry.bytes_per_token(shape) for shape in skipped)
         fixed += sum(geometry.indexer_bytes(shapes[layer], context) for layer in planned)
+        fixed += geometry.state_bytes(context)
         return Prices(in_bytes, limit.unit, denominator=1, share=1, offset=limit.batch * fixed)
     bits_of: dict[tuple[Format, int | None], Fraction] = {}  # tensors have formats in common, and fractions are slow
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvprof.benchmark.bench import Bench, run_maker
@@ -73,7 +74,7 @@ def ways_to_attend(device: torch.device, dtype: torch.dtype) -> list[Way]:
             for name, backend in backends.items()
         ]
     if device.type == "cuda":
-        ways.append(Way("FlashAttention", narrow, _flash_package))
+        ways += [Way("FlashAttention", narrow, _flash_package), Way("FlexAttention", narrow, _flex)]
     return ways
 
 
@@ -149,6 +150,16 @@ def _backend(backend: SDPBackend, query: Tensor, keys: Tensor, values: Tensor) -
 def _flash_package(query_BHqD: Tensor, keys_BHTD: Tensor, values_BHTD: Tensor) -> Tensor:
     """Attend by the package flash-attn, whose kernel for decoding splits the tokens; it wants tokens before heads."""
     return _flash_kernel()(query_BHqD.transpose(1, 2), keys_BHTD.transpose(1, 2), values_BHTD.transpose(1, 2))
+
+
+def _flex(query_BHqD: Tensor, keys_BHTD: Tensor, values_BHTD: Tensor) -> Tensor:
+    """Attend by torch's FlexAttention, compiled, as it is meant to be used."""
+    return _flex_kernel()(query_BHqD, keys_BHTD, values_BHTD, enable_gqa=query_BHqD.shape[1] != keys_BHTD.shape[1])
+
+
+@functools.cache
+def _flex_kernel() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=False)
 
 
 @functools.cache

@@ -32,6 +32,7 @@ from kvprof.models.decoder import (
     text_config,
 )
 from kvprof.models.layouts import INCOMPLETE, Projection, cut_rows, find_projections
+from kvprof.models.recurrent_states import recurrent_states
 from kvprof.records.document import LARGEST_COUNT, ModelInfo
 from kvprof.records.geometry import ELEMENT_BYTES, CacheGeometry, DType, KVLayer, LayerKind
 from kvprof.records.inventory import Inventory, RedFlag
@@ -174,10 +175,12 @@ def _unplanned_latents(
         if not found[layer].is_fused:  # a config may name a rank that its model does not use
             unplanned[layer] = "full", None
         elif not hasattr(attention, "expand_kv"):
-            version = transformers.__version__
+            own: Any = attention
+            latent = f"{own.kv_lora_rank + own.qk_rope_head_dim} numbers a token"
             unplanned[layer] = (
                 "other",
-                f"{LATENT}: transformers {version} caches the keys and values made of the latent",
+                f"{LATENT}: transformers {transformers.__version__} caches the keys and values made of the latent, of "
+                f"which nothing is planned; a runtime that caches the latent stores {latent}",
             )
         elif attention.qk_rope_head_dim == 0:
             unplanned[layer] = "latent", f"{LATENT} without a rotary part"
@@ -201,9 +204,10 @@ def take_inventory(config: PretrainedConfig, model_id: str | None = None) -> Inv
     """
     name = type(config).__name__
     skeleton = build_skeleton(config)
+    states = recurrent_states(skeleton.modules[""], skeleton.config)
     try:
         layers = tuple(
-            _describe(skeleton, index, kind, window, reason)
+            _describe(skeleton, index, kind, window, reason).model_copy(update={"state": states.get(index)})
             for index, (kind, window, reason) in enumerate(_kinds_of(skeleton))
         )
         if not layers:
@@ -311,8 +315,7 @@ def _kind(
         if window >= getattr(config, "max_position_embeddings", window + 1) and not recurrent:
             return "full", None, None  # the window never moves within the context that the model was made for
         kind: LayerKind = "chunked" if layer_type == "chunked_attention" else "sliding"
-        beside = f"window of {window} tokens, with a recurrent state beside it" if recurrent else None
-        return kind, window, beside
+        return kind, window, None
     if recurrent:
         return "hybrid", None, None
     if is_latent and type(cache_layer).__name__ in ("DynamicLayer", "DynamicIndexedLayer"):  # not in every version

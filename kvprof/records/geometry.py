@@ -31,8 +31,17 @@ CONTEXTS = (4096, 32768, 131072)
 ELEMENT_BYTES: dict[str, int] = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
+class RecurrentState(Record):
+    """What a layer keeps of one sequence beside keys and values, or in their place, however long it is."""
+
+    elements: Count
+    """Numbers in the model's dtype."""
+    float32_elements: Count
+    """Numbers in float32, whatever the model's dtype."""
+
+
 class KVLayer(Record):
-    """What one decoder layer caches for each token."""
+    """What one decoder layer caches for each token, and of each sequence."""
 
     layer: LayerIndex
     kind: LayerKind
@@ -47,6 +56,8 @@ class KVLayer(Record):
     """Whether W_v is W_k: the values are made of what the keys' matrix puts out, and are cached beside the keys."""
     indexer_width: Count = Field(0, exclude_if=operator.not_)
     """Numbers of each token that a sparse attention's indexer caches beside the rest; no plan rounds them."""
+    state: RecurrentState | None = Field(None, exclude_if=is_absent)
+    """Absent where there is none, or nobody knows its size."""
     block_of: LayerIndex | None = Field(None, exclude_if=is_absent)
     """The first layer that runs the same block with the same weights (Zamba); each has a cache of its own. Absent for
     a layer whose weights are its own, and for that first one."""
@@ -177,6 +188,11 @@ class CacheGeometry(Record):
         return tuple(layer for layer in self.layers if layer.keeps_tokens and layer.window is None)
 
     @property
+    def uncounted(self) -> tuple[KVLayer, ...]:
+        """The layers whose recurrent state has a size that is not known: no number of bytes holds it."""
+        return tuple(layer for layer in self.layers if layer.kind in ("recurrent", "hybrid") and layer.state is None)
+
+    @property
     def element_bytes(self) -> int:
         """Bytes of one element in the model's dtype."""
         return ELEMENT_BYTES[self.dtype]
@@ -190,9 +206,15 @@ class CacheGeometry(Record):
         """Bytes of what a layer's indexer keeps of one sequence of `context` tokens."""
         return layer.tokens_kept(context) * layer.indexer_width * self.element_bytes
 
+    def state_bytes(self, context: int = 1) -> int:
+        """Bytes of the recurrent states of one sequence, as far as their sizes are known; none of an empty one."""
+        states = [layer.state for layer in self.layers if layer.state is not None] if context else []
+        return sum(state.elements * self.element_bytes + state.float32_elements * 4 for state in states)
+
     def bytes_at(self, context: int, batch: int = 1) -> int:
-        """Bytes of the unquantized cache of `batch` sequences of `context` tokens; recurrent states not counted."""
-        return batch * sum(layer.tokens_kept(context) * self.bytes_per_token(layer) for layer in self.layers)
+        """Bytes of the unquantized cache of `batch` sequences of `context` tokens, recurrent states included."""
+        tokens = sum(layer.tokens_kept(context) * self.bytes_per_token(layer) for layer in self.layers)
+        return batch * (tokens + self.state_bytes(context))
 
 
 def check_same_model(

@@ -301,7 +301,7 @@ class BitPlan(Document):
         """Bytes of the cache of `batch` sequences of `context` tokens: codes, scales, window, sinks, skipped layers.
 
         A sliding layer counts its own window, in the model's dtype where it is skipped; an indexer its own keys, in
-        full precision. Recurrent states are not counted.
+        full precision; recurrent states stay as they are.
         Raises KvprofError where the plan carries no geometry, or for a negative context or batch.
         """
         if self.geometry is None:
@@ -311,7 +311,7 @@ class BitPlan(Document):
         if context < 0 or batch < 0:
             raise KvprofError(f"a cache of {batch} sequences of {context} tokens does not exist.")
         plans = {entry.layer: entry for entry in self.layers}
-        total = 0
+        total = self.geometry.state_bytes(context)
         for layer in self.geometry.layers:
             if layer.layer in plans:
                 for tensor in TENSORS:

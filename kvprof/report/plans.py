@@ -15,7 +15,7 @@ from kvprof.records.scores import LOSS_INCREASE, CalibrationInfo, Scores
 from kvprof.records.stability import Stability
 from kvprof.records.words import context_text, counted
 from kvprof.report.console import Table, print_plain
-from kvprof.report.sentences import indexer_remark, latent_remarks, score_remarks
+from kvprof.report.sentences import indexer_remark, latent_remarks, score_remarks, state_remarks
 
 
 def show_plan(plan: BitPlan) -> None:
@@ -57,7 +57,7 @@ def plan_lines(plan: BitPlan) -> list[str]:
         bits = [entry.tensor(tensor).bits for entry in plan.layers]
         over = counted(len(bits), "layer")
         lines.append(f"mean {tensor} bits over {over}: {sum(bits) / len(bits):.4f}")
-    lines += latent_remarks(plan.geometry)
+    lines += [*latent_remarks(plan.geometry), *state_remarks(plan.geometry)]
     window = plan.window
     first = f"the first {window.sink_tokens} tokens" if window.sink_tokens else ""
     last = f"the last {window.recent_tokens}{'' if first else ' tokens'}" if window.recent_tokens else ""

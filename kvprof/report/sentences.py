@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 from kvprof.records.formats import TENSORS
-from kvprof.records.geometry import CacheGeometry
+from kvprof.records.geometry import CacheGeometry, bytes_text
 from kvprof.records.scores import SCALAR_METRICS, LatentScores, Scores
 from kvprof.records.words import layers_text
 
@@ -30,6 +30,18 @@ def latent_remarks(geometry: CacheGeometry | None) -> list[str]:
         widths = " or ".join(str(width) for width in sorted({layer.indexer_width for layer in indexed}))
         numbers = layers_text([layer.layer for layer in indexed])
         remarks.append(f"{numbers}: an indexer caches {widths} numbers a token more, in full precision in any plan")
+    return remarks
+
+
+def state_remarks(geometry: CacheGeometry | None) -> list[str]:
+    """Return what of a cache's bytes is recurrent states, and of which layers their size is not known."""
+    remarks = []
+    if geometry is not None and (size := geometry.state_bytes()):
+        layers = layers_text([layer.layer for layer in geometry.layers if layer.state is not None])
+        remarks.append(f"{layers}: recurrent states of {bytes_text(size)} a sequence, counted in every context")
+    if geometry is not None and geometry.uncounted:
+        layers = layers_text([layer.layer for layer in geometry.uncounted])
+        remarks.append(f"{layers}: recurrent states whose size is not known, and is not counted")
     return remarks
 
 

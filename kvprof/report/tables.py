@@ -15,7 +15,7 @@ from kvprof.records.words import context_text, layers_text
 from kvprof.report.audits import show_divergence
 from kvprof.report.console import Table, bar, print_flag, print_note, print_plain
 from kvprof.report.losses import show_best_losses, show_losses
-from kvprof.report.sentences import indexer_remark, larger, latent_remarks, norm_verdict, score_remarks
+from kvprof.report.sentences import indexer_remark, larger, latent_remarks, norm_verdict, score_remarks, state_remarks
 
 BAR_CELLS = 6
 """Of the bar beside a gradient norm."""
@@ -51,8 +51,8 @@ def show_inventory(inventory: Inventory) -> None:
     for layer in geometry.layers:
         if layer.skipped is not None:
             reasons.setdefault(layer.skipped, []).append(layer.layer)
-    if states := [layer for layer in geometry.layers if layer.kind in ("recurrent", "hybrid")]:
-        print_plain(f"not counted above: recurrent states, {_numbers(states)}")
+    for remark in state_remarks(geometry):
+        print_plain(remark)
     for reason, layers in reasons.items():
         print_plain(f"left alone by a plan: {layers_text(layers)}: {reason}")
     show_weight_sharing(geometry)

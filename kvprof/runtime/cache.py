@@ -22,6 +22,7 @@ from transformers.cache_utils import (
 from kvprof.errors import CacheError
 from kvprof.models.identity import live_fingerprint
 from kvprof.models.inventory import take_inventory
+from kvprof.models.recurrent_states import state_tensors
 from kvprof.records.geometry import ELEMENT_BYTES
 from kvprof.records.plan import BitPlan
 from kvprof.runtime.attention.hook import hook
@@ -113,10 +114,10 @@ class PlanCache(Cache):  # type: ignore[misc]
         return found
 
     def nbytes(self) -> int:
-        """Return the bytes of all keys and values held: codes, scales, zero points, sinks and windows.
+        """Return the bytes of all that is held: codes, scales, zero points, sinks, windows and recurrent states.
 
-        Equal to `plan.bytes_at(tokens, batch)`, which counts no recurrent state either, and of a sliding layer the
-        whole window, as the last query read it: its oldest token transformers lets go after that step.
+        Equal to `plan.bytes_at(tokens, batch)`, which counts of a sliding layer the whole window, as the last query
+        read it: its oldest token transformers lets go after that step.
         """
         return cache_bytes(self)
 
@@ -217,8 +218,13 @@ def _described(given: object) -> str:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Return the bytes of the keys and values that any cache of transformers' holds, counted as `PlanCache.nbytes`."""
-    return sum(_held_bytes(layer) for layer in cache.layers)
+    """Return the bytes that any cache of transformers' holds, counted as `PlanCache.nbytes`."""
+    return sum(_held_bytes(layer) + _state_bytes(layer) for layer in cache.layers)
+
+
+def _state_bytes(layer: Any) -> int:
+    states = state_tensors(layer) if isinstance(layer, LinearAttentionCacheLayerMixin) else []
+    return sum(state.numel() * state.element_size() for state in states)
 
 
 def _held_bytes(layer: Any) -> int:

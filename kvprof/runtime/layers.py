@@ -288,6 +288,7 @@ class PlannedHybridLayer(LinearAttentionAndFullAttentionLayer):  # type: ignore[
     def __init__(self, planned: PlannedLayer, number_of_states: int) -> None:
         self.planned = planned
         super().__init__(number_of_states=number_of_states)
+        self.is_sliding = planned.is_sliding
 
     @property
     def record_past(self) -> bool:
@@ -312,6 +313,14 @@ class PlannedHybridLayer(LinearAttentionAndFullAttentionLayer):  # type: ignore[
     def get_seq_length(self) -> int:
         """Tokens of one sequence held."""
         return self.planned.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the keys that a query of this length will see, and where they begin."""
+        return self.planned.get_mask_sizes(query_length)
+
+    def get_max_length(self) -> int:
+        """Return the tokens that a query sees, -1 where there is no limit."""
+        return self.planned.get_max_length()
 
     def reset(self) -> None:
         """Forget every token and the state."""

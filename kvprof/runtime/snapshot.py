@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, Li
 
 from kvprof import __version__
 from kvprof.errors import CacheError, InvalidFile, Mismatch, OutputError, first_line
+from kvprof.models.recurrent_states import state_tensors
 from kvprof.records.document import Count, Positive, Record
 from kvprof.records.geometry import CacheGeometry, KVLayer
 from kvprof.records.plan import BitPlan, oldest_held, quantized_tokens
@@ -194,8 +195,8 @@ def _facts(layer: Any) -> LayerFacts:
         facts["convolutions"] = {number: widths[number] for number, x in layer.conv_states.items() if x is not None}
         facts["recurrent"] = [number for number, x in layer.recurrent_states.items() if x is not None]
         facts["seen"] = [number for number, seen in layer.has_previous_state.items() if seen]
-        for state in (*layer.conv_states.values(), *layer.recurrent_states.values()):
-            facts |= {} if state is None else {"batch": state.shape[0]}
+        for state in state_tensors(layer):
+            facts["batch"] = state.shape[0]
     return LayerFacts(**facts)
 
 

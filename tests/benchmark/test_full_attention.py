@@ -43,7 +43,7 @@ def test_sixteen_bits_are_always_among_them_and_a_wider_dtype_beside(
 
 def test_a_gpu_has_its_own_ways_and_a_package_that_is_missing_is_named() -> None:
     ways = {way.name: way for way in ways_to_attend(torch.device("cuda"), torch.bfloat16)}
-    assert set(ways) == {"SDPA", "SDPA flash", "SDPA efficient", "SDPA cudnn", "FlashAttention"}
+    assert set(ways) == {"SDPA", "SDPA flash", "SDPA efficient", "SDPA cudnn", "FlashAttention", "FlexAttention"}
     with pytest.raises(CannotRun, match="flash-attn is not installed"):
         ways["FlashAttention"].call(*states())
 

@@ -215,7 +215,7 @@ def test_attention_beside_a_recurrent_state_is_hybrid_and_planned() -> None:
 def test_a_model_without_attention_has_nothing_to_plan(name: str) -> None:
     inventory = take_inventory(config(name, state_size=4))
     assert kinds(inventory) == ["recurrent"] * 4
-    assert inventory.geometry.bytes_at(1000) == 0
+    assert inventory.geometry.planned == ()
 
 
 @pytest.mark.parametrize("name", LATENTS)
@@ -289,6 +289,7 @@ def test_a_cache_that_is_not_known_has_no_bytes_at_all(monkeypatch: pytest.Monke
     inventory = take_inventory(TINY["deepseek-v3"]())
     assert kinds(inventory) == ["other"] * 2
     assert "caches the keys and values made of the latent" in str(inventory.geometry.layers[0].skipped)
+    assert "stores 20 numbers a token" in str(inventory.geometry.layers[0].skipped)
     assert inventory.bytes_per_token is inventory.bytes_at is None
 
 

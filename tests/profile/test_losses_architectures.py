@@ -58,9 +58,9 @@ def eagerly(
                 if coded:
                     inside.copy_(torch.from_numpy(rounded(inside.numpy().copy(), form, Quantizer())))
                 here = slice(at, at + 1)
-                changed, _ = eager(
-                    layer, query[:, :, here], states["key"], states["value"], mask[:, :, here], **options
-                )
+                bias = options.get("position_bias")  # (1, H, queries, keys), of Inkling
+                own = options if bias is None else options | {"position_bias": bias[:, :, here]}
+                changed, _ = eager(layer, query[:, :, here], states["key"], states["value"], mask[:, :, here], **own)
                 total += 0.5 * float((output.grad[0, at] * (changed[0, 0] - output.detach()[0, at])).sum()) ** 2
             expected[number, tensor, form.name] = total / (TOKENS - START)
     return expected
@@ -77,19 +77,20 @@ def eagerly(
         ("qwen3-moe", "all"),
         ("phi3", "all"),
         ("gpt2", "all"),
+        ("inkling", "all"),
     ],
 )
 def test_every_architecture_s_losses_are_those_of_its_own_attention(
     name: str, layers: LayerChoice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of layers that slide too: their window is 16 of 41 tokens, of which the last 5 stay in full precision."""
-    has_experts = name in ("gpt-oss", "qwen3-moe")  # whose kernels know no float64
+    has_experts = name in ("gpt-oss", "qwen3-moe", "inkling")  # whose kernels know no float64
     model = tiny_model(name) if has_experts else tiny_model(name).double()
     ids = torch.randint(1, 96, (TOKENS,), generator=torch.Generator().manual_seed(1))
     labels = torch.randint(1, 96, (TOKENS - START,), generator=torch.Generator().manual_seed(9))
     decoder = Decoder(NAMES, WINDOW, layers=layers)
     formats = formats_of(decoder.covers(take_inventory(model.config).geometry), decoder)
-    assert {layer for layer, _ in formats} == ({1} if layers == "full" else {0, 1})
+    assert {layer for layer, _ in formats} == ({1} if layers == "full" else set(range(model.config.num_hidden_layers)))
     monkeypatch.setattr(losses, "_sampled_labels", lambda *_: labels)
     batch = next(batches([ids.tolist()], 1))
     found = mean_squares(losses.loss_effects(model, batch, formats, WINDOW, Quantizer(), 0.5, seed=0))

@@ -210,7 +210,7 @@ def test_a_copy_goes_its_own_way() -> None:
         assert torch.equal(step(model, prompt(9, seed=seed), copy.deepcopy(prefix)), expected)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "falcon-h1", "bamba"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "falcon-h1", "bamba", "inkling"])
 def test_after_a_reset_the_cache_is_as_new(name: str) -> None:
     model = build(name)
     cache, fresh = filled(model), PlanCache.from_plan(plan_for(model), model)
@@ -222,7 +222,7 @@ def test_after_a_reset_the_cache_is_as_new(name: str) -> None:
     assert same(contents(cache), contents(fresh))
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "falcon-h1", "bamba"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "falcon-h1", "bamba", "inkling"])
 def test_sequences_are_repeated_chosen_and_reordered(name: str) -> None:
     model = build(name)
     cache = filled(model, batch=2)

@@ -44,7 +44,9 @@ def read(path: Path) -> tuple[Header, Tensors]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["llama", "falcon-grouped", "gemma3", "gemma4", "falcon-h1", "bamba", "lfm2"])
+@pytest.mark.parametrize(
+    "name", ["llama", "falcon-grouped", "gemma3", "gemma4", "falcon-h1", "bamba", "lfm2", "inkling"]
+)
 def test_generation_goes_on_where_it_was(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Sliding layers are past their window, recurrent ones have their state."""
     model = build(name, dtype=dtype)
@@ -60,7 +62,7 @@ def test_generation_goes_on_where_it_was(name: str, dtype: torch.dtype, tmp_path
     assert torch.equal(step(model, probe, loaded), step(model, probe, cache))
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "bamba"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "bamba", "inkling"])
 @pytest.mark.parametrize("tokens", [0, 1, 9])
 def test_a_cache_of_few_tokens_or_none(name: str, tokens: int, tmp_path: Path) -> None:
     model = build(name)

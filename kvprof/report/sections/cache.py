@@ -11,11 +11,8 @@ from kvprof.records.geometry import CacheGeometry, KVLayer, bytes_text
 from kvprof.records.inventory import Inventory
 from kvprof.records.words import context_text, layers_text
 from kvprof.report.page import Block, Paragraph, Section, Table, missing, sentence
-from kvprof.report.sentences import latent_remarks
+from kvprof.report.sentences import latent_remarks, state_remarks
 from kvprof.workspace.report_inputs import ReportFiles
-
-UNCOUNTED = ("recurrent", "hybrid", "other")
-"""Kinds of layer that keep something which is neither a key nor a value of a token."""
 
 
 def cache_section(files: ReportFiles, command: str) -> Section:
@@ -58,11 +55,10 @@ def cache_section(files: ReportFiles, command: str) -> Section:
             left=(2,),
         ),
     ]
-    uncounted = [layer.layer for layer in geometry.layers if layer.kind in UNCOUNTED]
-    if uncounted:
-        text = f"Not counted above: recurrent states and caches of other kinds, {layers_text(uncounted)}."
-        blocks.append(Paragraph(text, "note"))
-    blocks += [Paragraph(sentence(remark), "note") for remark in latent_remarks(geometry)]
+    if unknown := [layer.layer for layer in geometry.unknown]:
+        blocks.append(Paragraph(f"Not counted above: caches of other kinds, {layers_text(unknown)}.", "note"))
+    remarks = (*state_remarks(geometry), *latent_remarks(geometry))
+    blocks += [Paragraph(sentence(remark), "note") for remark in remarks]
     return Section("cache", "What this model caches", [*blocks, *_flags(files.inventory, command)])
 
 
