@@ -6,27 +6,20 @@ Does not know scores, nor how a plan is chosen.
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from typing import Literal
 
 from kvprof.errors import UsageError, did_you_mean
-from kvprof.records.formats import CODE_BITS, FULL_BITS, Format, TensorName, TensorWord
+from kvprof.records.formats import Format, TensorName, TensorWord
 from kvprof.records.geometry import CacheGeometry, KVLayer
 from kvprof.records.plan import Budget, head_dim_of, stored_like, tensor_word
+from kvprof.records.words import parse_memory
 
 Unit = Literal["nominal", "stored", "bytes"]
 BIT_UNITS = ("nominal", "stored")
-
-BYTES: dict[str, int] = {"B": 1} | {
-    prefix + suffix: base**power
-    for power, prefix in enumerate("KMGT", start=1)
-    for suffix, base in (("B", 1000), ("iB", 1024))
-}
 
 
 @dataclass(frozen=True)
@@ -105,38 +98,6 @@ def memory_limit(memory: str, context: int, batch: int = 1) -> Limit:
     if context * batch > MOST_TOKENS:
         raise UsageError(f"{batch} sequences of {context} tokens are more than {MOST_TOKENS} tokens: check the two.")
     return Limit(Fraction(parse_memory(memory)), "bytes", context, batch)
-
-
-def parse_memory(text: str) -> int:
-    """Return the bytes that a text such as "1.5GiB" or "800 MB" means, rounded down; raises UsageError."""
-    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]+)", text.strip(), re.ASCII)
-    if match is None:
-        raise UsageError(f"cannot read {text!r} as an amount of memory.\n  Write a number and a unit: 1.5GiB, 800MB.")
-    number, unit = match.groups()
-    name = {name.lower(): name for name in BYTES}.get(unit.lower())
-    if name is None:
-        raise UsageError(f"unknown unit {unit!r} in {text!r}: {did_you_mean(unit, BYTES)}")
-    amount = math.floor(Fraction(number) * BYTES[name])
-    if amount < 1:
-        raise UsageError(f"{text!r} is less than one byte of memory.\n  Write a number and a unit: 1.5GiB, 800MB.")
-    return amount
-
-
-def parse_bits(text: str) -> tuple[int, ...]:
-    """Return the widths that a text such as "1,2,3,4,6,8,16" lists, ascending, each once; raises UsageError."""
-    return known_bits(word.strip() for word in text.split(","))
-
-
-def known_bits(widths: Iterable[int | str]) -> tuple[int, ...]:
-    """Return widths ascending, each once; raises UsageError for one that no codes are packed to, or for none."""
-    known = {str(bits): bits for bits in (*CODE_BITS, FULL_BITS)}
-    words = [str(width) for width in widths]
-    for word in words:
-        if word not in known:
-            raise UsageError(f"{word!r} is not a width of codes; choose from {', '.join(known)}")
-    if not words:
-        raise UsageError(f"no widths to choose from; name some of {', '.join(known)}")
-    return tuple(sorted({known[word] for word in words}))
 
 
 def stored_bits_per_element(tensors: Sequence[CachedTensor], formats: Sequence[Format]) -> Fraction:

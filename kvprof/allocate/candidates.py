@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 
 from typing_extensions import TypedDict
 
-from kvprof.allocate.budget import CachedTensor, known_bits
+from kvprof.allocate.budget import CachedTensor
 from kvprof.allocate.losses import PredictedLoss
 from kvprof.allocate.pins import Pin, parse_pins
 from kvprof.allocate.scored import ScoredFormats
 from kvprof.errors import UsageError
-from kvprof.records.formats import FULL_BITS, TensorName, parse_formats, usual_format
+from kvprof.records.formats import FULL_BITS, TensorName, known_bits, parse_formats, usual_format
+from kvprof.records.requests.plan import NARROWING, WindowedChoice
+from kvprof.records.requests.request import as_option
 from kvprof.records.scores import LOSS_INCREASE, Scores
 
 USUAL_BITS = (1, 2, 3, 4, 6, 8)
@@ -41,19 +43,20 @@ class Allowed(TypedDict, total=False):
     """Tensors set by hand: see pins.py. A pin may ask for what `bits` and `formats` leave out."""
 
 
-NARROWING = {
-    "--pin": "pins",
-    "--min-key-bits": "min_key_bits",
-    "--formats": "formats",
-    "--bits": "bits",
-    "--group-size": "group_size",
-}
-"""What a user calls each of `Allowed`."""
+def allowed_by(request: WindowedChoice) -> Allowed:
+    """Return what a request allows."""
+    return Allowed(
+        bits=request.bits,
+        formats=request.formats,
+        group_size=request.group_size,
+        min_key_bits=request.min_key_bits,
+        pins=request.pin or (),
+    )
 
 
 def narrowing(allowed: Allowed) -> list[str]:
     """Return the options of a user that leave something out of the choice."""
-    return [option for option, name in NARROWING.items() if allowed.get(name)]
+    return [as_option(name) for name in NARROWING if allowed.get("pins" if name == "pin" else name)]
 
 
 def candidates_of(

@@ -8,17 +8,22 @@ from __future__ import annotations
 from kvprof.allocate.target import Target, layer_choice
 from kvprof.errors import InvalidFile, UsageError
 from kvprof.records.plan import Window, layers_left_alone
+from kvprof.records.requests.request import LayerChoice
 from kvprof.records.scores import Scores
 
 
 def covered_scores(
-    scores: Scores, layers: str | None, window: Window, context: int | None = None, runtime: Target | None = None
+    scores: Scores,
+    layers: LayerChoice | None,
+    window: Window,
+    context: int | None = None,
+    runtime: Target | None = None,
 ) -> Scores:
     """Return the scores of the layers that plans give bits to; as they are without a geometry.
 
     layers: `all` or `full`, see `layers_left_alone`; by default what the runtime does, else `all`. context: tokens
     that a plan is made for, where they are known. runtime: that the plan is for, instead of kvprof's own cache.
-    Raises UsageError for a choice that there is not, that the runtime cannot be told, or that leaves nothing to plan;
+    Raises UsageError for a choice that the runtime cannot be told, or that leaves nothing to plan;
     InvalidFile where the window of the scores leaves nothing.
     """
     if scores.geometry is None:

@@ -10,11 +10,9 @@ from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
 
-from typing_extensions import Unpack
-
 from kvprof import __version__
 from kvprof.allocate.budget import Limit, bit_limit
-from kvprof.allocate.candidates import Allowed
+from kvprof.allocate.candidates import allowed_by
 from kvprof.allocate.costs import written
 from kvprof.allocate.coverage import covered_scores
 from kvprof.allocate.methods import default_metric
@@ -24,10 +22,10 @@ from kvprof.allocate.solver import frontier as solve_all
 from kvprof.allocate.task import usual_window
 from kvprof.errors import UsageError
 from kvprof.records.frontier import Frontier, FrontierPoint
-from kvprof.records.plan import BitPlan, Window
-from kvprof.records.scores import LOSS_INCREASE, Scores, default_unit
+from kvprof.records.plan import BitPlan
+from kvprof.records.requests.plan import FrontierRequest
+from kvprof.records.scores import LOSS_INCREASE, Scores
 
-MOST_POINTS = 1000
 USUAL_POINTS = 200
 STEPS = tuple(Fraction(mantissa, 100) * 10**power for power in range(4) for mantissa in (1, 2, 5))
 """Between budgets that a person would write: 0.01, 0.02, 0.05, 0.1 and so on."""
@@ -37,48 +35,29 @@ BEND = math.log(1.1)
 """How far, in the logarithm of the KL divergence, a knee lies below the chord at the least."""
 
 
-def frontier(
-    scores: Scores,
-    *,
-    low: str | float | None = None,
-    high: str | float | None = None,
-    points: int | None = None,
-    unit: str | None = None,
-    context: int | None = None,
-    batch: int | None = None,
-    layers: str | None = None,
-    tie: str | None = None,
-    window: Window | None = None,
-    command: str | None = None,
-    **allowed: Unpack[Allowed],
-) -> Frontier:
+def frontier(scores: Scores, request: FrontierRequest, command: str | None = None) -> Frontier:
     """Return the frontier of the plans that `methods.exact` makes by `loss_increase` at budgets from low to high.
 
-    low, high: bits an element, by default what the cheapest and the dearest plan cost. points: so many budgets, evenly
-    spaced; by default round ones, at most about USUAL_POINTS. unit: what budgets count, "stored" (the default) or
-    "nominal". context, batch: where the bytes of each plan are wanted too. layers: as for `covered_scores`. The rest
-    is as for `methods.exact`.
+    The ends are by default what the cheapest and the dearest plan cost; the budgets round ones, at most about
+    USUAL_POINTS. command: for readers.
     Raises InfeasibleBudget for an end that no plan meets, UsageError for options that contradict each other or scores
     without `loss_increase`, which is all that tells nats.
     """
+    context, batch = request.context, request.batch
     if LOSS_INCREASE not in scores.metrics and default_metric(scores) != LOSS_INCREASE:
         raise UsageError(
             f"a frontier needs scores with {LOSS_INCREASE}: a norm predicts no KL divergence.\n"
             "  Measure it with `kvprof gradients`, or name its file with --scores."
         )
-    if context is not None and (context < 1 or (batch is not None and batch < 1)):
-        raise UsageError(
-            f"a cache of {batch or 1} sequences of {context} tokens does not exist; both must be positive."
-        )
     if context is None and batch is not None:
         raise UsageError("--batch needs to know how many tokens to hold.\n  Add --context 32768.")
     if context is not None and scores.geometry is None:
         raise UsageError("these scores carry no geometry, so the bytes of a plan are unknown.\n  Leave out --context.")
-    window = window or usual_window(scores)
-    scores = covered_scores(scores, layers, window, context)
-    measure = bit_limit(0, default_unit(LOSS_INCREASE) if unit is None else unit)
-    problem = ExactProblem(scores, measure, LOSS_INCREASE, allowed, tie, window)
-    limits = [Limit(amount, measure.unit) for amount in _budgets(problem, low, high, points)]
+    window = usual_window(scores, request.sink_tokens, request.recent_tokens)
+    scores = covered_scores(scores, request.layers, window, context)
+    measure = bit_limit(0, request.unit)
+    problem = ExactProblem(scores, measure, LOSS_INCREASE, allowed_by(request), request.tie, window)
+    limits = [Limit(amount, measure.unit) for amount in _budgets(problem, request)]
     capacities = [problem.capacity(limit) for limit in limits]
     solutions = [
         problem.improved(solution, capacity)
@@ -145,14 +124,15 @@ def knees(curve: Sequence[tuple[float, float]]) -> list[int]:
     return sorted(found)
 
 
-def _budgets(
-    problem: ExactProblem, low: str | float | None, high: str | float | None, points: int | None
-) -> list[Fraction]:
+def _budgets(problem: ExactProblem, request: FrontierRequest) -> list[Fraction]:
     """Return the budgets, ascending, each once."""
     unit = problem.limit.unit
     reach = [problem.prices.amount(cost) for cost in (problem.cheapest, problem.dearest)]
     ends = []
-    for option, given, end, rounded in (("--from", low, reach[0], math.ceil), ("--to", high, reach[1], math.floor)):
+    for option, given, end, rounded in (
+        ("--from", request.low, reach[0], math.ceil),
+        ("--to", request.high, reach[1], math.floor),
+    ):
         limit = bit_limit(written(end, unit, rounded) if given is None else given, unit)
         if given is None and not reach[0] <= limit.amount <= reach[1]:
             limit = Limit(end, unit)  # where all plans cost nearly the same, no short number lies among them
@@ -161,12 +141,11 @@ def _budgets(
     first, last = ends
     if first > last:
         raise UsageError(f"--from {float(first):g} is more than --to {float(last):g}.")
+    points = request.points
     if points is None:
         step = next(step for step in STEPS if (last - first) / step <= USUAL_POINTS)
         between = [step * count for count in range(math.ceil(first / step), math.floor(last / step) + 1)]
         return sorted({first, *between, last})
-    if not 2 <= points <= MOST_POINTS:
-        raise UsageError(f"--points {points}: a frontier has 2 to {MOST_POINTS} budgets.")
     fine = 10**4 if (last - first) / points > Fraction(1, 1000) else 10**8  # so that they can be typed
     even = [first + (last - first) * Fraction(count, points - 1) for count in range(1, points - 1)]
     return sorted({first, *(max(Fraction(math.floor(amount * fine), fine), first) for amount in even), last})

@@ -13,7 +13,7 @@ from fractions import Fraction
 
 from typing_extensions import Unpack
 
-from kvprof.allocate.budget import CachedTensor, Limit, known_bits
+from kvprof.allocate.budget import CachedTensor, Limit
 from kvprof.allocate.candidates import USUAL_GROUP_SIZE, Allowed, candidates_of, check_group_size, narrowing
 from kvprof.allocate.costs import check_reach, price
 from kvprof.allocate.pareto import TIE
@@ -21,7 +21,7 @@ from kvprof.allocate.pins import parse_pins
 from kvprof.allocate.problem import ExactProblem
 from kvprof.allocate.task import PlanTask
 from kvprof.errors import UsageError
-from kvprof.records.formats import TENSORS, Format, TensorName, format_named, usual_format
+from kvprof.records.formats import TENSORS, Format, TensorName, format_named, known_bits, usual_format
 from kvprof.records.plan import BitPlan, Window
 from kvprof.records.scores import LOSS_INCREASE, METRICS, Scores
 

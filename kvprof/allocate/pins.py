@@ -10,9 +10,18 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from kvprof.allocate.budget import CachedTensor, known_bits
+from kvprof.allocate.budget import CachedTensor
 from kvprof.errors import UsageError, did_you_mean
-from kvprof.records.formats import FULL_BITS, TENSOR_WORDS, Format, TensorName, format_named, tensor_named, usual_format
+from kvprof.records.formats import (
+    FULL_BITS,
+    TENSOR_WORDS,
+    Format,
+    TensorName,
+    format_named,
+    known_bits,
+    tensor_named,
+    usual_format,
+)
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ from typing import Literal
 
 from kvprof.allocate.budget import CachedTensor
 from kvprof.allocate.constraints import FULL, Constraints
-from kvprof.errors import UsageError, did_you_mean
+from kvprof.errors import UsageError
 from kvprof.records.external_formats import EXTERNAL
 from kvprof.records.formats import TENSORS, Format, TensorName, format_named
 from kvprof.records.geometry import CacheGeometry
-from kvprof.records.plan import LAYER_CHOICES, BitPlan, LayerChoice, Window
+from kvprof.records.plan import BitPlan, Window
+from kvprof.records.requests.request import LayerChoice
 
 WHOLE_CACHE = Window(sink_tokens=0, recent_tokens=0)
 """Every token is quantized as it comes."""
@@ -79,16 +80,16 @@ class Target:
         return "any plan of kvprof's own formats" if self.constraints is None else self.constraints.words
 
 
-def layer_choice(layers: str | None, target: Target | None, geometry: CacheGeometry | None = None) -> LayerChoice:
+def layer_choice(
+    layers: LayerChoice | None, target: Target | None, geometry: CacheGeometry | None = None
+) -> LayerChoice:
     """Return whether plans cover sliding layers: as is asked for, else as the runtime does, else they do.
 
     geometry: None where it is not known whether there are any.
-    Raises UsageError for another word, or one that the runtime cannot be told.
+    Raises UsageError for one that the runtime cannot be told.
     """
     if layers is None:
         return "full" if target is not None and target.sliding == "full" else "all"
-    if layers not in LAYER_CHOICES:
-        raise UsageError(f"--layers {layers!r}: {did_you_mean(layers, LAYER_CHOICES)}")
     if target is not None and (geometry is None or geometry.sliding):
         fixed = {"quantized": "all", "full": "full"}.get(target.sliding, layers)
         if layers != fixed:
@@ -97,7 +98,7 @@ def layer_choice(layers: str | None, target: Target | None, geometry: CacheGeome
                 f"--layers {layers}: {target.name} cannot be told so of layers of a sliding window; it {does}.\n"
                 f"  Leave out --layers, or give --layers {fixed}."
             )
-    return "full" if layers == "full" else "all"
+    return layers
 
 
 def check_latents(target: Target, geometry: CacheGeometry | None) -> None:

@@ -8,13 +8,12 @@ from __future__ import annotations
 import argparse
 import ast
 import shlex
-from collections.abc import Callable
 from typing import Any, NoReturn
 
-from kvprof.allocate.budget import known_bits, parse_bits
 from kvprof.errors import InvalidFile, UsageError, first_line
 from kvprof.records.plan import BitPlan
-from kvprof.records.requests import AllocateRequest
+from kvprof.records.requests.plan import AllocateRequest
+from kvprof.records.requests.request import as_option
 
 CALL = "kvprof.allocate"
 WORDS = ("kvprof", "allocate")
@@ -36,17 +35,14 @@ def read_request(plan: BitPlan) -> AllocateRequest:
 def read_command(command: str) -> AllocateRequest:
     """Return what a command asks for; raises InvalidFile for one that is no `allocate`, or not of this kvprof."""
     try:
-        return AllocateRequest(**(_of_call(command) if command.startswith(CALL + "(") else _of_line(command)))
+        return AllocateRequest.of(_of_call(command) if command.startswith(CALL + "(") else _of_line(command))
     except (UsageError, SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
         raise InvalidFile(f"the plan's command cannot be read: {first_line(error)}") from None
 
 
 def ask_alike(one: AllocateRequest, other: AllocateRequest) -> bool:
     """Whether two requests ask for the same, in whatever way their numbers are written."""
-    first, second = (
-        {name: str(value) for name, value in asked.said().items() if (name, value) != ("rule", "exact")}
-        for asked in (one, other)
-    )
+    first, second = ({name: str(value) for name, value in asked.said().items()} for asked in (one, other))
     return first == second
 
 
@@ -55,16 +51,9 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-_LINE: dict[str, Callable[[str], Any]] = {
-    **dict.fromkeys(
-        ("budget", "unit", "memory", "max_kl", "rule", "metric", "formats", "tie", "target", "layers"), str
-    ),
-    **dict.fromkeys(("context", "batch", "group_size", "min_key_bits", "recent_tokens", "sink_tokens"), int),
-    **dict.fromkeys(("bits_key", "bits_value"), int),
-    "top_fraction": str,
-    "bits": parse_bits,
-}
-"""How the value of each option of the command is read."""
+_WHOLE = ("context", "batch", "group_size", "min_key_bits", "recent_tokens", "sink_tokens", "bits_key", "bits_value")
+_BESIDE = ("out", "json", "quiet")
+"""Options of the command that are none of the request."""
 
 
 def _of_line(command: str) -> dict[str, Any]:
@@ -72,16 +61,16 @@ def _of_line(command: str) -> dict[str, Any]:
     if tuple(words[:2]) != WORDS:
         raise InvalidFile("the plan was not made by kvprof allocate")
     parser = _Parser(prog="kvprof allocate", add_help=False, allow_abbrev=False)
-    for name, read in _LINE.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, type=read)
+    for name in (*AllocateRequest.model_fields, "out"):
+        if name not in ("bits", "pin", "as_published"):
+            parser.add_argument(as_option(name), dest=name, type=int if name in _WHOLE else str)
+    parser.add_argument("--bits", action="append")
     parser.add_argument("--pin", action="append")
-    parser.add_argument("--as-published", action="store_true", default=None)
-    for name in ("--scores", "--out"):
-        parser.add_argument(name)
+    parser.add_argument("--as-published", action="store_true")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--quiet", "-q", action="store_true")
     found = vars(parser.parse_args(words[2:]))
-    return {name: value for name, value in found.items() if name not in ("out", "json", "quiet")}
+    return {name: value for name, value in found.items() if value is not None and name not in _BESIDE}
 
 
 def _of_call(command: str) -> dict[str, Any]:
@@ -94,21 +83,7 @@ def _of_call(command: str) -> dict[str, Any]:
     for word in call.keywords:
         if word.arg is None:
             raise UsageError("its options are not named")
-        found[word.arg] = _literal(word.arg, ast.literal_eval(word.value))
+        if word.arg not in AllocateRequest.model_fields:
+            raise UsageError(f"allocate has no option {word.arg}")
+        found[word.arg] = ast.literal_eval(word.value)
     return found
-
-
-def _literal(name: str, value: Any) -> Any:
-    """Return the value of an option of the call, of the type that `allocate` takes; raises UsageError."""
-    if name == "bits":
-        return known_bits(value)
-    if name == "pin" and isinstance(value, tuple) and all(isinstance(pin, str) for pin in value):
-        return value
-    if name == "as_published" and isinstance(value, bool):
-        return value
-    reader = _LINE.get(name)
-    if reader is int and type(value) is int:
-        return value
-    if reader is str and type(value) in (str, int, float):
-        return str(value)
-    raise UsageError(f"allocate has no option {name}={value!r:.40}")

@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterator
 
 from kvprof import __version__
-from kvprof.allocate import allocate_as_asked
 from kvprof.allocate.budget import CachedTensor, spent
+from kvprof.allocate.dispatch import allocate_as_asked
 from kvprof.allocate.losses import entries_of, fitting_scores, planned_tensors
 from kvprof.allocate.task import PlanTask
 from kvprof.analysis.recorded import ask_alike, read_command, read_request
@@ -18,7 +18,7 @@ from kvprof.errors import InvalidFile, KvprofError, Mismatch, first_line
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import BitPlan, Solver, TensorPlan
 from kvprof.records.replies import Check
-from kvprof.records.requests import AllocateRequest
+from kvprof.records.requests.plan import AllocateRequest
 from kvprof.records.scores import METRICS, Scores
 from kvprof.targets.registry import target_named
 

@@ -10,25 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvprof.api.given import (
-    LARGEST_SEED,
-    Progress,
-    borrowed,
-    check_around,
-    check_counts,
-    check_flags,
-    check_range,
-    check_whole,
-    check_window,
-    check_words,
-    joined,
-    remark,
-    results_in,
-    several,
-    silent,
-    word,
-)
-from kvprof.errors import UsageError
+from kvprof.api.job import Job, Progress, remark
+from kvprof.records.requests.measure import DivergenceRequest, GradientsRequest, SpectraRequest
 from kvprof.records.scores import Scores
 from kvprof.records.spectra import Spectra
 
@@ -37,6 +20,10 @@ if TYPE_CHECKING:
 
     from kvprof.allocate.target import Target
     from kvprof.profile.decoder import Decoder
+    from kvprof.profile.divergence import DivergenceRun
+    from kvprof.profile.norms import NormsRun
+    from kvprof.profile.sensitivity import SensitivityRun
+    from kvprof.profile.spectra import SpectraRun
 
 
 def norms(
@@ -59,14 +46,17 @@ def norms(
     `stable_rank`, and of each KV head, in the weights' own units; of a bias or a norm after k_proj, its size too.
     Raises ModelError, UnknownLayout or NonFiniteWeight for a model that cannot be measured, UsageError for no model.
     """
-    from kvprof.profile.norms import run_norms
-
-    check_flags(trust_remote_code=trust_remote_code, restart=restart)
-    check_around(out, progress)
-    with borrowed(model, tokenizer, trust_remote_code) as source, results_in(out, source.id) as folder:
-        run = run_norms(source, folder, restart, progress or silent)
+    run = norms_as_asked(Job.of(locals()))
     remark(run.remarks)
     return run.scores
+
+
+def norms_as_asked(job: Job) -> NormsRun:
+    """Measure norms for the command and the function; raises as `norms` does."""
+    from kvprof.profile.norms import run_norms
+
+    with job.opened() as (source, folder):
+        return run_norms(source, folder, job.restart, job.progress, job.announce)
 
 
 def gradients(
@@ -115,74 +105,38 @@ def gradients(
     Raises UsageError for options that do not go together or a loaded model without a tokenizer, CalibrationError for
     text that cannot be read, ModelError for a model that cannot be measured, NonFiniteGradient where numbers overflow.
     """
-    from kvprof.analysis.stability import StableAt
-    from kvprof.calibration.spec import USUAL_DATA
-    from kvprof.profile.reading import USUAL_SEQUENCES
-    from kvprof.profile.request import SEQUENCES_UNTIL_STABLE, SensitivitySettings
-    from kvprof.profile.sensitivity import run_sensitivity
-    from kvprof.profile.shards import read_share
-    from kvprof.targets.registry import target_named
-
-    if stable_at is not None and not until_stable:
-        raise UsageError("stable_at says what until_stable looks at, which is not asked for.\n  Add until_stable=True.")
-    check_words(split=split, column=column, config=config, target=target, shard=shard)
-    check_flags(until_stable=until_stable, pack=pack, stream=stream, trust_remote_code=trust_remote_code)
-    check_flags(restart=restart)
-    check_around(out, progress)
-    check_window(sink_tokens, recent_tokens)
-    check_whole(sequences=sequences, sequence_length=sequence_length)
-    check_counts(batch_size=batch_size, seed=seed)
-    check_range("suffix_fraction", suffix_fraction, 0.01, 1)
-    check_range("seed", seed, 0, LARGEST_SEED)
-    runtime = None if target is None else target_named(target)
-    decoder = decoder_asked(joined(formats), runtime, sink_tokens, recent_tokens, suffix_fraction, layers)
-    if sequences is None:
-        sequences = SEQUENCES_UNTIL_STABLE if until_stable else USUAL_SEQUENCES
-    settings = SensitivitySettings(
-        data=USUAL_DATA if data is None else several(data),
-        split=split,
-        column=column,
-        config=config,
-        sequences=sequences,
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        seed=seed,
-        pack=pack,
-        dtype=word(dtype),
-        device=word(device),
-        stream=stream,
-        share=read_share(shard) if shard is not None else None,
-        decoder=decoder,
-    )
-    budgets = () if stable_at is None else [stable_at] if isinstance(stable_at, str | float | int) else stable_at
-    question = StableAt(budgets) if until_stable else None
-    with borrowed(model, tokenizer, trust_remote_code) as source, results_in(out, source.id) as folder:
-        run = run_sensitivity(
-            source,
-            settings,
-            folder,
-            restart,
-            progress or silent,
-            is_enough=question,
-            check=question.check if question else None,
-        )
+    given = locals()
+    run = gradients_as_asked(GradientsRequest.of(given, of_function=True), Job.of(given))
     remark(run.remarks)
     return run.scores
 
 
-def decoder_asked(
-    formats: str | None,
-    runtime: Target | None,
-    sink_tokens: int | None,
-    recent_tokens: int | None,
-    suffix_fraction: float,
-    layers: str | None = None,
-) -> Decoder:
-    """Return whose losses are predicted: of the formats that are named, else those of a runtime, else kvprof's own.
+def gradients_as_asked(request: GradientsRequest, job: Job) -> SensitivityRun:
+    """Measure gradients for the command and the function; raises as `gradients` does."""
+    from kvprof.analysis.stability import StableAt
+    from kvprof.profile.sensitivity import run_sensitivity
+    from kvprof.targets.registry import target_named
 
-    sink_tokens, recent_tokens: instead of the runtime's window, or of the usual one. layers: `all` or `full`, by
-    default as the runtime does. Raises UsageError for another word.
-    """
+    runtime = None if request.target is None else target_named(request.target)
+    decoder = decoder_asked(request, runtime)
+    question = StableAt(request.stable_at or ()) if request.until_stable else None
+    with job.opened("" if runtime is None else runtime.name) as (source, folder):
+        return run_sensitivity(
+            source,
+            request,
+            folder,
+            job.restart,
+            job.progress,
+            job.writing,
+            question,
+            None if question is None else question.check,
+            job.announce,
+            decoder,
+        )
+
+
+def decoder_asked(request: GradientsRequest, runtime: Target | None) -> Decoder:
+    """Return whose losses are predicted: of the formats that are named, else those of a runtime, else kvprof's own."""
     from kvprof.allocate.target import check_latents, layer_choice
     from kvprof.profile.decoder import Decoder, read_formats
     from kvprof.records.plan import USUAL_WINDOW
@@ -192,11 +146,11 @@ def decoder_asked(
     else:
         window, usual, check = runtime.window, runtime.to_score, functools.partial(check_latents, runtime)
     return Decoder(
-        usual if formats is None else read_formats(formats),
-        window.with_tokens(sink_tokens, recent_tokens),
-        suffix_fraction,
-        passes_over=formats is None,
-        layers=layer_choice(layers, runtime),
+        usual if request.formats is None else read_formats(request.formats),
+        window.with_tokens(request.sink_tokens, request.recent_tokens),
+        request.suffix_fraction,
+        passes_over=request.formats is None,
+        layers=layer_choice(request.layers, runtime),
         check=check,
     )
 
@@ -228,30 +182,23 @@ def spectra(
     sequences and heads with the least and the largest head's; in the units of keys and values.
     Raises what `gradients` does.
     """
-    from kvprof.calibration.spec import USUAL_DATA
-    from kvprof.profile.reading import TextSettings
-    from kvprof.profile.spectra import run_spectra
-
-    check_words(split=split, column=column, config=config)
-    check_flags(pack=pack, stream=stream, trust_remote_code=trust_remote_code, restart=restart)
-    check_around(out, progress)
-    check_whole(sequence_length=sequence_length)
-    check_counts(sequences=sequences, seed=seed)
-    check_range("seed", seed, 0, LARGEST_SEED)
-    settings = TextSettings(
-        data=USUAL_DATA if data is None else several(data),
-        split=split,
-        column=column,
-        config=config,
-        sequences=sequences,
-        sequence_length=sequence_length,
-        seed=seed,
-        pack=pack,
-        dtype=word(dtype),
-        device=word(device),
-        stream=stream,
-    )
-    with borrowed(model, tokenizer, trust_remote_code) as source, results_in(out, source.id) as folder:
-        run = run_spectra(source, settings, folder, restart, progress or silent)
+    given = locals()
+    run = spectra_as_asked(SpectraRequest.of(given, of_function=True), Job.of(given))
     remark(run.remarks)
     return run.spectra
+
+
+def spectra_as_asked(request: SpectraRequest, job: Job) -> SpectraRun:
+    """Measure spectra for the command and the function; raises as `spectra` does."""
+    from kvprof.profile.spectra import run_spectra
+
+    with job.opened() as (source, folder):
+        return run_spectra(source, request, folder, job.restart, job.progress, job.writing, job.announce)
+
+
+def divergence_as_asked(request: DivergenceRequest, job: Job) -> DivergenceRun:
+    """Measure the KL of quantizing single tensors; raises what `gradients` does."""
+    from kvprof.profile.divergence import run_divergence
+
+    with job.opened() as (source, folder):
+        return run_divergence(source, request, folder, job.restart, job.progress, job.writing, job.announce)

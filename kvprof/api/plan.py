@@ -6,31 +6,25 @@ Reads Scores; returns a BitPlan. Writes a file only where a place is named.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from kvprof.allocate import allocate_as_asked, metric_needed
-from kvprof.allocate.budget import known_bits, parse_bits
-from kvprof.api.given import (
-    check_around,
-    check_flags,
-    check_range,
-    check_whole,
-    check_window,
-    check_words,
-    joined,
-    scores_given,
-    several,
-)
+from kvprof.allocate.candidates import allowed_by
+from kvprof.allocate.constrained import unrestricted
+from kvprof.allocate.dispatch import allocate_as_asked, metric_needed
+from kvprof.allocate.frontier import frontier
+from kvprof.allocate.target import sliding_remark
+from kvprof.analysis.uncertainty import Uncertainty, uncertainty_of
+from kvprof.api.job import check_out, kind_of
 from kvprof.errors import UsageError
+from kvprof.records.frontier import Frontier
 from kvprof.records.plan import BitPlan
-from kvprof.records.requests import AllocateRequest
-from kvprof.records.scores import Scores
+from kvprof.records.requests.plan import AllocateRequest, FrontierRequest
+from kvprof.records.scores import LOSS_INCREASE, Scores
 from kvprof.targets.registry import target_named
 from kvprof.workspace.discovery import newest_scores, scores_for
 from kvprof.workspace.names import plan_path
-
-LARGEST_GROUP = 2**31
 
 
 def allocate(
@@ -74,44 +68,12 @@ def allocate(
     Raises InfeasibleBudget, with the range that can be reached; UsageError for options that do not go together;
     InvalidFile for scores that cannot be read, or lack what the rule needs.
     """
-    check_words(unit=unit, rule=rule, metric=metric, tie=tie, target=target, layers=layers)
-    check_flags(as_published=as_published)
-    check_around(out)
-    check_window(sink_tokens, recent_tokens)
-    if as_published and sink_tokens:
-        raise UsageError(f"as_published has no sinks, sink_tokens asks for {sink_tokens}; leave out one of them.")
-    check_whole(context=context, batch=batch, group_size=group_size, min_key_bits=min_key_bits)
-    check_range("group_size", group_size, 1, LARGEST_GROUP)
-    check_range("min_key_bits", min_key_bits, 1, 16)
-    request = AllocateRequest.of(
-        budget=budget,
-        unit=unit,
-        memory=f"{memory}B" if isinstance(memory, int) and not isinstance(memory, bool) else memory,
-        context=context,
-        batch=batch,
-        max_kl=max_kl,
-        rule=None if rule == "exact" else rule,
-        metric=metric,
-        bits=None if bits is None else _widths(bits),
-        formats=joined(formats),
-        group_size=group_size,
-        pin=None if pin is None else several(pin),
-        tie=tie,
-        min_key_bits=min_key_bits,
-        target=target,
-        layers=layers,
-        top_fraction=top_fraction,
-        as_published=as_published or None,
-        bits_key=bits_key,
-        bits_value=bits_value,
-        sink_tokens=sink_tokens,
-        recent_tokens=recent_tokens,
-    )
-    given = None if scores is None else scores_given(scores)
-    path = Path("scores.json") if scores is None or isinstance(scores, Scores) else Path(scores)
-    made = plan_as_asked(request, None if given is None else (path, given), _spelled(request))
+    given = {name: value for name, value in locals().items() if name != "scores"}
+    check_out(out)
+    request = AllocateRequest.of(given, of_function=True)
+    made = plan_as_asked(request, None if scores is None else _given(scores), _spelled(request))
     if out is not None:
-        made.plan.save(plan_path(made.plan, made.path, Path(out), None if max_kl is None else str(max_kl)))
+        made.save(Path(out), request)
     return made.plan
 
 
@@ -122,26 +84,70 @@ class Planned(NamedTuple):
     scores: Scores
     path: Path
 
+    def save(self, out: Path | None, request: AllocateRequest) -> Path:
+        """Write the plan where it goes, `out` or the folder of the model's results; return the file."""
+        max_kl = None if request.max_kl is None else str(request.max_kl)
+        return self.plan.save(plan_path(self.plan, self.path, out, max_kl))
+
 
 def plan_as_asked(request: AllocateRequest, scores: tuple[Path, Scores] | None, command: str) -> Planned:
     """Return the plan of a request; raises as `allocate` does.
 
-    scores: and their file; by default the newest in outputs/ that serve the request. command: for readers of the plan.
+    scores: and their file; by default those that the request names, else the newest in outputs/ that serve it. command:
+    for readers of the plan.
     """
     target = None if request.target is None else target_named(request.target)
-    if scores is None and request.target is not None:
-        scores = scores_for(request.target)
+    if scores is None and request.scores is not None:
+        scores = Path(request.scores), Scores.load(request.scores)
     if scores is None:
-        rule = request.rule or "exact"
-        scores = newest_scores(metric_needed(rule, request.metric, request.max_kl, request.formats, request.target))
+        scores = newest_scores(metric_needed(request)) if request.target is None else None
+    if scores is None:
+        scores = scores_for(str(request.target))
     path, found = scores
     return Planned(allocate_as_asked(found, request, target, command), found, path)
 
 
-def _widths(bits: str | int | Sequence[int]) -> tuple[int, ...]:
-    return parse_bits(str(bits)) if isinstance(bits, str | int) else known_bits(several(bits))  # type: ignore[arg-type]
+def uncertainty_as_asked(request: AllocateRequest, made: Planned) -> Uncertainty:
+    """Return what to doubt of a request's plan, a runtime's way with sliding layers among it."""
+    found = uncertainty_of(
+        made.scores,
+        made.plan,
+        tie=request.tie,
+        context=request.context,
+        batch=request.batch or 1,
+        **allowed_by(request),
+    )
+    sliding = None if request.target is None else sliding_remark(made.plan, target_named(request.target))
+    return found if sliding is None else replace(found, remarks=(*found.remarks, sliding))
+
+
+def unrestricted_as_asked(request: AllocateRequest, made: Planned) -> BitPlan | None:
+    """Return the best plan that stores no more bits than one for a runtime; None where it is for kvprof's own cache."""
+    if request.target is None:
+        return None
+    return unrestricted(made.scores, made.plan, request.pin or (), request.min_key_bits)
+
+
+def frontier_as_asked(request: FrontierRequest, command: str) -> tuple[Frontier, Scores, Path]:
+    """Return the frontier of a request, and the scores that it is of with their file; raises as `frontier` does."""
+    if request.scores is None:
+        path, found = newest_scores(LOSS_INCREASE)
+    else:
+        path, found = Path(request.scores), Scores.load(request.scores)
+    return frontier(found, request, command), found, path
+
+
+def _given(scores: Scores | str | Path) -> tuple[Path, Scores]:
+    """Return Scores and their file, read where it is named; raises UsageError for neither."""
+    if isinstance(scores, Scores):
+        return Path("scores.json"), scores
+    if not isinstance(scores, str | Path):
+        raise UsageError(
+            f"{kind_of(scores)} is no Scores.\n  Give what kvprof.norms or gradients returns, or its file."
+        )
+    return Path(scores), Scores.load(scores)
 
 
 def _spelled(request: AllocateRequest) -> str:
-    """Return the call that made a plan, for its provenance: what was said, without what goes without saying."""
+    """Return the call that made a plan, for its provenance: what was asked for, defaults left out."""
     return f"kvprof.allocate({', '.join(['scores', *(f'{name}={value!r}' for name, value in request.said().items())])})"

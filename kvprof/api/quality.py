@@ -5,42 +5,27 @@ Reads a plan, a model and text; returns an Evaluation. Writes files only where a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvprof.api.given import (
-    LARGEST_SEED,
-    Progress,
-    borrowed,
-    check_around,
-    check_counts,
-    check_flags,
-    check_range,
-    check_whole,
-    check_words,
-    logger,
-    plan_given,
-    remark,
-    results_in,
-    several,
-    silent,
-    word,
-)
+from kvprof.api.job import Job, Progress, kind_of, logger, remark
 from kvprof.errors import NotBetter, UsageError
 from kvprof.records.evaluation import Evaluation
 from kvprof.records.plan import BitPlan
+from kvprof.records.requests.check import CalibrateRequest, EvaluateRequest, GenerateRequest
+from kvprof.records.requests.measure import GradientsRequest
 from kvprof.records.scores import Scores
 from kvprof.workspace.names import short_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from kvprof.evaluate.evaluation import Baseline
+    from kvprof.evaluate.evaluation import Baseline, EvaluationRun
+    from kvprof.evaluate.kl_factor import CalibrateRun
     from kvprof.models.load import ModelSource
-    from kvprof.profile.request import SensitivitySettings
+    from kvprof.records.replies import Continuations
 
 Plan = BitPlan | str | Path
 
@@ -86,53 +71,44 @@ def evaluate(
     Raises Mismatch for another model's plan, UsageError for options that do not go together, CalibrationError for text
     that cannot be read, ModelError for a model that cannot be used.
     """
-    check_words(split=split, column=column, config=config)
-    check_flags(check=check, rivals=rivals, exact=exact, pack=pack, stream=stream, restart=restart)
-    check_flags(trust_remote_code=trust_remote_code)
-    check_around(out, progress)
-    check_whole(sequence_length=sequence_length)
-    check_counts(sequences=sequences, measure_from=measure_from, seed=seed)
-    (name, found), *further = _named(plan, against)
-    if check and not rivals and not further:
-        raise UsageError("check has nothing to compare with.\n  Leave out rivals=False, or name plans with against.")
-    check_range("measure_from", measure_from, 0, 2**31)
-    check_range("seed", seed, 0, LARGEST_SEED)
-    dtype, device = word(dtype), word(device)
-    from kvprof.calibration.text import BUILTIN
-    from kvprof.evaluate.evaluation import EvaluationSettings, check_request, run_evaluation
-    from kvprof.profile.request import SensitivitySettings
-
-    settings = EvaluationSettings(
-        (BUILTIN,) if data is None else several(data),
-        split,
-        sequences,
-        sequence_length,
-        measure_from,
-        seed,
-        pack,
-        dtype,
-        device,
-        exact,
-        stream,
-        column,
-        config,
-    )
-    with (
-        borrowed(found.model.id if model is None else model, tokenizer, trust_remote_code) as source,
-        results_in(out, source.id) as folder,
-    ):
-        published: list[Baseline] = []
-        if rivals or check:
-            check_request(source, [(name, found), *further], settings, compares=check)
-        if rivals:
-            measuring = SensitivitySettings(dtype=dtype, device=device, stream=stream)
-            path = Path(plan) if isinstance(plan, str | Path) else None
-            published = published_baselines(found, path, source, folder, measuring, restart)
-        run = run_evaluation(source, found, settings, folder, published, further, name, restart, progress or silent)
+    given = locals()
+    request = EvaluateRequest.of(given, of_function=True)
+    run = evaluation_as_asked(request, plan, against, Job.of(given))
     remark(run.remarks)
-    if check:
+    if request.check:
         require_better(run.evaluation)
     return run.evaluation
+
+
+def evaluation_as_asked(
+    request: EvaluateRequest, plan: Plan, against: Mapping[str, Plan] | Plan | Sequence[Plan], job: Job
+) -> EvaluationRun:
+    """Evaluate a plan for the command and the function, which ask whether it is better; raises as `evaluate` does."""
+    if request.check and not request.rivals and not against:
+        raise UsageError("--check has nothing to compare with.\n  Leave out --no-rivals, or name plans with --against.")
+    (name, found), *further = _named(plan, against)
+    from kvprof.evaluate.evaluation import check_request, run_evaluation
+
+    path = Path(plan) if isinstance(plan, str | Path) else None
+    with job.of_model(found.model.id).opened() as (source, folder):
+        published: list[Baseline] = []
+        if request.rivals or request.check:  # run_evaluation checks the same, but after the baselines are measured
+            check_request(source, [(name, found), *further], request, compares=request.check)
+        if request.rivals:
+            published = published_baselines(request, found, path, source, folder, job)
+        return run_evaluation(
+            source,
+            found,
+            request,
+            folder,
+            published,
+            further,
+            name,
+            job.restart,
+            job.progress,
+            job.writing,
+            job.announce,
+        )
 
 
 def require_better(evaluation: Evaluation) -> None:
@@ -146,52 +122,34 @@ def require_better(evaluation: Evaluation) -> None:
 
 
 def published_baselines(
-    plan: BitPlan,
-    path: Path | None,
-    source: ModelSource,
-    folder: Path,
-    measuring: SensitivitySettings,
-    restart: bool,
-    bar: Callable[[str, str], AbstractContextManager[Progress]] = lambda title, unit: nullcontext(silent),
+    request: EvaluateRequest, plan: BitPlan, path: Path | None, source: ModelSource, folder: Path, job: Job
 ) -> list[Baseline]:
     """Return the published rules' plans at the plan's stored bits, from scores that are there, else measured now.
 
-    plan: known to be the model's. path: its file, where it has one. folder: for what is measured now. restart: measure
-    gradients anew too, where a run of theirs was stopped. bar: makes what is told of each measurement's progress, of
-    its title and its unit.
+    plan: known to be the model's. path: its file, where it has one. folder: for what is measured now.
     """
+    from kvprof.allocate.baselines import baseline_plans
+    from kvprof.evaluate.evaluation import Baseline
     from kvprof.profile.norms import run_norms
     from kvprof.profile.sensitivity import run_sensitivity
 
-    found = find_baseline_scores(plan, path, source, folder)
-    norms, gradients = found.norms, found.gradients
+    plan, norms, gradients = find_baseline_scores(plan, path, source, folder)
+    if job.dry_run and (norms is None or gradients is None):
+        logger.info("baselines are not counted: their scores are measured first, then nine forwards a sequence more")
+        return []
     if norms is None:
-        with bar("norms", "bytes") as advance:
-            norms = run_norms(source, folder, restart, advance).scores
+        norms = run_norms(source, folder, job.restart, job.beside("norms", "bytes")).scores
     if gradients is None:
-        with bar("gradients", "sequences") as advance:
-            gradients = run_sensitivity(source, measuring, folder, restart, advance).scores
-    return found.plans(norms, gradients)
+        measuring = GradientsRequest(dtype=request.dtype, device=request.device, stream=request.stream)
+        advance = job.beside("gradients", "sequences")
+        gradients = run_sensitivity(source, measuring, folder, job.restart, advance).scores
+    return [Baseline(name, candidates) for name, candidates in baseline_plans(plan, norms, gradients)]
 
 
-@dataclass(frozen=True)
-class BaselineScores:
-    """The scores that a plan's baselines are made from; None for those that are to be measured."""
-
-    plan: BitPlan
-    norms: Scores | None
-    gradients: Scores | None
-
-    def plans(self, norms: Scores, gradients: Scores) -> list[Baseline]:
-        """Return the baselines that these scores make."""
-        from kvprof.allocate.baselines import baseline_plans
-        from kvprof.evaluate.evaluation import Baseline
-
-        return [Baseline(name, candidates) for name, candidates in baseline_plans(self.plan, norms, gradients)]
-
-
-def find_baseline_scores(plan: BitPlan, path: Path | None, source: ModelSource, folder: Path) -> BaselineScores:
-    """Find the scores that a plan's baselines need, and say which files they are in; the arguments as above.
+def find_baseline_scores(
+    plan: BitPlan, path: Path | None, source: ModelSource, folder: Path
+) -> tuple[BitPlan, Scores | None, Scores | None]:
+    """Return a plan with its geometry, the norms and the gradients of its baselines; None for what is not there.
 
     They are looked for in the folder, beside the plan, and where a model's results go by default. The gradients that
     the plan was made from come before others.
@@ -215,7 +173,7 @@ def find_baseline_scores(plan: BitPlan, path: Path | None, source: ModelSource, 
         logger.info("the baselines take their %s from %s", name, found[0])
         return found[1]
 
-    return BaselineScores(
+    return (
         plan if plan.geometry is not None else plan.model_copy(update={"geometry": geometry}),
         find("norms", "spectral_norm", "frobenius_norm"),
         find("gradients", "gradient_norm"),
@@ -241,3 +199,42 @@ def _named(plan: Plan, against: Mapping[str, Plan] | Plan | Sequence[Plan]) -> l
     if isinstance(against, Mapping):
         names[1:] = against
     return list(zip(names, plans, strict=True))
+
+
+def plan_given(plan: Plan) -> BitPlan:
+    """Return a plan, read where a file is named. Raises InvalidFile as `BitPlan.load` does, UsageError for neither."""
+    if isinstance(plan, BitPlan):
+        return plan
+    if not isinstance(plan, str | Path):
+        raise UsageError(f"{kind_of(plan)} is no plan.\n  Give what kvprof.allocate returns, or its file.")
+    return BitPlan.load(plan)
+
+
+def calibration_as_asked(
+    request: CalibrateRequest, plans: Sequence[Path], scores: Path | None, job: Job
+) -> CalibrateRun:
+    """Measure the ratio of plans' KL to its prediction, and keep it with the scores.
+
+    plans: their files; by default the best ones at a few budgets. scores: the file that predicts them; by default what
+    the plans were made from. Raises Mismatch for plans or scores of another model, and as `evaluate` does.
+    """
+    from kvprof.analysis.calibration_plans import predict_plans, usual_plans
+    from kvprof.workspace.scores_of_plans import scores_of_plans
+
+    read = {path: BitPlan.load(path) for path in plans}
+    path, found = scores_of_plans(read) if scores is None else (scores, Scores.load(scores))
+    named = dict(zip(short_names(read), read.values(), strict=True)) if read else usual_plans(found)
+    predicted = predict_plans(found, named)
+    from kvprof.evaluate.kl_factor import run_calibrate
+
+    job = replace(job.of_model(predicted[0].plan.model.id), out=path.parent)
+    with job.opened() as (source, folder):
+        return run_calibrate(source, found, path, predicted, request, folder, job.restart, job.progress, job.writing)
+
+
+def generation_as_asked(request: GenerateRequest, prompt: str, plan: BitPlan, job: Job) -> Continuations:
+    """Continue a prompt in full precision and with a plan; raises Mismatch for another model's plan."""
+    from kvprof.evaluate.generation import compare_continuations
+
+    with job.of_model(plan.model.id).source() as source:
+        return compare_continuations(source, plan, prompt, request, job.progress)

@@ -17,9 +17,9 @@ from kvprof.benchmark.hardware import describe_device, versions
 from kvprof.benchmark.planned_attention import kinds_of
 from kvprof.benchmark.subject import Subject
 from kvprof.benchmark.timing import copy_bandwidth
-from kvprof.errors import UsageError, did_you_mean
+from kvprof.errors import UsageError
 from kvprof.models.inventory import position_limit
-from kvprof.models.load import DTYPES, check_dtype, usable_device
+from kvprof.models.load import DTYPES, usable_device
 from kvprof.models.memory import free_bytes
 from kvprof.records.benchmark import (
     Benchmark,
@@ -34,7 +34,9 @@ from kvprof.records.document import LARGEST_COUNT
 from kvprof.records.formats import TENSORS
 from kvprof.records.geometry import DType
 from kvprof.records.plan import BitPlan, quantized_tokens
-from kvprof.runtime.kernels.dispatch import KERNELS, kernels_named
+from kvprof.records.requests.check import BenchmarkRequest
+from kvprof.records.words import parse_memory
+from kvprof.runtime.kernels.dispatch import kernels_named
 from kvprof.storage.journal import Journal
 
 CONTEXTS = {"cuda": (4096, 32_768, 131_072), "cpu": (1024, 4096)}
@@ -45,27 +47,6 @@ COPIES = 10
 
 
 @dataclass(frozen=True)
-class BenchmarkSettings:
-    """What to time.
-
-    contexts, batches: None for what the device usually has. memory_bytes: what the largest batch must fit; None for all
-    that a GPU has, and on a CPU for no such question. dtype, device: as `models.load` has them, but that `auto` of
-    random weights is bfloat16 on a GPU and float32 on a CPU. kernels: of KERNELS. repeats: of attention. steps: of the
-    whole model, None to leave it out.
-    """
-
-    contexts: tuple[int, ...] | None = None
-    batches: tuple[int, ...] | None = None
-    memory_bytes: int | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    kernels: str = "auto"
-    repeats: int = 30
-    steps: int | None = 16
-    seed: int = 0
-
-
-@dataclass(frozen=True)
 class BenchmarkRun:
     """A finished run: its results and the file they are in."""
 
@@ -73,24 +54,10 @@ class BenchmarkRun:
     path: Path
 
 
-def check_settings(settings: BenchmarkSettings) -> None:
-    """Raise UsageError for what cannot be asked for."""
-    check_dtype(settings.dtype)
-    if settings.kernels not in KERNELS:
-        raise UsageError(f"unknown --kernels {settings.kernels!r}: {did_you_mean(settings.kernels, KERNELS)}")
-    for option, numbers in (("--context", settings.contexts), ("--batch", settings.batches)):
-        for number in numbers or ():
-            if number < 1:
-                raise UsageError(f"{option} {number}: at least 1 is needed.")
-    for option, count in (("--repeats", settings.repeats), ("--tokens", settings.steps)):
-        if count is not None and count < 1:
-            raise UsageError(f"{option} {count}: at least 1 is needed.")
-
-
 def run_benchmark(
     subject: Subject,
     plan: BitPlan,
-    settings: BenchmarkSettings,
+    request: BenchmarkRequest,
     folder: Path,
     name: str = "plan",
     restart: bool = False,
@@ -102,9 +69,8 @@ def run_benchmark(
     (parts of cases done, parts in all).
     Raises UsageError, Mismatch for another model's plan, CacheError where the named kernels do not run here.
     """
-    check_settings(settings)
-    device = usable_device(settings.device)
-    kernels = kernels_named(settings.kernels, device)
+    device = usable_device(request.device)
+    kernels = kernels_named(request.kernels, device)
     plan = subject.fitted(plan)
     if any(subject.geometry.layers[entry.layer].is_latent for entry in plan.layers):
         raise UsageError(
@@ -112,26 +78,28 @@ def run_benchmark(
             "(MLA), which makes them of what is cached first."
         )
     digest = plan.digest
-    dtype = _dtype(settings.dtype, subject, device.type)
+    dtype = _dtype(request.dtype, subject, device.type)
     geometry = subject.geometry.model_copy(update={"dtype": dtype})
     plan = plan.model_copy(update={"geometry": geometry})
     about, libraries = describe_device(device), versions(device)
-    contexts = _contexts(settings, subject, device.type)
-    batches = tuple(dict.fromkeys(settings.batches or _usual(BATCHES, device.type)))
-    memory_bytes = settings.memory_bytes or (about.memory_bytes if device.type == "cuda" else None)
+    contexts = _contexts(request, subject, device.type)
+    batches = tuple(dict.fromkeys(request.batch or _usual(BATCHES, device.type)))
+    memory_bytes = about.memory_bytes if device.type == "cuda" else None
+    if request.memory is not None:
+        memory_bytes = parse_memory(request.memory)
     identity = {
         "model": subject.info.id,
         "plan": plan.recipe,
         "dtype": dtype,
         "device": about.model_dump(mode="json"),
         "kernels": kernels.name,
-        "repeats": settings.repeats,
-        "tokens": settings.steps,
-        "seed": settings.seed,
+        "repeats": request.repeats,
+        "tokens": request.steps,
+        "seed": request.seed,
         "versions": libraries,
     }
     wanted = [(context, batch) for context in contexts for batch in batches]
-    parts = 2 if settings.steps is None else 4
+    parts = 2 if request.steps is None else 4
     total = parts * len(wanted) + (0 if memory_bytes is None else 2)
     done = 0
 
@@ -159,10 +127,10 @@ def run_benchmark(
             int(subject.text_config.num_attention_heads),
             about.cache_bytes,
             copied.bytes_per_second,
-            settings.repeats,
-            settings.seed,
+            request.repeats,
+            request.seed,
         )
-        cases = Cases(subject, plan, bench, settings.steps, tick)
+        cases = Cases(subject, plan, bench, request.steps, tick)
         for context, batch in wanted:
             if _key(context, batch) in log.done:
                 tick(parts)
@@ -209,10 +177,10 @@ def _dtype(asked: str, subject: Subject, device: str) -> DType:
     return subject.geometry.dtype if subject.geometry.dtype in DTYPES else "float32"
 
 
-def _contexts(settings: BenchmarkSettings, subject: Subject, device: str) -> tuple[int, ...]:
+def _contexts(request: BenchmarkRequest, subject: Subject, device: str) -> tuple[int, ...]:
     """Return the contexts asked for; else the device's usual ones, up to what the model was made for."""
-    limit = None if settings.contexts else _limit(subject)
-    wanted = settings.contexts or _usual(CONTEXTS, device)
+    limit = None if request.context else _limit(subject)
+    wanted = request.context or _usual(CONTEXTS, device)
     return tuple(dict.fromkeys(min(context, limit or context) for context in wanted))
 
 

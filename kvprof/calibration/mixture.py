@@ -37,6 +37,7 @@ from kvprof.calibration.text import (
 )
 from kvprof.calibration.tokens import UNKNOWN, Beginning, beginning_of, vocabulary_size
 from kvprof.errors import CalibrationError, UsageError
+from kvprof.records.requests.measure import Reading
 from kvprof.records.scores import CalibrationInfo
 
 _OURS = (*SPLITS, "all")
@@ -147,6 +148,21 @@ class TextRequest:
     usual_split: str = "calibration"
     column: str | None = None
     config: str | None = None
+
+    @classmethod
+    def of(cls, asked: Reading, data: Sequence[str], length: int, usual_split: str = "calibration") -> TextRequest:
+        """Return what a user asked for, with the text and the length that were chosen where none are named."""
+        return cls(
+            data,
+            asked.most_sequences,
+            length,
+            split=asked.split,
+            seed=asked.seed,
+            pack=asked.pack,
+            usual_split=usual_split,
+            column=asked.column,
+            config=asked.config,
+        )
 
     def split_for(self, name: str) -> str | None:
         """Return the split to take of a text; None where nothing is asked for that it has."""

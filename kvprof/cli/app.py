@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from importlib import import_module
 from typing import Annotated, Any
@@ -17,8 +18,8 @@ PANELS = {
         "inspect": "measure",
         "norms": "measure",
         "gradients": "measure",
-        "spectra": "spectra",
-        "divergence": "audit",
+        "spectra": "measure",
+        "divergence": "measure",
     },
     "Plan": {"allocate": "allocate", "frontier": "frontier", "explain": "explain"},
     "Check": {"evaluate": "evaluate", "verify": "verify", "audit": "audit", "benchmark": "benchmark", "show": "show"},
@@ -45,8 +46,11 @@ QUICK = frozenset({"allocate", "explain", "diff", "show", "schema", "merge", "ta
 """Commands that read a file or two, write one and end."""
 
 
-def make_app(names: Iterable[str] = COMMANDS) -> typer.Typer:
-    """Return the app with these commands. Making all of them would take a good part of a short command's time."""
+def make_app(names: Iterable[str] = COMMANDS, with_options: bool = True) -> typer.Typer:
+    """Return the app with these commands. Making all of them would take a good part of a short command's time.
+
+    with_options: without them, a command is good for its line in the list of commands alone.
+    """
     made = typer.Typer(
         name="kvprof",
         cls=Group,
@@ -66,13 +70,19 @@ def make_app(names: Iterable[str] = COMMANDS) -> typer.Typer:
             help=unwrapped(function.__doc__),
             rich_help_panel=panels.get(name),
             hidden=name not in panels,
-        )(explains_errors(speaks(function)))
+        )(explains_errors(speaks(function)) if with_options else _listed)
     return made
 
 
 def app_for(words: list[str]) -> typer.Typer:
     """Return the app that serves a command line: one command where it begins with one, else all of them."""
+    if words[:1] in ([], ["-h"], ["--help"]) and "_KVPROF_COMPLETE" not in os.environ:
+        return make_app(with_options=False)
     return make_app(words[:1] if words and words[0] in COMMANDS else COMMANDS)
+
+
+def _listed() -> None:
+    """Stand for a command in the list of commands."""
 
 
 def _version(asked: bool) -> None:

@@ -25,7 +25,7 @@ def targets(incomplete: str) -> list[str]:
 
 def rules(incomplete: str) -> list[str]:
     """Return the values of `--rule` that begin with this text."""
-    from kvprof.allocate import RULES
+    from kvprof.records.requests.plan import RULES
 
     return _begun(incomplete, RULES)
 

@@ -4,33 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvprof.cli.manner import Command
-from kvprof.cli.options import (
-    BASELINES,
-    DEVICE,
-    MEASUREMENT,
-    Column,
-    Config,
-    Device,
-    DryRun,
-    Dtype,
-    HeldOutSplit,
-    HeldOutTexts,
-    Out,
-    Pack,
-    Restart,
-    Seed,
-    SequenceLength,
-    Stream,
-    TokenizerName,
-    TrustRemoteCode,
-)
-from kvprof.cli.watching import Watch
+from kvprof.cli.options import DryRun, Out, PlannedModelArgument, Restart, TokenizerName, TrustRemoteCode
+from kvprof.cli.request import asks
+from kvprof.cli.watching import watched
 from kvprof.errors import UsageError
+from kvprof.records.requests.option import DEVICE
+
+if TYPE_CHECKING:
+    from kvprof.records.requests.check import EvaluateRequest
 
 
 class TakesSeveralFiles(Command):
@@ -67,69 +53,22 @@ def model_asked(named: str | None, model: str | None) -> str | None:
     return named
 
 
+@asks("check.EvaluateRequest")
 def evaluate(
     plan: Annotated[Path, typer.Argument(help="BitPlan file.")],
-    named: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            help="Hub id, folder, .gguf file, or `demo`.",
-            show_default="the plan's model; if it names none, the demo model",
-        ),
-    ] = None,
+    named: PlannedModelArgument = None,
     against: Annotated[
         list[Path] | None,
         typer.Option(help="Further plans to compare with: one file or several.", show_default=False),
     ] = None,
-    data: HeldOutTexts = None,
-    sequences: Annotated[
-        int, typer.Option(help="Sequences of text; time is proportional, and the error shrinks.")
-    ] = 12,
-    out: Out = None,
-    dry_run: DryRun = False,
-    split: HeldOutSplit = None,
-    column: Column = None,
-    config: Config = None,
-    sequence_length: SequenceLength = None,
-    seed: Seed = 0,
-    pack: Pack = False,
-    rivals: Annotated[
-        bool,
-        typer.Option(
-            "--rivals/--no-rivals",
-            help="Compare with published baselines that store no more bits.",
-            rich_help_panel=BASELINES,
-        ),
-    ] = True,
-    check: Annotated[
-        bool,
-        typer.Option(
-            "--check",
-            help="Exit with 5 unless the plan's mean KL is the lowest of all that store no more bits.",
-            rich_help_panel=BASELINES,
-        ),
-    ] = False,
-    measure_from: Annotated[
-        int,
-        typer.Option(
-            min=0, help="First position that is measured; earlier ones are only read.", rich_help_panel=MEASUREMENT
-        ),
-    ] = 0,
-    exact: Annotated[
-        bool,
-        typer.Option(
-            "--exact",
-            help="Decode token by token with the packed cache: the same numbers, far slower.",
-            rich_help_panel=MEASUREMENT,
-        ),
-    ] = False,
     model: Annotated[
         str | None,
         typer.Option(help="The same as MODEL.", show_default=False, rich_help_panel=DEVICE),
     ] = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    stream: Stream = False,
+    *,
+    request: EvaluateRequest,
+    out: Out = None,
+    dry_run: DryRun = False,
     tokenizer: TokenizerName = None,
     trust_remote_code: TrustRemoteCode = False,
     restart: Restart = False,
@@ -139,62 +78,15 @@ def evaluate(
     Reads held-out text with the plan's cache and in full precision. Baselines are published rules with no more stored
     bits than the plan.
     """
-    from kvprof.api.quality import find_baseline_scores, published_baselines, require_better
-    from kvprof.calibration.text import BUILTIN
-    from kvprof.evaluate.evaluation import EvaluationSettings, check_request, run_evaluation
-    from kvprof.models.load import resolve
-    from kvprof.profile.request import SensitivitySettings
-    from kvprof.records.plan import BitPlan
-    from kvprof.report.console import print_note, print_result, print_written, progress
+    from kvprof.api.quality import evaluation_as_asked, require_better
+    from kvprof.report.console import print_finished
     from kvprof.report.evaluations import show_evaluation
-    from kvprof.storage.folders import output_folder
-    from kvprof.workspace.names import short_names
 
-    if check and not rivals and not against:
-        raise UsageError("--check has nothing to compare with.\n  Leave out --no-rivals, or name plans with --against.")
+    place = {"tokenizer": tokenizer, "trust_remote_code": trust_remote_code, "out": out, "restart": restart}
     model = model_asked(named, model)
-    found = BitPlan.load(plan)
-    name, *others = short_names([plan, *(against or ())])
-    further = [(other, BitPlan.load(path)) for other, path in zip(others, against or (), strict=True)]
-    source = resolve(model or found.model.id, trust_remote_code, tokenizer)
-    folder = output_folder(source.id, out)
-    settings = EvaluationSettings(
-        tuple(data or (BUILTIN,)),
-        split,
-        sequences,
-        sequence_length,
-        measure_from,
-        seed,
-        pack,
-        dtype,
-        device,
-        exact,
-        stream,
-        column,
-        config,
-    )
-    if rivals or check:  # run_evaluation checks the same, but after the baselines are measured
-        check_request(source, [(name, found), *further], settings, compares=check)
-    measuring = SensitivitySettings(dtype=dtype, device=device, stream=stream)
-    published = []
-    if rivals and not dry_run:
-        published = published_baselines(found, plan, source, folder, measuring, restart, progress)
-    if rivals and dry_run:
-        ready = find_baseline_scores(found, plan, source, folder)
-        if ready.norms is not None and ready.gradients is not None:
-            published = ready.plans(ready.norms, ready.gradients)
-        else:
-            print_note("baselines are not counted: their scores are measured first, then nine forwards a sequence more")
-    watch = Watch(dry_run)
-    with watch.over(device), progress("evaluate", "forwards") as advance:
-        writing = advance.beside("writing text", "tokens")
-        run = run_evaluation(
-            source, found, settings, folder, published, further, name, restart, advance, writing, watch
-        )
+    with watched("evaluate", "forwards", request.device, dry_run, model=model, **place) as job:
+        run = evaluation_as_asked(request, plan, against or (), job)
     show_evaluation(run.evaluation)
-    for remark in run.remarks:
-        print_note(remark)
-    print_written(run.path)
-    print_result(run.evaluation)
-    if check:
+    print_finished(run.evaluation, run.path, run.remarks)
+    if request.check:
         require_better(run.evaluation)

@@ -6,13 +6,17 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvprof.cli import completion
-from kvprof.cli.options import GroupSize, RecentTokens, SinkTokens, TrustRemoteCode
+from kvprof.cli.options import TrustRemoteCode
+from kvprof.cli.request import asks
 from kvprof.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from kvprof.records.requests.plan import ImportRequest
 
 TOOLS = ("kvtuner",)
 """Whose files can be imported."""
@@ -85,6 +89,7 @@ def export(
     print_result(Exported(target=target.name, path=str(place), text=artefact.text, remarks=artefact.remarks))
 
 
+@asks("plan.ImportRequest")
 def import_(
     file: Annotated[Path, typer.Argument(help="The other tool's file.")],
     tool: Annotated[
@@ -108,9 +113,8 @@ def import_(
             show_default="outputs/<model, or the file's name>",
         ),
     ] = None,
-    group_size: GroupSize = 32,
-    recent_tokens: RecentTokens = 32,
-    sink_tokens: SinkTokens = 0,
+    *,
+    request: ImportRequest,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Make a plan from the file of another tool.
@@ -120,36 +124,15 @@ def import_(
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's pool of threads would cost more than it saves
 
-    from kvprof.records.plan import Window
-    from kvprof.report.console import print_plain, print_result, print_written
+    from kvprof.api.exchange import imported_plan
+    from kvprof.report.console import print_finished, print_plain
     from kvprof.report.plans import show_plan
-    from kvprof.storage.folders import output_folder, slug
-    from kvprof.targets.kvtuner_import import kvtuner_plan, read_kvtuner
 
     if tool not in TOOLS:
         raise UsageError(f"kvprof cannot import from {tool!r}: {did_you_mean(tool, TOOLS)}")
-    layers = read_kvtuner(file)
-    window = Window(sink_tokens=sink_tokens, recent_tokens=recent_tokens)
     command = shlex.join(["kvprof", *sys.argv[1:]])
-    if model is None:
-        plan = kvtuner_plan(layers, group_size=group_size, window=window, command=command)
-    else:
-        from kvprof.models.identity import checkpoint_fingerprint
-        from kvprof.models.inventory import take_inventory
-        from kvprof.models.load import load_config, resolve
-
-        source = resolve(model, trust_remote_code)
-        found = take_inventory(load_config(source), source.id)
-        plan = kvtuner_plan(
-            layers, model=found.model, geometry=found.geometry, group_size=group_size, window=window, command=command
-        )
-        # Only now: a file for another model should not cost a look at the weights.
-        known = found.model.model_copy(update={"fingerprint": checkpoint_fingerprint(source, found.geometry)})
-        plan = plan.model_copy(update={"model": known})
-    if out is None or out.suffix != ".json":
-        out = output_folder(plan.model.id or file.stem, out) / f"plan-{slug(file.stem)}.json"
-    written = plan.save(out)
+    plan, place = imported_plan(request, file, model, out, trust_remote_code, command)
+    written = plan.save(place)
     show_plan(plan)
     print_plain(f"from {file}")
-    print_written(written)
-    print_result(plan)
+    print_finished(plan, written)

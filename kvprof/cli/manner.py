@@ -12,8 +12,9 @@ from typing import Annotated, Any, get_args
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from kvprof.cli.options import OUTPUT
+from kvprof.cli.request import parameters_of, request_of, with_request
 from kvprof.errors import UsageError
+from kvprof.records.requests.option import OUTPUT
 
 AsJson = Annotated[
     bool,
@@ -69,7 +70,8 @@ def unwrapped(text: str | None) -> str:
 
 
 def speaks(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command with --json and --quiet added to its options, said to the console before it begins."""
+    """Return a command with the options of its request, and with --json and --quiet, which the console hears of."""
+    request = request_of(command)
 
     @functools.wraps(command)
     def spoken(*args: Any, as_json: bool = False, quiet: bool = False, **kwargs: Any) -> None:
@@ -78,15 +80,15 @@ def speaks(command: Callable[..., None]) -> Callable[..., None]:
         if as_json and quiet:
             raise UsageError("--json prints the result, --quiet does not; leave out one of them.")
         with speaking(as_json, quiet):
-            command(*args, **kwargs)
+            command(*args, **(kwargs if request is None else with_request(request, kwargs)))
 
-    own = inspect.signature(command, eval_str=True)
     added = [
         inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=AsJson),
         inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Quiet),
     ]
-    parameters = [_with_placeholder(parameter) for parameter in (*own.parameters.values(), *added)]
-    spoken.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    parameters = [_with_placeholder(parameter) for parameter in (*parameters_of(command, request), *added)]
+    spoken.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    spoken.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return spoken
 
 

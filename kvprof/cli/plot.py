@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvprof.cli.options import OUTPUT
+from kvprof.cli.request import asks
+
+if TYPE_CHECKING:
+    from kvprof.records.requests.share import PlotRequest
 
 Pictures = Annotated[
     list[str] | None,
@@ -20,6 +23,7 @@ Pictures = Annotated[
 ]
 
 
+@asks("share.PlotRequest")
 def plot(
     pictures: Pictures = None,
     model: Annotated[
@@ -29,37 +33,21 @@ def plot(
             show_default="the newest in outputs/",
         ),
     ] = None,
-    kind: Annotated[str | None, typer.Option("--format", help="`png` or `svg`.", show_default="png")] = None,
-    width: Annotated[
-        float | None,
-        typer.Option(
-            min=3,
-            max=40,
-            help="Inches: 3.3 is one column of a paper, 7 both.",
-            show_default="what suits the picture",
-        ),
-    ] = None,
-    layers: Annotated[
-        str | None,
-        typer.Option(help="Layers to draw `spectra` of, such as 0-3,7.", show_default="a dozen, evenly spaced"),
-    ] = None,
+    *,
+    request: PlotRequest,
     out: Annotated[
         Path | None,
         typer.Option(
             help="Folder for the pictures, or a file that ends in .png or .svg.", show_default="outputs/<model>/plots"
         ),
     ] = None,
-    dpi: Annotated[
-        int | None,
-        typer.Option(min=50, max=1200, help="Pixels per inch of a PNG.", show_default="200", rich_help_panel=OUTPUT),
-    ] = None,
 ) -> None:
     """Draw measurements and plans as pictures for a paper."""
     from kvprof.records.replies import Written
     from kvprof.report.console import print_note, print_result, print_written
-    from kvprof.report.plots.drawing import Order, draw_pictures
+    from kvprof.report.plots.drawing import draw_pictures
 
-    written, remarks = draw_pictures(Order(pictures or (), model, kind, out, width, dpi, layers))
+    written, remarks = draw_pictures(request, pictures or (), model, out)
     for remark in remarks:
         print_note(remark)
     for path in written:

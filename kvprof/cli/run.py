@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvprof.cli.completion import recipes
-from kvprof.cli.options import OUTPUT, TokenizerName, TrustRemoteCode
+from kvprof.cli.options import TokenizerName, TrustRemoteCode
 from kvprof.cli.stops import STOPPED
 from kvprof.errors import InvalidFile, UsageError
+from kvprof.records.requests.option import OUTPUT
 
 if TYPE_CHECKING:
     from kvprof.recipes.done import Past
     from kvprof.recipes.steps import Step
-    from kvprof.records.replies import RecipeStep, ShippedRecipes
+    from kvprof.records.replies import RecipeStep
 
 
 def run(
@@ -63,16 +64,14 @@ def run(
     from kvprof.records.recipe import read_recipe
     from kvprof.records.replies import RecipeRun
     from kvprof.report.console import print_note, print_result
-    from kvprof.report.runs import show_planned, show_recipes, show_run
+    from kvprof.report.runs import show_planned, show_run
 
     if recipe is None or lists:
         if lists and recipe is not None:
             raise UsageError(f"--list lists all recipes; leave it out, or {recipe}.")
         if model is not None or out is not None or dry_run or restart:
             raise UsageError("name a recipe, such as quickstart.\n  `kvprof run --list` lists them.")
-        shipped = _shipped()
-        show_recipes(shipped)
-        print_result(shipped)
+        _list_recipes()
         return
     path = find_recipe(recipe)
     found = read_recipe(path)
@@ -101,20 +100,15 @@ def run(
     if dry_run:
         if not past.knows_nothing:
             _read_model(past, str(named))
-        verdicts = past.verdicts(steps)
-        taken = [
-            _answer(step, past, verdict.status, verdict.reason) for step, verdict in zip(steps, verdicts, strict=True)
-        ]
-        answer = RecipeRun(recipe=str(path), model=id_, folder=str(folder), steps=tuple(taken))
-        show_planned(answer)
-        print_result(answer)
-        return
-    output_folder(id_, folder)
-    with past:
-        _read_model(past, str(named))
-        taken = [_take(steps, number, past) for number in range(len(steps))]
+        verdicts = zip(steps, past.verdicts(steps), strict=True)
+        taken = [_answer(step, past, verdict.status, verdict.reason) for step, verdict in verdicts]
+    else:
+        output_folder(id_, folder)
+        with past:
+            _read_model(past, str(named))
+            taken = [_take(steps, number, past) for number in range(len(steps))]
     answer = RecipeRun(recipe=str(path), model=id_, folder=str(folder), steps=tuple(taken))
-    show_run(answer)
+    (show_planned if dry_run else show_run)(answer)
     print_result(answer)
 
 
@@ -204,14 +198,18 @@ def _answer(step: Step, past: Past, status: str, reason: str, seconds: float | N
     )
 
 
-def _shipped() -> ShippedRecipes:
+def _list_recipes() -> None:
     from kvprof.recipes.shipped import shipped_recipes
     from kvprof.records.recipe import read_recipe
     from kvprof.records.replies import ShippedRecipe, ShippedRecipes
+    from kvprof.report.console import print_result
+    from kvprof.report.runs import show_recipes
 
-    return ShippedRecipes(
+    shipped = ShippedRecipes(
         recipes=tuple(
             ShippedRecipe(name=name, description=read_recipe(path).description, path=str(path))
             for name, path in shipped_recipes().items()
         )
     )
+    show_recipes(shipped)
+    print_result(shipped)

@@ -5,13 +5,29 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from kvprof.api.job import Job
     from kvprof.models.memory import Peak
     from kvprof.records.estimate import Estimate
+
+
+@contextlib.contextmanager
+def watched(title: str, unit: str, device: str = "cpu", dry_run: bool = False, **place: Any) -> Iterator[Job]:
+    """Yield a command's job, with a bar for its progress, its estimate before and what it took after.
+
+    title, unit: of the bar. device: as the user named it. place: what else a Job has.
+    """
+    from kvprof.api.job import Job
+    from kvprof.report.console import progress
+    from kvprof.storage.folders import OUTPUTS
+
+    watch = Watch(dry_run)
+    with watch.over(device), progress(title, unit) as advance:
+        yield Job(**place, progress=advance, beside=advance.beside, announce=watch, usual=OUTPUTS, dry_run=dry_run)
 
 
 class Watch:

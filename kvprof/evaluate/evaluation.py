@@ -40,37 +40,13 @@ from kvprof.records.evaluation import Evaluation, Role
 from kvprof.records.formats import TENSORS
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import BitPlan, quantized_tokens
+from kvprof.records.requests.check import EvaluateRequest
 from kvprof.storage.journal import Journal
 
 BYTES_A_PIECE = 8 * 2**10
 """Of a plan on a sequence: its line in the journal."""
 FINALISTS = 2
 """Of a baseline's candidates, how many go on after the first sequence."""
-
-
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """What to measure on, and how.
-
-    data, split, column, config: as `TextRequest` has them; without a split, held-out text of what kvprof splits itself.
-    sequence_length: None as `calibration.sequences.choose_length` has it. measure_from: the first position that counts;
-    those before it are only read. dtype, device, stream: as `models.load.load_model` takes them. exact: token by token
-    through the packed cache.
-    """
-
-    data: tuple[str, ...] = (BUILTIN,)
-    split: str | None = None
-    sequences: int = 12
-    sequence_length: int | None = None
-    measure_from: int = 0
-    seed: int = 0
-    pack: bool = False
-    dtype: str = "auto"
-    device: str = "auto"
-    exact: bool = False
-    stream: bool = False
-    column: str | None = None
-    config: str | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +80,7 @@ class _Entrant:
 
 
 def check_request(
-    source: ModelSource, plans: Sequence[tuple[str, BitPlan]], settings: EvaluationSettings, compares: bool = False
+    source: ModelSource, plans: Sequence[tuple[str, BitPlan]], request: EvaluateRequest, compares: bool = False
 ) -> None:
     """Raise what `run_evaluation` would of these plans, named, and of the text: for who has baselines to measure first.
 
@@ -113,8 +89,8 @@ def check_request(
     config = load_config(source)
     geometry = take_inventory(config, source.id).geometry
     _check_fit(plans, geometry)
-    mix, _ = _read_text(source, settings, text_config(config))
-    lengths = [mix.lengths[index] for index in _long_enough(mix.lengths, settings.measure_from)]
+    mix, _ = _read_text(source, request, text_config(config))
+    lengths = [mix.lengths[index] for index in _long_enough(mix.lengths, request.measure_from)]
     first = _first_reading(plans[0][1], max(lengths))
     if compares and first is None and not _is_lossless(plans[0][1]):
         raise UsageError(
@@ -128,7 +104,7 @@ def check_request(
 def run_evaluation(
     source: ModelSource,
     plan: BitPlan,
-    settings: EvaluationSettings,
+    request: EvaluateRequest,
     folder: Path,
     rivals: Sequence[Baseline] = (),
     against: Sequence[tuple[str, BitPlan]] = (),
@@ -156,15 +132,15 @@ def run_evaluation(
     ]
     plans = [(entrant.name, candidate) for entrant in entrants for candidate in entrant.candidates]
     _check_fit(plans, geometry)  # shapes differ without a look at the weights
-    mix, tokenizer = _read_text(source, settings, text_config(config))
-    chosen = _long_enough(mix.lengths, settings.measure_from)
+    mix, tokenizer = _read_text(source, request, text_config(config))
+    chosen = _long_enough(mix.lengths, request.measure_from)
     lengths = [mix.lengths[index] for index in chosen]
-    announce(_estimate(source, config, settings, lengths, entrants, batches_of(mix)).about(mix.about_text()))
-    model = load_model(source, settings.dtype, settings.device, settings.stream)
+    announce(_estimate(source, config, request, lengths, entrants, batches_of(mix)).about(mix.about_text()))
+    model = load_model(source, request.dtype, request.device, request.stream)
     fingerprint = fingerprint_of(model, geometry, source)
     _check_fit(plans, geometry, fingerprint)
     text = fill(mix, model, tokenizer, fingerprint, writing)
-    route = choose_route(model, plan, text.sequences[chosen[0]][:2], settings.exact)
+    route = choose_route(model, plan, text.sequences[chosen[0]][:2], request.exact)
     dtype = str(model.dtype).removeprefix("torch.")
     identity = {
         "model": source.id,
@@ -172,12 +148,12 @@ def run_evaluation(
         "dtype": dtype,
         "kvprof version": __version__,
         **text.identity,
-        "measure_from": settings.measure_from,
+        "measure_from": request.measure_from,
         "path": route,
     }
     with Journal(folder / "evaluation.journal", identity, restart) as log:
         resumed = len(log.done)
-        pieces = Pieces(model, text.sequences, settings.measure_from, route, log)
+        pieces = Pieces(model, text.sequences, request.measure_from, route, log)
         finalists = _measure(pieces, chosen, entrants, progress)
         results = [pieces.results(candidate, chosen) for _, candidate in finalists]
         evaluation = Evaluation(
@@ -186,24 +162,24 @@ def run_evaluation(
             dtype=dtype,
             text=text.info,
             path=route,
-            measured_from=settings.measure_from,
+            measured_from=request.measure_from,
             made_with=made_with(model),
             reference_perplexity=perplexity(*pieces.reference(chosen)),
             plans=tuple(
-                summarise(label, entrant.role, candidate, geometry, result, results[0], settings.measure_from)
+                summarise(label, entrant.role, candidate, geometry, result, results[0], request.measure_from)
                 for label, (entrant, candidate), result in zip(_names(finalists), finalists, results, strict=True)
             ),
         )
         written = evaluation.save(folder / "evaluation.json")
         log.remove()
-    remarks = (*_remarks(evaluation, text, len(chosen), settings, resumed), *_dilution(plan, text, chosen, settings))
+    remarks = (*_remarks(evaluation, text, len(chosen), request, resumed), *_dilution(plan, text, chosen, request))
     return EvaluationRun(evaluation, written, remarks)
 
 
 def _estimate(
     source: ModelSource,
     config: PretrainedConfig,
-    settings: EvaluationSettings,
+    request: EvaluateRequest,
     lengths: Sequence[int],
     entrants: Sequence[_Entrant],
     written: Sequence[int],
@@ -220,47 +196,34 @@ def _estimate(
         config,
         lengths,
         Passes(
-            forwards=forwards * (max(lengths) if settings.exact and settings.stream else 1),
+            forwards=forwards * (max(lengths) if request.exact and request.stream else 1),
             softmaxes=SOFTMAXES * (forwards - 1),
             held=2,
         ),
-        settings.dtype,
-        settings.device,
-        settings.stream,
+        request.dtype,
+        request.device,
+        request.stream,
         written_bytes=round(BYTES_A_PIECE * forwards * len(lengths)),
         written=written,
     )
 
 
-def _read_text(source: ModelSource, settings: EvaluationSettings, config: PretrainedConfig) -> tuple[MixedText, Any]:
+def _read_text(source: ModelSource, request: EvaluateRequest, config: PretrainedConfig) -> tuple[MixedText, Any]:
     """Return the text as a model of this config reads it, and the tokenizer.
 
     Raises UsageError for lengths that cannot be.
     """
-    length = choose_length(settings.sequence_length, position_limit(config))
-    if length >= 2 and not 0 <= settings.measure_from <= length - 2:
+    length = choose_length(request.sequence_length, position_limit(config))
+    if length >= 2 and not 0 <= request.measure_from <= length - 2:
         raise UsageError(
-            f"--measure-from {settings.measure_from}: a sequence of {length} tokens has its last target "
+            f"--measure-from {request.measure_from}: a sequence of {length} tokens has its last target "
             f"at position {length - 2}."
         )
     tokenizer = load_tokenizer(source)
-    data = settings.data
-    if settings.stream:
-        data = streamable(data, settings.sequences, length, weight_bytes(config, settings.dtype))
-    mix = mix_texts(
-        TextRequest(
-            data,
-            settings.sequences,
-            length,
-            split=settings.split,
-            seed=settings.seed,
-            pack=settings.pack,
-            usual_split="held-out",
-            column=settings.column,
-            config=settings.config,
-        ),
-        tokenizer,
-    )
+    data = request.data or (BUILTIN,)
+    if request.stream:
+        data = streamable(data, request.sequences, length, weight_bytes(config, request.dtype))
+    mix = mix_texts(TextRequest.of(request, data, length, usual_split="held-out"), tokenizer)
     mix.check_vocabulary(config.vocab_size)
     return mix, tokenizer
 
@@ -354,9 +317,7 @@ def _first_reading(plan: BitPlan, length: int) -> int | None:
     return next(reads, None)
 
 
-def _dilution(
-    plan: BitPlan, text: CalibrationSet, chosen: Sequence[int], settings: EvaluationSettings
-) -> Iterator[str]:
+def _dilution(plan: BitPlan, text: CalibrationSet, chosen: Sequence[int], request: EvaluateRequest) -> Iterator[str]:
     """Say how much of what was measured could not differ from full precision, where that is most of it."""
     lengths = [len(text.sequences[index]) for index in chosen]
     first = _first_reading(plan, max(lengths))
@@ -368,8 +329,8 @@ def _dilution(
             "Raise --sequence-length, or plan a smaller window"
         )
     else:
-        measured = sum(length - settings.measure_from for length in lengths)
-        reading = sum(max(0, length - max(first, settings.measure_from)) for length in lengths)
+        measured = sum(length - request.measure_from for length in lengths)
+        reading = sum(max(0, length - max(first, request.measure_from)) for length in lengths)
         if reading < measured / 2:
             yield (
                 f"only {reading / measured:.0%} of the measured tokens read anything quantized, and the others dilute "
@@ -378,14 +339,14 @@ def _dilution(
 
 
 def _remarks(
-    evaluation: Evaluation, text: CalibrationSet, measured: int, settings: EvaluationSettings, resumed: int
+    evaluation: Evaluation, text: CalibrationSet, measured: int, request: EvaluateRequest, resumed: int
 ) -> Iterator[str]:
     found = len(text.sequences)
     if resumed:
         yield f"went on with a stopped run: {resumed} forwards were measured before"
-    yield from text.remarks(settings.sequences)
+    yield from text.remarks(request.sequences)
     if measured < found:
-        yield f"{found - measured} of {found} sequences end before position {settings.measure_from}: not measured"
+        yield f"{found - measured} of {found} sequences end before position {request.measure_from}: not measured"
     noise = LOGIT_ROUNDING_NATS["bfloat16"]
     if evaluation.dtype == "bfloat16" and evaluation.plan.kl_nats < 10 * noise:
         yield f"in bfloat16, logits are rounded by as much as a KL of {noise:g}: try --dtype float32 or float16"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,33 +21,18 @@ from kvprof.models.load import ModelSource, load_config, load_model, load_tokeni
 from kvprof.models.memory import memory_explained
 from kvprof.records.plan import BitPlan
 from kvprof.records.replies import Continuation, Continuations
+from kvprof.records.requests.check import GenerateRequest
 from kvprof.runtime.cache import PlanCache, cache_bytes
 
 LEAST_TEMPERATURE = 1e-3
 """Below it, logits divided by the temperature leave float16's range; 0 says what is meant."""
 
 
-@dataclass(frozen=True)
-class GenerationSettings:
-    """How to continue.
-
-    temperature: 0 takes the likeliest token each time. chat: put the prompt into the tokenizer's chat template.
-    dtype, device: as `models.load.load_model` takes them.
-    """
-
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    seed: int = 0
-    chat: bool = False
-    dtype: str = "auto"
-    device: str = "auto"
-
-
 def compare_continuations(
     source: ModelSource,
     plan: BitPlan,
     prompt: str,
-    settings: GenerationSettings,
+    request: GenerateRequest,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Continuations:
     """Continue a prompt with the full cache and with the plan's, by the same model, from the same seed.
@@ -57,38 +41,36 @@ def compare_continuations(
     Raises UsageError for a prompt that is empty or too long, CalibrationError for a tokenizer that fails on it,
     Mismatch for another model's plan.
     """
-    if settings.max_new_tokens < 1:
-        raise UsageError(f"--max-new-tokens {settings.max_new_tokens}: at least 1 is needed.")
-    if settings.temperature and not LEAST_TEMPERATURE <= settings.temperature < math.inf:
+    if request.temperature and not LEAST_TEMPERATURE <= request.temperature < math.inf:
         raise UsageError(
-            f"--temperature {settings.temperature}: 0, or a finite number of at least {LEAST_TEMPERATURE}, is needed."
+            f"--temperature {request.temperature}: 0, or a finite number of at least {LEAST_TEMPERATURE}, is needed."
         )
     if any("\ud800" <= mark <= "\udfff" for mark in prompt):
         raise UsageError("the prompt is not text in UTF-8.")
     tokenizer = load_tokenizer(source)
     with tokenizer_explained(tokenizer):
-        inputs = _tokens_of(prompt, tokenizer, settings.chat)
+        inputs = _tokens_of(prompt, tokenizer, request.chat)
     prompt_tokens = inputs["input_ids"].shape[1]
     limit = position_limit(load_config(source))
-    if limit is not None and prompt_tokens + settings.max_new_tokens > limit:
+    if limit is not None and prompt_tokens + request.max_new_tokens > limit:
         raise UsageError(
-            f"the prompt's {prompt_tokens} tokens and {settings.max_new_tokens} new ones are more than the {limit} "
+            f"the prompt's {prompt_tokens} tokens and {request.max_new_tokens} new ones are more than the {limit} "
             "that the model was made for.\n  Shorten the prompt, or lower --max-new-tokens."
         )
-    model = load_model(source, settings.dtype, settings.device)
+    model = load_model(source, request.dtype, request.device)
     planned_cache = PlanCache.from_plan(plan, model)  # before the long part: it refuses another model's plan
     found = []
     for turn, cache in enumerate((DynamicCache(config=model.config), planned_cache)):
-        done_before = turn * settings.max_new_tokens
+        done_before = turn * request.max_new_tokens
 
         def tick(new: int, done_before: int = done_before) -> None:
-            progress(done_before + new, 2 * settings.max_new_tokens)
+            progress(done_before + new, 2 * request.max_new_tokens)
 
-        tokens = _continue(model, tokenizer, inputs, cache, settings, tick)
+        tokens = _continue(model, tokenizer, inputs, cache, request, tick)
         with tokenizer_explained(tokenizer):
             text = tokenizer.decode(tokens, skip_special_tokens=True)
         found.append(Continuation(text=text, tokens=tuple(tokens), cache_bytes=cache_bytes(cache)))
-    progress(2 * settings.max_new_tokens, 2 * settings.max_new_tokens)
+    progress(2 * request.max_new_tokens, 2 * request.max_new_tokens)
     full, planned = found
     dtype = str(model.dtype).removeprefix("torch.")
     return Continuations(prompt_tokens=prompt_tokens, dtype=dtype, full=full, planned=planned)
@@ -112,25 +94,23 @@ def _continue(
     tokenizer: Any,
     inputs: dict[str, Any],
     cache: Cache,
-    settings: GenerationSettings,
+    request: GenerateRequest,
     tick: Callable[[int], None],
 ) -> list[int]:
     """Return the new tokens."""
     start = inputs["input_ids"].shape[1]
     end = model.generation_config.eos_token_id
     end = tokenizer.eos_token_id if end is None else end
-    sampling = (
-        {"do_sample": True, "temperature": settings.temperature} if settings.temperature else {"do_sample": False}
-    )
+    sampling = {"do_sample": True, "temperature": request.temperature} if request.temperature else {"do_sample": False}
     config = GenerationConfig(
-        max_new_tokens=settings.max_new_tokens,
+        max_new_tokens=request.max_new_tokens,
         eos_token_id=end,
         pad_token_id=end[0] if isinstance(end, list) else end,
         use_cache=True,  # some configs say not to, and every step would read the prompt again
         **sampling,
     )
     device = model.get_input_embeddings().weight.device
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(request.seed)
     explained = memory_explained(
         f"out of memory on {device} with a prompt of {start} tokens.\n  Shorten it, or take --dtype bfloat16."
     )

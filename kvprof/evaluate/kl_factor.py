@@ -33,21 +33,13 @@ from kvprof.records.audit import PlanCheck, PredictedPlan
 from kvprof.records.formats import TENSORS
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import quantized_tokens
+from kvprof.records.requests.check import CalibrateRequest
 from kvprof.records.scores import KlCalibration, Scores, suffix_start
 from kvprof.records.words import counted
 from kvprof.storage.journal import Journal
 
 USUAL_FRACTION = 0.5
 """The share of each sequence, at its end, that counts where the scores do not say."""
-
-
-@dataclass(frozen=True)
-class CalibrateSettings:
-    """sequences: so many of those that the scores read, the first ones. dtype, device: as `load_model` takes them."""
-
-    sequences: int = 4
-    dtype: str = "auto"
-    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -66,7 +58,7 @@ def run_calibrate(
     scores: Scores,
     path: Path,
     plans: Sequence[PredictedPlan],
-    settings: CalibrateSettings,
+    request: CalibrateRequest,
     folder: Path,
     restart: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -85,14 +77,14 @@ def run_calibrate(
     geometry = take_inventory(config, source.id).geometry
     _check_fit(plans, scores, geometry)
     asked = _as_scored(plans, scores)
-    readings, tokenizer = _read_text(source, text_config(config), scores, settings)
+    readings, tokenizer = _read_text(source, text_config(config), scores, request)
     fraction = USUAL_FRACTION if scores.decoding is None else scores.decoding.suffix_fraction
     _check_something_is_read(asked, max(max(reading.lengths) for reading in readings))
-    model = load_model(source, settings.dtype, settings.device)
+    model = load_model(source, request.dtype, request.device)
     fingerprint = fingerprint_of(model, geometry, source)
     _check_fit(asked, scores, geometry, fingerprint)
     text, same = _fill(readings, scores, lambda reading: fill(reading, model, tokenizer, fingerprint, writing))
-    text = text.first(settings.sequences)
+    text = text.first(request.sequences)
     route = choose_route(model, asked[0].plan, text.sequences[0][:2], exact=False)
     dtype = str(model.dtype).removeprefix("torch.")
     identity = {
@@ -114,7 +106,7 @@ def run_calibrate(
         calibrated = scores.model_copy(update={"kl_calibration": found})
         calibrated.save(path)
         log.remove()
-    remarks = _remarks(plans, asked, scores, text, same, settings, dtype, measured, resumed)
+    remarks = _remarks(plans, asked, scores, text, same, request, dtype, measured, resumed)
     return CalibrateRun(found, calibrated, path, tuple(checks), tuple(remarks))
 
 
@@ -151,20 +143,18 @@ def _as_scored(plans: Sequence[PredictedPlan], scores: Scores) -> list[Predicted
 
 
 def _read_text(
-    source: ModelSource, config: PretrainedConfig, scores: Scores, settings: CalibrateSettings
+    source: ModelSource, config: PretrainedConfig, scores: Scores, request: CalibrateRequest
 ) -> tuple[tuple[MixedText, ...], Any]:
     """Return the ways to read the text that the scores were measured on, and the tokenizer.
 
     Scores that do not say what they read get the built-in text.
     """
-    if settings.sequences < 1:
-        raise UsageError(f"--sequences {settings.sequences}: at least 1 is needed.")
     positions = position_limit(config)
     tokenizer = load_tokenizer(source)
     readings: tuple[MixedText, ...]
     if scores.calibration is None:
         length = choose_length(None, positions)
-        readings = (mix_texts(TextRequest([BUILTIN], settings.sequences, length), tokenizer),)
+        readings = (mix_texts(TextRequest([BUILTIN], request.sequences, length), tokenizer),)
     else:
         choose_length(scores.calibration.sequence_length, positions)
         readings = read_again(scores.calibration, tokenizer)
@@ -269,7 +259,7 @@ def _remarks(
     scores: Scores,
     text: CalibrationSet,
     same: bool,
-    settings: CalibrateSettings,
+    request: CalibrateRequest,
     dtype: str,
     measured: Sequence[Sequence[float]],
     resumed: int,
@@ -284,8 +274,8 @@ def _remarks(
     if window is not None and any(one.plan.window != window for one in plans):
         sinks = counted(window.sink_tokens, "sink")
         yield f"measured with {sinks} and a window of {window.recent_tokens}, as the scores were, whatever a plan has"
-    if sequences < settings.sequences:
-        yield f"the scores were measured on {sequences} sequences: on all of them, not {settings.sequences}"
+    if sequences < request.sequences:
+        yield f"the scores were measured on {sequences} sequences: on all of them, not {request.sequences}"
     if scores.calibration is None:
         yield f"the scores do not say which text they were measured on: calibrated on {text.info.dataset}"
     elif not same:

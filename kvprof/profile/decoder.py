@@ -14,7 +14,6 @@ from kvprof.records.formats import TENSOR_WORDS, TENSORS, Format, TensorName, pa
 from kvprof.records.geometry import CacheGeometry, KVLayer
 from kvprof.records.plan import (
     USUAL_WINDOW,
-    LayerChoice,
     Quantizer,
     Window,
     covered_geometry,
@@ -24,6 +23,7 @@ from kvprof.records.plan import (
     stored_like,
     tensor_word,
 )
+from kvprof.records.requests.request import LayerChoice
 from kvprof.records.scores import DecodingSetup, suffix_start
 
 Formats = Mapping[tuple[int, TensorName], Sequence[Format]]
@@ -73,6 +73,9 @@ class Decoder:
     def counted(self, text: CalibrationSet) -> list[int]:
         """Return how many positions of each sequence count."""
         return [len(ids) - suffix_start(len(ids), self.suffix_fraction) for ids in text.sequences]
+
+
+USUAL_DECODER = Decoder()
 
 
 def read_formats(text: str | None) -> dict[TensorName, tuple[str, ...]] | None:

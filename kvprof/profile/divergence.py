@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from kvprof import __version__
 from kvprof.calibration.self_generated import batches_of, fill
 from kvprof.calibration.sequences import CalibrationSet
-from kvprof.errors import KvprofError, UsageError
+from kvprof.errors import KvprofError
 from kvprof.metrics import LOGIT_ROUNDING_NATS, SOFTMAXES, token_kl
 from kvprof.models.costs import Passes, estimate_run
 from kvprof.models.identity import fingerprint_of, made_with
@@ -34,13 +34,12 @@ from kvprof.models.load import (
 )
 from kvprof.models.memory import memory_explained
 from kvprof.profile.decoder import decoding_of, within_the_window
-from kvprof.profile.probes import USUAL_FORMATS, Probe, check_something_is_read, choose_probes
-from kvprof.profile.reading import TextSettings, read_text
+from kvprof.profile.probes import Probe, check_something_is_read, choose_probes
+from kvprof.profile.reading import read_text
 from kvprof.records.estimate import Estimate
 from kvprof.records.formats import FULL_BITS, TENSORS, TensorName, usual_format
 from kvprof.records.inventory import Inventory
 from kvprof.records.plan import (
-    USUAL_WINDOW,
     BitPlan,
     Quantizer,
     SkippedLayer,
@@ -49,6 +48,7 @@ from kvprof.records.plan import (
     covered_geometry,
     layer_plan,
 )
+from kvprof.records.requests.measure import DivergenceRequest
 from kvprof.records.sampled import loss_scores
 from kvprof.records.scores import MadeWith, Scores, layer_scores, suffix_start
 from kvprof.runtime.attention.reference import decoding_reads
@@ -56,22 +56,6 @@ from kvprof.storage.journal import Journal
 
 BYTES_A_NUMBER = 160
 """Of each number: the line of it in the journal, and what the result says of it."""
-
-
-@dataclass(frozen=True)
-class DivergenceSettings(TextSettings):
-    """What to measure, on what, and how.
-
-    layers, tensors, formats: as `probes.choose_probes` reads them. suffix_fraction: the share of each sequence, at its
-    end, that counts.
-    """
-
-    sequences: int = 2
-    layers: str | None = None
-    tensors: str = ",".join(TENSORS)
-    formats: str = USUAL_FORMATS
-    window: Window = USUAL_WINDOW
-    suffix_fraction: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -85,7 +69,7 @@ class DivergenceRun:
 
 def run_divergence(
     source: ModelSource,
-    settings: DivergenceSettings,
+    request: DivergenceRequest,
     folder: Path,
     restart: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -100,19 +84,18 @@ def run_divergence(
     raise, to stop.
     Raises KvprofError in its many kinds: the model, the text, a setting or the journal is not fit.
     """
-    if not 0 < settings.suffix_fraction <= 1:
-        raise UsageError(f"--suffix-fraction {settings.suffix_fraction:g}: a share above 0 and up to 1 is needed.")
+    window = window_of(request)
     whole_config = load_config(source)
     inventory = take_inventory(whole_config, source.id)
     whole = inventory.geometry
-    geometry = covered_geometry(whole, "all", settings.window)
+    geometry = covered_geometry(whole, "all", window)
     inventory = inventory.model_copy(update={"geometry": geometry})
-    probes = choose_probes(geometry, settings.layers, settings.tensors, settings.formats)
-    mix, tokenizer = read_text(source, whole_config, settings)
-    check_something_is_read(probes, settings.window, max(mix.lengths))
-    passes = Passes(forwards=1 + len(probes), softmaxes=SOFTMAXES * settings.suffix_fraction * len(probes), held=2)
+    probes = choose_probes(geometry, request.layers, request.tensors, request.formats)
+    mix, tokenizer = read_text(source, whole_config, request)
+    check_something_is_read(probes, window, max(mix.lengths))
+    passes = Passes(forwards=1 + len(probes), softmaxes=SOFTMAXES * request.suffix_fraction * len(probes), held=2)
     written_bytes = BYTES_A_NUMBER * len(mix.lengths) * len(probes)
-    how = (settings.dtype, settings.device, settings.stream)
+    how = (request.dtype, request.device, request.stream)
     announce(
         estimate_run(
             source, whole_config, mix.lengths, passes, *how, written_bytes=written_bytes, written=batches_of(mix)
@@ -128,8 +111,8 @@ def run_divergence(
         "dtype": str(model.dtype),
         "kvprof version": __version__,
         **text.identity,
-        **settings.window.model_dump(),
-        "suffix_fraction": settings.suffix_fraction,
+        **window.model_dump(),
+        "suffix_fraction": request.suffix_fraction,
     }
     with Journal(folder / "divergence.journal", identity, restart) as log:
         indices = range(len(text.sequences))
@@ -140,18 +123,23 @@ def run_divergence(
         progress(done, total)
         for index, left in todo.items():
             for probe, kl_nats in divergences(
-                model, inventory, left, text.sequences[index], settings.window, settings.suffix_fraction
+                model, inventory, left, text.sequences[index], window, request.suffix_fraction
             ):
                 log.add(probe.key(index), kl_nats)
                 done += 1
                 progress(done, total)
         measured = {probe: [float(log.done[probe.key(index)]) for index in indices] for probe in probes}
-        scores = _scores(measured, inventory, text, settings, made_with(model))
+        scores = _scores(measured, inventory, text, request, made_with(model))
         path = folder / "divergence.json"
         scores = scores.calibrated_as(path)
         scores.save(path)
         log.remove()
-    return DivergenceRun(scores, path, tuple(_remarks(scores, text, probes, settings, str(model.dtype), resumed)))
+    return DivergenceRun(scores, path, tuple(_remarks(scores, text, probes, request, str(model.dtype), resumed)))
+
+
+def window_of(request: DivergenceRequest) -> Window:
+    """Return the tokens that stay in full precision."""
+    return Window(sink_tokens=request.sink_tokens, recent_tokens=request.recent_tokens)
 
 
 def divergences(
@@ -226,7 +214,7 @@ def _scores(
     measured: Mapping[Probe, list[float]],
     inventory: Inventory,
     text: CalibrationSet,
-    settings: DivergenceSettings,
+    request: DivergenceRequest,
     made: MadeWith,
 ) -> Scores:
     """Return what was measured as Scores; tensors and formats that were not are absent."""
@@ -240,7 +228,7 @@ def _scores(
         calibration=text.info,
         geometry=inventory.geometry,
         made_with=made,
-        decoding=decoding_of(text, settings.window, settings.suffix_fraction),
+        decoding=decoding_of(text, window_of(request), request.suffix_fraction),
         layers=tuple(
             layer_scores(
                 shape.layer,
@@ -257,16 +245,16 @@ def _remarks(
     scores: Scores,
     text: CalibrationSet,
     probes: Sequence[Probe],
-    settings: DivergenceSettings,
+    request: DivergenceRequest,
     dtype: str,
     resumed: int,
 ) -> Iterator[str]:
     if resumed:
         total = len(probes) * len(text.sequences)
         yield f"went on with a stopped run: {resumed} of {total} forwards were done before"
-    yield from text.remarks(settings.sequences)
+    yield from text.remarks(request.sequences)
     lengths = [len(ids) for ids in text.sequences]
-    if short := within_the_window({probe.form for probe in probes}, settings.window, lengths):
+    if short := within_the_window({probe.form for probe in probes}, window_of(request), lengths):
         yield short
     noise = LOGIT_ROUNDING_NATS.get(dtype.removeprefix("torch."), 0.0)
     numbers = [

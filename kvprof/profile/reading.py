@@ -1,12 +1,10 @@
-"""What calibration text a measurement is asked for, and that text as its model reads it.
+"""The calibration text that a measurement is asked for, as its model reads it.
 
 Reads a config, a tokenizer and text; loads no weight. Does not know what is measured on it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -18,55 +16,20 @@ from kvprof.calibration.spec import USUAL_DATA
 from kvprof.models.decoder import text_config
 from kvprof.models.inventory import position_limit
 from kvprof.models.load import ModelSource, load_tokenizer, weight_bytes
-
-USUAL_SEQUENCES = 8
-
-
-@dataclass(frozen=True)
-class TextSettings:
-    """What text to measure on, and how the model is loaded.
-
-    data, split, column, config: as `calibration.mixture.TextRequest` has them. sequence_length: None is
-    CALIBRATION_LENGTH, or what the model was made for where that is less. dtype, device, stream: as
-    `models.load.load_model` takes them.
-    """
-
-    data: Sequence[str] = USUAL_DATA
-    split: str | None = None
-    sequences: int = USUAL_SEQUENCES
-    sequence_length: int | None = None
-    seed: int = 0
-    pack: bool = False
-    dtype: str = "auto"
-    device: str = "auto"
-    stream: bool = False
-    column: str | None = None
-    config: str | None = None
+from kvprof.records.requests.measure import Measuring
 
 
-def read_text(source: ModelSource, config: PretrainedConfig, settings: TextSettings) -> tuple[MixedText, Any]:
+def read_text(source: ModelSource, config: PretrainedConfig, request: Measuring) -> tuple[MixedText, Any]:
     """Return the text, what the model is to write itself still open, and the tokenizer. config: the whole model's.
 
     Raises CalibrationError or UsageError for text that cannot be measured on.
     """
     decoder_config = text_config(config)
-    length = choose_length(settings.sequence_length, position_limit(decoder_config), CALIBRATION_LENGTH)
+    length = choose_length(request.sequence_length, position_limit(decoder_config), CALIBRATION_LENGTH)
     tokenizer = load_tokenizer(source)
-    data = tuple(settings.data)
-    if settings.stream:
-        data = streamable(data, settings.sequences, length, weight_bytes(config, settings.dtype))
-    mix = mix_texts(
-        TextRequest(
-            data,
-            settings.sequences,
-            length,
-            split=settings.split,
-            seed=settings.seed,
-            pack=settings.pack,
-            column=settings.column,
-            config=settings.config,
-        ),
-        tokenizer,
-    )
+    data = request.data or USUAL_DATA
+    if request.stream:
+        data = streamable(data, request.most_sequences, length, weight_bytes(config, request.dtype))
+    mix = mix_texts(TextRequest.of(request, data, length), tokenizer)
     mix.check_vocabulary(decoder_config.vocab_size)
     return mix, tokenizer

@@ -23,15 +23,16 @@ from kvprof.calibration.sequences import CalibrationSet
 from kvprof.errors import UnsupportedAttention, UsageError, first_line
 from kvprof.models.identity import fingerprint_of
 from kvprof.models.load import ModelSource, input_device, load_model
-from kvprof.profile.decoder import Formats, within_the_window
+from kvprof.profile.decoder import USUAL_DECODER, Decoder, Formats, within_the_window
 from kvprof.profile.distributed import join_process_group
-from kvprof.profile.request import Prepared, SensitivitySettings, estimate, prepare
+from kvprof.profile.preparation import Prepared, estimate, prepare
 from kvprof.profile.scoring import SequenceResult, measure_sensitivity, samples_of
 from kvprof.profile.shards import as_shard
 from kvprof.records.effects import block_tokens, decode
 from kvprof.records.estimate import Estimate
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.inventory import Inventory
+from kvprof.records.requests.measure import GradientsRequest
 from kvprof.records.scores import Scores
 from kvprof.runtime.attention.patch import AttentionCall, attention_through
 from kvprof.storage.journal import Journal
@@ -48,7 +49,7 @@ class SensitivityRun:
 
 def run_sensitivity(
     source: ModelSource,
-    settings: SensitivitySettings,
+    request: GradientsRequest,
     folder: Path,
     restart: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -56,6 +57,7 @@ def run_sensitivity(
     is_enough: Callable[[Scores], bool] | None = None,
     check: Callable[[CacheGeometry, Formats], None] | None = None,
     announce: Callable[[Estimate], None] = lambda estimate: None,
+    decoder: Decoder = USUAL_DECODER,
 ) -> SensitivityRun:
     """Load a model, measure it on calibration text and write gradients.json; go on where a stopped run was.
 
@@ -64,21 +66,23 @@ def run_sensitivity(
     in all); writing: with (tokens done, tokens in all) of text that the model writes itself first. is_enough: asked
     after FIRST_STAGE sequences and at each doubling; where it says so, the rest is left. check: called with the formats
     that will be scored, before anything is; may raise. announce: called before a weight is loaded; may raise, to stop.
+    decoder: whose losses are predicted.
     Raises KvprofError in its many kinds: the model, the text, a setting or the journal is not fit.
     """
-    group, device = join_process_group(settings.device)
-    prepared = group.each(lambda: prepare(source, settings, is_enough is not None, check))
+    group, device = join_process_group(request.device)
+    prepared = group.each(lambda: prepare(source, request, decoder, is_enough is not None, check))
+    share = prepared.share
     announce(group.each(lambda: estimate(prepared, device)))
     loaded = group.each(lambda: _load(prepared, device))
     text = group.first(lambda: fill(prepared.mix, loaded.model, prepared.tokenizer, loaded.fingerprint, writing))
-    chosen = range(len(text.sequences)) if settings.share is None else settings.share.indices(len(text.sequences))
+    chosen = range(len(text.sequences)) if share is None else share.indices(len(text.sequences))
     identity = _identity(prepared, loaded, text)
-    name = "gradients" if settings.share is None else f"gradients-{settings.share.number}-of-{settings.share.of}"
-    own = identity if settings.share is None else identity | {"shard": str(settings.share)}
+    name = "gradients" if share is None else f"gradients-{share.number}-of-{share.of}"
+    own = identity if share is None else identity | {"shard": str(share)}
     with contextlib.ExitStack() as stack:
         # The leading process alone keeps a journal: a run may go on as any number of processes.
         log = group.lead(lambda: stack.enter_context(Journal(folder / f"{name}.journal", own, restart)))
-        counted = settings.decoder.counted(text)
+        counted = decoder.counted(text)
         measured = group.first(lambda: _read_journal(log, loaded, chosen, counted))
         resumed = len(measured)
         progress(len(measured), len(chosen))
@@ -95,8 +99,8 @@ def run_sensitivity(
             text,
             loaded.inventory,
             loaded.formats,
-            settings.decoder,
-            settings.batch_size,
+            decoder,
+            request.batch_size,
             measured,
             finished,
             is_enough,
@@ -104,15 +108,15 @@ def run_sensitivity(
             group,
         )
         path = folder / f"{name}.json"
-        if settings.share is not None:
+        if share is not None:
             samples = samples_of([measured[index] for index in chosen], loaded.inventory.geometry, loaded.formats)
-            scores = as_shard(scores, samples, settings.share, chosen, text.info, identity)
+            scores = as_shard(scores, samples, share, chosen, text.info, identity)
         if log is not None:
             scores = scores.calibrated_as(path)
             scores.save(path)
             log.remove()
     remarks = [remark for remark in (loaded.unsupported, loaded.unread) if remark]
-    remarks += _remarks(text, settings, loaded.formats, resumed, scores, is_enough)
+    remarks += _remarks(text, prepared, loaded.formats, resumed, scores, is_enough)
     return SensitivityRun(scores, path, tuple(remarks))
 
 
@@ -129,14 +133,14 @@ class _Loaded:
 
 
 def _load(prepared: Prepared, device: str) -> _Loaded:
-    settings, formats, unread = prepared.settings, prepared.formats, prepared.unread
-    model = load_model(prepared.source, settings.dtype, device, settings.stream)
+    request, formats, unread = prepared.request, prepared.formats, prepared.unread
+    model = load_model(prepared.source, request.dtype, device, request.stream)
     geometry = prepared.inventory.geometry
     fingerprint = fingerprint_of(model, geometry, prepared.source)
     unsupported = _why_unsupported(model, geometry) if prepared.wanted else None
     if unsupported is not None:
         formats, unread = {}, None
-    if settings.decoder.formats is not None and prepared.wanted and not formats:
+    if prepared.decoder.formats is not None and prepared.wanted and not formats:
         # Asked for by name, and so not to be left out in silence.
         raise UsageError(str(unsupported or unread))
     stamped = prepared.inventory.model.model_copy(update={"fingerprint": fingerprint})
@@ -146,7 +150,7 @@ def _load(prepared: Prepared, device: str) -> _Loaded:
 
 def _identity(prepared: Prepared, loaded: _Loaded, text: CalibrationSet) -> dict[str, Any]:
     """Return what a run that goes on with this one, or shards of it, must share."""
-    decoder = prepared.settings.decoder
+    decoder = prepared.decoder
     sliding = any(shape.window is not None for shape in prepared.inventory.geometry.layers)
     return {
         "model": prepared.source.id,
@@ -216,15 +220,15 @@ def _why_unsupported(model: PreTrainedModel, geometry: CacheGeometry) -> str | N
 
 def _remarks(
     calibration: CalibrationSet,
-    settings: SensitivitySettings,
+    prepared: Prepared,
     formats: Formats,
     resumed: int,
     scores: Scores,
     is_enough: Callable[[Scores], bool] | None,
 ) -> Iterator[str]:
     total = len(calibration.sequences)
-    if settings.share is not None:
-        total = len(settings.share.indices(total))
+    if prepared.share is not None:
+        total = len(prepared.share.indices(total))
     measured = scores.calibration.sequences if scores.calibration is not None else 0
     if resumed:
         yield f"went on with a stopped run: {resumed} of {total} sequences were measured before"
@@ -233,9 +237,9 @@ def _remarks(
     elif is_enough is not None:
         stable = bool(formats) and is_enough(scores)
         yield f"stable after all {total} sequences" if stable else f"not known to be stable after all {total} sequences"
-    yield from calibration.remarks(settings.sequences)
+    yield from calibration.remarks(prepared.request.most_sequences)
     forms = [form for several in formats.values() for form in several]
-    if short := within_the_window(forms, settings.decoder.window, [len(ids) for ids in calibration.sequences]):
+    if short := within_the_window(forms, prepared.decoder.window, [len(ids) for ids in calibration.sequences]):
         yield short
     if measured == 1:
         yield "a single sequence has no standard error: that of the gradient norms is written as 0"

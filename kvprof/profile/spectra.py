@@ -21,13 +21,14 @@ from kvprof.models.identity import fingerprint_of, made_with
 from kvprof.models.inventory import take_inventory
 from kvprof.models.layouts import check_projects
 from kvprof.models.load import ModelSource, load_config, load_model
-from kvprof.profile.reading import TextSettings, read_text
+from kvprof.profile.reading import read_text
 from kvprof.profile.singular_values import SingularValues, cached_singular_values
 from kvprof.records.estimate import Estimate
 from kvprof.records.formats import TENSORS
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.inventory import Inventory
 from kvprof.records.plan import head_dim_of
+from kvprof.records.requests.measure import SpectraRequest
 from kvprof.records.spectra import LayerSpectra, Spectra, Spectrum
 from kvprof.storage.journal import Journal
 
@@ -46,7 +47,7 @@ class SpectraRun:
 
 def run_spectra(
     source: ModelSource,
-    settings: TextSettings,
+    request: SpectraRequest,
     folder: Path,
     restart: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -64,14 +65,14 @@ def run_spectra(
     inventory = take_inventory(whole_config, source.id)
     geometry = inventory.geometry
     check_projects(geometry)
-    mix, tokenizer = read_text(source, whole_config, settings)
+    mix, tokenizer = read_text(source, whole_config, request)
     numbers = sum(
         layer.kv_heads * min(tokens, head_dim_of(layer, tensor))
         for tokens in mix.lengths
         for layer in geometry.scored
         for tensor in TENSORS
     )
-    how = (settings.dtype, settings.device, settings.stream)
+    how = (request.dtype, request.device, request.stream)
     passes = Passes(forwards=1)
     announce(
         estimate_run(
@@ -115,7 +116,7 @@ def run_spectra(
         )
         path = spectra.save(folder / "spectra.json")
         log.remove()
-    return SpectraRun(spectra, path, tuple(_remarks(text, inventory, settings, resumed)))
+    return SpectraRun(spectra, path, tuple(_remarks(text, inventory, request, resumed)))
 
 
 def summed_up(sequences: Sequence[SingularValues]) -> tuple[LayerSpectra, ...]:
@@ -185,11 +186,11 @@ def _as_measured(lists: Sequence[object], geometry: CacheGeometry, tokens: int) 
     return found
 
 
-def _remarks(text: CalibrationSet, inventory: Inventory, settings: TextSettings, resumed: int) -> Iterator[str]:
+def _remarks(text: CalibrationSet, inventory: Inventory, request: SpectraRequest, resumed: int) -> Iterator[str]:
     total = len(text.sequences)
     if resumed:
         yield f"went on with a stopped run: {resumed} of {total} sequences were measured before"
-    yield from text.remarks(settings.sequences)
+    yield from text.remarks(request.sequences)
     widest = max(head_dim_of(layer, tensor) for layer in inventory.geometry.scored for tensor in TENSORS)
     if short := sum(len(ids) < widest for ids in text.sequences):
         yield (

@@ -10,11 +10,11 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from kvprof.allocate import RULES, check_request
-from kvprof.allocate.budget import parse_bits, parse_memory
+from kvprof.allocate.dispatch import check_request
 from kvprof.errors import InvalidFile, UsageError, did_you_mean
 from kvprof.recipes.words import OWN_TEXTS
 from kvprof.records.recipe import Plans, Recipe, Target
+from kvprof.records.requests.plan import AllocateRequest
 from kvprof.targets.registry import TARGETS
 from kvprof.workspace.text_files import files_below, is_pattern
 
@@ -29,10 +29,7 @@ def check_recipe(recipe: Recipe, texts: dict[str, dict[str, Path | None]]) -> No
             _check_text(f"{table}.data", name, file)
     for table, several in (("plans", recipe.plans), ("rivals", recipe.rivals)):
         for number, plans in enumerate(several):
-            _check_plans(plans, f"{table}[{number}]")
-    if recipe.benchmark is not None and recipe.benchmark.memory is not None:
-        with _at("benchmark.memory"):
-            parse_memory(recipe.benchmark.memory)
+            _check_limits(plans, f"{table}[{number}]")
     for number, target in enumerate(recipe.targets):
         place = f"targets[{number}]"
         if target.runtime not in TARGETS:
@@ -65,28 +62,15 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _check_plans(plans: Plans, place: str) -> None:
-    if plans.rule is not None and plans.rule not in RULES:
-        raise InvalidFile(f"{place}.rule: unknown rule {plans.rule!r}: {did_you_mean(plans.rule, RULES)}")
-    if plans.as_published and plans.sink_tokens:
-        raise InvalidFile(
-            f"{place}: as_published has no sinks, sink_tokens asks for {plans.sink_tokens}; leave out one of them."
-        )
-    _check_limits(plans, place)
-
-
 def _check_limits(asked: Plans | Target, place: str) -> None:
     """Raise for limits and options that `allocate` would refuse."""
-    with _at(f"{place}.bits"):
-        bits = None if asked.bits is None else parse_bits(asked.bits)
-    options = asked.model_dump(exclude_none=True, exclude={"name", "scores", "budgets", "runtime", "bits"})
-    if isinstance(asked, Target):
-        options["target"] = asked.runtime
+    said = asked.model_dump(exclude_unset=True, exclude={"name", "scores", "budgets", "runtime"})
+    target = asked.runtime if isinstance(asked, Target) else None
     for budget in asked.budgets or (None,):
         if budget is not None and not 0 < budget < math.inf:
             raise InvalidFile(f"{place}.budgets: a budget of {budget:g} bits stores nothing; try 2.5.")
         with _at(place):
-            check_request(**options, bits=bits, budget=budget)
+            check_request(AllocateRequest.of({**said, "budget": budget, "target": target}))
 
 
 @contextlib.contextmanager

@@ -15,7 +15,8 @@ from kvprof.errors import InvalidFile
 from kvprof.recipes.checks import check_recipe
 from kvprof.recipes.words import Words, amount, as_words, place_of, plan_name, text_file
 from kvprof.records.document import Record
-from kvprof.records.recipe import Plans, Reading, Recipe, Target
+from kvprof.records.recipe import Plans, Recipe, Target
+from kvprof.records.requests.measure import Reading
 from kvprof.targets.registry import TARGETS
 from kvprof.workspace.text_files import files_below
 
@@ -241,7 +242,7 @@ class _Compiler:
         """Return a table's keys as options, those of [text] where it has none of its own, and the files among them."""
         options: dict[str, Any] = {}
         for record in (text, table):
-            options |= {} if record is None else record.model_dump(exclude_none=True, by_alias=True)
+            options |= {} if record is None else record.model_dump(exclude_unset=True, exclude_none=True, by_alias=True)
         texts = self._texts(Reading(data=options.get("data")))
         if texts:
             options["data"] = [self._as_place(name, file) for name, file in texts.items()]

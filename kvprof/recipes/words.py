@@ -26,6 +26,8 @@ def as_words(options: Mapping[str, Any]) -> Words:
     words: list[str | Path] = []
     for name, value in options.items():
         option = f"--{name.replace('_', '-')}"
+        if name == "bits" and value is not None:
+            value = ",".join(map(str, value))
         for one in value if isinstance(value, tuple | list) else (value,):
             if one is True:
                 words.append(option)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Iterable
 from fractions import Fraction
 from typing import Annotated, Literal
 
@@ -224,3 +225,15 @@ def parse_formats(text: str) -> dict[TensorName, tuple[str, ...]]:
             format_named(name, tensor, head_dim=2**10)  # whether a model's heads can have it shows with the model
             chosen[tensor][name] = None
     return {tensor: tuple(names) for tensor, names in chosen.items()}
+
+
+def known_bits(widths: Iterable[int | str]) -> tuple[int, ...]:
+    """Return widths ascending, each once; raises UsageError for one that no codes are packed to, or for none."""
+    known = {str(bits): bits for bits in (*CODE_BITS, FULL_BITS)}
+    words = [str(width) for width in widths]
+    for word in words:
+        if word not in known:
+            raise UsageError(f"{word!r} is not a width of codes; choose from {', '.join(known)}")
+    if not words:
+        raise UsageError(f"no widths to choose from; name some of {', '.join(known)}")
+    return tuple(sorted({known[word] for word in words}))

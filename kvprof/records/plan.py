@@ -39,7 +39,8 @@ from kvprof.records.formats import (
     format_named,
 )
 from kvprof.records.geometry import CacheGeometry, KVLayer, bytes_text, check_same_model
-from kvprof.records.requests import AllocateRequest
+from kvprof.records.requests.plan import AllocateRequest
+from kvprof.records.requests.request import LayerChoice
 from kvprof.records.words import context_text
 
 
@@ -359,10 +360,6 @@ def _cost_lines(plan: BitPlan) -> list[str]:
     if plan.solver is not None and plan.solver.predicted_kl_nats is not None:
         lines.append(f"predicted KL divergence: {plan.solver.predicted_kl_nats:.3g} nats a token")
     return lines
-
-
-LayerChoice = Literal["all", "full"]
-LAYER_CHOICES: tuple[LayerChoice, ...] = ("all", "full")
 
 
 def layers_left_alone(

@@ -20,12 +20,16 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 from typing_extensions import Self
 
-from kvprof.errors import InvalidFile, UsageError, did_you_mean
-from kvprof.records.document import Count, Number, Positive, Record, Text, explain_invalid, read_at_most
-from kvprof.records.formats import TENSOR_WORDS, parse_formats, tensor_named
-from kvprof.records.plan import LayerChoice
+from kvprof.errors import InvalidFile, did_you_mean
+from kvprof.records.document import Number, Record, Text, explain_invalid, read_at_most
+from kvprof.records.requests import measure as requests
+from kvprof.records.requests import plan as requests_plan
+from kvprof.records.requests.check import Benchmark, Calibrate, Evaluate
+from kvprof.records.requests.measure import BatchSize, Divergence, Reading, Spectra
+from kvprof.records.requests.plan import Choice, Limits, MinKeyBits
+from kvprof.records.requests.request import Flag, Word, one_or_several
+from kvprof.records.requests.share import PlotRequest
 from kvprof.records.scores import METRICS
-from kvprof.records.words import read_layers
 from kvprof.storage.folders import RESERVED_ON_WINDOWS
 
 if sys.version_info >= (3, 11):
@@ -43,39 +47,10 @@ PICTURES = ("norms", "spectra", "gradients", "losses", "plan", "frontier", "posi
 T = TypeVar("T")
 
 
-def _one_or_several(value: object) -> object:
-    """Take a single value for a list of one."""
-    return [value] if isinstance(value, str | int | float | dict) else value
-
-
 def _known_metric(metric: str) -> str:
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}: {did_you_mean(metric, METRICS)}")
     return metric
-
-
-def _known_formats(formats: str) -> str:
-    try:
-        if formats != "none":
-            parse_formats(formats)
-    except UsageError as error:
-        raise ValueError(str(error)) from None
-    return formats
-
-
-def _known_layers(layers: str) -> str:
-    try:
-        read_layers(layers, "layers")
-    except UsageError as error:
-        raise ValueError(str(error)) from None
-    return layers
-
-
-def _known_tensors(tensors: str) -> str:
-    for word in (part.strip() for part in tensors.split(",")):
-        if tensor_named(word) is None:
-            raise ValueError(f"no tensor is called {word!r}: {did_you_mean(word, TENSOR_WORDS)}")
-    return tensors
 
 
 def _known_picture(picture: str) -> str:
@@ -90,104 +65,29 @@ def _usable_name(name: str) -> str:
     return name
 
 
-Flag = Annotated[bool, Field(strict=True)]
-Several = Annotated[tuple[T, ...], BeforeValidator(_one_or_several), Field(min_length=1, max_length=LONGEST_LIST)]
-Word = Annotated[Text, Field(min_length=1)]
-Formats = Annotated[Word, AfterValidator(_known_formats)]
+Several = Annotated[tuple[T, ...], BeforeValidator(one_or_several), Field(min_length=1, max_length=LONGEST_LIST)]
 Metric = Annotated[Word, AfterValidator(_known_metric)]
-Layers = Annotated[Word, AfterValidator(_known_layers)]
-Tensors = Annotated[Word, AfterValidator(_known_tensors)]
 Picture = Annotated[Word, AfterValidator(_known_picture)]
-Unit = Literal["stored", "nominal"]
 Share = Annotated[Number, Field(gt=0, le=1)]
-
-
-class Reading(Record):
-    """Which text is read, and how much of it."""
-
-    data: Several[Word] | None = None
-    """`builtin`, `self`, a file, a folder or a pattern of files, a hub dataset; NAME:2 takes twice as much."""
-    split: Word | None = None
-    column: Word | None = None
-    """What of a row is text: a column, or a template of columns."""
-    config: Word | None = None
-    """Of a dataset that has several."""
-    sequences: Positive | None = None
-    sequence_length: Annotated[Positive, Field(ge=2)] | None = None
-    """Tokens at most."""
-    seed: Count | None = None
-    pack: Flag | None = None
 
 
 class Norms(Record):
     """`kvprof norms`: it has no options of its own."""
 
 
-class Spectra(Reading):
-    """`kvprof spectra`."""
-
-
-class Decoding(Reading):
-    """What the measurements that stand in for decoding have in common."""
-
-    formats: Formats | None = None
-    suffix_fraction: Annotated[Number, Field(ge=0.01, le=1)] | None = None
-    sink_tokens: Count | None = None
-    recent_tokens: Count | None = None
-
-
-class Gradients(Decoding):
+class Gradients(requests.Gradients):
     """`kvprof gradients`."""
 
-    layers: LayerChoice | None = None
-    """Whether layers of a sliding window are scored too."""
-    until_stable: Flag | None = None
     stable_at: Several[Number] | None = None
-    """Budgets in stored bits."""
-    batch_size: Positive | None = None
+    batch_size: BatchSize = 1
 
 
-class Divergence(Decoding):
-    """`kvprof divergence`."""
-
-    layers: Layers | None = None
-    tensors: Tensors | None = None
-
-
-class Calibrate(Record):
-    """`kvprof calibrate`: the factor between measured and predicted KL, kept with the gradients' scores."""
-
-    sequences: Positive | None = None
-
-
-class Choice(Record):
-    """What a plan may choose from."""
-
-    bits: Word | None = None
-    formats: Formats | None = None
-    group_size: Positive | None = None
-    pin: Several[Word] | None = None
-    min_key_bits: Annotated[Positive, Field(le=16)] | None = None
-
-
-class Windowed(Choice):
-    """What a plan of kvprof's own cache may choose from, and its window."""
-
-    tie: Literal["key-value"] | None = None
-    sink_tokens: Count | None = None
-    recent_tokens: Count | None = None
-
-
-class Frontier(Windowed):
+class Frontier(requests_plan.Frontier):
     """`kvprof frontier`, of the gradients' scores."""
 
     low: Number | None = Field(None, alias="from")
     high: Number | None = Field(None, alias="to")
-    points: Annotated[Positive, Field(ge=2, le=1000)] | None = None
-    unit: Unit | None = None
-    context: Positive | None = None
-    batch: Positive | None = None
-    layers: LayerChoice | None = None
+    pin: Several[Word] | None = None
 
     @model_validator(mode="after")
     def _goes_up(self) -> Self:
@@ -196,83 +96,41 @@ class Frontier(Windowed):
         return self
 
 
-class Budgets(Record):
-    """A limit: bits an element, each of several a plan of its own; or bytes of cache at a context and batch."""
-
-    budgets: Several[Number] | None = None
-    """Bits an element."""
-    unit: Unit | None = None
-    memory: Word | None = None
-    """Bytes of cache, such as 1.5GiB."""
-    context: Positive | None = None
-    """Tokens a sequence that `memory` must hold."""
-    batch: Positive | None = None
-    """Sequences, likewise."""
-
-
-class Plans(Windowed, Budgets):
+class Plans(requests_plan.Plan):
     """`kvprof allocate`: a plan for each budget, or the one plan of a rule or limit that takes none.
 
     name: what the file is called instead of plan-...; of several budgets, what stands before them.
-    scores: which measurement it spends by; by default what the metric, or the rule, needs.
+    budgets: bits an element. scores: which measurement it spends by; by default what the metric, or the rule, needs.
     """
 
     name: Annotated[Word, Field(pattern=r"^[\w.+-]+$", max_length=100), AfterValidator(_usable_name)] | None = None
+    budgets: Several[Number] | None = None
     scores: Literal["norms", "gradients", "divergence"] | None = None
-    rule: Word | None = None
     metric: Metric | None = None
     max_kl: Number | None = None
-    layers: LayerChoice | None = None
+    pin: Several[Word] | None = None
     top_fraction: Share | None = None
-    as_published: Flag | None = None
-    bits_key: Positive | None = None
-    bits_value: Positive | None = None
 
 
-class Evaluate(Reading):
-    """`kvprof evaluate` of the first plan, against all other plans and [[rivals]] of the recipe."""
-
-    measure_from: Count | None = None
-    rivals: Flag | None = None
-    """Whether published rules at the first plan's stored bits are measured too; they are, unless this is false."""
-    check: Flag | None = None
-    exact: Flag | None = None
-
-
-class Benchmark(Record):
-    """`kvprof benchmark` of the first plan."""
-
-    context: Several[Positive] | None = None
-    batch: Several[Positive] | None = None
-    memory: Word | None = None
-    kernels: Literal["auto", "triton", "torch"] | None = None
-    repeats: Positive | None = None
-    tokens: Positive | None = None
-    attention_only: Flag | None = None
-    seed: Count | None = None
-
-
-class Target(Choice, Budgets):
+class Target(Choice, Limits):
     """Another runtime: its own formats scored, a plan within what it can be told, and the artefact for it."""
 
     runtime: Word
     """`kvprof targets` lists them."""
+    budgets: Several[Number] | None = None
+    pin: Several[Word] | None = None
+    min_key_bits: MinKeyBits = None
 
 
 class Audit(Record):
     """`kvprof audit`: it has no options of its own. Needs [divergence]."""
 
 
-class Plot(Record):
+class Plot(PlotRequest):
     """`kvprof plot`: what was measured as pictures, in the folder plots/ beside it."""
 
     pictures: Several[Picture] | None = None
     """Some of them by name; all, unless some are named."""
-    kind: Literal["png", "svg"] | None = Field(None, alias="format")
-    width: Annotated[Number, Field(ge=3, le=40)] | None = None
-    """Inches."""
-    dpi: Annotated[Positive, Field(ge=50, le=1200)] | None = None
-    layers: Layers | None = None
 
 
 class Report(Record):
@@ -307,6 +165,15 @@ class Recipe(Record):
     targets: Several[Target] = ()
     plot: Plot | None = None
     report: Report | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_have_an_end(cls, tables: Any) -> Any:
+        for name, table in tables.items() if isinstance(tables, dict) else ():
+            for key, value in table.items() if isinstance(table, dict) else ():
+                if isinstance(value, list) and len(value) > LONGEST_LIST:
+                    raise ValueError(f"{name}.{key}: a list of {len(value)} is too long; at most {LONGEST_LIST}")
+        return tables
 
     @model_validator(mode="after")
     def _each_table_has_what_it_reads(self) -> Self:

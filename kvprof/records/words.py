@@ -1,15 +1,23 @@
-"""How layers and numbers of things are written for people, and how people write layers.
+"""How layers and numbers of things are written for people, and how people write layers and memory.
 
 Knows no record: takes and returns numbers and text.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from itertools import groupby
 
-from kvprof.errors import UsageError
+from kvprof.errors import UsageError, did_you_mean
+
+BYTES: dict[str, int] = {"B": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for suffix, base in (("B", 1000), ("iB", 1024))
+}
 
 
 def counted(number: int, what: str) -> str:
@@ -57,3 +65,18 @@ def read_layers(text: str, option: str) -> list[range]:
             raise UsageError(f"{option} {text!r}: {word} runs backwards; write {high}-{low}.")
         runs.append(range(low, high + 1))
     return runs
+
+
+def parse_memory(text: str) -> int:
+    """Return the bytes that a text such as "1.5GiB" or "800 MB" means, rounded down; raises UsageError."""
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]+)", text.strip(), re.ASCII)
+    if match is None:
+        raise UsageError(f"cannot read {text!r} as an amount of memory.\n  Write a number and a unit: 1.5GiB, 800MB.")
+    number, unit = match.groups()
+    name = {name.lower(): name for name in BYTES}.get(unit.lower())
+    if name is None:
+        raise UsageError(f"unknown unit {unit!r} in {text!r}: {did_you_mean(unit, BYTES)}")
+    amount = math.floor(Fraction(number) * BYTES[name])
+    if amount < 1:
+        raise UsageError(f"{text!r} is less than one byte of memory.\n  Write a number and a unit: 1.5GiB, 800MB.")
+    return amount

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -88,6 +88,14 @@ def print_note(text: str) -> None:
 def print_written(path: Path) -> None:
     """Say where a result went."""
     (print_plain if _manner == "plain" else print_note)(f"written to {path}")
+
+
+def print_finished(result: Record, path: Path, remarks: Iterable[str] = ()) -> None:
+    """Print what a reader of a result should know, where it went, and under --json the result itself."""
+    for remark in remarks:
+        print_note(remark)
+    print_written(path)
+    print_result(result)
 
 
 def print_fetched(fetched_bytes: int, whole_bytes: int) -> None:

@@ -10,6 +10,7 @@ from kvprof.records.external_formats import EXTERNAL
 from kvprof.records.formats import TENSORS, format_named
 from kvprof.records.geometry import bytes_text
 from kvprof.records.plan import BitPlan, Solver, TensorPlan, Window
+from kvprof.records.requests.plan import AllocateRequest
 from kvprof.records.scores import LOSS_INCREASE, CalibrationInfo, Scores
 from kvprof.records.stability import Stability
 from kvprof.records.words import context_text, counted
@@ -168,6 +169,14 @@ def prediction_lines(plan: BitPlan, scores: Scores, best_pair: tuple[str, float]
         times = f", {nats / own:.3g} times as much" if own > 0 else ""
         lines.append(f"best plain pair at no more bits: {name}, predicted {nats:.3g} nats a token{times}")
     return lines
+
+
+def bytes_line(plan: BitPlan, request: AllocateRequest) -> str:
+    """Return the bytes of a plan's cache at the context that was asked for."""
+    context, batch = request.context or 0, request.batch or 1
+    held = plan.bytes_at(context, batch)
+    asked = "" if request.memory is None else f", of {request.memory} asked for"
+    return f"{held} bytes ({bytes_text(held)}) at {context} tokens x {batch}{asked}"
 
 
 def text_name(text: CalibrationInfo) -> str:

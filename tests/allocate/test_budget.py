@@ -8,13 +8,15 @@ from fractions import Fraction
 
 import pytest
 from handmade import full, geometry, scores, uneven_scores
+from requested import allocate
 
 from kvprof import BitPlan, Scores
-from kvprof.allocate import allocate
-from kvprof.allocate.budget import bit_limit, memory_limit, parse_bits, parse_memory
+from kvprof.allocate.budget import bit_limit, memory_limit
 from kvprof.errors import InfeasibleBudget, UsageError
 from kvprof.records.geometry import KVLayer, RecurrentState
 from kvprof.records.plan import Window
+from kvprof.records.requests.plan import AllocateRequest
+from kvprof.records.words import parse_memory
 
 GIB = 2**30
 
@@ -257,13 +259,13 @@ def test_a_cache_of_nothing_is_refused(context: int, batch: int) -> None:
 
 
 def test_bits_are_read_ascending_and_once() -> None:
-    assert parse_bits("8, 2,4,2,16") == (2, 4, 8, 16)
+    assert AllocateRequest.of({"bits": "8, 2,4,2,16"}).bits == (2, 4, 8, 16)
 
 
 @pytest.mark.parametrize("text", ["", "7", "2,,3", "2;3", "two", "0", "-1", "2.0"])
 def test_bits_that_no_codes_have_are_refused_with_those_that_they_have(text: str) -> None:
     with pytest.raises(UsageError, match="choose from 1, 2, 3, 4, 5, 6, 8, 16"):
-        parse_bits(text)
+        AllocateRequest.of({"bits": text})
 
 
 @pytest.mark.parametrize(("context", "batch"), [(2**62, 1), (2**53, 2**53), (2**36 + 1, 1)])

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from requested import frontier
 from score_factories import random_effects, random_scores, scores_of_effects
 
 from kvprof.allocate.budget import bit_limit
 from kvprof.allocate.exchange import QuadraticKnapsack
-from kvprof.allocate.frontier import frontier
 from kvprof.allocate.methods import exact
 from kvprof.allocate.problem import ExactProblem
 from kvprof.allocate.solver import solve

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 from handmade import full, geometry, scored, scores
+from requested import allocate, frontier
 from score_factories import random_scores
 
-from kvprof.allocate import allocate
-from kvprof.allocate.frontier import KNEES, frontier, knees
+from kvprof.allocate.frontier import KNEES, knees
 from kvprof.errors import InfeasibleBudget, UsageError
 from kvprof.records.frontier import Frontier
 
@@ -101,11 +101,11 @@ def test_the_knees_are_marked() -> None:
         ({"high": 99}, InfeasibleBudget, r"try --to 7\.5"),
         ({"low": 4, "high": 3}, UsageError, "--from 4 is more than --to 3"),
         ({"low": "low"}, UsageError, "is not a number of bits"),
-        ({"points": 1}, UsageError, "--points 1: a frontier has 2 to 1000"),
-        ({"points": 1001}, UsageError, "--points 1001"),
-        ({"unit": "bytes"}, UsageError, "unknown unit 'bytes'"),
+        ({"points": 1}, UsageError, "--points 1: at least 2"),
+        ({"points": 1001}, UsageError, "--points 1001: at most 1000"),
+        ({"unit": "bytes"}, UsageError, "unknown --unit 'bytes'"),
         ({"batch": 2}, UsageError, "Add --context"),
-        ({"context": 0}, UsageError, "does not exist"),
+        ({"context": 0}, UsageError, "--context 0: at least 1"),
         ({"formats": "int5g64"}, UsageError, "was not scored"),
     ],
 )

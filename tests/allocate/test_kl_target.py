@@ -9,9 +9,9 @@ import pytest
 from handmade import full, geometry, scored, scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from requested import allocate
 from score_factories import random_scores
 
-from kvprof.allocate import allocate
 from kvprof.allocate.kl_target import rounded_up
 from kvprof.errors import InfeasibleBudget, UsageError
 from kvprof.records.formats import format_named

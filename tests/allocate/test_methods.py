@@ -11,12 +11,13 @@ import pytest
 from handmade import full, geometry, published, recurrent, scores, sliding, uneven_scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from requested import allocate
 
 from kvprof import BitPlan, Scores
-from kvprof.allocate import allocate, allocate_as_asked
+from kvprof.allocate.dispatch import allocate_as_asked
 from kvprof.errors import InvalidFile, KvprofError, UsageError
 from kvprof.records.plan import Provenance, Window
-from kvprof.records.requests import AllocateRequest
+from kvprof.records.requests.plan import AllocateRequest
 
 PUBLISHED_BITS = (1, 2, 3, 4, 8)
 
@@ -166,10 +167,11 @@ def test_as_published_there_are_no_sinks_and_kvmix_has_groups_of_eleven() -> Non
     assert [entry.key.name for entry in plan.layers] == ["int2g64", "int3g11", "int3g11", "int2g64", "int2g64"]
     assert [entry.value.name for entry in plan.layers] == ["int4g64", "int2g64", "int2g64", "int2g64", "int4g64"]
     greedy = [
-        allocate(source, rule="norm-greedy", budget=3, window=Window(sink_tokens=4, recent_tokens=20), as_published=own)
-        for own in (False, True)
+        allocate(source, rule="norm-greedy", budget=3, recent_tokens=20, as_published=own) for own in (False, True)
     ]
     assert greedy[0].layers == greedy[1].layers
+    with pytest.raises(UsageError, match="--as-published has no sinks, --sink-tokens asks for 4"):
+        allocate(source, rule="norm-greedy", budget=3, sink_tokens=4, as_published=True)
     assert (plan.window.sink_tokens, plan.window.recent_tokens) == (0, 128)
     assert (greedy[1].window.sink_tokens, greedy[1].window.recent_tokens) == (0, 20)
 
@@ -308,7 +310,7 @@ def test_a_wrong_pin_is_named(pins: list[str], words: str) -> None:
         ({"budget": 3, "top_fraction": 0.2}, "exact takes no --top-fraction"),
         ({"budget": 3, "bits": (2, 7)}, "'7' is not a width"),
         ({"budget": 3, "bits": ()}, "no widths"),
-        ({"budget": 3, "group_size": 0}, "group size of 0"),
+        ({"budget": 3, "group_size": 0}, "--group-size 0: at least 1"),
         ({"rule": "kvmix", "budget": 2.3}, "kvmix takes no --budget"),
         ({"rule": "kvmix", "memory": "1MB"}, "kvmix takes no --memory"),
         ({"rule": "kvmix", "bits": (2, 4)}, "kvmix takes no --bits"),

@@ -12,16 +12,17 @@ import pytest
 from handmade import format_names, full, geometry, recurrent, scored, scores, sliding
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from requested import allocate
 from score_factories import random_scores
 
 from kvprof import BitPlan, Scores
-from kvprof.allocate import allocate, allocate_as_asked
+from kvprof.allocate.dispatch import allocate_as_asked
 from kvprof.allocate.losses import stderr_of_mean
 from kvprof.allocate.prediction import predict
 from kvprof.errors import InfeasibleBudget, InvalidFile, UsageError
 from kvprof.records.formats import format_named
 from kvprof.records.plan import Window
-from kvprof.records.requests import AllocateRequest
+from kvprof.records.requests.plan import AllocateRequest
 
 KEYS = {"int2g64": 0.3, "int3g64": 0.1, "int4g64": 0.02, "int4g128": 0.03, "rot2": 0.2, "int8g64": 0.001}
 VALUES = {"rot1": 0.5, "rot2": 0.15, "int2g64": 0.25, "int4g64": 0.02, "int8g64": 0.002}
@@ -177,8 +178,8 @@ def test_formats_are_named_for_both_or_one_of_the_tensors() -> None:
         ({"formats": ""}, "is no format"),
         ({"bits": (5,)}, r"key of layer 0 is left to choose from(.|\n)*scored: int2g64"),
         ({"formats": "rot2", "bits": (3,)}, "is left to choose from"),
-        ({"group_size": 0}, "group size of 0"),
-        ({"min_key_bits": 0}, "--min-key-bits 0 is no width"),
+        ({"group_size": 0}, "--group-size 0: at least 1"),
+        ({"min_key_bits": 0}, "--min-key-bits 0: at least 1"),
         ({"min_key_bits": 9}, r"leaves the key of layer 0 no format(.|\n)*at most 8 bits"),
         ({"tie": "kv"}, "unknown --tie 'kv'"),
     ],

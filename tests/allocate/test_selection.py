@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from requested import allocate
 from score_factories import random_effects, scores_of_effects
 
 from kvprof import BitPlan, Scores
-from kvprof.allocate import allocate
 from kvprof.allocate.budget import bit_limit
 from kvprof.allocate.kl_target import cheapest
 from kvprof.allocate.methods import exact

@@ -7,10 +7,10 @@ from fractions import Fraction
 
 import pytest
 from handmade import full, geometry, scores
+from requested import allocate
 from score_factories import random_scores
 
 from kvprof import Scores
-from kvprof.allocate import allocate
 from kvprof.allocate.assemble import tensors_of
 from kvprof.allocate.baselines import baseline_plans
 from kvprof.allocate.uniform_pairs import SCORED_PAIRS, UNSCORED_PAIRS, uniform_pairs

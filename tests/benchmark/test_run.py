@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from requested import changed
 from small_device import small_device  # noqa: F401
 from transformers import PreTrainedModel
 
 from kvprof.allocate.unscored import uniform_plan
 from kvprof.benchmark import cases as benchmark_cases
 from kvprof.benchmark.cases import Cases
-from kvprof.benchmark.run import BenchmarkSettings, run_benchmark
+from kvprof.benchmark.run import run_benchmark
 from kvprof.benchmark.subject import Subject, random_subject, real_subject
 from kvprof.errors import CacheError, Mismatch, UsageError
 from kvprof.models.identity import checkpoint_fingerprint
@@ -23,11 +24,12 @@ from kvprof.records.benchmark import Benchmark, BenchmarkCase, CacheName, Decode
 from kvprof.records.formats import parse_formats
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import BitPlan, Window
+from kvprof.records.requests.check import BenchmarkRequest
 from kvprof.runtime import PlanCache
 
 pytestmark = pytest.mark.usefixtures("small_device")
 
-SETTINGS = BenchmarkSettings(contexts=(20, 40), batches=(1, 2), device="cpu", repeats=2, steps=2)
+SETTINGS = BenchmarkRequest(context=(20, 40), batch=(1, 2), device="cpu", repeats=2, tokens=2)
 
 
 @pytest.fixture
@@ -82,14 +84,14 @@ def test_a_stopped_run_goes_on_and_finished_cases_are_as_they_were(
         finished.append(measure(self, context, batch))
         return finished[-1]
 
-    settings = BenchmarkSettings(**vars(SETTINGS) | {"contexts": (20, 30, 40), "batches": (1,), "steps": None})
+    settings = changed(SETTINGS, context=(20, 30, 40), batch=(1,), attention_only=True)
     monkeypatch.setattr(Cases, "measure", stops)
     with pytest.raises(KeyboardInterrupt):
         run_benchmark(subject, make_plan(3, 2), settings, tmp_path)
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["benchmark.journal"]
     monkeypatch.setattr(Cases, "measure", measure)
     with pytest.raises(Mismatch, match="another tokens"):
-        run_benchmark(subject, make_plan(3, 2), BenchmarkSettings(**vars(settings) | {"steps": 3}), tmp_path)
+        run_benchmark(subject, make_plan(3, 2), changed(settings, attention_only=False, tokens=3), tmp_path)
     found = run_benchmark(subject, make_plan(3, 2), settings, tmp_path).benchmark
     assert list(found.cases[:2]) == finished
     assert "went on with a stopped run: 2 of 3 cases were measured before" in found.remarks
@@ -98,7 +100,7 @@ def test_a_stopped_run_goes_on_and_finished_cases_are_as_they_were(
 def test_the_largest_batch_is_the_one_that_fits(
     subject: Subject, make_plan: Callable[..., BitPlan], tmp_path: Path
 ) -> None:
-    settings = BenchmarkSettings(**vars(SETTINGS) | {"contexts": (40,), "batches": (1,), "memory_bytes": 600_000})
+    settings = changed(SETTINGS, context=(40,), batch=(1,), memory="600000B")
     found = run_benchmark(subject, make_plan(2, 2), settings, tmp_path).benchmark.largest_batch
     assert found.context == 40
     for fitted in (found.planned, found.full):
@@ -109,7 +111,7 @@ def test_the_largest_batch_is_the_one_that_fits(
         assert fitted.run.tokens_per_second > 0
     assert found.planned.batch > found.full.batch
     assert found.batch_ratio == found.planned.batch / found.full.batch
-    alone = BenchmarkSettings(**vars(settings) | {"steps": None})
+    alone = changed(settings, attention_only=True)
     counted = run_benchmark(subject, make_plan(2, 2), alone, tmp_path).benchmark.largest_batch
     assert counted.planned.batch > 0
     assert "attention-only" in counted.planned.run.reason
@@ -120,7 +122,7 @@ def test_a_model_that_has_no_room_is_left_out_with_the_reason(
     subject: Subject, make_plan: Callable[..., BitPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(benchmark_cases, "weight_bytes", lambda *_: 2**60)
-    settings = BenchmarkSettings(**vars(SETTINGS) | {"contexts": (20,), "batches": (1,)})
+    settings = changed(SETTINGS, context=(20,), batch=(1,))
     found = run_benchmark(subject, make_plan(3, 2), settings, tmp_path).benchmark
     for case in found.cases:
         assert case.planned.timing is not None
@@ -131,7 +133,7 @@ def test_a_context_that_has_no_room_is_left_out_with_the_reason(
     subject: Subject, make_plan: Callable[..., BitPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(benchmark_cases, "free_bytes", lambda device: 200_000)
-    settings = BenchmarkSettings(**vars(SETTINGS) | {"contexts": (20, 10**9), "batches": (1,), "steps": None})
+    settings = changed(SETTINGS, context=(20, 10**9), batch=(1,), attention_only=True)
     small, large = run_benchmark(subject, make_plan(3, 2), settings, tmp_path).benchmark.cases
     assert small.speedup is not None
     assert "are needed" in large.planned.reason
@@ -147,7 +149,7 @@ def test_a_device_that_is_full_after_all_is_a_reason_too(
     monkeypatch.setattr("kvprof.benchmark.planned_attention.time_calls", full)
     monkeypatch.setattr("kvprof.benchmark.full_attention.time_calls", full)
     monkeypatch.setattr("kvprof.benchmark.decode.time_calls", full)
-    settings = BenchmarkSettings(**vars(SETTINGS) | {"contexts": (20,), "batches": (1,)})
+    settings = changed(SETTINGS, context=(20,), batch=(1,))
     (case,) = run_benchmark(subject, make_plan(3, 2), settings, tmp_path).benchmark.cases
     reasons = {run.reason for run in (case.planned, *case.full, *case.decode)}
     assert reasons == {"out of memory on the device"}
@@ -156,7 +158,7 @@ def test_a_device_that_is_full_after_all_is_a_reason_too(
 def test_what_a_reader_should_know_is_remarked_on(
     subject: Subject, make_plan: Callable[..., BitPlan], tmp_path: Path
 ) -> None:
-    settings = BenchmarkSettings(**vars(SETTINGS) | {"contexts": (4, 100), "batches": (1,), "steps": None})
+    settings = changed(SETTINGS, context=(4, 100), batch=(1,), attention_only=True)
     plan = make_plan(3, 2, Window(sink_tokens=1, recent_tokens=8))
     remarks = " ".join(run_benchmark(subject, plan, settings, tmp_path).benchmark.remarks)
     assert "100 tokens are more than the 64 that the model was made for" in remarks
@@ -173,7 +175,7 @@ def test_a_plan_of_other_weights_is_refused_and_a_plan_of_other_shapes_too(
         run_benchmark(subject, strange, SETTINGS, tmp_path)
     own = checkpoint_fingerprint(source, geometry)
     known = plan.model_copy(update={"model": plan.model.model_copy(update={"fingerprint": own})})
-    quick = BenchmarkSettings(**vars(SETTINGS) | {"contexts": (9,), "batches": (1,), "steps": None})
+    quick = changed(SETTINGS, context=(9,), batch=(1,), attention_only=True)
     found = run_benchmark(subject, known, quick, tmp_path).benchmark
     assert found.model.fingerprint == own
     with pytest.raises(Mismatch, match="it has 2 layers"):
@@ -205,10 +207,10 @@ def test_of_a_shapes_first_layers_the_plan_of_all_of_them_serves() -> None:
     ("changes", "error", "words"),
     [
         ({"kernels": "trition"}, UsageError, "did you mean 'triton'"),
-        ({"contexts": (0,)}, UsageError, "--context 0"),
-        ({"batches": (1, 0)}, UsageError, "--batch 0"),
+        ({"context": (0,)}, UsageError, "--context 0"),
+        ({"batch": (1, 0)}, UsageError, "--batch 0"),
         ({"repeats": 0}, UsageError, "--repeats 0"),
-        ({"steps": 0}, UsageError, "--tokens 0"),
+        ({"tokens": 0}, UsageError, "--tokens 0"),
         ({"dtype": "float23"}, UsageError, "did you mean 'float32'"),
         ({"device": "nowhere"}, UsageError, "--device nowhere"),
     ],
@@ -222,7 +224,7 @@ def test_what_cannot_be_is_refused_at_once(
     words: str,
 ) -> None:
     with pytest.raises(error, match=words):
-        run_benchmark(subject, make_plan(3, 2), BenchmarkSettings(**vars(SETTINGS) | changes), tmp_path)
+        run_benchmark(subject, make_plan(3, 2), changed(SETTINGS, **changes), tmp_path)
     assert not list(tmp_path.glob("benchmark*"))
 
 
@@ -232,14 +234,14 @@ def test_fused_kernels_are_refused_where_there_is_no_gpu(
     pytest.importorskip("triton")
     monkeypatch.setattr("kvprof.runtime.kernels.triton_kernels.INTERPRETED", False)
     with pytest.raises(CacheError, match="need a GPU"):
-        run_benchmark(subject, make_plan(3, 2), BenchmarkSettings(**vars(SETTINGS) | {"kernels": "triton"}), tmp_path)
+        run_benchmark(subject, make_plan(3, 2), changed(SETTINGS, kernels="triton"), tmp_path)
     assert not list(tmp_path.glob("benchmark*"))
 
 
 def test_random_weights_decode_too(tmp_path: Path) -> None:
     subject = random_subject("smollm2-135m", 1)
     plan = uniform_plan(parse_formats("key:int4g64,value:rot2"), subject.info, subject.geometry)
-    settings = BenchmarkSettings(**vars(SETTINGS) | {"contexts": (200,), "batches": (1,)})
+    settings = changed(SETTINGS, context=(200,), batch=(1,))
     found = run_benchmark(subject, plan, settings, tmp_path).benchmark
     assert (found.random_weights, found.dtype, found.model.num_layers) == (True, "float32", 1)
     assert all(run.tokens_per_second for run in found.cases[0].decode)
@@ -264,5 +266,5 @@ def test_a_cache_in_full_precision_is_timed_with_the_models_own_attention(
 
     monkeypatch.setattr(PlanCache, "from_plan", changes)
     monkeypatch.setattr(benchmark_cases, "time_decode", watches)
-    run_benchmark(subject, make_plan(3, 2), BenchmarkSettings(**vars(SETTINGS) | {"batches": (1,)}), tmp_path)
+    run_benchmark(subject, make_plan(3, 2), changed(SETTINGS, batch=(1,)), tmp_path)
     assert seen == 2 * [("PlanCache", "eager"), ("DynamicCache", "sdpa")]

@@ -24,9 +24,9 @@ from kvprof.calibration.self_generated import fill
 from kvprof.evaluate.logits import planned_logits, reference_logits
 from kvprof.metrics import token_kl
 from kvprof.models.load import load_model, load_tokenizer, resolve
-from kvprof.profile.request import SensitivitySettings
 from kvprof.profile.sensitivity import run_sensitivity
 from kvprof.records.formats import TENSORS, TensorName
+from kvprof.records.requests.measure import GradientsRequest
 from kvprof.records.sampled import TensorSamples, gradient_scores
 from kvprof.records.scores import CalibrationInfo
 
@@ -84,7 +84,7 @@ def measured(folder: Path, data: str, length: int, number: int) -> Scores:
     """Return the scores of one kind of text, measured now or before."""
     if not (folder / "gradients.json").exists():
         print(f"measuring {number} sequences of {data} into {folder}", file=sys.stderr)
-        settings = SensitivitySettings(data=(data,), sequences=number, sequence_length=length)
+        settings = GradientsRequest(data=(data,), sequences=number, sequence_length=length)
         run_sensitivity(resolve("demo"), settings, folder)
     return Scores.load(folder / "gradients.json")
 

@@ -31,7 +31,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from kvprof.allocate.unscored import uniform_plan
 from kvprof.benchmark.decode import DecodeSettings, fill, time_decode
 from kvprof.benchmark.hardware import describe_device
-from kvprof.benchmark.run import BenchmarkSettings, run_benchmark
+from kvprof.benchmark.run import run_benchmark
 from kvprof.benchmark.subject import Subject, random_subject
 from kvprof.benchmark.timing import time_calls
 from kvprof.calibration.sequences import Batch
@@ -41,6 +41,7 @@ from kvprof.profile.loss_increase import loss_effects
 from kvprof.records.benchmark import AttentionRun, Benchmark, DecodeRun
 from kvprof.records.formats import TENSORS, format_named, parse_formats
 from kvprof.records.plan import USUAL_WINDOW, BitPlan, LayerPlan, Quantizer, TensorPlan
+from kvprof.records.requests.check import BenchmarkRequest
 from kvprof.runtime import PlanCache
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +63,7 @@ class Sizes:
     step: tuple[int, int]
     throughput: tuple[str, int | None]
     throughput_context: int
-    memory: int | None
+    memory: str | None
     gradients: tuple[str, int | None]
     tokens: int
     repeats: int
@@ -77,7 +78,7 @@ REAL = Sizes(
     step=(32_768, 8),
     throughput=("llama-2-7b", None),
     throughput_context=4096,
-    memory=80 * 2**30,
+    memory="80GiB",
     gradients=("llama-3.2-1b", None),
     tokens=1024,
     repeats=30,
@@ -124,9 +125,9 @@ class Check:
         """Return a random model."""
         return random_subject(*shape).make(str(self.dtype).removeprefix("torch."), self.device)
 
-    def timed(self, plan: BitPlan, subject: Subject, name: str, **settings: Any) -> Benchmark:
+    def timed(self, plan: BitPlan, subject: Subject, name: str, **options: Any) -> Benchmark:
         """Return what `kvprof benchmark` measures of a plan."""
-        asked = BenchmarkSettings(device=str(self.device), repeats=self.sizes.repeats, kernels=self.kernels, **settings)
+        asked = BenchmarkRequest(device=str(self.device), repeats=self.sizes.repeats, kernels=self.kernels, **options)
         return run_benchmark(subject, plan, asked, self.folder / name, name, restart=True).benchmark
 
 
@@ -190,7 +191,7 @@ def attention(check: Check) -> Iterator[dict[str, Any]]:
     subject = random_subject(*check.sizes.attention)
     for name, plan in plans(check, subject).items():
         for context, batch in check.sizes.cases:
-            found = check.timed(plan, subject, name, contexts=(context,), batches=(batch,), steps=None)
+            found = check.timed(plan, subject, name, context=(context,), batch=(batch,), attention_only=True)
             (case,) = found.cases
             yield {
                 "plan": name,
@@ -254,7 +255,7 @@ def throughput(check: Check) -> Iterator[dict[str, Any]]:
     plan = plans(check, subject)["mixed"]
     context = check.sizes.throughput_context
     found = check.timed(
-        plan, subject, "throughput", contexts=(context,), batches=(1,), memory_bytes=check.sizes.memory, steps=4
+        plan, subject, "throughput", context=(context,), batch=(1,), memory=check.sizes.memory, tokens=4
     )
     if found.largest_batch is None:
         for run in found.cases[0].decode:

@@ -32,13 +32,15 @@ from kvprof.allocate.methods import uniform
 from kvprof.allocate.prediction import predicted_kl
 from kvprof.analysis.calibration_plans import predict_plans, usual_plans
 from kvprof.analysis.ranks import spearman
-from kvprof.evaluate.evaluation import Baseline, EvaluationSettings, run_evaluation
-from kvprof.evaluate.kl_factor import CalibrateSettings, run_calibrate
+from kvprof.evaluate.evaluation import Baseline, run_evaluation
+from kvprof.evaluate.kl_factor import run_calibrate
 from kvprof.models.load import ModelSource, resolve
-from kvprof.profile.divergence import DivergenceSettings, run_divergence
+from kvprof.profile.divergence import run_divergence
 from kvprof.records.evaluation import PlanResult
 from kvprof.records.formats import TENSORS
 from kvprof.records.plan import Window
+from kvprof.records.requests.check import CalibrateRequest, EvaluateRequest
+from kvprof.records.requests.measure import DivergenceRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "kvprof/evaluate/README.md"
@@ -200,7 +202,7 @@ class Measurements:
             return run_evaluation(
                 self.source,
                 plan,
-                EvaluationSettings(
+                EvaluateRequest(
                     (case.texts[text](self.packages),),
                     sequences=case.evaluated,
                     sequence_length=case.length,
@@ -220,7 +222,7 @@ class Measurements:
                 path.parent.mkdir(exist_ok=True)
                 shutil.copyfile(self.folder / "gradients.json", path)
                 plans = predict_plans(self.scores, usual_plans(self.scores))
-                run_calibrate(self.source, Scores.load(path), path, plans, CalibrateSettings(), path.parent)
+                run_calibrate(self.source, Scores.load(path), path, plans, CalibrateRequest(), path.parent)
                 (path.parent / "calibrate.done").touch()
         return Scores.load(path) if path.exists() else None
 
@@ -230,13 +232,14 @@ class Measurements:
         case = self.case
         with _Told(self, "divergence.json") as missing:
             if missing:
-                settings = DivergenceSettings(
+                settings = DivergenceRequest(
                     data=case.data,
                     sequences=case.singles,
                     sequence_length=case.length,
                     layers=case.layers,
                     formats=TWO_BITS,
-                    window=self.window,
+                    sink_tokens=self.window.sink_tokens,
+                    recent_tokens=self.window.recent_tokens,
                 )
                 run_divergence(self.source, settings, self.folder)
         path = self.folder / "divergence.json"

@@ -88,7 +88,7 @@ def test_a_missing_file_names_the_command_that_makes_it(name: str, folder: Path)
     [
         (["losess"], "no picture is called 'losess', and no file: did you mean 'losses'?"),
         (["handmade"], "A model is named with --model handmade"),
-        (["norms", "--format", "pdf"], "--format pdf: choose from png, svg"),
+        (["norms", "--format", "pdf"], "unknown --format 'pdf': choose from png, svg"),
         (["norms", "--format", "svg", "--dpi", "90"], "an SVG has no pixels"),
         (["norms", "--layers", "1"], "--layers chooses the panels of `spectra`"),
         (["spectra", "--layers", "9"], "no spectrum of layer 9; of layers 0-3"),

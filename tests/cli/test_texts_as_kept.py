@@ -15,9 +15,9 @@ from test_commands import run
 from transformers import PreTrainedTokenizerFast
 
 import kvprof
-from kvprof.profile.reading import TextSettings
 from kvprof.profile.spectra import run_spectra
 from kvprof.records.evaluation import Evaluation
+from kvprof.records.requests.measure import SpectraRequest
 from kvprof.records.scores import Scores
 
 SHORT = ["--sequences", "2", "--sequence-length", "16", "--formats", "none", "--out", "out"]
@@ -148,7 +148,7 @@ def test_a_stopped_run_with_another_column_is_another_text(place: Path) -> None:
         if done:
             raise KeyboardInterrupt
 
-    settings = TextSettings(data=("rows.jsonl",), sequences=3, sequence_length=16, column="summary")
+    settings = SpectraRequest(data=("rows.jsonl",), sequences=3, sequence_length=16, column="summary")
     (place / "out").mkdir()
     with pytest.raises(KeyboardInterrupt):
         run_spectra(source, settings, place / "out", False, stop)

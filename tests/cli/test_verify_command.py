@@ -248,7 +248,7 @@ def test_scores_of_another_model_differ(folder: Path) -> None:
         "kvprof import plan.yaml",
         "kvprof.allocate(scores, budget=__import__('os').getcwd())",
         "kvprof.allocate(scores, evil=1)",
-        "kvprof.allocate(scores, bits=3)",
+        "kvprof.allocate(scores, bits='three')",
         "kvprof.allocate(scores, bits=([],))",
         "kvprof.allocate(scores, pin=7)",
         "kvprof.allocate(*scores)",

@@ -10,11 +10,12 @@ from folders import edit_json, save_folder
 from tiny import tiny_model
 
 from kvprof.errors import Mismatch, UsageError
-from kvprof.evaluate.generation import GenerationSettings, compare_continuations
+from kvprof.evaluate.generation import compare_continuations
 from kvprof.models.load import resolve
 from kvprof.records.document import ModelInfo
 from kvprof.records.plan import BitPlan, LayerPlan, Quantizer, SkippedLayer, TensorPlan, Window
 from kvprof.records.replies import Continuations
+from kvprof.records.requests.check import GenerateRequest
 
 PROMPT = "the cat sat on a mat and saw another cat that sat on no mat"
 
@@ -37,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
 
 def continued(folder: Path, plan: BitPlan, prompt: str = PROMPT, **settings: object) -> Continuations:
     given = {"max_new_tokens": 12} | settings
-    return compare_continuations(resolve(str(folder)), plan, prompt, GenerationSettings(**given))  # type: ignore[arg-type]
+    return compare_continuations(resolve(str(folder)), plan, prompt, GenerateRequest.of(given))  # type: ignore[arg-type]
 
 
 def test_the_full_continuation_is_what_the_model_writes_alone(folder: Path) -> None:
@@ -84,7 +85,7 @@ def test_shared_tokens_end_where_the_two_part(folder: Path) -> None:
 
 def test_progress_ends_at_its_total(folder: Path) -> None:
     seen: list[tuple[int, int]] = []
-    settings = GenerationSettings(max_new_tokens=3)
+    settings = GenerateRequest(max_new_tokens=3)
     compare_continuations(
         resolve(str(folder)), plan_of(2), PROMPT, settings, lambda done, total: seen.append((done, total))
     )

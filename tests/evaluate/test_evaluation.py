@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from folders import edit_weights
+from requested import changed
 from tiny import tiny_model
 from transformers import PreTrainedModel
 
@@ -19,7 +19,7 @@ from kvprof.calibration.text import open_text
 from kvprof.errors import CalibrationError, KvprofError, Mismatch, UnsupportedAttention, UsageError
 from kvprof.evaluate import cached_evaluation as pieces
 from kvprof.evaluate import evaluation, logits
-from kvprof.evaluate.evaluation import Baseline, EvaluationSettings, run_evaluation
+from kvprof.evaluate.evaluation import Baseline, run_evaluation
 from kvprof.evaluate.logits import planned_logits, reference_logits
 from kvprof.evaluate.summary import SequenceResult, summarise
 from kvprof.metrics import token_kl, token_nll
@@ -30,14 +30,15 @@ from kvprof.records.evaluation import Evaluation
 from kvprof.records.formats import Format
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import BitPlan, LayerPlan, Quantizer, SkippedLayer, TensorPlan, Window
+from kvprof.records.requests.check import EvaluateRequest
 from kvprof.runtime import cache
 
 Maker = Callable[..., BitPlan]
 
 
 @pytest.fixture
-def settings(text: str) -> EvaluationSettings:
-    return EvaluationSettings(data=(text,), pack=True, sequences=4, sequence_length=40, dtype="float32", device="cpu")
+def settings(text: str) -> EvaluateRequest:
+    return EvaluateRequest(data=(text,), pack=True, sequences=4, sequence_length=40, dtype="float32", device="cpu")
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ def test_logits_from_a_position_on_are_the_last_of_all(route: logits.Route) -> N
 
 def test_the_logits_of_one_plan_are_gone_before_those_of_the_next_come(
     source: ModelSource,
-    settings: EvaluationSettings,
+    settings: EvaluateRequest,
     make_plan: Maker,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -133,7 +134,7 @@ def test_the_logits_of_one_plan_are_gone_before_those_of_the_next_come(
 
 def test_the_exact_path_looks_at_the_weights_once_and_not_for_every_cache(
     source: ModelSource,
-    settings: EvaluationSettings,
+    settings: EvaluateRequest,
     make_plan: Maker,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -142,14 +143,14 @@ def test_the_exact_path_looks_at_the_weights_once_and_not_for_every_cache(
     plan = make_plan(2, 2)
     stamped = plan.model_copy(update={"model": plan.model.model_copy(update={"fingerprint": fingerprint})})
     monkeypatch.setattr(cache, "live_fingerprint", lambda *_: pytest.fail("the weights were hashed again"))
-    assert run_evaluation(source, stamped, replace(settings, exact=True, sequences=1), tmp_path / "out").path.exists()
+    assert run_evaluation(source, stamped, changed(settings, exact=True, sequences=1), tmp_path / "out").path.exists()
 
 
 def test_the_exact_path_gives_the_same_evaluation(
-    source: ModelSource, settings: EvaluationSettings, make_plan: Maker, tmp_path: Path
+    source: ModelSource, settings: EvaluateRequest, make_plan: Maker, tmp_path: Path
 ) -> None:
     fast = run_evaluation(source, make_plan(2, 2), settings, tmp_path / "fast").evaluation
-    exact = run_evaluation(source, make_plan(2, 2), replace(settings, exact=True), tmp_path / "exact").evaluation
+    exact = run_evaluation(source, make_plan(2, 2), changed(settings, exact=True), tmp_path / "exact").evaluation
     assert (fast.path, exact.path) == ("fast", "exact")
     assert exact.plan.kl_nats == pytest.approx(fast.plan.kl_nats, rel=0.01)
     assert exact.plan.perplexity == pytest.approx(fast.plan.perplexity, rel=1e-3)
@@ -157,7 +158,7 @@ def test_the_exact_path_gives_the_same_evaluation(
 
 def test_attention_that_cannot_be_replaced_is_measured_token_by_token_and_said(
     source: ModelSource,
-    settings: EvaluationSettings,
+    settings: EvaluateRequest,
     make_plan: Maker,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -168,7 +169,7 @@ def test_attention_that_cannot_be_replaced_is_measured_token_by_token_and_said(
 
     monkeypatch.setattr(logits, "decoding_reads", refuse)
     with caplog.at_level("INFO", "kvprof"):
-        run = run_evaluation(source, make_plan(2, 2), replace(settings, sequences=1), tmp_path / "out")
+        run = run_evaluation(source, make_plan(2, 2), changed(settings, sequences=1), tmp_path / "out")
     assert run.evaluation.path == "exact"
     assert "attends in a way of its own" in caplog.text
     assert "slower" in caplog.text
@@ -176,9 +177,9 @@ def test_attention_that_cannot_be_replaced_is_measured_token_by_token_and_said(
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_a_plan_of_16_bits_everywhere_changes_nothing(
-    source: ModelSource, settings: EvaluationSettings, make_plan: Maker, tmp_path: Path, exact: bool
+    source: ModelSource, settings: EvaluateRequest, make_plan: Maker, tmp_path: Path, exact: bool
 ) -> None:
-    found = run_evaluation(source, make_plan(16, 16), replace(settings, exact=exact), tmp_path / "out").evaluation
+    found = run_evaluation(source, make_plan(16, 16), changed(settings, exact=exact), tmp_path / "out").evaluation
     assert found.plan.kl_nats < 1e-7
     assert found.plan.top1_agreement == 1.0
     assert found.plan.perplexity == pytest.approx(found.reference_perplexity, rel=1e-5)
@@ -187,10 +188,10 @@ def test_a_plan_of_16_bits_everywhere_changes_nothing(
 
 
 def test_the_numbers_are_those_of_a_loop_written_out(
-    source: ModelSource, settings: EvaluationSettings, make_plan: Maker, tmp_path: Path
+    source: ModelSource, settings: EvaluateRequest, make_plan: Maker, tmp_path: Path
 ) -> None:
     plan, start = make_plan(2, 3), 10
-    found = run_evaluation(source, plan, replace(settings, measure_from=start), tmp_path / "out").evaluation
+    found = run_evaluation(source, plan, changed(settings, measure_from=start), tmp_path / "out").evaluation
     model = load_model(source, "float32", "cpu")
     text = tokenize(open_text(settings.data[0]), load_tokenizer(source), 4, 40, 0, True)
     kl, nll, reference_nll = [], [], []
@@ -211,7 +212,7 @@ def test_the_numbers_are_those_of_a_loop_written_out(
 
 
 def test_positions_are_powers_of_two_and_add_up(
-    source: ModelSource, settings: EvaluationSettings, make_plan: Maker, tmp_path: Path
+    source: ModelSource, settings: EvaluateRequest, make_plan: Maker, tmp_path: Path
 ) -> None:
     plan = make_plan(2, 2, Window(sink_tokens=0, recent_tokens=16))
     found = run_evaluation(source, plan, settings, tmp_path / "out").evaluation.plan
@@ -240,7 +241,7 @@ def test_compression_is_against_16_bits_though_the_model_is_float32(geometry: Ca
 
 
 def test_a_plan_written_by_hand_without_a_geometry_can_be_evaluated(
-    source: ModelSource, settings: EvaluationSettings, make_plan: Maker, tmp_path: Path
+    source: ModelSource, settings: EvaluateRequest, make_plan: Maker, tmp_path: Path
 ) -> None:
     bare = make_plan(2, 2).model_copy(update={"geometry": None})
     found = run_evaluation(source, bare, settings, tmp_path / "bare").evaluation.plan
@@ -252,7 +253,7 @@ def test_a_plan_written_by_hand_without_a_geometry_can_be_evaluated(
 @pytest.mark.parametrize("after", [0, 1, 5, 11])
 def test_a_stopped_run_goes_on_to_the_same_file_and_measures_only_the_rest(
     source: ModelSource,
-    settings: EvaluationSettings,
+    settings: EvaluateRequest,
     make_plan: Maker,
     tmp_path: Path,
     measured: list[int],
@@ -293,7 +294,7 @@ def test_a_stopped_run_goes_on_to_the_same_file_and_measures_only_the_rest(
 )
 def test_a_stopped_run_refuses_another_setting_by_name(
     source: ModelSource,
-    settings: EvaluationSettings,
+    settings: EvaluateRequest,
     make_plan: Maker,
     tmp_path: Path,
     field: str,
@@ -302,14 +303,14 @@ def test_a_stopped_run_refuses_another_setting_by_name(
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
         run_evaluation(source, make_plan(2, 2), settings, tmp_path / "out", progress=stop_after(3))
-    other = replace(settings, **{field: value})
+    other = changed(settings, **{field: value})
     with pytest.raises(Mismatch, match=f"another {named}:"):
         run_evaluation(source, make_plan(2, 2), other, tmp_path / "out")
     assert run_evaluation(source, make_plan(2, 2), other, tmp_path / "out", restart=True).path.exists()
 
 
 def test_another_plan_goes_on_with_what_a_stopped_run_measured(
-    source: ModelSource, settings: EvaluationSettings, make_plan: Maker, tmp_path: Path, measured: list[int]
+    source: ModelSource, settings: EvaluateRequest, make_plan: Maker, tmp_path: Path, measured: list[int]
 ) -> None:
     plans = make_plan(2, 2), make_plan(3, 3)
     with pytest.raises(KeyboardInterrupt):
@@ -320,7 +321,7 @@ def test_another_plan_goes_on_with_what_a_stopped_run_measured(
 
 
 def test_the_best_candidate_over_all_sequences_is_reported_under_its_formats(
-    source: ModelSource, settings: EvaluationSettings, make_plan: Maker, tmp_path: Path
+    source: ModelSource, settings: EvaluateRequest, make_plan: Maker, tmp_path: Path
 ) -> None:
     rival = Baseline("uniform", (make_plan(1, 1), make_plan(6, 6), make_plan(2, 2)))
     found = run_evaluation(source, make_plan(3, 3), settings, tmp_path / "out", [rival], name="mine").evaluation
@@ -332,7 +333,7 @@ def test_the_best_candidate_over_all_sequences_is_reported_under_its_formats(
 
 
 def test_the_same_plan_under_two_names_is_measured_once_and_is_no_win(
-    source: ModelSource, settings: EvaluationSettings, make_plan: Maker, tmp_path: Path, measured: list[int]
+    source: ModelSource, settings: EvaluateRequest, make_plan: Maker, tmp_path: Path, measured: list[int]
 ) -> None:
     plan = make_plan(2, 2)
     found = run_evaluation(source, plan, settings, tmp_path / "out", against=[("plan", plan)]).evaluation
@@ -342,7 +343,7 @@ def test_the_same_plan_under_two_names_is_measured_once_and_is_no_win(
 
 
 def test_a_plan_for_another_model_is_refused_by_name(
-    source: ModelSource, settings: EvaluationSettings, make_plan: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: ModelSource, settings: EvaluateRequest, make_plan: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = make_plan(2, 2)
     stamp = plan.model.model_copy(update={"fingerprint": "sha256:of-another"})
@@ -360,7 +361,7 @@ def test_a_plan_for_another_model_is_refused_by_name(
 )
 def test_settings_that_cannot_be_are_refused_before_the_model_loads(
     source: ModelSource,
-    settings: EvaluationSettings,
+    settings: EvaluateRequest,
     make_plan: Maker,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -369,33 +370,33 @@ def test_settings_that_cannot_be_are_refused_before_the_model_loads(
 ) -> None:
     monkeypatch.setattr(evaluation, "load_model", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(UsageError, match=f"--{field.replace('_', '-')} {value}"):
-        run_evaluation(source, make_plan(2, 2), replace(settings, **{field: value}), tmp_path / "out")
+        run_evaluation(source, make_plan(2, 2), changed(settings, **{field: value}), tmp_path / "out")
 
 
 def test_rows_that_end_before_measuring_begins_are_left_out_and_counted(
-    source: ModelSource, settings: EvaluationSettings, make_plan: Maker, tmp_path: Path
+    source: ModelSource, settings: EvaluateRequest, make_plan: Maker, tmp_path: Path
 ) -> None:
     rows = Path(settings.data[0])
     rows.write_text("the cat sat on a mat\nthe cat sat on a mat and saw another cat that sat on no mat at all\n")
-    ragged = replace(settings, pack=False, measure_from=8)
+    ragged = changed(settings, pack=False, measure_from=8)
     run = run_evaluation(source, make_plan(2, 2), ragged, tmp_path / "out")
     assert sum(part.tokens for part in run.evaluation.plan.by_position) == 17 - 8
     assert any("1 of 2 sequences end before position 8" in remark for remark in run.remarks)
     assert run.evaluation.plan.kl_stderr_nats is None
     with pytest.raises(CalibrationError, match="no sequence reaches position 20"):
-        run_evaluation(source, make_plan(2, 2), replace(ragged, measure_from=20), tmp_path / "out")
+        run_evaluation(source, make_plan(2, 2), changed(ragged, measure_from=20), tmp_path / "out")
 
 
 @pytest.mark.parametrize(("dtype", "said"), [("bfloat16", True), ("float32", False)])
 def test_a_small_kl_of_a_bfloat16_model_comes_with_a_warning(
-    source: ModelSource, settings: EvaluationSettings, make_plan: Maker, tmp_path: Path, dtype: str, said: bool
+    source: ModelSource, settings: EvaluateRequest, make_plan: Maker, tmp_path: Path, dtype: str, said: bool
 ) -> None:
-    run = run_evaluation(source, make_plan(8, 8), replace(settings, dtype=dtype, sequences=1), tmp_path / "out")
+    run = run_evaluation(source, make_plan(8, 8), changed(settings, dtype=dtype, sequences=1), tmp_path / "out")
     assert any("logits are rounded" in remark for remark in run.remarks) is said
 
 
 def test_logits_that_are_not_finite_are_an_error_and_not_a_number(
-    settings: EvaluationSettings, source: ModelSource, make_plan: Maker, tmp_path: Path
+    settings: EvaluateRequest, source: ModelSource, make_plan: Maker, tmp_path: Path
 ) -> None:
     plan = make_plan(2, 2)
     assert source.path is not None
@@ -406,7 +407,7 @@ def test_logits_that_are_not_finite_are_an_error_and_not_a_number(
 
 
 def test_the_file_holds_what_the_run_returned(
-    source: ModelSource, settings: EvaluationSettings, make_plan: Maker, tmp_path: Path
+    source: ModelSource, settings: EvaluateRequest, make_plan: Maker, tmp_path: Path
 ) -> None:
     run = run_evaluation(source, make_plan(2, 2), settings, tmp_path / "out")
     assert run.path == tmp_path / "out" / "evaluation.json"
@@ -417,21 +418,21 @@ def test_the_file_holds_what_the_run_returned(
 
 
 def test_the_builtin_text_is_held_out_by_default(
-    source: ModelSource, settings: EvaluationSettings, make_plan: Maker, tmp_path: Path
+    source: ModelSource, settings: EvaluateRequest, make_plan: Maker, tmp_path: Path
 ) -> None:
-    builtin = replace(settings, data=("builtin",), sequences=2)
+    builtin = changed(settings, data=("builtin",), sequences=2)
     assert run_evaluation(source, make_plan(2, 2), builtin, tmp_path / "out").evaluation.text.split == "held-out"
 
 
 def test_texts_can_be_mixed_and_the_model_writes_its_own_held_out(
-    source: ModelSource, settings: EvaluationSettings, make_plan: Maker, tmp_path: Path
+    source: ModelSource, settings: EvaluateRequest, make_plan: Maker, tmp_path: Path
 ) -> None:
     plan, (file,) = make_plan(2, 2), settings.data
-    both = run_evaluation(source, plan, replace(settings, data=(file, "self")), tmp_path / "both").evaluation
+    both = run_evaluation(source, plan, changed(settings, data=(file, "self")), tmp_path / "both").evaluation
     assert [(share.split, share.sequences) for share in both.text.sources] == [("all", 2), ("held-out", 2)]
     kls = []
     for data in (file, "self"):
-        alone = run_evaluation(source, plan, replace(settings, data=(data,), sequences=2), tmp_path / "alone")
+        alone = run_evaluation(source, plan, changed(settings, data=(data,), sequences=2), tmp_path / "alone")
         kls.append(alone.evaluation.plan.kl_nats)
     assert both.plan.kl_nats == pytest.approx(sum(kls) / 2, rel=1e-9)
 
@@ -468,7 +469,7 @@ def test_uniform_plans_of_the_demo_model_cost_what_they_are_known_to_cost(tmp_pa
         )
 
     def kl(sequences: int, *pairs: tuple[int, int]) -> list[float]:
-        (first, *others), settings = pairs, EvaluationSettings(sequences=sequences, sequence_length=512)
+        (first, *others), settings = pairs, EvaluateRequest(sequences=sequences, sequence_length=512)
         against = [(f"K{pair[0]} V{pair[1]}", uniform(*pair)) for pair in others]
         run = run_evaluation(source, uniform(*first), settings, tmp_path, against=against)
         return [result.kl_nats for result in run.evaluation.plans]

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from requested import changed
 
 from kvprof.calibration.sequences import tokenize
 from kvprof.calibration.text import open_text
 from kvprof.errors import CalibrationError, InvalidFile, Mismatch, UsageError
 from kvprof.evaluate import kl_factor as calibrate
-from kvprof.evaluate.kl_factor import CalibrateRun, CalibrateSettings, fit, run_calibrate
+from kvprof.evaluate.kl_factor import CalibrateRun, fit, run_calibrate
 from kvprof.evaluate.logits import planned_logits, reference_logits
 from kvprof.models.load import ModelSource, load_model, load_tokenizer
 from kvprof.records.audit import PlanCheck, PredictedPlan
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import BitPlan, Window
+from kvprof.records.requests.check import CalibrateRequest
 from kvprof.records.scores import DecodingSetup, LayerScores, Scores, TensorScores
 
 Maker = Callable[..., BitPlan]
-SETTINGS = CalibrateSettings(sequences=3, dtype="float32", device="cpu")
+SETTINGS = CalibrateRequest(sequences=3, dtype="float32", device="cpu")
 WINDOW = Window(sink_tokens=1, recent_tokens=4)
 SAMPLES = tuple(0.001 * (1 + index) for index in range(5))
 """What the scores predict of a plan, sequence by sequence."""
@@ -56,7 +57,7 @@ def predicted(name: str, plan: BitPlan, samples: tuple[float, ...] | None = SAMP
 
 
 def run(
-    source: ModelSource, scores: Scores, path: Path, plans: list[PredictedPlan], settings: CalibrateSettings = SETTINGS,
+    source: ModelSource, scores: Scores, path: Path, plans: list[PredictedPlan], settings: CalibrateRequest = SETTINGS,
     **more: object,
 ) -> CalibrateRun:  # fmt: skip
     return run_calibrate(source, scores, path, plans, settings, path.parent, **more)
@@ -157,7 +158,7 @@ def test_plans_that_store_the_same_count_once(
 def test_more_sequences_than_the_scores_read_are_not_there(
     source: ModelSource, scores: Scores, path: Path, make_plan: Maker
 ) -> None:
-    result = run(source, scores, path, [predicted("plan", make_plan(1, 1, WINDOW))], replace(SETTINGS, sequences=9))
+    result = run(source, scores, path, [predicted("plan", make_plan(1, 1, WINDOW))], changed(SETTINGS, sequences=9))
     assert result.found.sequences == 5
     assert any("on all of them, not 9" in remark for remark in result.remarks)
 
@@ -216,7 +217,7 @@ def test_a_stopped_run_refuses_another_number_of_sequences(
 
     with pytest.raises(KeyboardInterrupt):
         run(source, scores, path, plans, progress=stop)
-    fewer = replace(SETTINGS, sequences=2)
+    fewer = changed(SETTINGS, sequences=2)
     with pytest.raises(Mismatch, match="--restart"):
         run(source, scores, path, plans, fewer)
     assert run(source, scores, path, plans, fewer, restart=True).found.sequences == 2
@@ -247,7 +248,7 @@ def test_what_quantizes_nothing_or_everything_within_the_window_is_refused_befor
     with pytest.raises(UsageError, match="plan: in 40 tokens"):
         run(source, wide, path, [predicted("plan", make_plan(1, 1, WINDOW))])
     with pytest.raises(UsageError, match="--sequences 0"):
-        run(source, scores, path, [predicted("plan", make_plan(1, 1))], replace(SETTINGS, sequences=0))
+        run(source, scores, path, [predicted("plan", make_plan(1, 1))], changed(SETTINGS, sequences=0))
     with pytest.raises(UsageError, match="no plan to calibrate by"):
         run(source, scores, path, [])
 

@@ -10,13 +10,15 @@ from statistics import median
 
 import pytest
 from quickstart import Quickstart
+from requested import allocate
 from scipy.stats import spearmanr
 
 from kvprof import BitPlan, Scores
-from kvprof.allocate import allocate
-from kvprof.evaluate.evaluation import EvaluationSettings, run_evaluation
+from kvprof.evaluate.evaluation import run_evaluation
 from kvprof.models.load import resolve
-from kvprof.profile.divergence import DivergenceSettings, run_divergence
+from kvprof.profile.divergence import run_divergence
+from kvprof.records.requests.check import EvaluateRequest
+from kvprof.records.requests.measure import DivergenceRequest
 
 pytestmark = pytest.mark.demo
 
@@ -30,7 +32,7 @@ def scores(quickstart: Quickstart) -> Scores:
 
 
 def test_predicted_losses_rank_tensors_as_they_are_measured_and_tell_their_size(scores: Scores, tmp_path: Path) -> None:
-    measured = run_divergence(resolve("demo"), DivergenceSettings(layers=LAYERS, sequences=1), tmp_path).scores
+    measured = run_divergence(resolve("demo"), DivergenceRequest(layers=LAYERS, sequences=1), tmp_path).scores
     assert measured.calibration is not None
     assert scores.calibration is not None
     same = scores.calibration.sequence_fingerprints.index(measured.calibration.sequence_fingerprints[0])
@@ -56,7 +58,7 @@ def test_plans_lose_a_fraction_of_what_the_best_uniform_pairs_lose(scores: Score
     }
     (first, *others), settings = (
         [*plans.items(), *pairs.items()],
-        EvaluationSettings(sequences=1, sequence_length=1024, measure_from=512),
+        EvaluateRequest(sequences=1, sequence_length=1024, measure_from=512),
     )
     found = run_evaluation(resolve("demo"), first[1], settings, tmp_path, against=others, name=first[0]).evaluation
     result = {one.name: one for one in found.plans}

@@ -7,9 +7,9 @@ from fractions import Fraction
 from statistics import fmean
 
 import pytest
+from requested import allocate
 
 from kvprof import BitPlan, Scores
-from kvprof.allocate import allocate
 from kvprof.allocate.methods import uniform
 from kvprof.calibration.sequences import CalibrationSet, tokenize
 from kvprof.calibration.text import open_text

@@ -6,13 +6,13 @@ The truth: token by token through transformers' own cache, whose old tokens the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from folders import save_folder, save_text
+from requested import changed
 from runtime.reference import rounded, tokens_in_codes
 from scipy.special import rel_entr
 from tiny import tiny_model
@@ -22,11 +22,12 @@ from kvprof.errors import Mismatch, UnsupportedAttention, UsageError
 from kvprof.models.inventory import take_inventory
 from kvprof.models.load import ModelSource, resolve
 from kvprof.profile import divergence
-from kvprof.profile.divergence import DivergenceSettings, divergences, run_divergence
+from kvprof.profile.divergence import divergences, run_divergence
 from kvprof.profile.probes import Probe, choose_probes
 from kvprof.records.formats import TENSORS
 from kvprof.records.geometry import CacheGeometry, KVLayer
 from kvprof.records.plan import Quantizer, TensorPlan, Window
+from kvprof.records.requests.measure import DivergenceRequest
 from kvprof.records.scores import Scores
 
 WINDOW = Window(sink_tokens=2, recent_tokens=5)
@@ -166,10 +167,10 @@ def source(tmp_path: Path) -> ModelSource:
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> DivergenceSettings:
+def settings(tmp_path: Path) -> DivergenceRequest:
     text = str(save_text(tmp_path / "text.txt", rows=60))
-    return DivergenceSettings(
-        formats="key:int2g4,value:int2g8", window=Window(sink_tokens=1, recent_tokens=4), data=[text], pack=True,
+    return DivergenceRequest(
+        formats="key:int2g4,value:int2g8", sink_tokens=1, recent_tokens=4, data=(text,), pack=True,
         sequences=3, sequence_length=40, dtype="float32", device="cpu",
     )  # fmt: skip
 
@@ -198,9 +199,9 @@ def stop_after(forwards: int) -> Callable[[int, int], None]:
 
 
 def test_the_file_holds_what_was_measured_and_on_what(
-    source: ModelSource, settings: DivergenceSettings, tmp_path: Path
+    source: ModelSource, settings: DivergenceRequest, tmp_path: Path
 ) -> None:
-    run = run_divergence(source, replace(settings, layers="1", tensors="value"), tmp_path / "out")
+    run = run_divergence(source, changed(settings, layers="1", tensors="value"), tmp_path / "out")
     scores = Scores.load(run.path)
     assert scores == run.scores
     assert (run.path.name, scores.source) == ("divergence.json", "divergence")
@@ -220,18 +221,18 @@ def test_the_file_holds_what_was_measured_and_on_what(
 
 
 def test_a_single_sequence_has_no_standard_error(
-    source: ModelSource, settings: DivergenceSettings, tmp_path: Path
+    source: ModelSource, settings: DivergenceRequest, tmp_path: Path
 ) -> None:
-    scores = run_divergence(source, replace(settings, sequences=1), tmp_path / "out").scores
+    scores = run_divergence(source, changed(settings, sequences=1), tmp_path / "out").scores
     assert scores.layers[0].key.loss_increase_stderr is None
 
 
 def test_texts_can_be_mixed_and_each_keeps_its_own_mean(
-    source: ModelSource, settings: DivergenceSettings, tmp_path: Path
+    source: ModelSource, settings: DivergenceRequest, tmp_path: Path
 ) -> None:
     other = tmp_path / "other.txt"
     other.write_text("\n".join(["mat at all no another mat cat saw the"] * 60))
-    mixed = replace(settings, data=[*settings.data, str(other)], sequences=4)
+    mixed = changed(settings, data=[*settings.data, str(other)], sequences=4)
     scores = run_divergence(source, mixed, tmp_path / "out").scores
     value = scores.layers[0].value
     samples, source_of = value.loss_increase_samples["int2g8"], scores.calibration.source_of
@@ -243,7 +244,7 @@ def test_texts_can_be_mixed_and_each_keeps_its_own_mean(
 
 @pytest.mark.parametrize("after", [0, 3, 4, 12])
 def test_a_stopped_run_goes_on_to_the_same_file_and_measures_only_the_rest(
-    source: ModelSource, settings: DivergenceSettings, tmp_path: Path, forwards: list[Probe], after: int
+    source: ModelSource, settings: DivergenceRequest, tmp_path: Path, forwards: list[Probe], after: int
 ) -> None:
     whole = run_divergence(source, settings, tmp_path / "whole").path.read_bytes()
     with pytest.raises(KeyboardInterrupt):
@@ -260,12 +261,12 @@ def test_a_stopped_run_goes_on_to_the_same_file_and_measures_only_the_rest(
 
 
 def test_other_layers_and_formats_may_go_on_with_a_stopped_run(
-    source: ModelSource, settings: DivergenceSettings, tmp_path: Path, forwards: list[Probe]
+    source: ModelSource, settings: DivergenceRequest, tmp_path: Path, forwards: list[Probe]
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
         run_divergence(source, settings, tmp_path / "out", progress=stop_after(4))
     forwards.clear()
-    run_divergence(source, replace(settings, formats="key:int2g4,value:int3g8", layers="0"), tmp_path / "out")
+    run_divergence(source, changed(settings, formats="key:int2g4,value:int3g8", layers="0"), tmp_path / "out")
     assert sorted((probe.tensor, probe.form.name) for probe in forwards) == (
         [("key", "int2g4")] * 2 + [("value", "int3g8")] * 3
     )
@@ -274,20 +275,20 @@ def test_other_layers_and_formats_may_go_on_with_a_stopped_run(
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"window": Window(sink_tokens=1, recent_tokens=5)}, "recent_tokens"),
+        ({"recent_tokens": 5}, "recent_tokens"),
         ({"suffix_fraction": 0.25}, "suffix_fraction"),
         ({"sequences": 2}, "sequences"),
         ({"dtype": "bfloat16"}, "dtype"),
     ],
 )
 def test_a_stopped_run_refuses_what_would_change_its_numbers(
-    source: ModelSource, settings: DivergenceSettings, tmp_path: Path, change: dict[str, object], named: str
+    source: ModelSource, settings: DivergenceRequest, tmp_path: Path, change: dict[str, object], named: str
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
         run_divergence(source, settings, tmp_path / "out", progress=stop_after(2))
     with pytest.raises(Mismatch, match=f"another {named}:"):
-        run_divergence(source, replace(settings, **change), tmp_path / "out")
-    assert run_divergence(source, replace(settings, **change), tmp_path / "out", restart=True).path.exists()
+        run_divergence(source, changed(settings, **change), tmp_path / "out")
+    assert run_divergence(source, changed(settings, **change), tmp_path / "out", restart=True).path.exists()
 
 
 @pytest.mark.parametrize(
@@ -297,14 +298,14 @@ def test_a_stopped_run_refuses_what_would_change_its_numbers(
         ({"suffix_fraction": 1.5}, "--suffix-fraction 1.5"),
         ({"sequences": 0}, "--sequences 0"),
         ({"sequence_length": 65}, "--sequence-length 65"),
-        ({"window": Window(sink_tokens=1, recent_tokens=39)}, "no query reads a key in int2g4"),
+        ({"recent_tokens": 39}, "no query reads a key in int2g4"),
         ({"formats": "key:int2g64,value:int2g8"}, "so 70 tokens are the least"),
         ({"layers": "2"}, "there is no layer 2"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_before_the_model_loads(
     source: ModelSource,
-    settings: DivergenceSettings,
+    settings: DivergenceRequest,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     change: dict[str, object],
@@ -312,31 +313,31 @@ def test_settings_that_cannot_be_are_refused_before_the_model_loads(
 ) -> None:
     monkeypatch.setattr(divergence, "load_model", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(UsageError) as raised:
-        run_divergence(source, replace(settings, **change), tmp_path / "out")
+        run_divergence(source, changed(settings, **change), tmp_path / "out")
     assert words in str(raised.value)
 
 
 def test_the_least_number_of_tokens_that_is_named_is_enough(
-    source: ModelSource, settings: DivergenceSettings, tmp_path: Path
+    source: ModelSource, settings: DivergenceRequest, tmp_path: Path
 ) -> None:
-    fitting = replace(settings, formats="key:int2g32,value:int2g8", sequence_length=38)
+    fitting = changed(settings, formats="key:int2g32,value:int2g8", sequence_length=38)
     scores = run_divergence(source, fitting, tmp_path / "out").scores  # 1 sink, 32 in a group, 4 recent, 1 to read them
     assert scores.layers[0].key.loss_increase["int2g32"] > 0
     with pytest.raises(UsageError, match="so 38 tokens are the least"):
-        run_divergence(source, replace(fitting, sequence_length=37), tmp_path / "out")
+        run_divergence(source, changed(fitting, sequence_length=37), tmp_path / "out")
 
 
 def test_sequences_that_end_within_the_window_are_counted_aloud(
-    source: ModelSource, settings: DivergenceSettings, tmp_path: Path
+    source: ModelSource, settings: DivergenceRequest, tmp_path: Path
 ) -> None:
     rows = tmp_path / "rows.txt"
     rows.write_text("the cat sat on a mat\n" + "the cat sat on a mat and saw another cat that sat on no mat at all\n")
-    run = run_divergence(source, replace(settings, data=[str(rows)], pack=False), tmp_path / "out")
+    run = run_divergence(source, changed(settings, data=[str(rows)], pack=False), tmp_path / "out")
     assert any("1 of 2 sequences end before anything is quantized" in remark for remark in run.remarks)
 
 
 def test_numbers_that_rounding_can_make_are_named(
-    source: ModelSource, settings: DivergenceSettings, tmp_path: Path
+    source: ModelSource, settings: DivergenceRequest, tmp_path: Path
 ) -> None:
-    run = run_divergence(source, replace(settings, dtype="bfloat16"), tmp_path / "out")
+    run = run_divergence(source, changed(settings, dtype="bfloat16"), tmp_path / "out")
     assert any("rounding logits to bfloat16" in remark for remark in run.remarks)

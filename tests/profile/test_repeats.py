@@ -12,12 +12,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from folders import save_folder, save_text
+from requested import changed
 
 from kvprof.allocate.budget import bit_limit
 from kvprof.allocate.methods import exact
@@ -30,10 +30,10 @@ from kvprof.models.inventory import take_inventory
 from kvprof.models.load import ModelSource, load_config, load_model, load_tokenizer, resolve
 from kvprof.profile.decoder import Decoder, formats_of
 from kvprof.profile.norms import run_norms
-from kvprof.profile.request import SensitivitySettings
 from kvprof.profile.scoring import measure_sensitivity
 from kvprof.profile.sensitivity import run_sensitivity
 from kvprof.records.plan import Window
+from kvprof.records.requests.measure import GradientsRequest
 from kvprof.records.scores import Scores
 
 SCRIPT = """
@@ -96,9 +96,14 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def measured(source: ModelSource, settings: SensitivitySettings, folder: Path, count: int, batch_size: int) -> Scores:
+DECODER = Decoder(
+    {"key": ("int2g16", "int4g16"), "value": ("int2g8", "int4g8")}, Window(sink_tokens=0, recent_tokens=8)
+)
+
+
+def measured(source: ModelSource, request: GradientsRequest, folder: Path, count: int, batch_size: int) -> Scores:
     with threads(count):
-        return run_sensitivity(source, replace(settings, batch_size=batch_size), folder).scores
+        return run_sensitivity(source, changed(request, batch_size=batch_size), folder, decoder=DECODER).scores
 
 
 def check_alike(first: Scores, other: Scores, budgets: tuple[str, ...]) -> None:
@@ -112,17 +117,10 @@ def check_alike(first: Scores, other: Scores, budgets: tuple[str, ...]) -> None:
 def test_threads_and_batches_move_no_score_beyond_the_tolerance(tmp_path: Path) -> None:
     source = resolve(str(save_folder(tmp_path / "model")))
     text = save_text(tmp_path / "text.txt")
-    settings = SensitivitySettings(
-        data=(str(text),), sequences=3, sequence_length=48, pack=True, device="cpu",
-        decoder=Decoder(
-            {"key": ("int2g16", "int4g16"), "value": ("int2g8", "int4g8")}, Window(sink_tokens=0, recent_tokens=8)
-        ),
-    )  # fmt: skip
-    first = measured(source, settings, tmp_path / "1-1", 1, 1)
+    request = GradientsRequest(data=(str(text),), sequences=3, sequence_length=48, pack=True, device="cpu")
+    first = measured(source, request, tmp_path / "1-1", 1, 1)
     for count, batch_size in VARIANTS:
-        check_alike(
-            first, measured(source, settings, tmp_path / f"{count}-{batch_size}", count, batch_size), ("5", "6")
-        )
+        check_alike(first, measured(source, request, tmp_path / f"{count}-{batch_size}", count, batch_size), ("5", "6"))
 
 
 def test_threads_change_no_norm(tmp_path: Path) -> None:

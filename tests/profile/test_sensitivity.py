@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from folders import save_folder, save_text
+from requested import changed
 from tiny import tiny_model
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -19,17 +20,20 @@ from kvprof.errors import InvalidFile, KvprofError, Mismatch, UsageError
 from kvprof.models.load import ModelSource, resolve
 from kvprof.profile import scoring, sensitivity
 from kvprof.profile.decoder import Decoder
-from kvprof.profile.request import SensitivitySettings
-from kvprof.profile.sensitivity import run_sensitivity
+from kvprof.profile.sensitivity import SensitivityRun
+from kvprof.profile.sensitivity import run_sensitivity as run_with
 from kvprof.records.effects import encode
 from kvprof.records.plan import Window
+from kvprof.records.requests.measure import GradientsRequest
 from kvprof.records.scores import KlCalibration, Scores
 from kvprof.storage import journal as journals
 
 DECODER = Decoder({"key": ("int2g4", "rot2"), "value": ("int3g8",)}, Window(sink_tokens=1, recent_tokens=4), 0.5)
-SETTINGS = SensitivitySettings(
-    data=("builtin",), sequences=6, sequence_length=24, dtype="float32", device="cpu", decoder=DECODER
-)
+SETTINGS = GradientsRequest(data=("builtin",), sequences=6, sequence_length=24, dtype="float32", device="cpu")
+
+
+def run_sensitivity(*args: object, decoder: Decoder = DECODER, **how: object) -> SensitivityRun:
+    return run_with(*args, decoder=decoder, **how)
 
 
 def save_tiny(folder: Path, seed: int = 0) -> ModelSource:
@@ -74,9 +78,9 @@ def stop_after(sequences: int) -> Callable[[int, int], None]:
     return progress
 
 
-def stopped(source: ModelSource, settings: SensitivitySettings, folder: Path, after: int) -> None:
+def stopped(source: ModelSource, request: GradientsRequest, folder: Path, after: int) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run_sensitivity(source, settings, folder, progress=stop_after(after))
+        run_sensitivity(source, request, folder, progress=stop_after(after))
     assert not (folder / "gradients.json").exists()
 
 
@@ -85,7 +89,7 @@ def stopped(source: ModelSource, settings: SensitivitySettings, folder: Path, af
 def test_a_stopped_run_goes_on_to_the_same_file_and_measures_only_the_rest(
     source: ModelSource, tmp_path: Path, forwards: list[tuple[int, ...]], after: int, batch_size: int
 ) -> None:
-    settings = replace(SETTINGS, batch_size=batch_size)
+    settings = changed(SETTINGS, batch_size=batch_size)
     whole = run_sensitivity(source, settings, tmp_path / "whole")
     assert sorted(index for batch in forwards for index in batch) == list(range(6))
     stopped(source, settings, tmp_path / "resumed", after)
@@ -118,7 +122,7 @@ def test_the_same_scores_measured_again_keep_the_factor_that_they_were_calibrate
     again = run_sensitivity(source, SETTINGS, tmp_path)
     assert again.scores.kl_calibration == factor
     assert Scores.load(again.path).kl_calibration == factor
-    other = run_sensitivity(source, replace(SETTINGS, seed=1), tmp_path).scores
+    other = run_sensitivity(source, changed(SETTINGS, seed=1), tmp_path).scores
     assert other.kl_calibration is None
 
 
@@ -137,7 +141,7 @@ def test_a_stopped_run_refuses_another_setting_by_name(
 ) -> None:
     stopped(source, SETTINGS, tmp_path / "out", 2)
     with pytest.raises(Mismatch, match=f"another {named}:") as raised:
-        run_sensitivity(source, replace(SETTINGS, **{field: value}), tmp_path / "out")
+        run_sensitivity(source, changed(SETTINGS, **{field: value}), tmp_path / "out")
     assert raised.value.exit_code == 4
     assert "--restart" in str(raised.value)
 
@@ -155,7 +159,7 @@ def test_restart_begins_anew_with_other_settings(
 ) -> None:
     stopped(source, SETTINGS, tmp_path / "out", 2)
     forwards.clear()
-    again = replace(SETTINGS, sequences=3)
+    again = changed(SETTINGS, sequences=3)
     restarted = run_sensitivity(source, again, tmp_path / "out", restart=True)
     assert len(forwards) == 3
     assert restarted.path.read_bytes() == run_sensitivity(source, again, tmp_path / "fresh").path.read_bytes()
@@ -165,7 +169,7 @@ def test_another_batch_size_may_resume(source: ModelSource, tmp_path: Path, forw
     whole = run_sensitivity(source, SETTINGS, tmp_path / "whole").scores
     stopped(source, SETTINGS, tmp_path / "out", 2)
     forwards.clear()
-    resumed = run_sensitivity(source, replace(SETTINGS, batch_size=4), tmp_path / "out").scores
+    resumed = run_sensitivity(source, changed(SETTINGS, batch_size=4), tmp_path / "out").scores
     assert [len(batch) for batch in forwards] == [2, 2]
     for found, expected in zip(resumed.layers, whole.layers, strict=True):
         assert found.key.gradient_norm == pytest.approx(expected.key.gradient_norm, rel=1e-5)
@@ -189,12 +193,13 @@ def test_settings_that_cannot_be_are_refused_before_the_model_loads(
 ) -> None:
     monkeypatch.setattr(sensitivity, "load_model", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(UsageError, match=f"--{field.replace('_', '-')} {value}"):
-        run_sensitivity(source, replace(SETTINGS, **{field: value}), tmp_path / "out")
+        run_sensitivity(source, changed(SETTINGS, **{field: value}), tmp_path / "out")
 
 
 def said(folder: Path, source: ModelSource, enough: Callable[[Scores], bool], **how: object) -> tuple[int, list[str]]:
     """Return how many sequences a run measured that may stop early, and its remarks."""
-    run = run_sensitivity(source, replace(SETTINGS, **how), folder, is_enough=enough)
+    decoder = how.pop("decoder", DECODER)
+    run = run_sensitivity(source, changed(SETTINGS, **how), folder, is_enough=enough, decoder=decoder)
     assert run.scores.calibration is not None
     return run.scores.calibration.sequences, list(run.remarks)
 
@@ -212,7 +217,7 @@ def test_a_run_that_may_stop_early_does_so_at_four_and_each_doubling(
     sequences, remarks = said(tmp_path / "out", source, enough, sequences=12)
     assert (sequences, asked, len(forwards)) == (8, [4, 8], 8)
     assert remarks[0] == "stable after 8 of 12 sequences: the others were not needed"
-    alone = run_sensitivity(source, replace(SETTINGS, sequences=8), tmp_path / "eight").path.read_bytes()
+    alone = run_sensitivity(source, changed(SETTINGS, sequences=8), tmp_path / "eight").path.read_bytes()
     assert (tmp_path / "out" / "gradients.json").read_bytes() == alone
 
 
@@ -239,21 +244,20 @@ def test_where_no_loss_can_be_predicted_norms_are_measured_and_it_is_said_why(
     tmp_path: Path, name: str, why: str
 ) -> None:
     source = resolve(str(save_folder(tmp_path / "model", name)))
-    text = replace(SETTINGS, data=(str(save_text(tmp_path / "text.txt")),), sequences=2)
-    text = replace(text, decoder=replace(DECODER, layers="full"))
-    usual = replace(text, decoder=Decoder(None, DECODER.window, layers="full"))
-    run = run_sensitivity(source, usual, tmp_path / "out")
+    text = changed(SETTINGS, data=(str(save_text(tmp_path / "text.txt")),), sequences=2)
+    usual = Decoder(None, DECODER.window, layers="full")
+    run = run_sensitivity(source, text, tmp_path / "out", decoder=usual)
     assert sum(why in remark for remark in run.remarks) == 1
     assert all(entry.key.gradient_norm and entry.key.loss_increase is None for entry in run.scores.layers)
     with pytest.raises(UsageError, match=why):  # formats that were named are not left out in silence
-        run_sensitivity(source, text, tmp_path / "named")
-    none = replace(text, decoder=Decoder({"key": (), "value": ()}))
-    assert not any(why in remark for remark in run_sensitivity(source, none, tmp_path / "none").remarks)
+        run_sensitivity(source, text, tmp_path / "named", decoder=replace(DECODER, layers="full"))
+    none = run_sensitivity(source, text, tmp_path / "none", decoder=Decoder({"key": (), "value": ()}))
+    assert not any(why in remark for remark in none.remarks)
 
 
 def test_layers_that_slide_are_scored_where_they_are_not_left_alone(tmp_path: Path) -> None:
     source = resolve(str(save_folder(tmp_path / "model", "mistral-sliding")))
-    text = replace(SETTINGS, data=(str(save_text(tmp_path / "text.txt")),), sequences=2)
+    text = changed(SETTINGS, data=(str(save_text(tmp_path / "text.txt")),), sequences=2)
     scores = run_sensitivity(source, text, tmp_path / "out").scores
     assert [sorted(entry.value.loss_increase) for entry in scores.layers] == [["int3g8"]] * 2
     assert scores.geometry is not None
@@ -263,7 +267,7 @@ def test_layers_that_slide_are_scored_where_they_are_not_left_alone(tmp_path: Pa
 def test_each_text_of_a_mix_keeps_the_mean_of_its_own_sequences(source: ModelSource, tmp_path: Path) -> None:
     other = tmp_path / "digits.txt"
     other.write_text("\n".join(str(7**row * 10**40) for row in range(9)))
-    mixed = run_sensitivity(source, replace(SETTINGS, data=("builtin", f"{other}:2")), tmp_path / "mixed").scores
+    mixed = run_sensitivity(source, changed(SETTINGS, data=("builtin", f"{other}:2")), tmp_path / "mixed").scores
     assert mixed.calibration is not None
     assert mixed.calibration.source_of is not None
     value = mixed.layers[1].value
@@ -281,7 +285,7 @@ def test_each_text_of_a_mix_keeps_the_mean_of_its_own_sequences(source: ModelSou
 def test_sequences_that_read_nothing_quantized_are_counted_aloud(source: ModelSource, tmp_path: Path) -> None:
     text = tmp_path / "rows.txt"
     text.write_text("abcdefghijklmnopqrstuvw\nabc\nbcd\n")
-    run = run_sensitivity(source, replace(SETTINGS, data=(str(text),), sequences=3), tmp_path / "out")
+    run = run_sensitivity(source, changed(SETTINGS, data=(str(text),), sequences=3), tmp_path / "out")
     assert any(remark.startswith("2 of 3 sequences end before anything is quantized") for remark in run.remarks)
 
 
@@ -295,7 +299,7 @@ def test_a_run_that_failed_at_its_first_sequence_forbids_no_other_settings(
         patch.setattr(scoring, "gradient_norms", fail)
         with pytest.raises(KvprofError, match="out of memory"):
             run_sensitivity(source, SETTINGS, tmp_path / "out")
-    run_sensitivity(source, replace(SETTINGS, sequence_length=20), tmp_path / "out")
+    run_sensitivity(source, changed(SETTINGS, sequence_length=20), tmp_path / "out")
 
 
 SOUND = "the effects that were measured"

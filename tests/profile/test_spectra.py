@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import weakref
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 import torch
 import transformers
 from folders import edit_weights, save_folder, save_text
+from requested import changed
 from tiny import TINY, tiny_model
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
@@ -23,10 +23,10 @@ from kvprof.models.load import ModelSource, load_tokenizer, resolve
 from kvprof.profile import singular_values as measuring
 from kvprof.profile import spectra as running
 from kvprof.profile.lm_head import Head
-from kvprof.profile.reading import TextSettings
 from kvprof.profile.singular_values import cached_singular_values, singular_values
 from kvprof.profile.spectra import run_spectra, summed_up
 from kvprof.records.formats import TENSORS
+from kvprof.records.requests.measure import SpectraRequest
 from kvprof.records.spectra import Spectra
 from kvprof.storage.journal import Journal
 
@@ -275,7 +275,7 @@ def test_heads_are_averaged_over_sequences_before_the_band_is_taken() -> None:
     assert entry.value.low == (1.0, 0.0)
 
 
-SETTINGS = TextSettings(data=("text.txt",), sequences=5, sequence_length=24)
+SETTINGS = SpectraRequest(data=("text.txt",), sequences=5, sequence_length=24)
 
 
 @pytest.fixture
@@ -316,7 +316,7 @@ def test_texts_shorter_than_a_head_are_remarked_on(source: ModelSource) -> None:
     short = sum(length < 8 for length in lengths)
     said = any("fewer tokens than a head has dimensions (8)" in remark for remark in run.remarks)
     assert said == bool(short)
-    cut = run_spectra(source, replace(SETTINGS, sequence_length=6), Path("cut"))
+    cut = run_spectra(source, changed(SETTINGS, sequence_length=6), Path("cut"))
     assert any(remark.startswith("5 of 5 sequences have fewer tokens") for remark in cut.remarks)
     assert {len(entry.key.mean) for entry in cut.spectra.layers} == {6}
 
@@ -365,8 +365,8 @@ def test_other_settings_do_not_go_on_with_a_stopped_run(
 ) -> None:
     stopped_run(source)
     with pytest.raises(Mismatch, match=named):
-        run_spectra(source, replace(SETTINGS, **changes), Path("out"))
-    run = run_spectra(source, replace(SETTINGS, **changes), Path("out"), restart=True)
+        run_spectra(source, changed(SETTINGS, **changes), Path("out"))
+    run = run_spectra(source, changed(SETTINGS, **changes), Path("out"), restart=True)
     assert not any("stopped run" in remark for remark in run.remarks)
 
 
@@ -410,5 +410,5 @@ def test_a_streamed_model_has_the_same_spectra(name: str, in_tmp: Path, monkeypa
     save_folder(in_tmp / "model", name)
     save_text(in_tmp / "text.txt")
     for folder, stream in (("whole", False), ("streamed", True)):
-        run_spectra(resolve("model"), replace(SETTINGS, stream=stream), Path(folder))
+        run_spectra(resolve("model"), changed(SETTINGS, stream=stream), Path(folder))
     assert Path("whole/spectra.json").read_bytes() == Path("streamed/spectra.json").read_bytes()

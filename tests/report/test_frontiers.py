@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from requested import frontier
 from score_factories import random_scores
 
-from kvprof.allocate.frontier import frontier
 from kvprof.records.frontier import Frontier
 from kvprof.report.frontiers import allocate_command, knee_lines, show_frontier
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from kvprof.errors import UsageError, did_you_mean
 from kvprof.records.document import ModelInfo
+from kvprof.records.requests.share import PlotRequest
 from kvprof.report.plots.catalogue import PICTURES, Setting
 from kvprof.report.plots.jobs import Evaluations, Job, evaluations_for, jobs_of_files, jobs_of_folder, model_folder
 from kvprof.report.plots.style import FORMATS, NothingToDraw, Page, save_figure
@@ -22,47 +22,34 @@ FOLDER = "plots"
 """Where pictures go, beside the files that they show."""
 
 
-@dataclass(frozen=True)
-class Order:
-    """What was asked for."""
-
-    words: Sequence[str] = ()
-    """Pictures by name, files to draw, in any order."""
-    model: str | None = None
-    """As a command takes it, or the folder of its files; the newest in the outputs where there is none."""
-    kind: str | None = None
-    """png or svg."""
-    out: Path | None = None
-    """A folder, or a file that ends in .png or .svg."""
-    width_inches: float | None = None
-    dpi: int | None = None
-    layers: str | None = None
-
-
-def draw_pictures(order: Order) -> tuple[list[Path], list[str]]:
+def draw_pictures(
+    request: PlotRequest, words: Sequence[str] = (), model: str | None = None, out: Path | None = None
+) -> tuple[list[Path], list[str]]:
     """Draw what was asked for; return the pictures' files, and a remark on each file that could not be drawn.
 
+    words: pictures by name, files to draw, in any order. model: as a command takes it, or the folder of its files; the
+    newest in the outputs where there is none. out: a folder, or a file that ends in .png or .svg.
     With names, or files, or both (then the names say what of these files is drawn), all must be there; with neither,
     whatever the model's folder holds is drawn.
     Raises UsageError for a word that is no picture and no file, InvalidFile for a file that is missing or broken,
     naming the command that writes it, Mismatch for an evaluation of another model, NothingToDraw, MissingMatplotlib,
     OutputError.
     """
-    kind, page = _kind(order), _page(order)
-    names, paths = _split(order.words)
+    kind = _kind(request, out)
+    page = _page(request, kind)
+    names, paths = _split(words)
     wanted = [picture for picture in PICTURES.values() if not names or picture.name in names]
     remarks: list[str] = []
     evaluations: Evaluations = []
-    out = order.out
     if paths:
-        if order.model is not None:
+        if model is not None:
             raise UsageError("--model says whose files to look for, and a file is named; leave out one of them.")
         jobs, evaluations = jobs_of_files(paths, wanted, named=bool(names))
     else:
-        folder = model_folder(order.model)
-        jobs = jobs_of_folder(folder, wanted, order.model, bool(names), remarks)
+        folder = model_folder(model)
+        jobs = jobs_of_folder(folder, wanted, model, bool(names), remarks)
         out = out or folder / FOLDER
-    if order.layers is not None and not any(job.picture.name == "spectra" for job in jobs):
+    if request.layers is not None and not any(job.picture.name == "spectra" for job in jobs):
         raise UsageError(
             "--layers chooses the panels of `spectra`, and there are none to draw.\n  Run `kvprof spectra`."
         )
@@ -70,7 +57,7 @@ def draw_pictures(order: Order) -> tuple[list[Path], list[str]]:
     written = []
     for job, target in zip(jobs, targets, strict=True):
         measured = evaluations_for(job, evaluations, remarks)
-        setting = Setting(page, job.path.stem, order.layers, measured)
+        setting = Setting(page, job.path.stem, request.layers, measured)
         try:
             for suffix, figure in job.picture.draw(job.document, setting):
                 written.append(save_figure(figure, target.with_name(f"{target.stem}{suffix}.{kind}")))
@@ -83,22 +70,20 @@ def draw_pictures(order: Order) -> tuple[list[Path], list[str]]:
     return written, list(dict.fromkeys(remarks))
 
 
-def _kind(order: Order) -> str:
+def _kind(request: PlotRequest, out: Path | None) -> str:
     """Return png or svg: what was asked for, else what the file's name says."""
-    if order.kind is not None and order.kind not in FORMATS:
-        raise UsageError(f"--format {order.kind}: {did_you_mean(order.kind, FORMATS)}")
-    if not _is_file(order.out):
-        return order.kind or FORMATS[0]
-    ending = str(order.out).rpartition(".")[2]
-    if order.kind not in (None, ending):
-        raise UsageError(f"--format {order.kind}, but --out {order.out} ends in .{ending}; leave out one of them.")
+    if not _is_file(out):
+        return request.kind or FORMATS[0]
+    ending = str(out).rpartition(".")[2]
+    if request.kind not in (None, ending):
+        raise UsageError(f"--format {request.kind}, but --out {out} ends in .{ending}; leave out one of them.")
     return ending
 
 
-def _page(order: Order) -> Page:
-    if order.dpi is not None and _kind(order) == "svg":
+def _page(request: PlotRequest, kind: str) -> Page:
+    if request.dpi is not None and kind == "svg":
         raise UsageError("--dpi is for PNG: an SVG has no pixels; leave it out.")
-    return Page(order.width_inches) if order.dpi is None else Page(order.width_inches, order.dpi)
+    return Page(request.width) if request.dpi is None else Page(request.width, request.dpi)
 
 
 def _is_file(out: Path | None) -> bool:

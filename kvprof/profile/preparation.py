@@ -1,4 +1,4 @@
-"""What a sensitivity run is asked for, and all that it can know before it loads a weight.
+"""All that a sensitivity run can know before it loads a weight.
 
 Reads a config, a tokenizer and calibration text. Does not know how anything is measured.
 """
@@ -6,7 +6,7 @@ Reads a config, a tokenizer and calibration text. Does not know how anything is 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -19,40 +19,29 @@ from kvprof.models.inventory import take_inventory
 from kvprof.models.layouts import check_projects
 from kvprof.models.load import ModelSource, load_config
 from kvprof.profile.decoder import Decoder, Formats, formats_of, readable
-from kvprof.profile.reading import TextSettings, read_text
-from kvprof.profile.shards import Share
+from kvprof.profile.reading import read_text
+from kvprof.profile.shards import Share, read_share
 from kvprof.records.estimate import Estimate
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.inventory import Inventory
+from kvprof.records.requests.measure import GradientsRequest
 
-SEQUENCES_UNTIL_STABLE = 32
-"""The most, where a run stops as soon as its plans are stable."""
 BYTES_A_NUMBER = 40
 """Of each number of each sequence: in the journal, and in the result."""
 
 
 @dataclass(frozen=True)
-class SensitivitySettings(TextSettings):
-    """What to measure on, and how.
-
-    batch_size: sequences in one forward; changes no score. share: measure these sequences of the text alone, and write
-    partial scores.
-    """
-
-    batch_size: int = 1
-    share: Share | None = None
-    decoder: Decoder = field(default_factory=Decoder)
-
-
-@dataclass(frozen=True)
 class Prepared:
-    """All that a run can know before it loads a weight.
+    """A request with the model and the text that it names.
 
-    wanted: whether losses are to be predicted. unread: what to say of formats that these texts never read.
+    share: the sequences of the text that are measured; None for all. wanted: whether losses are to be
+    predicted. unread: what to say of formats that these texts never read.
     """
 
     source: ModelSource
-    settings: SensitivitySettings
+    request: GradientsRequest
+    decoder: Decoder
+    share: Share | None
     config: PretrainedConfig
     inventory: Inventory
     tokenizer: Any
@@ -64,7 +53,8 @@ class Prepared:
 
 def prepare(
     source: ModelSource,
-    settings: SensitivitySettings,
+    request: GradientsRequest,
+    decoder: Decoder,
     until_stable: bool,
     check: Callable[[CacheGeometry, Formats], None] | None,
 ) -> Prepared:
@@ -73,33 +63,32 @@ def prepare(
     until_stable: whether the run may stop before its last sequence. check: called with the formats that will be scored;
     may raise. Raises KvprofError in its many kinds: the config, the text or a setting is not fit.
     """
-    if settings.batch_size < 1:
-        raise UsageError(f"--batch-size {settings.batch_size}: at least 1 is needed.")
-    if until_stable and settings.share is not None:
+    share = None if request.shard is None else read_share(request.shard)
+    if until_stable and share is not None:
         raise UsageError("--until-stable needs all sequences in one run.\n  Leave it out, or --shard.")
     config = load_config(source)
     inventory = take_inventory(config, source.id)
-    inventory = inventory.model_copy(update={"geometry": settings.decoder.covers(inventory.geometry)})
+    inventory = inventory.model_copy(update={"geometry": decoder.covers(inventory.geometry)})
     check_projects(inventory.geometry)
-    settings.decoder.check(inventory.geometry)
-    formats = formats_of(inventory.geometry, settings.decoder)
-    wanted = settings.decoder.formats is None or any(settings.decoder.formats.values())
+    decoder.check(inventory.geometry)
+    formats = formats_of(inventory.geometry, decoder)
+    wanted = decoder.formats is None or any(decoder.formats.values())
     if until_stable and not wanted:
         raise UsageError("--until-stable looks at plans, which need predicted losses.\n  Leave out --formats none.")
-    mix, tokenizer = read_text(source, config, settings)
-    formats, unread = readable(formats, inventory.geometry, settings.decoder, max(mix.lengths))
+    mix, tokenizer = read_text(source, config, request)
+    formats, unread = readable(formats, inventory.geometry, decoder, max(mix.lengths))
     if check is not None and formats:
         check(inventory.geometry, formats)
-    if settings.share is not None:
-        settings.share.indices(len(mix.lengths))  # raises where nothing is left for it
-    return Prepared(source, settings, config, inventory, tokenizer, mix, formats, wanted, unread)
+    if share is not None:
+        share.indices(len(mix.lengths))  # raises where nothing is left for it
+    return Prepared(source, request, decoder, share, config, inventory, tokenizer, mix, formats, wanted, unread)
 
 
 def estimate(prepared: Prepared, device: str) -> Estimate:
     """Return what a run will take. device: its own, of several processes'."""
-    settings, lengths = prepared.settings, prepared.mix.lengths
-    if settings.share is not None:
-        lengths = tuple(lengths[index] for index in settings.share.indices(len(lengths)))
+    request, lengths = prepared.request, prepared.mix.lengths
+    if prepared.share is not None:
+        lengths = tuple(lengths[index] for index in prepared.share.indices(len(lengths)))
     asked = sum(map(len, prepared.formats.values()))
     times = 2 if prepared.formats else 1  # gradient norms by themselves, losses by themselves
     numbers = len(lengths) * (2 * len(prepared.inventory.geometry.scored) + asked)
@@ -107,11 +96,11 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
         prepared.source,
         prepared.config,
         lengths,
-        Passes(forwards=times, backwards=times, attentions=settings.decoder.suffix_fraction * asked),
-        settings.dtype,
+        Passes(forwards=times, backwards=times, attentions=prepared.decoder.suffix_fraction * asked),
+        request.dtype,
         device,
-        settings.stream,
-        settings.batch_size,
+        request.stream,
+        request.batch_size,
         written_bytes=BYTES_A_NUMBER * numbers,
         written=batches_of(prepared.mix),
     ).about(prepared.mix.about_text())
