@@ -23,6 +23,7 @@ from kvprof.profile.format_changes import LayerFormats
 from kvprof.profile.format_effects import format_effects
 from kvprof.profile.lm_head import Head
 from kvprof.profile.output_effects import output_effects
+from kvprof.profile.suffix_gradients import attend_with_suffix, suffix_gradients
 from kvprof.records.formats import TENSORS, TensorName
 from kvprof.records.plan import Quantizer, TensorPlan, Window
 from kvprof.records.scores import suffix_start
@@ -89,9 +90,10 @@ def loss_effects(
     counted = suffix.mask(batch.input_ids.shape[1])  # (B, T - first)
     generators = [_generator(seed, index) for index in batch.indices]
     ids, mask = (tensor.to(input_device(model)) for tensor in (batch.input_ids, batch.attention_mask))
-    with attention_through(model, layers, probe.attend):
+    rows, tokens = ids.shape
+    with attention_through(model, layers, probe.attend), suffix_gradients(rows, tokens, suffix.first):
         head = Head(model, input_ids=ids, attention_mask=mask, use_cache=False)
-        for start, stop in head.chunks(suffix.first, ids.shape[1]):
+        for start, stop in head.chunks(suffix.first, tokens):
             here = counted[:, start - suffix.first : stop - suffix.first]
             logits = head.run(start, stop, input_ids=ids[:, start:stop], use_cache=False).logits[here.to(ids.device)]
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (positions, V)
@@ -129,9 +131,9 @@ class _Probe:
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Attend as the model does, and wait for the gradient of the output."""
-        output = call.run()
         if not torch.is_grad_enabled():  # a block whose forward will be repeated on the way back
-            return output
+            return call.run()
+        before, output = attend_with_suffix(call, self.suffix.first)
         leaf = not output.requires_grad  # the first layer's: nothing before it asks for a gradient
         if leaf:
             output.requires_grad_(True)
@@ -139,9 +141,11 @@ class _Probe:
 
         def arrived(gradient: Tensor) -> None:
             with torch.no_grad():
-                self._ask(kept, gradient[:, self.suffix.first :])
+                self._ask(kept, gradient)
 
         output.register_hook(arrived)  # type: ignore[no-untyped-call]
+        if before is not None:
+            return torch.cat([before, output], dim=1)
         return output.clone() if leaf else output  # a copy may be changed in place, a leaf not
 
     def _ask(self, call: AttentionCall, gradient: Tensor) -> None:

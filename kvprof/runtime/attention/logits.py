@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvprof.runtime.attention.patch import AttentionCall
-from kvprof.runtime.attention.reference import additive_mask, chunk_options
+from kvprof.runtime.attention.reference import additive_mask, run_queries
 
 TOLERANCE = 1e-3
 """Of the largest output: by more, a module's function does something else."""
@@ -67,7 +67,7 @@ def logits_of(call: AttentionCall, position: int) -> AttentionLogits | None:
         sinks=_sinks(call),
     )
     here = slice(position, position + 1)
-    expected = call.run(call.query[:, :, here], mask=mask[:, :, here], **chunk_options(call, here))
+    expected = run_queries(call, here)
     error = (_outputs(call, found, here) - expected).abs().max()
     return found if bool(error <= TOLERANCE * expected.abs().max()) else None
 
@@ -86,10 +86,10 @@ def _sinks(call: AttentionCall) -> Tensor | None:
 def _outputs(call: AttentionCall, logits: AttentionLogits, queries: slice) -> Tensor:
     """Return what some queries read: (B, queries, heads, D)."""
     groups = call.query.shape[1] // call.key.shape[1]
-    keys, values = (states.repeat_interleave(groups, 1) for states in (call.key, call.value))
+    keys, values = (states[:, :, : queries.stop].repeat_interleave(groups, 1) for states in (call.key, call.value))
     scores = logits.capped(call.query[:, :, queries] @ keys.mT * logits.scaling)
     for bias in logits.biases:
-        scores = scores + bias[:, :, queries]
+        scores = scores + bias[:, :, queries, : queries.stop]
     tokens = scores.shape[-1]
     if logits.sinks is not None:
         sinks = logits.sinks if logits.sinks.shape[2] == 1 else logits.sinks[:, :, queries]

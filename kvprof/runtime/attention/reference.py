@@ -107,6 +107,17 @@ def attend_as_decoding(
     return torch.cat(outputs, dim=1)
 
 
+def run_queries(call: AttentionCall, queries: slice) -> Tensor:
+    """Attend some queries of a whole text to all before them, as the module does: (B, queries, heads, D)."""
+    start, stop, _ = queries.indices(call.query.shape[2])
+    queries = slice(start, stop)
+    options = chunk_options(call, queries)
+    if (bias := options.get("position_bias")) is not None:
+        options["position_bias"] = bias[..., :stop]
+    mask = additive_mask(call.mask, call.key.shape[2], call.query)[:, :, queries, :stop]
+    return call.run(call.query[:, :, queries], call.key[:, :, :stop], call.value[:, :, :stop], mask, **options)
+
+
 def chunk_options(call: AttentionCall, queries: slice) -> dict[str, Any]:
     """Return the options of a call that have a number for each query, (B, heads, T, ...), for some of the queries.
 
