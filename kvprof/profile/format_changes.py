@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from kvprof.runtime.attention.reference import restored_tokens, tokens_in_codes
 
 NUMBERS_AT_ONCE = 2**25
 """Numbers that changes may hold at a time, 128 MiB in float32: of longer texts those of fewer heads, or formats."""
+
+FORMATS_AT_ONCE = 8
+"""Formats of keys whose weights are computed at a time."""
 
 Asked = tuple[TensorName, str]
 """A tensor, and the name of a format."""
@@ -37,30 +41,41 @@ class LayerFormats:
 
 
 @dataclass(frozen=True)
-class Changes:
-    """What formats that are read alike change of the first N tokens after the sinks, of some KV heads.
+class ValueChanges:
+    """What formats that are read alike change of the values of the first N tokens after the sinks, of H KV heads.
 
     counts: how many of these tokens each query reads restored: T numbers, ascending.
-    keys: what each format of keys changes, (H, N, D). of_latent: what it changes of values that are made of the same
-    latent, (H, N, D), or None.
-    values: what the formats of values change, side by side: (H, N, formats * D), or None where there are none.
+    values: restored minus exact, the formats side by side: (H, N, formats * D).
     """
 
+    names: tuple[Asked, ...]
     counts: tuple[int, ...]
-    key_names: tuple[Asked, ...]
-    keys: tuple[Tensor, ...]
-    of_latent: tuple[Tensor | None, ...]
-    value_names: tuple[Asked, ...]
-    values: Tensor | None
+    values: Tensor
 
-    def of_heads(self, heads: slice) -> Changes:
+    def of_heads(self, heads: slice) -> ValueChanges:
         """Return the changes of some of the heads."""
-        return replace(
-            self,
-            keys=tuple(keys[heads] for keys in self.keys),
-            of_latent=tuple(None if values is None else values[heads] for values in self.of_latent),
-            values=None if self.values is None else self.values[heads],
-        )
+        return replace(self, values=self.values[heads])
+
+
+@dataclass(frozen=True)
+class KeyChanges:
+    """What formats change of keys, as `ValueChanges` has it of values.
+
+    keys: (H, D, N * formats), a token's formats side by side. values: what formats of latents change of the values
+    that are made of these too, (H, D, N * formats), or None.
+    """
+
+    names: tuple[Asked, ...]
+    counts: tuple[int, ...]
+    keys: Tensor
+    values: Tensor | None = None
+
+    def of_heads(self, heads: slice) -> KeyChanges:
+        """Return the changes of some of the heads."""
+        return replace(self, keys=self.keys[heads], values=None if self.values is None else self.values[heads])
+
+
+Changes = ValueChanges | KeyChanges
 
 
 def changes_of(
@@ -86,36 +101,39 @@ def changes_of(
 
 def _grouped(call: AttentionCall, wide: AttentionCall, row: int, heads: slice, asked: LayerFormats) -> list[Changes]:
     """Return what formats change, those together that are read alike; what is never read restored is left out."""
-    keys: dict[tuple[int, ...], list[tuple[Asked, Tensor, Tensor | None]]] = {}
-    values: dict[tuple[int, ...], list[tuple[Asked, Tensor]]] = {}
+    groups: dict[tuple[Any, ...], list[tuple[Asked, Tensor | None, Tensor | None]]] = {}
     for tensor, name, form in asked.formats:
         counts = tokens_in_codes(form, asked.window, call.key.shape[2])
         if not counts[-1]:
             continue
         restored, exact = _restored(call, row, heads, asked, tensor, form, counts[-1])
+        keys: Tensor | None = None
+        values: Tensor | None = None
         if call.latents is not None:
-            changed, of_latent = _expanded(wide, row, restored, tensor, asked.window.sink_tokens)
-            keys.setdefault(counts, []).append(((tensor, name), changed, of_latent))
-            continue
-        changed = (restored.to(wide.query.dtype) - exact.to(wide.query.dtype))[0]
-        if tensor == "key":
-            keys.setdefault(counts, []).append(((tensor, name), changed, None))
+            keys, values = _expanded(wide, row, restored, tensor, asked.window.sink_tokens)
+        elif tensor == "key":
+            keys = (restored.to(wide.query.dtype) - exact.to(wide.query.dtype))[0]
         else:
-            values.setdefault(counts, []).append(((tensor, name), changed))
-    groups = []
-    for counts in {**keys, **values}:
-        of_keys, of_values = keys.get(counts, []), values.get(counts, [])
-        groups.append(
-            Changes(
-                counts,
-                tuple(name for name, _, _ in of_keys),
-                tuple(changed for _, changed, _ in of_keys),
-                tuple(of_latent for _, _, of_latent in of_keys),
-                tuple(name for name, _ in of_values),
-                torch.cat([changed for _, changed in of_values], dim=2) if of_values else None,
-            )
-        )
-    return groups
+            values = (restored.to(wide.query.dtype) - exact.to(wide.query.dtype))[0]
+        groups.setdefault((counts, keys is None, values is None), []).append(((tensor, name), keys, values))
+    return [
+        _together(counts, changed[start : start + FORMATS_AT_ONCE])
+        for (counts, *_), changed in groups.items()
+        for start in range(0, len(changed), FORMATS_AT_ONCE)
+    ]
+
+
+def _together(counts: tuple[int, ...], changed: Sequence[tuple[Asked, Tensor | None, Tensor | None]]) -> Changes:
+    names, keys, values = zip(*changed, strict=True)
+    if keys[0] is None:
+        return ValueChanges(names, counts, torch.cat(values, dim=2))
+    beside = None if values[0] is None else _side_by_side(values)
+    return KeyChanges(names, counts, _side_by_side(keys), beside)
+
+
+def _side_by_side(changed: Sequence[Tensor]) -> Tensor:
+    """Return changes of (H, N, D) each as (H, D, N * formats)."""
+    return torch.stack([states.mT for states in changed], dim=3).flatten(2)
 
 
 def _restored(

@@ -21,24 +21,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvprof.profile.format_changes import Asked, Changes, LayerFormats, changes_of
+from kvprof.profile.format_changes import Asked, Changes, KeyChanges, LayerFormats, ValueChanges, changes_of
 from kvprof.runtime.attention.logits import AttentionLogits
 from kvprof.runtime.attention.patch import AttentionCall
 
-QUERIES_AT_ONCE = 64
+QUERIES_AT_ONCE = 48
 """Queries whose weights stand at a time. What any of them reads restored is computed for all: about as many tokens."""
 
-CPU_WEIGHTS_AT_ONCE = 2**17
+CPU_WEIGHTS_AT_ONCE = 2**19
 """Weights that stand at a time, for each thread: with what is made of them they stay in its cache."""
 
 GPU_WEIGHTS_AT_ONCE = 2**25
 
 LEAST_LOGARITHM = -80.0
-"""What the logarithm of a weight is raised to before exp: below -87 a processor takes 20 to 200 times as long for it,
-and no float holds the difference from 1."""
+"""What the logarithm of a weight is raised to before exp: below -87 a processor takes 20 to 200 times as long for it."""
 
-LEAST_SUM = 1e-20
-"""Of new weights: below it, those that LEAST_LOGARITHM raises may count."""
+NOTHING = 2e-35
+"""A weight that is no more counts as none: it may have been raised so."""
+
+MOST_TIMES = 1e20
+LEAST_SUM = 1e-6
+"""A format may make a single weight so many times as large, and the sum of all so small, and what counted as nothing
+still does."""
 
 
 def format_effects(
@@ -86,8 +90,8 @@ class _Exact:
     """What some queries read in full precision; of each KV head, H in all, its G query heads times Q queries are rows.
 
     query: scaled, (H, G * Q, D). gradient: (H, G * Q, D). scores: capped, without biases, (H, G * Q, tokens); raw:
-    before they are capped. log_weights, gains: log p_t and g . v_t - g . o, (H, G * Q, tokens). sinks: of the learned
-    sinks these two numbers, (H, G * Q, 1) each, or None.
+    before they are capped. log_weights, weights, gains: log p_t, p_t and g . v_t - g . o, (H, G * Q, tokens). sinks: of
+    the learned sinks these three numbers, (H, G * Q, 1) each, or None.
     """
 
     query: Tensor
@@ -95,26 +99,51 @@ class _Exact:
     raw: Tensor
     scores: Tensor
     log_weights: Tensor
+    weights: Tensor
     gains: Tensor
-    sinks: tuple[Tensor, Tensor] | None
+    sinks: tuple[Tensor, Tensor, Tensor] | None
 
 
 @dataclass(frozen=True)
 class _Restored:
     """What a chunk of queries reads restored: N tokens, of which each query perhaps fewer.
 
-    place: which tokens. log_weights: -inf where a query reads a token exact, (H, G * Q, N). weights: their exponential.
-    gains: as `_Exact` has them. gain: sum over tokens of the weights times the gains, (H, G * Q).
-    kept_log_weights, kept_gains: of what queries read exact, -inf where one reads it restored, (H, G * Q, others).
+    place: which tokens. unread: which of them each query reads exact, (Q, N), or None where all read all. weighing: of
+    each token its weight, 0 where it is unread, weight times gain, and 1: (H * G * Q, 3, N). kept: the weights of all
+    that is read exact, (H * G * Q, 1).
     """
 
+    exact: _Exact
     place: slice
-    log_weights: Tensor
-    weights: Tensor
-    gains: Tensor
-    gain: Tensor
-    kept_log_weights: Tensor
-    kept_gains: Tensor
+    unread: Tensor | None
+    weighing: Tensor
+    kept: Tensor
+
+    @property
+    def weights(self) -> Tensor:
+        """The weights, (H, G * Q, N)."""
+        heads = len(self.exact.gains)
+        return self.weighing[:, 0].view(heads, -1, self.weighing.shape[2])
+
+    def log_weights(self) -> Tensor:
+        """Return the logarithm of the weights, -inf where a token is unread: (H, G * Q, N)."""
+        found = self.exact.log_weights[..., self.place]
+        return found if self.unread is None else _filled(found.clone(), self.unread, -torch.inf)
+
+    def kept_apart(self) -> tuple[Tensor, Tensor]:
+        """Return the logarithm of the weight, and the gain, of all that is read exact: (H, G * Q, tokens) each.
+
+        The logarithm is -inf where a token is read restored.
+        """
+        log_weights, gains = self.exact.log_weights.clone(), self.exact.gains
+        restored = log_weights[..., self.place]
+        if self.unread is None:
+            restored.fill_(-torch.inf)
+        else:
+            _filled(restored, ~self.unread, -torch.inf)
+        if self.exact.sinks is None:
+            return log_weights, gains
+        return torch.cat([log_weights, self.exact.sinks[0]], -1), torch.cat([gains, self.exact.sinks[2]], -1)
 
 
 @dataclass(frozen=True)
@@ -135,18 +164,18 @@ class _Slab:
         all next to nothing; it is less work.
         """
         tokens = self.call.key.shape[2]
-        names = [name for changes in groups for name in (*changes.value_names, *changes.key_names)]
         parts = []
         for start in range(self.first, tokens, QUERIES_AT_ONCE):
             queries = slice(start, min(tokens, start + QUERIES_AT_ONCE))
             exact = self._exact(queries)
-            of_groups = [  # (H, G * Q, formats) each
-                part
+            restored = {counts: _restored(exact, counts[queries], sinks) for counts in {one.counts for one in groups}}
+            found = [
+                _chunk_effects(exact, self.logits, restored[changes.counts], changes, can_overflow)
                 for changes in groups
-                for part in _chunk_effects(exact, self.logits, changes, queries, sinks, can_overflow)
-            ]
-            by_query = torch.unflatten(torch.cat(of_groups, dim=2), 1, (-1, queries.stop - start))  # (H, G, Q, formats)
-            parts.append(by_query.sum((0, 1), dtype=_widest(by_query)))
+            ]  # (H, G * Q, formats) each
+            by_query = torch.unflatten(torch.cat(found, dim=2), 1, (-1, queries.stop - start))
+            parts.append(by_query.sum((0, 1), dtype=_widest(by_query)))  # (Q, formats)
+        names = [name for changes in groups for name in changes.names]
         return dict(zip(names, torch.cat(parts).unbind(1), strict=True))
 
     def _exact(self, queries: slice) -> _Exact:
@@ -170,97 +199,105 @@ class _Slab:
         total = weights.sum(-1, keepdim=True)
         if sink is not None:
             total = total + (sink - largest).exp_()
-        output = weights.div_(total).view(scores.shape) @ values
-        at_output = (gradient * output).sum(-1, keepdim=True)
+        weights = torch.nn.functional.threshold_(weights.div_(total), NOTHING, 0.0).view(scores.shape)
+        at_output = (gradient * (weights @ values)).sum(-1, keepdim=True)
         gains = (gradient @ values.mT).sub_(at_output)
+        log_weights = log_weights.sub_(total.log()).view(scores.shape)
         sinks = None
         if sink is not None:
-            sinks = (sink - largest - total.log()).view(at_output.shape), -at_output
-        log_weights = log_weights.sub_(total.log()).view(scores.shape)
-        return _Exact(query, gradient, raw, scores, log_weights, gains, sinks)
+            log_sinks = (sink - largest - total.log()).view(at_output.shape)
+            sinks = log_sinks, log_sinks.exp(), -at_output
+        return _Exact(query, gradient, raw, scores, log_weights, weights, gains, sinks)
 
 
 def _chunk_effects(
-    exact: _Exact, logits: AttentionLogits, changes: Changes, queries: slice, sinks: int, can_overflow: bool
-) -> Iterator[Tensor]:
-    """Yield g . d of the formats of values, and of those of keys, that are read alike: (H, G * Q, formats) each."""
-    restored = _restored(exact, changes.counts[queries], sinks)
+    exact: _Exact, logits: AttentionLogits, restored: _Restored | None, changes: Changes, can_overflow: bool
+) -> Tensor:
+    """Return g . d of formats that are read alike, for a chunk of queries: (H, G * Q, formats)."""
     if restored is None:
-        yield exact.query.new_zeros(*exact.query.shape[:2], len(changes.value_names) + len(changes.key_names))
-        return
+        return exact.query.new_zeros(*exact.query.shape[:2], len(changes.names))
+    if isinstance(changes, ValueChanges):
+        return _value_effects(exact, restored, changes)
+    tokens, formats = restored.weighing.shape[2], len(changes.names)
+    moved = exact.query @ changes.keys[..., : tokens * formats]
+    moved = moved.view(*moved.shape[:2], tokens, formats)  # (H, G * Q, N, formats), of the logits
+    if logits.softcap is not None:
+        raw, scores = (both[..., restored.place, None] for both in (exact.raw, exact.scores))
+        moved = logits.capped(moved.add_(raw)).sub_(scores)
+    more = None
     if changes.values is not None:
-        number = restored.log_weights.shape[2]
-        outputs = torch.unflatten(restored.weights @ changes.values[:, :number], -1, (len(changes.value_names), -1))
-        yield outputs.mul_(exact.gradient[:, :, None]).sum(-1)
-    if changes.keys:
-        yield _key_effects(exact, logits, restored, changes, can_overflow)
+        more = (exact.gradient @ changes.values[..., : tokens * formats]).view(moved.shape)
+    return (_key_effects if can_overflow else _key_effects_of_any_size)(restored, moved, more)
+
+
+def _value_effects(exact: _Exact, restored: _Restored, changes: ValueChanges) -> Tensor:
+    outputs = restored.weights @ changes.values[:, : restored.weighing.shape[2]]  # (H, G * Q, formats * D)
+    by_format = torch.unflatten(outputs, 2, (len(changes.names), -1))
+    return by_format.mul_(exact.gradient[:, :, None]).sum(-1)
+
+
+def _key_effects(restored: _Restored, moved: Tensor, more: Tensor | None) -> Tensor:
+    """Return g . d of formats of keys: (H, G * Q, formats); NaN where weights may overflow, or nothing count.
+
+    moved: what a format adds to logits; overwritten. more: what it adds to gains, or None; (H, G * Q, N, formats) both.
+    """
+    times = moved.exp_().flatten(0, 1)  # as large as before
+    sums, gains, most = (restored.weighing @ times).unbind(1)  # (H * G * Q, formats) each
+    if more is not None:
+        gains = gains + (restored.weighing[:, :1] @ times.mul_(more.flatten(0, 1)))[:, 0]
+    sums = sums + restored.kept
+    # Of what is kept the gains are minus those of the others before: so small changes are no difference of large sums.
+    effects = (gains - restored.weighing[:, 1].sum(-1, keepdim=True)) / sums
+    effects.masked_fill_((most > MOST_TIMES) | (sums < LEAST_SUM), torch.nan)
+    return effects.view(*moved.shape[:2], -1)
+
+
+def _key_effects_of_any_size(restored: _Restored, moved: Tensor, more: Tensor | None) -> Tensor:
+    """Do as `_key_effects` does, by weights of which the largest is 1."""
+    kept, kept_gains = (of_kept[..., None] for of_kept in restored.kept_apart())
+    log_weights = moved.add_(restored.log_weights()[..., None])
+    largest = log_weights.amax(2, keepdim=True).maximum(kept.amax(2, keepdim=True))
+    weights, kept = _exp(log_weights.sub_(largest)), _exp(kept - largest)
+    gains = restored.exact.gains[..., restored.place, None]
+    sums = weights.sum(2) + kept.sum(2)
+    of_restored = weights.mul_(gains if more is None else more.add_(gains)).sum(2)
+    return (of_restored + kept.mul_(kept_gains).sum(2)) / sums
 
 
 def _restored(exact: _Exact, counts: Sequence[int], sinks: int) -> _Restored | None:
     """Return what queries read restored, of which each reads so many tokens; None where none of them reads any."""
-    if not counts[-1]:
+    number = counts[-1]
+    if not number:
         return None
-    place = slice(sinks, sinks + counts[-1])
-    log_weights, gains = exact.log_weights[..., place], exact.gains[..., place]
-    kept = [(exact.log_weights[..., part], exact.gains[..., part]) for part in (slice(sinks), slice(place.stop, None))]
+    place = slice(sinks, sinks + number)
+    gains = exact.gains[..., place]
+    weighing = gains.new_empty(*gains.shape[:2], 3, number)
+    weights, weighted, ones = weighing.unbind(2)
+    weights.copy_(exact.weights[..., place])
+    kept = exact.weights[..., :sinks].sum(-1) + exact.weights[..., place.stop :].sum(-1)
     if exact.sinks is not None:
-        kept.append(exact.sinks)
-    if counts[0] < counts[-1]:
+        kept = kept + exact.sinks[1].squeeze(-1)
+    unread = None
+    if counts[0] < number:
         device = gains.device
-        read = torch.arange(counts[-1], device=device) < torch.tensor(counts, device=device)[:, None]  # (Q, N)
-        by_query = torch.unflatten(log_weights, 1, (-1, len(counts)))
-        turning = slice(counts[0], counts[-1])
-        kept.append((_closed(by_query[..., turning], read[:, turning]).flatten(1, 2), gains[..., turning]))
-        log_weights = _closed(by_query, ~read).flatten(1, 2)
-    weights = _exp(log_weights.clone(memory_format=torch.contiguous_format))
-    kept_log_weights, kept_gains = (torch.cat(parts, -1) for parts in zip(*kept, strict=True))
-    return _Restored(place, log_weights, weights, gains, (weights * gains).sum(-1), kept_log_weights, kept_gains)
+        unread = torch.arange(number, device=device) >= torch.tensor(counts, device=device)[:, None]  # (Q, N)
+        turning = slice(counts[0], number)
+        kept = kept + _filled(weights[..., turning].clone(), ~unread[:, turning], 0.0).sum(-1)
+        _filled(weights[..., turning], unread[:, turning], 0.0)
+    torch.mul(weights, gains, out=weighted)
+    ones.fill_(1.0)
+    return _Restored(exact, place, unread, weighing.flatten(0, 1), kept.view(-1, 1))
 
 
-def _closed(log_weights: Tensor, closed: Tensor) -> Tensor:
-    """Return logarithms of weights, (..., Q, N), -inf where `closed`, (Q, N)."""
-    return log_weights + torch.zeros(closed.shape, dtype=log_weights.dtype, device=closed.device).masked_fill_(
-        closed, -torch.inf
-    )
+def _filled(numbers: Tensor, where: Tensor, filling: float) -> Tensor:
+    """Fill some of the numbers of queries, (H, G * Q, N), in place. where: (Q, N)."""
+    torch.unflatten(numbers, 1, (-1, len(where))).masked_fill_(where, filling)
+    return numbers
 
 
 def _exp(log_weights: Tensor) -> Tensor:
     """Return the exponential, computed in place."""
     return log_weights.clamp_(min=LEAST_LOGARITHM).exp_()
-
-
-def _key_effects(
-    exact: _Exact, logits: AttentionLogits, restored: _Restored, changes: Changes, can_overflow: bool
-) -> Tensor:
-    """Return g . d of the formats of keys, (H, G * Q, formats)."""
-    number, place = restored.weights.shape[2], restored.place
-    room = torch.empty_like(restored.weights)
-    shape = (*room.shape[:2], len(changes.keys))
-    # Of the new weights, over the tokens that are read restored, and over the others.
-    sums, gains = room.new_empty(shape), room.new_empty(shape)
-    kept_sums = _exp(restored.kept_log_weights.clone()).sum(-1, keepdim=True).expand(shape).contiguous()
-    # Of the others the gains are minus those of the restored, before these change: no small difference of large sums.
-    kept_gains = (-restored.gain)[..., None].expand(shape).contiguous()
-    for at, (keys, values) in enumerate(zip(changes.keys, changes.of_latent, strict=True)):
-        if logits.softcap is None:
-            weights = torch.baddbmm(restored.log_weights, exact.query, keys[:, :number].mT, out=room)
-        else:
-            raw = torch.baddbmm(exact.raw[..., place], exact.query, keys[:, :number].mT, out=room)
-            weights = logits.capped(raw).sub_(exact.scores[..., place]).add_(restored.log_weights)
-        if not can_overflow:
-            largest = weights.amax(-1, keepdim=True).maximum(restored.kept_log_weights.amax(-1, keepdim=True))
-            weights.sub_(largest)
-            kept = _exp(restored.kept_log_weights - largest)
-            kept_sums[..., at], kept_gains[..., at] = kept.sum(-1), kept.mul_(restored.kept_gains).sum(-1)
-        torch.sum(_exp(weights), -1, out=sums[..., at])
-        gain = restored.gains
-        if values is not None:
-            gain = gain + exact.gradient @ values[:, :number].mT
-        torch.sum(weights.mul_(gain), -1, out=gains[..., at])
-    sums.add_(kept_sums)
-    if can_overflow:
-        sums.masked_fill_(sums < LEAST_SUM, torch.nan)
-    return gains.add_(kept_gains).div_(sums)
 
 
 def _widest(tensor: Tensor) -> torch.dtype:
