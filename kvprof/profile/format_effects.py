@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvprof.profile.format_changes import Asked, Changes, KeyChanges, LayerFormats, ValueChanges, changes_of
+from kvprof.profile.format_changes import Asked, Changes, LayerFormats, ValueChanges, changes_of
 from kvprof.runtime.attention.logits import AttentionLogits
 from kvprof.runtime.attention.patch import AttentionCall
 
@@ -34,7 +34,7 @@ CPU_WEIGHTS_AT_ONCE = 2**19
 GPU_WEIGHTS_AT_ONCE = 2**25
 
 LEAST_LOGARITHM = -80.0
-"""What the logarithm of a weight is raised to before exp: below -87 a processor takes 20 to 200 times as long for it."""
+"""What a weight's logarithm is raised to before exp: below -87 a processor takes 20 to 200 times as long for it."""
 
 NOTHING = 2e-35
 """A weight that is no more counts as none: it may have been raised so."""
@@ -199,7 +199,7 @@ class _Slab:
         total = weights.sum(-1, keepdim=True)
         if sink is not None:
             total = total + (sink - largest).exp_()
-        weights = torch.nn.functional.threshold_(weights.div_(total), NOTHING, 0.0).view(scores.shape)
+        weights = torch.threshold_(weights.div_(total), NOTHING, 0.0).view(scores.shape)
         at_output = (gradient * (weights @ values)).sum(-1, keepdim=True)
         gains = (gradient @ values.mT).sub_(at_output)
         log_weights = log_weights.sub_(total.log()).view(scores.shape)

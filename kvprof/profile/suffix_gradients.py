@@ -54,7 +54,7 @@ class _Suffix(TorchFunctionMode):
         """Run any other function of torch as it is."""
         if func is linear and self._is_of_positions(*args[:2]):
             bias = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
-            return _Linear.apply(args[0], args[1], bias, self.first)
+            return _Linear.apply(args[0], args[1], bias, self.first)  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
     def _is_of_positions(self, states: Tensor, weight: Tensor) -> bool:
