@@ -37,9 +37,11 @@ def attend_with_suffix(call: AttentionCall, first: int) -> tuple[Tensor | None, 
     """Attend as the module does; return the outputs before `first`, that no gradient passes, and those from it on."""
     if not first:
         return None, call.run()
+    kept = run_queries(
+        call, slice(first, call.query.shape[2])
+    )  # first, lest what is soon let go leaves holes before it
     with torch.no_grad():
-        before = run_queries(call, slice(first))
-    return before, run_queries(call, slice(first, call.query.shape[2]))
+        return run_queries(call, slice(first)), kept
 
 
 class _Suffix(TorchFunctionMode):
