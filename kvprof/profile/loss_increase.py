@@ -1,8 +1,8 @@
 """Signed first-order effects on the loss of storing one tensor of one layer in a format.
 
-Reads a model and a batch of token ids; returns series of effects in nats, sequence by sequence. One forward, one
-backward, and for each format the attention of its layer once more. Does not know text, files, budgets, nor what the
-effects add up to (records/long_run.py).
+Reads a model and a batch of token ids; returns series of effects in nats, sequence by sequence. One forward, a
+backward to the positions that count, and what each format changes of its layer (format_effects.py). Does not know
+text, files, budgets, nor what the effects add up to (records/long_run.py).
 """
 
 from __future__ import annotations
