@@ -23,8 +23,7 @@ class Option:
 
     help: one sentence. panel: one of PANELS. default: what the help shows where the default depends on something else.
     shows_range: print the bounds beside the option. words: the list that a shell completes from, of `cli.completion`; a
-    `Literal` completes its own. commas: values may stand between commas. is_path:
-    a file.
+    `Literal` completes its own. commas: values may stand between commas. is_path: it names a file.
     """
 
     help: str
