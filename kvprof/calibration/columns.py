@@ -21,13 +21,12 @@ Fields = Mapping[str, Any]
 TEXT_COLUMNS = ("text", "content")
 CHAT_COLUMNS = ("messages", "conversations", "conversation", "chat", "dialogue", "dialog")
 PAIRS = (
-    ("instruction", ("instruction", "input"), ("output", "response", "completion")),
-    ("instruction", ("instruction", "context"), ("response", "output")),
-    ("prompt", ("prompt",), ("completion", "response", "chosen")),
+    ("instruction", ("instruction", "context", "input"), ("output", "response", "completion")),
+    ("prompt", ("prompt", "context"), ("completion", "response", "chosen")),
     ("question", ("context", "question"), ("answer", "response", "solution")),
-    ("query", ("query",), ("response", "answer")),
-    ("problem", ("problem",), ("solution", "answer")),
-    ("input", ("input",), ("output",)),
+    ("query", ("context", "query"), ("response", "answer")),
+    ("problem", ("context", "problem"), ("solution", "answer")),
+    ("input", ("context", "input"), ("output", "response")),
     ("inputs", ("inputs",), ("targets",)),
 )
 """The column that must ask, all that ask in their order, and those of which the first one answers."""

@@ -73,6 +73,10 @@ def test_what_goes_before_a_question_goes_before_it_in_the_chat() -> None:
     assert read(alpaca) == Chat((("system", "you are brief"), ("user", "translate\nle chat"), ("assistant", "the cat")))
     squad = {"context": "a mat", "question": "where?", "answer": "there"}
     assert read(squad) == Chat((("user", "a mat\nwhere?"), ("assistant", "there")))
+    dolly = {"instruction": "where?", "context": "a cat on a mat", "response": "there", "category": "closed_qa"}
+    assert read(dolly) == Chat((("user", "where?\na cat on a mat"), ("assistant", "there")))
+    asked = {"prompt": "where?", "context": "a cat on a mat", "completion": "there"}
+    assert read(asked) == Chat((("user", "where?\na cat on a mat"), ("assistant", "there")))
     own = {"system": "not this", "messages": [{"role": "system", "content": "this"}, *MESSAGES]}
     assert read(own) == Chat((("system", "this"), *CHAT))
     sharegpt = {"system": "this", "tools": "[]", "conversations": SHAREGPT}
