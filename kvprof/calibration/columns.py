@@ -6,7 +6,6 @@ text. Reads rows; does not know where they come from, nor tokens.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from string import Formatter
 from typing import Any
 
 from kvprof.calibration.chat import Chat, Row, is_messages, is_texts, turns_of
+from kvprof.calibration.values import are_references, hardly_text, not_text
 from kvprof.errors import CalibrationError, UsageError, did_you_mean
 
 Fields = Mapping[str, Any]
@@ -36,13 +36,11 @@ LATER_COLUMNS = ("prompt", "document")
 
 _NOT_TEXT = re.compile(
     r"(.*[_ .-])?(ids?|idx|index|uuid|guid|uid|urls?|uri|link|href|labels?|hash|md5|sha1|sha256|sha512|sha|checksum|"
-    r"digest|fingerprint|date|time|timestamp|lang|language|source|split|category|score|path|file|filename|license|"
-    r"author|domain|type|model|role|version|tags?|name|key|doi|isbn|email|rejected)([_ .-]?\d+)?"
+    r"digest|fingerprint|date|time|timestamp|created|updated|modified|lang|language|source|split|subset|dataset|"
+    r"category|class|genre|sentiment|emotion|intent|score|rating|stars|difficulty|path|file|filename|images?|audio|"
+    r"video|license|author|domain|country|gender|type|model|role|version|tags?|name|key|method|status|doi|isbn|email|"
+    r"rejected)([_ .-]?\d+)?"
 )
-_IDENTIFIER = re.compile(r"[!-~]*\d[!-~]*|\w+://\S+|www\.\S+", re.ASCII)
-"""A single word of ASCII with a digit in it, or a link: other scripts write whole sentences without a space."""
-_FEW_LABELS = 10
-"""Rows, of which no more than a quarter are different and short, that are labels rather than text."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ class _Table:
 
     def _first_text(self, names: Iterable[str]) -> Reading | None:
         for name in self._known(names):
-            if self._holds_text(name):
+            if self._holds_text(name) and not not_text(self._values[name]):
                 return self._text(name)
             if self._is_chat(name):
                 return self._chat(name)
@@ -132,7 +130,7 @@ class _Table:
 
     def _first_pair(self) -> Reading | None:
         for needed, asking, answering in PAIRS:
-            asks = [name for name in self._known(asking) if self._holds_only(name, str) or self._is_chat(name)]
+            asks = [name for name in self._known(asking) if self._may_ask(name)]
             answers = [name for name in self._known(answering) if self._speaks(name)]
             if answers and any(name in asks and self._speaks(name) for name in self._known([needed])):
                 return self._turns(asks, answers[0])
@@ -214,37 +212,32 @@ class _Table:
     def _is_chat(self, name: str) -> bool:
         values = [value for value in self._values[name] if value not in ("", [])]
         return sum(map(is_messages, values)) > len(values) / 2 or (
-            name.casefold() in CHAT_COLUMNS and bool(values) and all(map(is_texts, values))
+            name.casefold() in CHAT_COLUMNS
+            and bool(values)
+            and all(map(is_texts, values))
+            and not are_references([text for texts in values for text in texts])
         )
 
     def _speaks(self, name: str) -> bool:
         """Whether a column holds what one side of a chat says, as text or as messages."""
-        return self._holds_text(name) or self._is_chat(name)
+        return self._is_chat(name) or (self._holds_text(name) and not are_references(self._values[name]))
+
+    def _may_ask(self, name: str) -> bool:
+        """Whether a column can be a part of a question, which some or all rows do without."""
+        return self._is_chat(name) or (self._holds_only(name, str) and not are_references(self._values[name]))
 
     def _is_no_text(self, name: str) -> bool:
         """Whether a column of characters holds ids, links, labels or the like."""
         words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", str(name)).casefold()
         if _NOT_TEXT.fullmatch(words):
             return True
-        values = [value.strip() for value in self._values[name] if value.strip()]
-        if all(_IDENTIFIER.fullmatch(value) for value in values) or all(map(_is_json, values)):
-            return True
-        short = all(len(value.split()) <= 3 and len(value) < 40 for value in values)
-        return short and len(values) >= _FEW_LABELS and len(set(values)) <= len(values) // 4
+        return (not_text(self._values[name]) or hardly_text(self._values[name])) is not None
 
     def _check_there(self, wanted: Iterable[str], column: str) -> None:
         for name in wanted:
             if name not in self._values:
                 nearest = did_you_mean(name, self.names) if self.names else "the rows have no columns"
                 raise UsageError(f"--column {column!r}: there is no column {name!r}: {nearest}")
-
-
-def _is_json(value: str) -> bool:
-    """Whether a value is a record or a list as JSON: what is known about a text, rather than text."""
-    try:
-        return value[0] in "{[" and json.loads(value) is not None
-    except ValueError:
-        return False
 
 
 def _with_system(row: Fields, system: Sequence[str], turns: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:

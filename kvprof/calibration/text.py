@@ -271,7 +271,7 @@ def _texts(
         if not first:
             return
         check_columns(first[0])
-        reading = choose_reading(first, column if has_columns else None)
+        reading = choose_reading(first, column if has_columns else "text")
         if has_columns:
             counts.column = reading.name
             counts.aside = (*reading.aside, *counts.aside)

@@ -116,6 +116,96 @@ def test_a_column_of_text_is_found_beside_others(row: dict[str, Any], text: str)
 
 
 @pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"text": "chat_0004", "body": "a cat sits"}, "a cat sits"),
+        ({"content": "https://a.example/b", "story": "a cat sits"}, "a cat sits"),
+        ({"text": "9f86d081884c7d659a2feaa0c55ad015", "story": "a cat sits"}, "a cat sits"),
+        ({"content": "id_4", "messages": MESSAGES}, Chat(CHAT)),
+        ({"question": "q_00011", "answer": "a_00011", "body": "a cat sits"}, "a cat sits"),
+        ({"question": "https://a.example/q", "answer": "a cat sits"}, "a cat sits"),
+        ({"prompt": "doc_00012", "completion": "doc_00013", "content": "a cat sits"}, "a cat sits"),
+        ({"prompt": "img/11.png", "document": "a cat sits"}, "a cat sits"),
+        ({"question": "who?", "answer": "a_00011"}, "who?"),
+        ({"dialog": ["chat_0004", "chat_0005"], "story": "a cat sits"}, "a cat sits"),
+        ({"question": "in which year?", "answer": "1945"}, Chat((("user", "in which year?"), ("assistant", "1945")))),
+        ({"question": "which?", "answer": "COVID-19"}, Chat((("user", "which?"), ("assistant", "COVID-19")))),
+        ({"input": "12+7", "output": "19"}, Chat((("user", "12+7"), ("assistant", "19")))),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
+)
+def test_a_good_name_makes_no_text_of_ids_and_links(row: dict[str, Any], text: object) -> None:
+    assert read(row) == text
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "https://a.example/c4"},
+        {"text": "chat_0004"},
+        {"prompt": "https://a.example/11", "n": 1},
+        {"document": "doc_00011", "page": "x"},
+        {"question": "q_00011", "answer": "a_00011"},
+        {"text": "2024-01-05 10:00:00"},
+        {"when": "2024-01-05 10:00:00"},
+        {"when": "Fri, 5 Jan 2024 10:00:00 GMT"},
+        {"when": "January 5, 2024 3:07 PM"},
+        {"when": "2024年1月5日"},
+        {"picture": "images/doge.png"},
+        {"picture": "My Pictures/the doge sits.jpeg"},
+        {"picture": "C:\\pictures\\doge"},
+        {"host": "www.a.example"},
+        {"contact": "a.cat@mat.example"},
+        {"contact": "A. Cat <a.cat@mat.example>"},
+        {"members": "chat_0004, chat_0005"},
+        {"members": "chat_0004 chat_0005"},
+        {"members": "['chat_0004', 'chat_0005']"},
+        {"members": "https://a.example/b; https://a.example/c"},
+        {"price": "$12.50"},
+        {"grade": "A"},
+        {"custom_id": "request-1", "method": "POST", "url": "/v1/chat/completions"},
+    ],
+    ids=lambda row: "+".join(row),
+)
+def test_no_ids_links_dates_or_names_of_files_are_text_for_want_of_another(row: dict[str, Any]) -> None:
+    with pytest.raises(CalibrationError, match="cannot tell which column is text"):
+        read(row)
+
+
+def test_labels_are_no_text_however_many_they_are() -> None:
+    few = [{"feeling": word} for word in ("positive", "negative", "negative") * 3]
+    many = [{"subject": f"science of {'abcdefghijklmnopqrstuvwxy'[n % 25] * 3}"} for n in range(100)]
+    words = [{"animal": word} for word in ("cat", "dog", "mouse", "guinea-pig", "кот")]
+    for rows in (few, many, words):
+        with pytest.raises(CalibrationError, match="cannot tell which column is text"):
+            choose_reading(rows)
+    named: list[dict[str, Any]] = [{"text": row["feeling"], "body": "a cat sits on a mat"} for row in few]
+    assert choose_reading(named).take(named[0]) == "a cat sits on a mat"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["a cat sits", "yes, it does", "on a mat"],
+        ["Yes.", "Thank you!", "The cat sat on the mat at 10:30."],
+        ["猫坐在垫子上", "狗", "鸟"],
+        ["แมวนั่งบนเสื่อ", "หมา", "นก"],
+        ["кот сидит", "на коврике", "5 котов"],
+        ["print(42)", "x=[1,2]", "f(x1)"],
+        ["int a1; int b2;", "a1 = b2;", "return a1;"],
+        ["w1 w2 w3", "w4 w5 w6", "w7 w8 w9"],
+        ["see https://a.example/b", "mail a.cat@mat.example", "chat_0004 is open"],
+        ["MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRVGDGTQD"] * 3,
+    ],
+    ids=lambda values: values[0],
+)
+@pytest.mark.parametrize("name", ["text", "body"])
+def test_short_sentences_other_scripts_and_code_are_text(name: str, values: list[str]) -> None:
+    rows = [{name: value} for value in values]
+    assert [choose_reading(rows).take(row) for row in rows] == values
+
+
+@pytest.mark.parametrize(
     "values",
     [
         {"id": ["chat_0001", "chat_0002"]},
