@@ -5,6 +5,7 @@ Reads messages as people keep them; asks a tokenizer for its template. Does not 
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ _ROLE_OF = {
     "function_call": "assistant",
 }
 """Roles by other names, as ShareGPT files have them."""
+CHAT_COLUMNS = ("messages", "conversations", "conversation", "chat", "dialogue", "dialog")
+"""Names of a column, or of a field of a record, that holds a chat."""
+_MOST_NESTED = 3
+"""Records within each other that are looked through for a chat."""
 
 Turn = tuple[str, str]
 """A role and what it says."""
@@ -64,8 +69,8 @@ def is_messages(value: object) -> bool:
 def turns_of(value: object) -> tuple[Turn, ...]:
     """Return the turns of a list of messages that hold text, in the words of templates: user, assistant, system, tool.
 
-    value: the list, or one of JSON, or the fields of its messages each as a list (as datasets keeps a sequence of
-    records). A message's content is text, or a list of parts of which those of text are taken. Messages that are bare
+    value: the list; one as JSON, or as Python writes it; a record that holds it (`{"messages": [...]}`, also within one
+    more); or the fields of its messages each as a list (as datasets keeps a sequence of records). A message's content is text, or a list of parts of which those of text are taken. Messages that are bare
     texts are said by turns, the user's first.
     """
     messages = _decoded(value)
@@ -117,15 +122,35 @@ def _field(message: Mapping[str, Any], names: Sequence[str]) -> str | None:
     return next((name for name in found if message[name] is not None), found[0] if found else None)
 
 
-def _decoded(value: object) -> Any:
-    if isinstance(value, str) and value.lstrip().startswith("[{"):
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
-    if isinstance(value, Mapping) and value and all(isinstance(field, list) for field in value.values()):
+def _decoded(value: object, depth: int = 0) -> Any:
+    """Return the list that a value is or holds, whatever it is written as; any other value as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        value = _parsed(value)
+    if not isinstance(value, Mapping) or not value:
+        return value
+    held = next((value[name] for name in CHAT_COLUMNS if value.get(name)), None)
+    if held is not None:
+        return _decoded(held, depth + 1) if depth < _MOST_NESTED else value
+    if all(isinstance(field, list) for field in value.values()):
         return [dict(zip(value, fields, strict=True)) for fields in zip(*value.values(), strict=False)]
+    records = [field for field in value.values() if isinstance(field, Mapping)]
+    if len(records) == 1 and depth < _MOST_NESTED:
+        inner = _decoded(records[0], depth + 1)
+        return inner if isinstance(inner, list) else value
     return value
+
+
+def _parsed(text: str) -> Any:
+    """Return what a text of JSON says, or one of Python as tables of objects are saved; another text as it is."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        if not any(f"'{name}'" in text for name in (*_ROLES, *CHAT_COLUMNS)):
+            return text
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return text
 
 
 class ChatWriter:

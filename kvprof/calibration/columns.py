@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
-from kvprof.calibration.chat import Chat, Row, is_messages, is_texts, turns_of
+from kvprof.calibration.chat import CHAT_COLUMNS, Chat, Row, is_messages, is_texts, turns_of
 from kvprof.calibration.values import are_references, hardly_text, not_text
 from kvprof.errors import CalibrationError, UsageError, did_you_mean
 
 Fields = Mapping[str, Any]
 
 TEXT_COLUMNS = ("text", "content")
-CHAT_COLUMNS = ("messages", "conversations", "conversation", "chat", "dialogue", "dialog")
 PAIRS = (
     ("instruction", ("instruction", "context", "input"), ("output", "response", "completion")),
     ("prompt", ("prompt", "context"), ("completion", "response", "chosen")),
