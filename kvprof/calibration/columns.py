@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
-from kvprof.calibration.chat import CHAT_COLUMNS, Chat, Row, is_messages, is_texts, turns_of
+from kvprof.calibration.chat import CHAT_COLUMNS, Chat, Row, aside_of, is_messages, is_texts, turns_of
 from kvprof.calibration.values import are_references, hardly_text, not_text
 from kvprof.errors import CalibrationError, UsageError, did_you_mean
 
@@ -168,7 +168,7 @@ class _Table:
 
         def take(row: Fields) -> Chat | None:
             turns = turns_of(row.get(name))
-            return Chat(_with_system(row, system, turns)) if turns else None
+            return Chat(_with_system(row, system, turns), aside_of(row[name])) if turns else None
 
         return self._reading(name, [name, *system], take)
 
@@ -182,10 +182,11 @@ class _Table:
             if not asked or not answered:
                 return None
             if any(role == "user" for role, _ in answered):  # the whole chat, its question too
-                return Chat(_with_system(row, system, answered))
+                return Chat(_with_system(row, system, answered), aside_of(row[answering]))
             if all(role == "user" for role, _ in asked):
                 asked = [("user", "\n".join(content for _, content in asked))]
-            return Chat(_with_system(row, system, (*asked, *answered)))
+            aside = [other for name in (*asking, answering) for other in aside_of(row.get(name))]
+            return Chat(_with_system(row, system, (*asked, *answered)), tuple(aside))
 
         return self._reading("+".join((*asking, answering)), [*asking, answering, *system], take)
 
