@@ -22,9 +22,9 @@ TEXT_COLUMNS = ("text", "content")
 PAIRS = (
     ("instruction", ("instruction", "context", "input"), ("output", "response", "completion")),
     ("prompt", ("prompt", "context"), ("completion", "response", "chosen")),
-    ("question", ("context", "question"), ("answer", "response", "solution")),
-    ("query", ("context", "query"), ("response", "answer")),
-    ("problem", ("context", "problem"), ("solution", "answer")),
+    ("question", ("context", "question"), ("answer", "answers", "response", "solution")),
+    ("query", ("context", "query"), ("response", "answer", "answers")),
+    ("problem", ("context", "problem"), ("solution", "answer", "answers")),
     ("input", ("context", "input"), ("output", "response")),
     ("inputs", ("inputs",), ("targets",)),
 )
@@ -130,7 +130,7 @@ class _Table:
     def _first_pair(self) -> Reading | None:
         for needed, asking, answering in PAIRS:
             asks = [name for name in self._known(asking) if self._may_ask(name)]
-            answers = [name for name in self._known(answering) if self._speaks(name)]
+            answers = [name for name in self._known(answering) if self._answers(name)]
             if answers and any(name in asks and self._speaks(name) for name in self._known([needed])):
                 return self._turns(asks, answers[0])
         return None
@@ -222,6 +222,14 @@ class _Table:
         """Whether a column holds what one side of a chat says, as text or as messages."""
         return self._is_chat(name) or (self._holds_text(name) and not are_references(self._values[name]))
 
+    def _answers(self, name: str) -> bool:
+        """Whether a column holds answers: one a row as text or as messages, or several, as a list of texts."""
+        if self._speaks(name):
+            return True
+        said = [_first_said(value) for value in self._values[name] if value]
+        listed = all(isinstance(value, list | Mapping) for value in self._values[name])
+        return listed and any(said) and not are_references(said)
+
     def _may_ask(self, name: str) -> bool:
         """Whether a column can be a part of a question, which some or all rows do without."""
         return self._is_chat(name) or (self._holds_only(name, str) and not are_references(self._values[name]))
@@ -250,7 +258,17 @@ def _with_system(row: Fields, system: Sequence[str], turns: Sequence[tuple[str, 
 def _as_turns(value: object, role: str) -> list[tuple[str, str]]:
     if is_messages(value):
         return list(turns_of(value))
-    return [(role, value)] if isinstance(value, str) and value.strip() else []
+    said = _first_said(value)
+    return [(role, said)] if said.strip() else []
+
+
+def _first_said(value: object) -> str:
+    """Return the first text of a value that is one text or several, as answers to one question are."""
+    if isinstance(value, Mapping):
+        value = next((value[name] for name in ("text", "value", "answer") if value.get(name)), None)
+    if isinstance(value, list):
+        return next((said for said in map(_first_said, value) if said.strip()), "")
+    return value if isinstance(value, str) else ""
 
 
 def _fields(template: str) -> list[str]:

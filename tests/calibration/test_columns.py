@@ -60,6 +60,11 @@ def read(row: dict[str, Any], column: str | None = None) -> object:
         {"question": USER[1], "answer": REPLY[1]},
         {"Question": USER[1], "Answer": REPLY[1]},
         {"id": "9", "question": USER[1], "response": REPLY[1], "system_prompt": ""},
+        {"question": USER[1], "answer": [REPLY[1], "for the sun"]},
+        {"id": "9", "question": USER[1], "answers": {"text": [REPLY[1], "for the sun"], "answer_start": [3, 40]}},
+        {"question": USER[1], "answers": [{"text": REPLY[1], "score": 3}, {"text": "for the sun", "score": 1}]},
+        {"question": USER[1], "answer": {"value": REPLY[1], "aliases": ["for the sun"]}},
+        {"query": USER[1], "answers": ["", REPLY[1]]},
         {"query": USER[1], "response": REPLY[1], "type": "math"},
         {"problem": USER[1], "solution": REPLY[1], "source": "olympiads"},
         {"inputs": USER[1], "targets": REPLY[1]},
@@ -89,6 +94,17 @@ def test_what_goes_before_a_question_goes_before_it_in_the_chat() -> None:
     assert read(own) == Chat((("system", "this"), *CHAT))
     sharegpt = {"system": "this", "tools": "[]", "conversations": SHAREGPT}
     assert read(sharegpt) == Chat((("system", "this"), *CHAT))
+
+
+def test_of_several_answers_the_first_is_taken_and_none_is_no_text() -> None:
+    squad: list[dict[str, Any]] = [
+        {"context": "a mat", "question": "where?", "answers": {"text": ["there", "on it"], "answer_start": [2, 5]}},
+        {"context": "a mat", "question": "who?", "answers": {"text": [], "answer_start": []}},
+    ]
+    taken = [Chat((("user", "a mat\nwhere?"), ("assistant", "there"))), None]
+    assert [choose_reading(squad).take(row) for row in squad] == taken
+    asked = choose_reading(squad, "question+answers")
+    assert [asked.take(row) for row in squad] == [Chat((("user", "where?"), ("assistant", "there"))), None]
 
 
 def test_turns_without_text_and_rows_without_turns_are_no_text() -> None:
