@@ -75,10 +75,16 @@ def choose_reading(rows: Sequence[Fields], column: str | None = None) -> Reading
     return found
 
 
+def texts_beside(row: Fields, reading: Reading) -> list[str]:
+    """Return the columns of a row that hold text or a chat, and that a reading does not take."""
+    return _Table([row]).texts_beside(reading.used)
+
+
 class _Table:
     """The columns of some rows, and what they hold."""
 
     def __init__(self, rows: Sequence[Fields]) -> None:
+        self._rows = rows
         self.names = list(dict.fromkeys(name for row in rows for name in row))
         self._values = {name: [row[name] for row in rows if row.get(name) is not None] for name in self.names}
         self._by_case: dict[str, str] = {}
@@ -86,15 +92,24 @@ class _Table:
             self._by_case.setdefault(str(name).casefold(), name)
 
     def chosen(self) -> Reading | None:
-        """Return the reading that the columns' names and values speak for."""
-        return (
-            self._first_text(TEXT_COLUMNS)
-            or self._first_chat()
-            or self._first_pair()
-            or self._first_text(LATER_COLUMNS)
-            or self._without_values()
-            or self._only_text()
+        """Return the reading that the columns' names and values speak for, but where another reads twice as many."""
+        found = (
+            self._first_text(TEXT_COLUMNS),
+            self._first_chat(),
+            self._first_pair(),
+            self._first_text(LATER_COLUMNS),
         )
+        named = [(reading, self._taken(reading)) for reading in found if reading is not None]
+        most = max((taken for _, taken in named), default=0)
+        usual = next((reading for reading, taken in named if 2 * taken > most), None)
+        return usual or self._without_values() or self._only_text()
+
+    def texts_beside(self, used: Sequence[str]) -> list[str]:
+        """Return the columns but some that hold text or a chat."""
+        others = [name for name in self.names if name not in used]
+        return [
+            name for name in others if self._is_chat(name) or (self._holds_text(name) and not self._is_no_text(name))
+        ]
 
     def asked(self, column: str) -> Reading:
         """Return the reading that --column asks for."""
@@ -192,6 +207,10 @@ class _Table:
 
     def _reading(self, name: str, used: Sequence[str], take: Callable[[Fields], Row | None]) -> Reading:
         return Reading(name, tuple(used), tuple(other for other in self.names if other not in used), take)
+
+    def _taken(self, reading: Reading) -> int:
+        """Return how many rows have text as a reading takes it."""
+        return sum(reading.take(row) is not None for row in self._rows)
 
     def _known(self, names: Iterable[str]) -> Iterator[str]:
         """Yield the columns of some names, capital letters aside where no column has the very name."""

@@ -12,6 +12,8 @@ import io
 import json
 import lzma
 import random
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -30,6 +32,8 @@ MOST_COLUMNS = 1000
 """Of a table: what has more is no table of text, and would be listed by name in a message."""
 BATCH_ROWS = 1000
 """Rows of a file of columns that are held as Python objects at a time."""
+_SAID_DELIMITER = re.compile(r"sep=(.)\r?\n?")
+"""A first line that tells a spreadsheet what stands between columns."""
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -83,14 +87,14 @@ def in_turns(parts: Iterable[S], read: Callable[[S], Iterator[T]], seed: int) ->
 
 def _lines(path: Path) -> Iterator[Fields]:
     with _characters(path) as file:
-        for line in file:
+        for line in _without_nul(path, file):
             yield {"text": line.rstrip("\n")}
 
 
 def _json(path: Path) -> Iterator[Fields]:
     """Read a JSON object a line, or one list of objects or of texts."""
     with _characters(path) as file:
-        numbered = ((number, line) for number, line in enumerate(file, 1) if not line.isspace())
+        numbered = ((number, line) for number, line in enumerate(_without_nul(path, file), 1) if not line.isspace())
         first = next(numbered, None)
         if first is None:
             return
@@ -135,27 +139,55 @@ def _table(delimiter: str) -> Callable[[Path], Iterator[Fields]]:
     def read(path: Path) -> Iterator[Fields]:
         csv.field_size_limit(2**31 - 1)  # a book may be one cell
         with _characters(path, newline="") as file:
-            rows = csv.reader(file, delimiter=delimiter, strict=True)
+            lines = _without_nul(path, file)
+            head = next(lines, "")
+            said = _SAID_DELIMITER.fullmatch(head)
+            between = said[1] if said else _delimiter_in(head, delimiter)
+            rows = csv.reader(lines if said else chain([head], lines), delimiter=between, strict=True)
             try:
-                names = next(rows, None)
-                check_columns(names or ())
+                names = _column_names(path, next(rows, ()))
                 for cells in rows:
                     if not cells:
                         continue
-                    if names is None or len(cells) > len(names):
-                        raise csv.Error(f"{len(cells)} cells, where the first line names {len(names or ())} columns")
+                    if len(cells) > len(names):
+                        raise csv.Error(f"{len(cells)} cells, where the first line names {len(names)} columns")
                     yield dict(zip(names, [*cells, *[None] * (len(names) - len(cells))], strict=True))
             except csv.Error as error:
-                raise CalibrationError(f"{path}, line {rows.line_num}: {error}.\n  Check the file.") from None
+                place = rows.line_num + (said is not None)
+                raise CalibrationError(f"{path}, line {place}: {error}.\n  Check the file.") from None
 
     return read
+
+
+def _delimiter_in(head: str, usual: str) -> str:
+    """Return what stands between the columns that a first line names: the usual, or what else makes several of it.
+
+    Spreadsheets write a semicolon where a comma stands in numbers.
+    """
+    bare = re.sub(r'"[^"]*"', "", head)
+    return next((delimiter for delimiter in (usual, ";", "\t", "|") if delimiter in bare), usual)
+
+
+def _column_names(path: Path, names: Sequence[str]) -> list[str]:
+    check_columns(names)
+    _check_different(path, [name for name in names if name])
+    return [name or f"column {number}" for number, name in enumerate(names, 1)]
+
+
+def _check_different(path: Path, names: Sequence[str]) -> None:
+    """Raise CalibrationError for two columns of one name: a row would lose the one."""
+    twice = [name for name, number in Counter(names).items() if number > 1]
+    if twice:
+        raise CalibrationError(
+            f"{path} has the column {twice[0]!r} {Counter(names)[twice[0]]} times.\n  Give each a name of its own."
+        )
 
 
 def _parquet(path: Path) -> Iterator[Fields]:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
-        wanted = _columns_of_text(file.schema_arrow)
+        wanted = _columns_of_text(path, file.schema_arrow)
         # Of all columns, none is named: a name with a dot in it would be taken for a path.
         columns = None if len(wanted) == len(file.schema_arrow.names) else wanted
         for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
@@ -174,14 +206,15 @@ def _arrow(path: Path) -> Iterator[Fields]:
             indexed = pyarrow.ipc.open_file(file)
             batches = (indexed.get_batch(number) for number in range(indexed.num_record_batches))
         for batch in batches:
-            wanted = batch.select(_columns_of_text(batch.schema))
+            wanted = batch.select(_columns_of_text(path, batch.schema))
             for start in range(0, wanted.num_rows, BATCH_ROWS):
                 yield from wanted.slice(start, BATCH_ROWS).to_pylist()
 
 
-def _columns_of_text(schema: Any) -> list[str]:
+def _columns_of_text(path: Path, schema: Any) -> list[str]:
     """Return the columns that may hold text: pictures and sounds, which are bytes, take long to read and hold none."""
     check_columns(schema.names)
+    _check_different(path, schema.names)
     return [field.name for field in schema if "binary" not in str(field.type)]
 
 
@@ -197,6 +230,17 @@ def check_columns(names: Sequence[str] | Fields) -> None:
 def _characters(path: Path, newline: str | None = None) -> io.TextIOWrapper:
     """Open a file of UTF-8, through its compression."""
     return io.TextIOWrapper(_bytes(path), encoding="utf-8-sig", newline=newline)
+
+
+def _without_nul(path: Path, lines: Iterable[str]) -> Iterator[str]:
+    """Yield lines; raise CalibrationError for NUL, which UTF-16 read as UTF-8 is full of, and text has none of."""
+    for number, line in enumerate(lines, 1):
+        if "\0" in line:
+            raise CalibrationError(
+                f"{path}, line {number}: holds NUL characters: it is UTF-16 without its mark, or no text.\n"
+                f"  Write it in UTF-8, as in: iconv -f UTF-16LE -t UTF-8 {path.name}"
+            )
+        yield line
 
 
 def _bytes(path: Path) -> IO[bytes]:

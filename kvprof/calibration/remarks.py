@@ -40,7 +40,8 @@ class RowCounts:
     """What was read of one text, row by row.
 
     column: how rows were read, None where they have no columns. aside: what is left aside, in words. held: rows that
-    there are, as far as they were looked at; ended: whether that is all. blank: rows without text. lengths: tokens of
+    there are, as far as they were looked at; ended: whether that is all. blank: rows without text; blank_with: what
+    other columns of text the first of them have. lengths: tokens of
     each row that was used. cut: whether a row was longer than was read of it. marks: rows that hold a special token in
     plain text, by token. chats: rows that are chats. beside: messages of theirs that hold something beside text, by
     what it is.
@@ -51,6 +52,7 @@ class RowCounts:
     held: int = 0
     ended: bool = False
     blank: int = 0
+    blank_with: Counter[str] = field(default_factory=Counter)
     lengths: list[int] = field(default_factory=list)
     cut: bool = False
     marks: Counter[str] = field(default_factory=Counter)
@@ -88,7 +90,8 @@ def reading_remark(
     parts.append(f"{_rows_read(rows)}, of {least}{counted(typical, 'token')} in the median")
     aside = [*rows.aside]
     if rows.blank:
-        aside.append(f"{counted(rows.blank, 'row')} without text")
+        other = f", with text in {_listed(list(rows.blank_with))}" if rows.blank_with else ""
+        aside.append(f"{counted(rows.blank, 'row')} without text{other}")
     if refused:
         aside.append(f"{counted(refused, 'chat')} that the chat template cannot write ({why})")
     aside += [f"{what} in {counted(number, 'message')}" for what, number in rows.beside.items()]

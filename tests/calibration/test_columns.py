@@ -258,6 +258,14 @@ def test_ids_links_labels_and_hashes_are_never_text(values: dict[str, list[Any]]
         assert choose_reading(rows, first).take(rows[0]) == values[first][0]
 
 
+def test_a_column_that_few_rows_have_gives_way_to_what_most_have() -> None:
+    rows: list[dict[str, Any]] = [{"text": "a cat"}, *({"id": f"c{n}", "messages": MESSAGES} for n in range(5))]
+    assert choose_reading(rows).name == "messages"
+    pairs = [{"text": "a cat"}, *({"prompt": USER[1], "completion": REPLY[1]} for _ in range(5))]
+    assert choose_reading(pairs).name == "prompt+completion"
+    assert choose_reading([*rows[:2], {"text": "a dog"}]).name == "text"
+
+
 def test_words_of_other_scripts_without_spaces_are_text() -> None:
     rows = [{"sentence": "2024年猫坐在垫子上"}, {"sentence": "狗在2025年吠叫"}]
     assert choose_reading(rows).take(rows[0]) == "2024年猫坐在垫子上"

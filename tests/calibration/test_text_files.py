@@ -97,6 +97,54 @@ def _csv(rows: list[str]) -> bytes:
     return ("text\n" + "".join(f'"{row}"\n' for row in rows)).encode()
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "id;text\n1;a cat, on a mat\n2;a dog\n",
+        'id;text\r\n1;"a cat, on a mat"\r\n2;a dog\r\n',
+        '"id";"text"\n"1";"a cat, on a mat"\n"2";"a dog"\n',
+        '"the id, or so";"text"\n1;a cat, on a mat\n2;a dog\n',
+        "id\ttext\n1\ta cat, on a mat\n2\ta dog\n",
+        "id|text\n1|a cat, on a mat\n2|a dog\n",
+        "sep=;\nid;text\n1;a cat, on a mat\n2;a dog\n",
+        "\ufeffid;text\n1;a cat, on a mat\n2;a dog\n",
+        'id,text\n1,"a cat, on a mat"\n2,a dog\n',
+        'text\n"a cat, on a mat"\na dog\n',
+        ',text\n0,"a cat, on a mat"\n1,a dog\n',
+    ],
+)
+def test_a_table_is_cut_where_its_first_line_is(tmp_path: Path, content: str) -> None:
+    (tmp_path / "rows.csv").write_text(content, encoding="utf-8", newline="")
+    assert rows_of(tmp_path / "rows.csv") == ["a cat, on a mat", "a dog"]
+
+
+def test_semicolons_and_bars_within_text_cut_nothing(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("text\na cat; a mat | a dog\n")
+    assert rows_of(tmp_path / "rows.csv") == ["a cat; a mat | a dog"]
+    (tmp_path / "rows.tsv").write_text("n\ttext; of cats\n1\ta cat; a mat\n")
+    assert rows_of(tmp_path / "rows.tsv", column="text; of cats") == ["a cat; a mat"]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("text,id,text\na cat,1,a dog\n")
+    table = pyarrow.table([pyarrow.array(["a cat"]), pyarrow.array(["a dog"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    for name in ("rows.csv", "rows.parquet"):
+        with pytest.raises(CalibrationError, match=rf"{name} has the column 'text' 2 times\.\n.*name of its own"):
+            rows_of(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".csv", ".tsv", ".jsonl", ".json", ".txt.gz"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_without_its_mark_is_no_text(tmp_path: Path, suffix: str, encoding: str) -> None:
+    content = (json.dumps({"text": "a cat"}) if "json" in suffix else "text\na cat") + "\n"
+    encoded = content.encode(encoding)
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(gzip.compress(encoded) if suffix.endswith(".gz") else encoded)
+    with pytest.raises(CalibrationError, match=r"line 1: holds NUL characters.*\n.*UTF-8"):
+        rows_of(path)
+
+
 def test_json_is_read_however_it_is_laid_out(tmp_path: Path) -> None:
     entries = [{"text": row} for row in ROWS]
     for content in (
