@@ -17,7 +17,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from kvprof.calibration.text import SPLITS, open_text
+from kvprof.calibration.text import SPLITS, is_hub_dataset, open_text
 from kvprof.errors import CalibrationError, UsageError
 
 ROWS = [f"row {number}: the quick brown fox, the lazy dog" for number in range(40)]
@@ -178,6 +178,19 @@ def test_a_file_that_is_missing_or_empty_is_one_message(tmp_path: Path, suffix: 
     path.touch()
     with pytest.raises(CalibrationError, match="the file is empty"):
         open_text(str(path))
+
+
+@pytest.mark.parametrize("name", ["{0}/absent", "./absent", "../absent", "~/absent", "{0}/absent/", "./a/b.data"])
+def test_a_path_that_is_not_there_is_no_dataset_of_the_hub(
+    in_tmp: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(in_tmp))
+    asked: list[object] = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **_: asked.append(arguments) or [])
+    with pytest.raises(CalibrationError, match=r"(absent|b\.data)/?: no such file or folder\.\n"):
+        open_text(name.format(in_tmp))
+    assert not is_hub_dataset(name.format(in_tmp))
+    assert asked == []
 
 
 @pytest.mark.parametrize(
