@@ -7,13 +7,14 @@ text. Reads rows; does not know where they come from, nor tokens.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
 from kvprof.calibration.chat import CHAT_COLUMNS, Chat, Row, aside_of, is_messages, is_texts, turns_of
-from kvprof.calibration.values import are_references, hardly_text, not_text
+from kvprof.calibration.values import UNSPACED, are_references, hardly_text, not_text
 from kvprof.errors import CalibrationError, UsageError, did_you_mean
 
 Fields = Mapping[str, Any]
@@ -40,6 +41,7 @@ _NOT_TEXT = re.compile(
     r"video|license|author|domain|country|gender|type|model|role|version|tags?|name|key|method|status|doi|isbn|email|"
     r"rejected)([_ .-]?\d+)?"
 )
+_BY_NAME = "no text by its name"
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,7 @@ def choose_reading(rows: Sequence[Fields], column: str | None = None) -> Reading
     table = _Table(rows)
     found = table.chosen() if column is None else table.asked(column)
     if found is None:
-        raise CalibrationError(
-            f"cannot tell which column is text; found {', '.join(table.names) or 'no columns'}.\n"
-            f"  Name one with --column{' ' + table.names[0] if table.names else ''}, or several in a template such as "
-            "--column '{question}\\n{answer}'."
-        )
+        raise CalibrationError(f"cannot tell which column is text; found {table.described()}.\n  {table.advice()}")
     return found
 
 
@@ -104,12 +102,32 @@ class _Table:
         usual = next((reading for reading, taken in named if 2 * taken > most), None)
         return usual or self._without_values() or self._only_text()
 
+    def described(self) -> str:
+        """Return the columns, those that are no text with what they hold."""
+        what = [(name, self._no_text(name)) for name in self.names]
+        return ", ".join(name if kind is None else f"{name} ({kind})" for name, kind in what) or "no columns"
+
+    def advice(self) -> str:
+        """Return what to do where no column is chosen: those that can be text are named, and no others."""
+        texts = [name for name in self.names if self._no_text(name) is None]
+        if texts:
+            plain = [name for name in texts if not self._is_chat(name)][:2]
+            template = "\\n".join(f"{{{name}}}" for name in plain)
+            several = f", or several in a template such as --column {shlex.quote(template)}" if len(plain) > 1 else ""
+            return f"Name one with --column {shlex.quote(str(texts[0]))}{several}."
+        named = [name for name in self.names if self._no_text(name) == _BY_NAME and self._has_sentences(name)]
+        if named:
+            return f"If {named[0]} is text in spite of its name, take it with --column {shlex.quote(str(named[0]))}."
+        packed = [name for name in self.names if not self._holds_only(name, str)]
+        of_what = f" of what {' or '.join(packed[:3])} holds" if packed else ""
+        return (
+            f"None of them is text. Write the text{of_what} into a column 'text', or a chat into 'messages', a list of "
+            'records such as {"role": "user", "content": "..."}.'
+        )
+
     def texts_beside(self, used: Sequence[str]) -> list[str]:
         """Return the columns but some that hold text or a chat."""
-        others = [name for name in self.names if name not in used]
-        return [
-            name for name in others if self._is_chat(name) or (self._holds_text(name) and not self._is_no_text(name))
-        ]
+        return [name for name in self.names if name not in used and self._no_text(name) is None]
 
     def asked(self, column: str) -> Reading:
         """Return the reading that --column asks for."""
@@ -151,7 +169,7 @@ class _Table:
         return None
 
     def _only_text(self) -> Reading | None:
-        found = [name for name in self.names if self._holds_text(name) and not self._is_no_text(name)]
+        found = [name for name in self.names if self._holds_text(name) and self._no_text(name) is None]
         return self._text(found[0]) if len(found) == 1 else None
 
     def _without_values(self) -> Reading | None:
@@ -173,7 +191,7 @@ class _Table:
         def take(row: Fields) -> str | None:
             text = row.get(name)
             if text is not None and not isinstance(text, str):
-                raise CalibrationError(f"the column {name!r} holds {_kind([text])}, not text.")
+                raise _holds_no_text(name, text)
             return text if text and text.strip() else None
 
         return self._reading(name, [name], take)
@@ -253,12 +271,20 @@ class _Table:
         """Whether a column can be a part of a question, which some or all rows do without."""
         return self._is_chat(name) or (self._holds_only(name, str) and not are_references(self._values[name]))
 
-    def _is_no_text(self, name: str) -> bool:
-        """Whether a column of characters holds ids, links, labels or the like."""
+    def _no_text(self, name: str) -> str | None:
+        """Return what a column holds that is neither text nor a chat; None where it may be either."""
+        values = self._values[name]
+        if self._is_chat(name):
+            return None
+        if not self._holds_only(name, str):
+            return _held_kind(values)
+        if not any(value.strip() for value in values):
+            return "empty"
         words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", str(name)).casefold()
-        if _NOT_TEXT.fullmatch(words):
-            return True
-        return (not_text(self._values[name]) or hardly_text(self._values[name])) is not None
+        return not_text(values) or hardly_text(values) or (_BY_NAME if _NOT_TEXT.fullmatch(words) else None)
+
+    def _has_sentences(self, name: str) -> bool:
+        return any(len(value.split()) > 2 or max(value, default="") >= UNSPACED for value in self._values[name])
 
     def _check_there(self, wanted: Iterable[str], column: str) -> None:
         for name in wanted:
@@ -313,12 +339,26 @@ def _filled(template: str, row: Fields) -> str | None:
         if part[1] is not None:
             value = row.get(_field(part))
             if isinstance(value, list | dict):
-                raise CalibrationError(f"the column {_field(part)!r} holds {_kind([value])}, not text.")
+                raise _holds_no_text(_field(part), value)
             written = "" if value is None else str(value)
             held = held or bool(written.strip())
             text += written
     return text if held else None
 
 
+def _holds_no_text(name: str, value: object) -> CalibrationError:
+    what = "its text" if isinstance(value, list | dict) else "text"
+    return CalibrationError(
+        f"the column {name!r} holds {_kind([value])}, not text.\n"
+        f"  Write {what} into a column of its own, or name another with --column."
+    )
+
+
 def _kind(values: Sequence[object]) -> str:
     return next((type(value).__name__ for value in values if not isinstance(value, str)), "str")
+
+
+def _held_kind(values: Sequence[object]) -> str:
+    """Return what values that are no text are, in the plural."""
+    kinds = {list: "lists", dict: "records", bytes: "bytes", bool: "yes or no", int: "numbers", float: "numbers"}
+    return next((kinds.get(type(value), _kind([value])) for value in values if not isinstance(value, str)), "empty")

@@ -47,7 +47,7 @@ _DATE_WORD = re.compile(
     re.IGNORECASE,
 )
 _WORD = re.compile(r"[^\W\d_][^\W\d]*(?:[-/][^\W\d]+)*")
-_UNSPACED = "\u0e00"
+UNSPACED = "\u0e00"
 """From Thai on, many scripts write sentences without spaces."""
 _SEPARATED = re.compile(r"[\s,;|\[\](){}'\"]+")
 
@@ -120,7 +120,7 @@ def _is_reference(value: str) -> bool:
 
 
 def _is_word(value: str) -> bool:
-    return len(value) < _LABEL_CHARACTERS and _WORD.fullmatch(value) is not None and max(value) < _UNSPACED
+    return len(value) < _LABEL_CHARACTERS and _WORD.fullmatch(value) is not None and max(value) < UNSPACED
 
 
 def _all_of(value: str, entry: re.Pattern[str]) -> bool:

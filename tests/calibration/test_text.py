@@ -134,12 +134,19 @@ def test_the_column_of_text_is_found_by_its_usual_name_or_for_want_of_another(tm
 
 
 @pytest.mark.parametrize(
-    "row", [{"headline": "a cat sat", "summary": "on a mat"}, {"id": 1}], ids=lambda row: "+".join(row)
+    ("row", "words"),
+    [
+        ({"headline": "a cat sat", "summary": "on a mat"}, r"found headline, summary\.\n.*--column headline"),
+        ({"id": 1}, r"found id \(numbers\)\.\n.*None of them is text"),
+    ],
+    ids=["two", "none"],
 )
-def test_rows_without_one_column_of_text_are_refused_with_their_columns(tmp_path: Path, row: dict[str, object]) -> None:
+def test_rows_without_one_column_of_text_are_refused_with_their_columns(
+    tmp_path: Path, row: dict[str, object], words: str
+) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row))
-    with pytest.raises(CalibrationError, match=f"which column is text; found {', '.join(row)}.*\n.*--column"):
+    with pytest.raises(CalibrationError, match=f"which column is text; {words}"):
         list(open_text(str(path)).rows)
 
 
