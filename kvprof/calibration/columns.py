@@ -118,7 +118,7 @@ class _Table:
         named = [name for name in self.names if self._no_text(name) == _BY_NAME and self._has_sentences(name)]
         if named:
             return f"If {named[0]} is text in spite of its name, take it with --column {shlex.quote(str(named[0]))}."
-        packed = [name for name in self.names if not self._holds_only(name, str)]
+        packed = [name for name in self.names if _held_kind(self._values[name]) in ("lists", "records")]
         of_what = f" of what {' or '.join(packed[:3])} holds" if packed else ""
         return (
             f"None of them is text. Write the text{of_what} into a column 'text', or a chat into 'messages', a list of "

@@ -32,6 +32,8 @@ MOST_COLUMNS = 1000
 """Of a table: what has more is no table of text, and would be listed by name in a message."""
 BATCH_ROWS = 1000
 """Rows of a file of columns that are held as Python objects at a time."""
+_BEGINNING_ROWS = 8
+"""First rows of a column of bytes that decide whether it is text."""
 _SAID_DELIMITER = re.compile(r"sep=(.)\r?\n?")
 """A first line that tells a spreadsheet what stands between columns."""
 
@@ -187,11 +189,13 @@ def _parquet(path: Path) -> Iterator[Fields]:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
-        wanted = _columns_of_text(path, file.schema_arrow)
-        # Of all columns, none is named: a name with a dot in it would be taken for a path.
-        columns = None if len(wanted) == len(file.schema_arrow.names) else wanted
-        for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
-            yield from batch.to_pylist()
+
+        def batches(wanted: Sequence[str], number: int) -> Iterator[Any]:
+            # Of all columns, none is named: a name with a dot in it would be taken for a path.
+            columns = None if len(wanted) == len(file.schema_arrow.names) else wanted
+            yield from file.iter_batches(batch_size=number, columns=columns)
+
+        yield from _rows_of_columns(path, file.schema_arrow, batches)
 
 
 def _arrow(path: Path) -> Iterator[Fields]:
@@ -199,23 +203,62 @@ def _arrow(path: Path) -> Iterator[Fields]:
     import pyarrow
 
     with pyarrow.memory_map(str(path)) as file:
+
+        def batches(wanted: Sequence[str], number: int) -> Iterator[Any]:
+            file.seek(0)
+            try:
+                whole = iter(pyarrow.ipc.open_stream(file))
+            except pyarrow.ArrowInvalid:
+                file.seek(0)
+                indexed = pyarrow.ipc.open_file(file)
+                whole = (indexed.get_batch(place) for place in range(indexed.num_record_batches))
+            for batch in whole:
+                chosen = batch.select(wanted)
+                yield from (chosen.slice(start, number) for start in range(0, chosen.num_rows, number))
+
         try:
-            batches = iter(pyarrow.ipc.open_stream(file))
+            schema = pyarrow.ipc.open_stream(file).schema
         except pyarrow.ArrowInvalid:
             file.seek(0)
-            indexed = pyarrow.ipc.open_file(file)
-            batches = (indexed.get_batch(number) for number in range(indexed.num_record_batches))
-        for batch in batches:
-            wanted = batch.select(_columns_of_text(path, batch.schema))
-            for start in range(0, wanted.num_rows, BATCH_ROWS):
-                yield from wanted.slice(start, BATCH_ROWS).to_pylist()
+            schema = pyarrow.ipc.open_file(file).schema
+        yield from _rows_of_columns(path, schema, batches)
 
 
-def _columns_of_text(path: Path, schema: Any) -> list[str]:
-    """Return the columns that may hold text: pictures and sounds, which are bytes, take long to read and hold none."""
+def _rows_of_columns(
+    path: Path, schema: Any, batches: Callable[[Sequence[str], int], Iterator[Any]]
+) -> Iterator[Fields]:
+    """Yield the rows of a file of columns, of which those of bytes stand empty: pictures and sounds take long to read.
+
+    A column of bytes that begins with text is text: old writers of Parquet annotate none.
+    batches: some columns, by name, in batches of so many rows.
+    """
     check_columns(schema.names)
     _check_different(path, schema.names)
-    return [field.name for field in schema if "binary" not in str(field.type)]
+    of_bytes = [field.name for field in schema if "binary" in str(field.type)]
+    plain = [field.name for field in schema if str(field.type) in ("binary", "large_binary", "binary_view")]
+    written = [name for name in plain if _begins_with_text(next(batches([name], _BEGINNING_ROWS), None))]
+    left = {name: b"" for name in of_bytes if name not in written}
+    for batch in batches([name for name in schema.names if name not in left], BATCH_ROWS):
+        for row in batch.to_pylist():
+            for name in written:
+                row[name] = _as_text(path, name, row[name])
+            yield row | left if left else row
+
+
+def _begins_with_text(batch: Any) -> bool:
+    """Whether the bytes of the one column of a batch are text in UTF-8."""
+    values = [value for value in batch.column(0).to_pylist() if value] if batch is not None else []
+    try:
+        return bool(values) and not any("\0" in value.decode() for value in values)
+    except UnicodeDecodeError:
+        return False
+
+
+def _as_text(path: Path, name: str, value: bytes | None) -> str | None:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path}: the column {name!r} holds bytes that are no text: {error}.") from None
 
 
 def check_columns(names: Sequence[str] | Fields) -> None:

@@ -212,7 +212,7 @@ def test_no_ids_links_dates_or_names_of_files_are_text_for_want_of_another(row: 
             "id (ids), tokens (lists)",
             "Write the text of what tokens holds",
         ),
-        ({"doc": {"body": "a cat"}, "n": 1.5}, "doc (records), n (numbers)", "Write the text of what doc or n holds"),
+        ({"doc": {"body": "a cat"}, "n": 1.5}, "doc (records), n (numbers)", "Write the text of what doc holds"),
         ({"url": "https://a.example/b"}, "url (links)", "None of them is text. Write the text into a column 'text'"),
         ({"source": "a cat on a mat"}, "source (no text by its name)", "with --column source"),
         ({"text": "2024-01-05"}, "text (numbers or dates)", "None of them is text."),

@@ -275,6 +275,37 @@ def test_pictures_are_not_read_and_columns_may_have_any_name(tmp_path: Path) -> 
     assert rows_of(tmp_path / "rows.parquet") == sorted(ROWS)
 
 
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_bytes_that_are_text_are_read_as_text(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"rows{suffix}"
+    columns = {"id": list(range(40)), "text": [row.encode() for row in ROWS], "png": [b"\x89PNG\0"] * 40}
+    write_columns(path, pyarrow.table(columns))
+    if suffix == ".parquet":
+        assert pyarrow.parquet.ParquetFile(path).schema.column(1).logical_type.type == "NONE"
+    source = open_text(str(path))
+    assert sorted(map(str, source.rows)) == sorted(ROWS)
+    assert source.counts.aside == ("id", "png")
+    write_columns(path, pyarrow.table({"text": [*columns["text"], b"\xff"], "id": list(range(41))}))
+    with pytest.raises(CalibrationError, match="the column 'text' holds bytes that are no text"):
+        rows_of(path)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_columns_of_bytes_are_named_where_no_text_is_found(tmp_path: Path, suffix: str) -> None:
+    sounds = pyarrow.array([{"bytes": b"\0", "path": "a.wav"}] * 9)
+    write_columns(tmp_path / f"rows{suffix}", pyarrow.table({"png": [b"\x89PNG\0"] * 9, "sound": sounds}))
+    with pytest.raises(CalibrationError, match=r"found png \(bytes\), sound \(bytes\)\.\n  None of them is text\. Write the text into"):
+        rows_of(tmp_path / f"rows{suffix}")
+
+
+def write_columns(path: Path, table: pyarrow.Table) -> None:
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path)
+        return
+    with pyarrow.ipc.new_stream(str(path), table.schema) as writer:
+        writer.write_table(table)
+
+
 def configured(folder: Path) -> Path:
     folder.mkdir()
     (folder / "README.md").write_text(
