@@ -29,6 +29,7 @@ _ROLE_OF = {
     "function_call": "assistant",
 }
 """Roles by other names, as ShareGPT files have them."""
+_USUAL_ROLES = ("system", "user", "assistant", "tool")
 _BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "images", "audio")
 """Fields of a message that a template may write, and that are no text of its content."""
 _NO_TEXT, _NO_ROLE = "content that is no text", "text without a role"
@@ -69,10 +70,16 @@ def text_of(row: Row) -> str:
 def is_messages(value: object) -> bool:
     """Whether a value is a list of messages, of which some may only call tools; as `turns_of` takes it."""
     value = _decoded(value)
-    return isinstance(value, list) and any(
-        isinstance(message, Mapping) and _field(message, _ROLES) is not None and _field(message, _CONTENTS) is not None
-        for message in value
-    )
+    return isinstance(value, list) and any(map(_is_message, value))
+
+
+def _is_message(value: object) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    role, content = _field(value, _ROLES), _field(value, _CONTENTS)
+    if role is None and content is None:  # one field a role, and one that answers
+        return sum(map(_is_role, value)) > 1
+    return role is not None and content is not None
 
 
 def turns_of(value: object) -> tuple[Turn, ...]:
@@ -80,8 +87,8 @@ def turns_of(value: object) -> tuple[Turn, ...]:
 
     value: the list; one as JSON, or as Python writes it; a record that holds it (`{"messages": [...]}`, also within one
     more); or the fields of its messages each as a list (as datasets keeps a sequence of records). A message's content
-    is text, or a list of parts of which those of text are taken. Messages that are bare texts are said by turns, the
-    user's first.
+    is text, or a list of parts of which those of text are taken. A message without role and content may have its turns
+    as fields (`{"human": ..., "assistant": ...}`). Messages that are bare texts are said by turns, the user's first.
     """
     messages = _decoded(value)
     if is_texts(messages):
@@ -125,13 +132,23 @@ def is_texts(value: object) -> bool:
 
 
 def _turn(message: object) -> Iterator[Turn]:
+    """Yield the turns of a message: one, or of a record whose fields are roles, one a field."""
     if not isinstance(message, Mapping):
         return
     role_key, content_key = _field(message, _ROLES), _field(message, _CONTENTS)
-    content = _text(message.get(content_key)) if content_key is not None else ""
-    if role_key is not None and isinstance(message[role_key], str) and content.strip():
-        role = message[role_key].strip().lower()
-        yield _ROLE_OF.get(role, role), content
+    if role_key is None and content_key is None:
+        said = [(role, message[role]) for role in message if _is_role(role)]
+    else:
+        said = [(message.get(role_key), message.get(content_key))]
+    for role, content in said:
+        text = _text(content)
+        if isinstance(role, str) and text.strip():
+            role = role.strip().lower()
+            yield _ROLE_OF.get(role, role), text
+
+
+def _is_role(name: object) -> bool:
+    return isinstance(name, str) and name.lower() in (*_USUAL_ROLES, *_ROLE_OF)
 
 
 def _text(content: object) -> str:
@@ -149,7 +166,9 @@ def _text(content: object) -> str:
 def _part(part: object) -> str:
     if not isinstance(part, Mapping) or part.get("type") not in (None, "text", "input_text", "output_text"):
         return ""
-    text = part.get("text")
+    text = next((part[name] for name in ("text", "value", "content") if part.get(name)), None)
+    if isinstance(text, Mapping):
+        text = text.get("value")
     return text if isinstance(text, str) else ""
 
 

@@ -28,6 +28,8 @@ PAIRS = (
     ("problem", ("context", "problem"), ("solution", "answer", "answers")),
     ("input", ("context", "input"), ("output", "response")),
     ("inputs", ("inputs",), ("targets",)),
+    ("user", ("user",), ("assistant", "bot", "response")),
+    ("human", ("human",), ("assistant", "gpt", "bot")),
 )
 """The column that must ask, all that ask in their order, and those of which the first one answers."""
 SYSTEM_COLUMNS = ("system", "system_prompt")

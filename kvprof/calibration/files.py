@@ -19,6 +19,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
+from kvprof.calibration.chat import is_messages
 from kvprof.errors import CalibrationError
 
 Fields = Mapping[str, Any]
@@ -94,43 +95,55 @@ def _lines(path: Path) -> Iterator[Fields]:
 
 
 def _json(path: Path) -> Iterator[Fields]:
-    """Read a JSON object a line, or one list of objects or of texts."""
+    """Read a row a line, or one list of rows: each an object, a text, or a list of messages."""
     with _characters(path) as file:
         numbered = ((number, line) for number, line in enumerate(_without_nul(path, file), 1) if not line.isspace())
         first = next(numbered, None)
         if first is None:
             return
+        second = next(numbered, None)
         try:
             value = json.loads(first[1])
         except ValueError:
             value = None  # the beginning of a value of several lines, if of any
-        if isinstance(value, dict):
-            yield value
-            for number, line in numbered:
-                yield _object(path, number, line)
+        if value is not None and (second is not None or isinstance(value, dict)):
+            for number, line in chain([first], [second] if second else [], numbered):
+                yield _row(_parsed(path, number, line), f"{path}, line {number}:")
             return
-        rest = "".join(line for _, line in numbered)
-    if rest or value is None:
+        rest = "".join(line for _, line in chain([second] if second else [], numbered))
+    if value is None:
         try:
             value = json.loads(first[1] + rest)
         except ValueError as error:
             raise CalibrationError(
                 f"{path} is no JSON, neither an object a line nor one list: {error}.\n  Check the file."
             ) from None
-    for number, row in enumerate(value if isinstance(value, list) else [value], 1):
-        if not isinstance(row, dict | str):
-            raise CalibrationError(f"{path}: entry {number} is {_kind(row)}, no object with columns.")
-        yield row if isinstance(row, dict) else {"text": row}
+    several = isinstance(value, list) and not _is_one_chat(value)
+    for number, row in enumerate(value if several else [value], 1):
+        yield _row(row, f"{path}: entry {number} is")
 
 
-def _object(path: Path, number: int, line: str) -> Fields:
+def _parsed(path: Path, number: int, line: str) -> Any:
     try:
-        row = json.loads(line)
+        return json.loads(line)
     except ValueError as error:
         raise CalibrationError(f"{path}, line {number}: no JSON: {error}.\n  Check the file.") from None
-    if not isinstance(row, dict):
-        raise CalibrationError(f"{path}, line {number}: {_kind(row)}, no object with columns.")
-    return row
+
+
+def _row(value: object, where: str) -> Fields:
+    """Return the columns of a row of JSON: its own, or that of a bare text or chat."""
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, str):
+        return {"text": value}
+    if is_messages(value):
+        return {"messages": value}
+    raise CalibrationError(f"{where} {_kind(value)}, no object with columns.")
+
+
+def _is_one_chat(value: Sequence[object]) -> bool:
+    """Whether a list is the messages of one chat, and not rows that have each a role among other columns."""
+    return is_messages(value) and all(isinstance(row, dict) and len(row) == 2 for row in value)
 
 
 def _kind(value: object) -> str:

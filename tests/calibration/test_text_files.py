@@ -14,6 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from kvprof.calibration.chat import Chat, text_of
 from kvprof.calibration.files import shuffled
 from kvprof.calibration.text import SPLITS, _streamed, open_text
 from kvprof.errors import CalibrationError, KvprofError, UsageError
@@ -152,6 +153,7 @@ def test_json_is_read_however_it_is_laid_out(tmp_path: Path) -> None:
         json.dumps(entries, indent=2),
         json.dumps(ROWS),
         "\n\n".join(map(json.dumps, entries)),
+        "\n".join(map(json.dumps, ROWS)),
         "\ufeff" + "\r\n".join(map(json.dumps, entries)),
     ):
         for suffix in (".json", ".jsonl"):
@@ -162,6 +164,20 @@ def test_json_is_read_however_it_is_laid_out(tmp_path: Path) -> None:
     assert rows_of(single) == ["one\ntwo"]
 
 
+def test_a_list_of_messages_is_a_row_a_line_an_entry_or_all_of_a_file(tmp_path: Path) -> None:
+    chats = [[{"role": "user", "content": f"cat {n}?"}, {"role": "assistant", "content": "a mat"}] for n in range(3)]
+    turns = sorted(Chat((("user", f"cat {n}?"), ("assistant", "a mat"))).text for n in range(3))
+    path = tmp_path / "rows.jsonl"
+    for content in ("\n".join(map(json.dumps, chats)), json.dumps(chats), json.dumps(chats, indent=1)):
+        path.write_text(content)
+        assert sorted(text_of(row) for row in open_text(str(path)).rows) == turns
+    path.write_text(json.dumps(chats[0]))
+    assert [text_of(row) for row in open_text(str(path)).rows] == ["user: cat 0?\n\nassistant: a mat"]
+    rows = [{"role": "page", "content": row, "id": number} for number, row in enumerate(ROWS)]
+    path.write_text(json.dumps(rows))
+    assert rows_of(path) == sorted(ROWS)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -169,7 +185,9 @@ def test_json_is_read_however_it_is_laid_out(tmp_path: Path) -> None:
         ('{"text": "one"}\n["two"]\n', "line 2"),
         ("[1, 2]", "entry 1 is a int"),
         ('[{"text": "one"}', "neither an object a line nor one list"),
-        ('"one"\n"two"\n', "neither an object a line nor one list"),
+        ("[1]\n[2]\n", "line 1: a list"),
+        ('"one"\n2\n', "line 2: a int"),
+        ("one\ntwo\n", "neither an object a line nor one list"),
     ],
 )
 def test_broken_json_is_refused_by_its_place(tmp_path: Path, content: str, words: str) -> None:
@@ -294,7 +312,9 @@ def test_bytes_that_are_text_are_read_as_text(tmp_path: Path, suffix: str) -> No
 def test_columns_of_bytes_are_named_where_no_text_is_found(tmp_path: Path, suffix: str) -> None:
     sounds = pyarrow.array([{"bytes": b"\0", "path": "a.wav"}] * 9)
     write_columns(tmp_path / f"rows{suffix}", pyarrow.table({"png": [b"\x89PNG\0"] * 9, "sound": sounds}))
-    with pytest.raises(CalibrationError, match=r"found png \(bytes\), sound \(bytes\)\.\n  None of them is text\. Write the text into"):
+    with pytest.raises(
+        CalibrationError, match=r"found png \(bytes\), sound \(bytes\)\.\n  None of them is text\. Write the text into"
+    ):
         rows_of(tmp_path / f"rows{suffix}")
 
 
