@@ -87,6 +87,7 @@ class _Table:
         self._rows = rows
         self.names = list(dict.fromkeys(name for row in rows for name in row))
         self._values = {name: [row[name] for row in rows if row.get(name) is not None] for name in self.names}
+        self._chats: dict[str, bool] = {}
         self._by_case: dict[str, str] = {}
         for name in self.names:
             self._by_case.setdefault(str(name).casefold(), name)
@@ -102,7 +103,12 @@ class _Table:
         named = [(reading, self._taken(reading)) for reading in found if reading is not None]
         most = max((taken for _, taken in named), default=0)
         usual = next((reading for reading, taken in named if 2 * taken > most), None)
-        return usual or self._without_values() or self._only_text()
+        if usual is not None:
+            return usual
+        by_name_alone = self._first_text((*TEXT_COLUMNS, *LATER_COLUMNS), hardly=True)
+        if by_name_alone is not None:
+            return self._only_text() or by_name_alone
+        return self._without_values() or self._only_text()
 
     def described(self) -> str:
         """Return the columns, those that are no text with what they hold."""
@@ -147,9 +153,11 @@ class _Table:
         self._check_there([column], column)
         raise AssertionError("a column that is there was found above")
 
-    def _first_text(self, names: Iterable[str]) -> Reading | None:
+    def _first_text(self, names: Iterable[str], hardly: bool = False) -> Reading | None:
+        """Return the first of some columns that holds text or a chat. hardly: also what is text by its name alone."""
         for name in self._known(names):
-            if self._holds_text(name) and not not_text(self._values[name]):
+            values = self._values[name]
+            if self._holds_text(name) and not not_text(values) and (hardly or not hardly_text(values)):
                 return self._text(name)
             if self._is_chat(name):
                 return self._chat(name)
@@ -249,7 +257,12 @@ class _Table:
         return self._holds_only(name, str) and any(value.strip() for value in values) and not self._is_chat(name)
 
     def _is_chat(self, name: str) -> bool:
-        values = [value for value in self._values[name] if value not in ("", [])]
+        if name not in self._chats:  # asked often, and long JSON takes its time
+            self._chats[name] = self._holds_chat(name)
+        return self._chats[name]
+
+    def _holds_chat(self, name: str) -> bool:
+        values = [value for value in self._values[name] if value not in ("", [], "[]", {}, "{}")]
         return sum(map(is_messages, values)) > len(values) / 2 or (
             name.casefold() in CHAT_COLUMNS
             and bool(values)

@@ -20,8 +20,9 @@ _REPEATED = 6
 """Short values of which no more than half differ, from which on they are labels rather than text."""
 _LABEL_WORDS = 4
 _LABEL_CHARACTERS = 40
+_ENDS = ".?!…。？！؟।"  # noqa: RUF001 - of sentences in other scripts
 
-_LINK = re.compile(r"\w+://\S+|www\.\S+|(?:mailto|data|urn|doi):\S+", re.IGNORECASE)
+_LINK = re.compile(r"\w+://(?:\S+|[^\n]+\.\w{2,4})|www\.\S+|(?:mailto|data|urn|doi):\S+", re.IGNORECASE)
 _EMAIL = re.compile(r"(?:[^@\n<>]{0,80}<)?[^\s@<>]+@[^\s@<>]+\.[^\s@<>]+>?")
 _FILE = re.compile(
     r"[^\n]{1,300}\.(?:png|jpe?g|gif|webp|bmp|tiff?|svg|ico|heic|mp[34]|wav|flac|ogg|opus|m4a|aac|avi|mov|mkv|webm)|"
@@ -29,7 +30,7 @@ _FILE = re.compile(
     re.IGNORECASE | re.ASCII,
 )
 """A picture, a sound or a film; or one word that is a path, or a name with dots in it, as files and hosts have."""
-_IDENTIFIER = re.compile(r"(?=\D*\d)[\w.:@#+/\\|~%$*&-]+={0,2}", re.ASCII)
+_IDENTIFIER = re.compile(r"[@#]\w+|(?=\D*\d)[\w.:@#+/\\|~%$*&-]+={0,2}", re.ASCII)
 """One word of ASCII with a digit in it: other scripts write whole sentences without a space, code has brackets."""
 _KEY = re.compile(r"[a-z]+[_:#-]\d+|[a-z]*[_-]?\d{5,}|[0-9a-f]{16,}|[0-9a-f]+(?:-[0-9a-f]+){3,}", re.IGNORECASE)
 """One word that is an id wherever it stands: `q_00011`, a long number, a hash, a UUID."""
@@ -63,7 +64,7 @@ def not_text(values: Sequence[str]) -> str | None:
     known = [kind for kind in kinds if kind is not None]
     if held and len(known) >= MOSTLY * len(held):
         return max(known, key=known.count)
-    short = all(len(value.split()) <= _LABEL_WORDS and len(value) < _LABEL_CHARACTERS for value in held)
+    short = all(map(_is_short, held))
     return "labels" if short and len(held) >= _REPEATED and len(set(held)) <= len(held) / 2 else None
 
 
@@ -85,6 +86,11 @@ def are_references(values: Sequence[str]) -> bool:
 
 def _held(values: Sequence[str]) -> list[str]:
     return [value.strip()[:_LOOKED_AT] for value in values if value.strip()]
+
+
+def _is_short(value: str) -> bool:
+    """Whether a value is as short as a label, and does not end as a sentence does."""
+    return len(value.split()) <= _LABEL_WORDS and len(value) < _LABEL_CHARACTERS and value[-1] not in _ENDS
 
 
 def _is_link(value: str) -> bool:
@@ -125,6 +131,8 @@ def _is_word(value: str) -> bool:
 
 def _all_of(value: str, entry: re.Pattern[str]) -> bool:
     """Whether a value is one entry, or a list of nothing else."""
+    if entry.fullmatch(value):
+        return True
     words = [word for word in _SEPARATED.split(value) if word]
     if len(value) == _LOOKED_AT:  # the last one is cut
         words = words[:-1] or words

@@ -120,6 +120,8 @@ def test_turns_without_text_and_rows_without_turns_are_no_text() -> None:
     rows: list[dict[str, Any]] = [{"messages": MESSAGES}, {"messages": []}, {"messages": None}, {}]
     take = choose_reading(rows).take
     assert [take(row) for row in rows] == [Chat(CHAT), None, None, None]
+    empty: list[dict[str, Any]] = [{"messages": "[]"}, {"messages": "[]"}, {"messages": json.dumps(MESSAGES)}]
+    assert [choose_reading(empty).take(row) for row in empty] == [None, None, Chat(CHAT)]
     unanswered: list[dict[str, Any]] = [{"question": "q", "answer": "a"}, {"question": "q", "answer": ""}]
     take = choose_reading(unanswered).take
     assert [take(row) is None for row in unanswered] == [False, True]
@@ -197,6 +199,9 @@ def test_a_good_name_makes_no_text_of_ids_and_links(row: dict[str, Any], text: o
         {"price": "$12.50"},
         {"grade": "A"},
         {"custom_id": "request-1", "method": "POST", "url": "/v1/chat/completions"},
+        {"picture": "data:image/png;base64,iVBORw0KGgo="},
+        {"picture": "s3://cats/the doge sits.png"},
+        {"tag_of_it": "#caturday"},
     ],
     ids=lambda row: "+".join(row),
 )
@@ -245,6 +250,10 @@ def test_labels_are_no_text_however_many_they_are() -> None:
     for rows in (few, many, words):
         with pytest.raises(CalibrationError, match="cannot tell which column is text"):
             choose_reading(rows)
+    assert choose_reading([{"text": "a cat sat."}] * 9).name == "text"  # a sentence, if the same one
+    ids = [{"text": f"chat-{letter}", "body": "a cat sits on a mat"} for letter in "abc"]
+    assert choose_reading(ids).name == "body"
+    assert choose_reading([{"text": row["text"]} for row in ids]).name == "text"
     named: list[dict[str, Any]] = [{"text": row["feeling"], "body": "a cat sits on a mat"} for row in few]
     assert choose_reading(named).take(named[0]) == "a cat sits on a mat"
 
