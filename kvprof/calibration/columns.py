@@ -189,10 +189,7 @@ class _Table:
         """
         for name in self._known((*TEXT_COLUMNS, *LATER_COLUMNS)):
             if not self._holds_only(name, str):
-                raise CalibrationError(
-                    f"the column {name!r} holds {_kind(self._values[name])}, not text.\n"
-                    f"  Name a column of text with --column; found {', '.join(self.names)}."
-                )
+                raise _holds_no_text(name, next(value for value in self._values[name] if not isinstance(value, str)))
             if not any(map(self._holds_text, self.names)):
                 return self._text(name)
         return None
@@ -364,16 +361,13 @@ def _filled(template: str, row: Fields) -> str | None:
 def _holds_no_text(name: str, value: object) -> CalibrationError:
     what = "its text" if isinstance(value, list | dict) else "text"
     return CalibrationError(
-        f"the column {name!r} holds {_kind([value])}, not text.\n"
+        f"the column {name!r} holds {type(value).__name__}, not text.\n"
         f"  Write {what} into a column of its own, or name another with --column."
     )
-
-
-def _kind(values: Sequence[object]) -> str:
-    return next((type(value).__name__ for value in values if not isinstance(value, str)), "str")
 
 
 def _held_kind(values: Sequence[object]) -> str:
     """Return what values that are no text are, in the plural."""
     kinds = {list: "lists", dict: "records", bytes: "bytes", bool: "yes or no", int: "numbers", float: "numbers"}
-    return next((kinds.get(type(value), _kind([value])) for value in values if not isinstance(value, str)), "empty")
+    others = (value for value in values if not isinstance(value, str))
+    return next((kinds.get(type(value), type(value).__name__) for value in others), "empty")

@@ -180,7 +180,7 @@ def _delimiter_in(head: str, usual: str) -> str:
     Spreadsheets write a semicolon where a comma stands in numbers.
     """
     bare = re.sub(r'"[^"]*"', "", head)
-    return next((delimiter for delimiter in (usual, ";", "\t", "|") if delimiter in bare), usual)
+    return next((delimiter for delimiter in (usual, ";", "\t", "|", ",") if delimiter in bare), usual)
 
 
 def _column_names(path: Path, names: Sequence[str]) -> list[str]:

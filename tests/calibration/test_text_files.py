@@ -124,6 +124,8 @@ def test_semicolons_and_bars_within_text_cut_nothing(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "rows.csv") == ["a cat; a mat | a dog"]
     (tmp_path / "rows.tsv").write_text("n\ttext; of cats\n1\ta cat; a mat\n")
     assert rows_of(tmp_path / "rows.tsv", column="text; of cats") == ["a cat; a mat"]
+    (tmp_path / "rows.tsv").write_text("id,text\n1,a cat; a mat\n")
+    assert rows_of(tmp_path / "rows.tsv") == ["a cat; a mat"]
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
