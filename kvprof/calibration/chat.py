@@ -16,7 +16,7 @@ from typing import Any
 from kvprof.errors import first_line
 
 _ROLES = ("role", "from", "speaker")
-_CONTENTS = ("content", "value", "text")
+_CONTENTS = ("content", "value", "text", "message", "utterance", "parts")
 _ROLE_OF = {
     "human": "user",
     "prompter": "user",
@@ -29,7 +29,8 @@ _ROLE_OF = {
     "function_call": "assistant",
 }
 """Roles by other names, as ShareGPT files have them."""
-_USUAL_ROLES = ("system", "user", "assistant", "tool")
+_ROLES_AS_FIELDS = ("system", "user", "human", "prompter", "assistant", "gpt", "chatgpt", "bot")
+"""Roles that are fields of a message without a role; `model` is as often the name of one."""
 _BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "images", "audio")
 """Fields of a message that a template may write, and that are no text of its content."""
 _NO_TEXT, _NO_ROLE = "content that is no text", "text without a role"
@@ -78,7 +79,7 @@ def _is_message(value: object) -> bool:
         return False
     role, content = _field(value, _ROLES), _field(value, _CONTENTS)
     if role is None and content is None:  # one field a role, and one that answers
-        return sum(map(_is_role, value)) > 1
+        return len({_ROLE_OF.get(name.lower(), name.lower()) for name in value if _is_role(name)}) > 1
     return role is not None and content is not None
 
 
@@ -148,7 +149,7 @@ def _turn(message: object) -> Iterator[Turn]:
 
 
 def _is_role(name: object) -> bool:
-    return isinstance(name, str) and name.lower() in (*_USUAL_ROLES, *_ROLE_OF)
+    return isinstance(name, str) and name.lower() in _ROLES_AS_FIELDS
 
 
 def _text(content: object) -> str:

@@ -21,12 +21,12 @@ Fields = Mapping[str, Any]
 
 TEXT_COLUMNS = ("text", "content")
 PAIRS = (
-    ("instruction", ("instruction", "context", "input"), ("output", "response", "completion")),
-    ("prompt", ("prompt", "context"), ("completion", "response", "chosen")),
-    ("question", ("context", "question"), ("answer", "answers", "response", "solution")),
-    ("query", ("context", "query"), ("response", "answer", "answers")),
-    ("problem", ("context", "problem"), ("solution", "answer", "answers")),
-    ("input", ("context", "input"), ("output", "response")),
+    ("instruction", ("instruction", "context", "input"), ("output", "response", "completion", "answer", "answers")),
+    ("prompt", ("prompt", "context"), ("completion", "response", "chosen", "output", "answer", "answers")),
+    ("question", ("context", "question"), ("answer", "answers", "response", "solution", "output", "completion")),
+    ("query", ("context", "query"), ("response", "answer", "answers", "output")),
+    ("problem", ("context", "problem"), ("solution", "answer", "answers", "response", "output")),
+    ("input", ("context", "input"), ("output", "response", "preferred_output")),
     ("inputs", ("inputs",), ("targets",)),
     ("user", ("user",), ("assistant", "bot", "response")),
     ("human", ("human",), ("assistant", "gpt", "bot")),

@@ -50,7 +50,7 @@ _DATE_WORD = re.compile(
 _WORD = re.compile(r"[^\W\d_][^\W\d]*(?:[-/][^\W\d]+)*")
 UNSPACED = "\u0e00"
 """From Thai on, many scripts write sentences without spaces."""
-_SEPARATED = re.compile(r"[\s,;|\[\](){}'\"]+")
+_SEPARATED = re.compile(r"[\s,;|\[\]{}'\"]+")
 
 
 def not_text(values: Sequence[str]) -> str | None:
