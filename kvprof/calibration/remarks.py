@@ -90,7 +90,7 @@ def reading_remark(
     parts.append(f"{_rows_read(rows)}, of {least}{counted(typical, 'token')} in the median")
     aside = [*rows.aside]
     if rows.blank:
-        other = f", with text in {_listed(list(rows.blank_with))}" if rows.blank_with else ""
+        other = f" (they hold text in {_listed(list(rows.blank_with))})" if rows.blank_with else ""
         aside.append(f"{counted(rows.blank, 'row')} without text{other}")
     if refused:
         aside.append(f"{counted(refused, 'chat')} that the chat template cannot write ({why})")

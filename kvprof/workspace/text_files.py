@@ -120,7 +120,7 @@ def find_files(name: str, split: str | None = None) -> TextFiles:
         return _of_one_kind(name, found, Path(os.path.commonpath([file.parent for file in found])), split)
     kind = kind_of(name)
     if not os.path.exists(path):
-        raise CalibrationError(f"{path}: no such file{'' if kind else ' or folder'}.\n  Check the path.")
+        raise CalibrationError(f"{name}: no such file{'' if kind else ' or folder'}.\n  Check the path.")
     if kind is None:
         raise UsageError(f"{name} is no text that kvprof reads: name a file that ends in {endings()}, or a folder.")
     if not os.path.isfile(path):

@@ -63,8 +63,8 @@ def test_rows_without_text_say_what_text_they_have_elsewhere(tmp_path: Path, tok
     rows = [*({"text": some_words(100, number)} for number in range(9)), {"id": "c1", "messages": messages}]
     rows += [{"id": "c2", "body": some_words(40, 2), "url": "https://a.example/b"}, {"id": "c3", "text": " "}]
     text = read(tmp_path / "rows.jsonl", rows, tokenizer, 99)
-    assert "3 rows without text, with text in body, messages" in text.readings[0]
-    assert text.readings[0].endswith("messages")
+    assert "3 rows without text (they hold text in body, messages)" in text.readings[0]
+    assert text.readings[0].endswith("messages)")
 
 
 @pytest.mark.parametrize("pack", [False, True])
