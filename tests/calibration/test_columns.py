@@ -356,12 +356,20 @@ def test_a_column_of_no_text_is_refused_by_what_it_holds() -> None:
             read({"n": 3, "tags": ["a"], "text": "a cat"}, column)
 
 
-NAMES = st.sampled_from(["text", "messages", "conversations", "prompt", "completion", "question", "answer", "id", "x"])
+NAMES = st.sampled_from(
+    ["text", "messages", "conversations", "prompt", "completion", "question", "answer", "answers", "user", "id", "x"]
+)
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=9) | st.sampled_from(["[{", "[{}]", '[{"role": 1}]']),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text(max_size=9)
+    | st.sampled_from(["[{", "[{}]", '[{"role": 1}]', "['role'", "[" * 9999]),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "type", "text"]), inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "from", "value", "text", "messages", "human", "gpt"]), inner, max_size=3
+        )
     ),
     max_leaves=9,
 )
