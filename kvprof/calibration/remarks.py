@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median_high
 from typing import TypeVar
@@ -40,9 +40,11 @@ class RowCounts:
     """What was read of one text, row by row.
 
     column: how rows were read, None where they have no columns. aside: what is left aside, in words. held: rows that
-    there are, as far as they were looked at; ended: whether that is all. blank: rows without text. lengths: tokens of
+    there are, as far as they were looked at; ended: whether that is all. blank: rows without text; blank_with: what
+    other columns of text the first of them have. lengths: tokens of
     each row that was used. cut: whether a row was longer than was read of it. marks: rows that hold a special token in
-    plain text, by token. chats: rows that are chats.
+    plain text, by token. chats: rows that are chats. beside: messages of theirs that hold something beside text, by
+    what it is.
     """
 
     column: str | None = None
@@ -50,10 +52,12 @@ class RowCounts:
     held: int = 0
     ended: bool = False
     blank: int = 0
+    blank_with: Counter[str] = field(default_factory=Counter)
     lengths: list[int] = field(default_factory=list)
     cut: bool = False
     marks: Counter[str] = field(default_factory=Counter)
     chats: int = 0
+    beside: Counter[str] = field(default_factory=Counter)
 
     def held_in(self, rows: Iterable[T]) -> Iterator[T]:
         """Yield rows, and count them."""
@@ -67,10 +71,13 @@ class RowCounts:
         self.marks.update(set(_MARKS.findall(text, 0, _LOOKED_AT)))
 
 
-def reading_remark(name: str, rows: RowCounts, by_template: bool, refused: int, why: str) -> str:
+def reading_remark(
+    name: str, rows: RowCounts, by_template: bool, refused: int, why: str, left_out: Mapping[str, int]
+) -> str:
     """Return in one sentence what was read of a text.
 
     by_template: whether chats were written by the tokenizer's template. refused: chats that it could not write.
+    left_out: turns that it does not write, by role.
     """
     parts = []
     if rows.column is not None:
@@ -83,9 +90,14 @@ def reading_remark(name: str, rows: RowCounts, by_template: bool, refused: int, 
     parts.append(f"{_rows_read(rows)}, of {least}{counted(typical, 'token')} in the median")
     aside = [*rows.aside]
     if rows.blank:
-        aside.append(f"{counted(rows.blank, 'row')} without text")
+        other = f" (they hold text in {_listed(list(rows.blank_with))})" if rows.blank_with else ""
+        aside.append(f"{counted(rows.blank, 'row')} without text{other}")
     if refused:
         aside.append(f"{counted(refused, 'chat')} that the chat template cannot write ({why})")
+    aside += [f"{what} in {counted(number, 'message')}" for what, number in rows.beside.items()]
+    aside += [
+        f"{counted(number, f'{role} turn')} that the chat template leaves out" for role, number in left_out.items()
+    ]
     if aside:
         parts.append(f"left aside: {', '.join(aside)}")
     return f"{name}: {'; '.join(parts)}"

@@ -182,7 +182,7 @@ class SequenceReader:
         """Yield what was read of the text, and what of its rows misleads."""
         counts, chats = self.source.counts, self._chats
         if counts.lengths:
-            yield reading_remark(self.source.name, counts, chats.has_template, chats.refused, chats.why)
+            yield reading_remark(self.source.name, counts, chats.has_template, chats.refused, chats.why, chats.left_out)
             yield from row_remarks(self.source.name, counts, self._packed, special_tokens(self._tokenizer))
 
     @property
@@ -195,6 +195,7 @@ class SequenceReader:
         for row in self.source.rows:
             if isinstance(row, Chat):
                 self.source.counts.chats += 1
+                self.source.counts.beside.update(row.aside)
                 self.source.counts.see(row.text)
                 text = self._chats.write(row)
                 if text is not None:

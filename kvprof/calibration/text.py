@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kvprof.calibration.chat import Row, text_of
-from kvprof.calibration.columns import choose_reading
+from kvprof.calibration.columns import choose_reading, texts_beside
 from kvprof.calibration.files import Fields, check_columns, in_turns, peeked, read_rows, shuffled
 from kvprof.calibration.remarks import RowCounts
 from kvprof.errors import CalibrationError, KvprofError, UsageError, did_you_mean, first_line
@@ -271,7 +271,7 @@ def _texts(
         if not first:
             return
         check_columns(first[0])
-        reading = choose_reading(first, column if has_columns else None)
+        reading = choose_reading(first, column if has_columns else "text")
         if has_columns:
             counts.column = reading.name
             counts.aside = (*reading.aside, *counts.aside)
@@ -279,6 +279,8 @@ def _texts(
             text = reading.take(row)
             if text is None:
                 counts.blank += 1
+                if counts.blank <= ROWS_LOOKED_AT:
+                    counts.blank_with.update(texts_beside(row, reading))
             else:
                 yield text
 

@@ -46,6 +46,8 @@ _SPLIT_WORD = re.compile(
     rf"(?:^|[-._ 0-9/])({'|'.join(word for words in _KEYWORDS.values() for word in words)})(?=$|[-._ 0-9/])"
 )
 """A word that names a split, as the hub's own rule for names of files has it."""
+_LOCAL = re.compile(r"[/\\]|\.{1,2}(?:[/\\]|$)|~[/\\]|[A-Za-z]:[/\\]")
+"""The beginning of a path from the root, from here or from home."""
 _ABOUT = re.compile(
     r"readme|licen[cs]e|dataset_infos?\.json|dataset_dict\.json|state\.json|metadata\.json", re.IGNORECASE
 )
@@ -80,10 +82,15 @@ def is_pattern(name: str) -> bool:
 
 
 def is_on_disk(name: str) -> bool:
-    """Whether a name is a file's, a folder's or a pattern's; a file of a known kind need not be there."""
+    """Whether a name is a file's, a folder's or a pattern's; what no hub dataset is called like need not be there."""
     if name.startswith(HUB):
         return False
-    return kind_of(name) is not None or is_pattern(name) or os.path.exists(os.path.expanduser(name))
+    return (
+        bool(_LOCAL.match(name))
+        or kind_of(name) is not None
+        or is_pattern(name)
+        or os.path.exists(os.path.expanduser(name))
+    )
 
 
 def may_have_splits(name: str) -> bool:
@@ -112,6 +119,8 @@ def find_files(name: str, split: str | None = None) -> TextFiles:
             raise CalibrationError(f"{name}: no file's name is like this.\n  Check the folder, and quote the pattern.")
         return _of_one_kind(name, found, Path(os.path.commonpath([file.parent for file in found])), split)
     kind = kind_of(name)
+    if not os.path.exists(path):
+        raise CalibrationError(f"{name}: no such file{'' if kind else ' or folder'}.\n  Check the path.")
     if kind is None:
         raise UsageError(f"{name} is no text that kvprof reads: name a file that ends in {endings()}, or a folder.")
     if not os.path.isfile(path):

@@ -113,6 +113,65 @@ def test_chats_that_a_template_cannot_write_are_left_aside_and_counted(tmp_path:
         measured(tmp_path / "rows.jsonl", rows[:1], a_tokenizer(template))
 
 
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for m in messages if m.role == 'user' %}[u]{{ m.content }}{% endfor %}", ("assistant", "system")),
+        ("{% for m in messages if m.role != 'system' %}[{{ m.role }}]{{ m.content }}{% endfor %}", ("system",)),
+        ("{{ messages[-1].content }}", ("system", "user")),
+    ],
+)
+def test_turns_that_a_template_leaves_out_are_said_by_their_role(
+    tmp_path: Path, template: str, said: tuple[str, ...]
+) -> None:
+    tokenizer = a_tokenizer(template)
+    same = [{"role": "user", "content": "a cat?"}, {"role": "assistant", "content": "a cat?"}]
+    found = measured(tmp_path / "rows.jsonl", [{"messages": MESSAGES}, {"messages": [*MESSAGES[:1], *same]}], tokenizer)
+    texts = {tokenizer.decode(ids) for ids in found.sequences}
+    assert tokenizer.apply_chat_template(MESSAGES, tokenize=False) in texts
+    for role in ("assistant", "system", "user"):
+        left_out = f"2 {role} turns that the chat template leaves out" in found.readings[0]
+        assert left_out is (role in said)
+
+
+def test_a_template_that_cuts_thoughts_or_writes_json_leaves_out_no_turn(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{% if m.role == 'tool' %}{{ m.content | tojson }}"
+        "{% else %}{{ m.content.split('</think>')[-1].strip() }}{% endif %}{% endfor %}"
+    )
+    thinking = {"role": "assistant", "content": "<think>cats\nare small</think>\n\nin a box."}
+    rows = [{"messages": [MESSAGES[1], {"role": "tool", "content": '{"cat": "box"}\n'}, thinking]}]
+    tokenizer = a_tokenizer(template)
+    found = measured(tmp_path / "rows.jsonl", rows, tokenizer)
+    assert tokenizer.decode(found.sequences[0]).endswith("[assistant]in a box.")
+    assert "leaves out" not in found.readings[0]
+
+
+def test_an_answer_before_any_question_is_said_where_a_template_wants_turns_by_turns(tmp_path: Path) -> None:
+    rows = [{"messages": [MESSAGES[2], *MESSAGES[1:]]}]
+    found = measured(tmp_path / "rows.jsonl", rows, a_tokenizer(STRICT))
+    assert "1 assistant turn that the chat template leaves out" in found.readings[0]
+
+
+@pytest.mark.parametrize("template", [CHATML, None])
+def test_what_chats_hold_beside_text_is_said(tmp_path: Path, template: str | None) -> None:
+    picture = [{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "what is it?"}]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {"name": "look"}}]}
+    answer = {"role": "assistant", "content": "a cat", "reasoning_content": "it has whiskers", "tool_calls": []}
+    odd = [{"role": "user", "content": 5}, {"content": "said by nobody"}, "a bare text"]
+    rows = [{"messages": [{"role": "user", "content": picture}, call, answer]}, {"messages": [*MESSAGES, call, *odd]}]
+    found = measured(tmp_path / "rows.jsonl", rows, a_tokenizer(template))
+    for words in (
+        "image_url in 1 message,",
+        "tool_calls in 2 messages,",
+        "reasoning_content in 1 message,",
+        "content that is no text in 1 message,",
+        "text without a role in 2 messages",
+    ):
+        assert words in found.readings[0] + ","
+    assert "left aside" not in measured(tmp_path / "r.jsonl", [{"messages": MESSAGES}], a_tokenizer(CHATML)).readings[0]
+
+
 def test_a_row_that_spells_out_its_beginning_has_it_once(tmp_path: Path) -> None:
     tokenizer = a_tokenizer(None, begins=True)
     plain, spelt = "[INST] a cat? [/INST] a mat.", "<s>[INST] a cat? [/INST] a mat."

@@ -58,6 +58,15 @@ def test_a_text_says_its_column_its_rows_their_length_and_what_is_left_aside(
     assert "20 of 23 rows read, of 110 tokens in the median; left aside: id, 3 rows without text" in whole.readings[0]
 
 
+def test_rows_without_text_say_what_text_they_have_elsewhere(tmp_path: Path, tokenizer: Any) -> None:
+    messages = [{"role": "user", "content": some_words(40, 1)}]
+    rows = [*({"text": some_words(100, number)} for number in range(9)), {"id": "c1", "messages": messages}]
+    rows += [{"id": "c2", "body": some_words(40, 2), "url": "https://a.example/b"}, {"id": "c3", "text": " "}]
+    text = read(tmp_path / "rows.jsonl", rows, tokenizer, 99)
+    assert "3 rows without text (they hold text in body, messages)" in text.readings[0]
+    assert text.readings[0].endswith("messages)")
+
+
 @pytest.mark.parametrize("pack", [False, True])
 def test_headings_are_said_with_the_flag_that_joins_them(tmp_path: Path, tokenizer: Any, pack: bool) -> None:
     rows = [some_words(5 if number % 3 else 90, number) for number in range(60)]

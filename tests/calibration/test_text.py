@@ -17,7 +17,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from kvprof.calibration.text import SPLITS, open_text
+from kvprof.calibration.text import SPLITS, is_hub_dataset, open_text
 from kvprof.errors import CalibrationError, UsageError
 
 ROWS = [f"row {number}: the quick brown fox, the lazy dog" for number in range(40)]
@@ -134,12 +134,19 @@ def test_the_column_of_text_is_found_by_its_usual_name_or_for_want_of_another(tm
 
 
 @pytest.mark.parametrize(
-    "row", [{"headline": "a cat sat", "summary": "on a mat"}, {"id": 1}], ids=lambda row: "+".join(row)
+    ("row", "words"),
+    [
+        ({"headline": "a cat sat", "summary": "on a mat"}, r"found headline, summary\.\n.*--column headline"),
+        ({"id": 1}, r"found id \(numbers\)\.\n.*None of them is text"),
+    ],
+    ids=["two", "none"],
 )
-def test_rows_without_one_column_of_text_are_refused_with_their_columns(tmp_path: Path, row: dict[str, object]) -> None:
+def test_rows_without_one_column_of_text_are_refused_with_their_columns(
+    tmp_path: Path, row: dict[str, object], words: str
+) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row))
-    with pytest.raises(CalibrationError, match=f"which column is text; found {', '.join(row)}.*\n.*--column"):
+    with pytest.raises(CalibrationError, match=f"which column is text; {words}"):
         list(open_text(str(path)).rows)
 
 
@@ -178,6 +185,19 @@ def test_a_file_that_is_missing_or_empty_is_one_message(tmp_path: Path, suffix: 
     path.touch()
     with pytest.raises(CalibrationError, match="the file is empty"):
         open_text(str(path))
+
+
+@pytest.mark.parametrize("name", ["{0}/absent", "./absent", "../absent", "~/absent", "{0}/absent/", "./a/b.data"])
+def test_a_path_that_is_not_there_is_no_dataset_of_the_hub(
+    in_tmp: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(in_tmp))
+    asked: list[object] = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **_: asked.append(arguments) or [])
+    with pytest.raises(CalibrationError, match=r"(absent|b\.data)/?: no such file or folder\.\n"):
+        open_text(name.format(in_tmp))
+    assert not is_hub_dataset(name.format(in_tmp))
+    assert asked == []
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from kvprof.calibration.chat import Chat, text_of
 from kvprof.calibration.files import shuffled
 from kvprof.calibration.text import SPLITS, _streamed, open_text
 from kvprof.errors import CalibrationError, KvprofError, UsageError
@@ -97,6 +98,56 @@ def _csv(rows: list[str]) -> bytes:
     return ("text\n" + "".join(f'"{row}"\n' for row in rows)).encode()
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "id;text\n1;a cat, on a mat\n2;a dog\n",
+        'id;text\r\n1;"a cat, on a mat"\r\n2;a dog\r\n',
+        '"id";"text"\n"1";"a cat, on a mat"\n"2";"a dog"\n',
+        '"the id, or so";"text"\n1;a cat, on a mat\n2;a dog\n',
+        "id\ttext\n1\ta cat, on a mat\n2\ta dog\n",
+        "id|text\n1|a cat, on a mat\n2|a dog\n",
+        "sep=;\nid;text\n1;a cat, on a mat\n2;a dog\n",
+        "\ufeffid;text\n1;a cat, on a mat\n2;a dog\n",
+        'id,text\n1,"a cat, on a mat"\n2,a dog\n',
+        'text\n"a cat, on a mat"\na dog\n',
+        ',text\n0,"a cat, on a mat"\n1,a dog\n',
+    ],
+)
+def test_a_table_is_cut_where_its_first_line_is(tmp_path: Path, content: str) -> None:
+    (tmp_path / "rows.csv").write_text(content, encoding="utf-8", newline="")
+    assert rows_of(tmp_path / "rows.csv") == ["a cat, on a mat", "a dog"]
+
+
+def test_semicolons_and_bars_within_text_cut_nothing(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("text\na cat; a mat | a dog\n")
+    assert rows_of(tmp_path / "rows.csv") == ["a cat; a mat | a dog"]
+    (tmp_path / "rows.tsv").write_text("n\ttext; of cats\n1\ta cat; a mat\n")
+    assert rows_of(tmp_path / "rows.tsv", column="text; of cats") == ["a cat; a mat"]
+    (tmp_path / "rows.tsv").write_text("id,text\n1,a cat; a mat\n")
+    assert rows_of(tmp_path / "rows.tsv") == ["a cat; a mat"]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("text,id,text\na cat,1,a dog\n")
+    table = pyarrow.table([pyarrow.array(["a cat"]), pyarrow.array(["a dog"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    for name in ("rows.csv", "rows.parquet"):
+        with pytest.raises(CalibrationError, match=rf"{name} has the column 'text' 2 times\.\n.*name of its own"):
+            rows_of(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".csv", ".tsv", ".jsonl", ".json", ".txt.gz"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_without_its_mark_is_no_text(tmp_path: Path, suffix: str, encoding: str) -> None:
+    content = (json.dumps({"text": "a cat"}) if "json" in suffix else "text\na cat") + "\n"
+    encoded = content.encode(encoding)
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(gzip.compress(encoded) if suffix.endswith(".gz") else encoded)
+    with pytest.raises(CalibrationError, match=r"line 1: holds NUL characters.*\n.*UTF-8"):
+        rows_of(path)
+
+
 def test_json_is_read_however_it_is_laid_out(tmp_path: Path) -> None:
     entries = [{"text": row} for row in ROWS]
     for content in (
@@ -104,6 +155,7 @@ def test_json_is_read_however_it_is_laid_out(tmp_path: Path) -> None:
         json.dumps(entries, indent=2),
         json.dumps(ROWS),
         "\n\n".join(map(json.dumps, entries)),
+        "\n".join(map(json.dumps, ROWS)),
         "\ufeff" + "\r\n".join(map(json.dumps, entries)),
     ):
         for suffix in (".json", ".jsonl"):
@@ -114,6 +166,20 @@ def test_json_is_read_however_it_is_laid_out(tmp_path: Path) -> None:
     assert rows_of(single) == ["one\ntwo"]
 
 
+def test_a_list_of_messages_is_a_row_a_line_an_entry_or_all_of_a_file(tmp_path: Path) -> None:
+    chats = [[{"role": "user", "content": f"cat {n}?"}, {"role": "assistant", "content": "a mat"}] for n in range(3)]
+    turns = sorted(Chat((("user", f"cat {n}?"), ("assistant", "a mat"))).text for n in range(3))
+    path = tmp_path / "rows.jsonl"
+    for content in ("\n".join(map(json.dumps, chats)), json.dumps(chats), json.dumps(chats, indent=1)):
+        path.write_text(content)
+        assert sorted(text_of(row) for row in open_text(str(path)).rows) == turns
+    path.write_text(json.dumps(chats[0]))
+    assert [text_of(row) for row in open_text(str(path)).rows] == ["user: cat 0?\n\nassistant: a mat"]
+    rows = [{"role": "page", "content": row, "id": number} for number, row in enumerate(ROWS)]
+    path.write_text(json.dumps(rows))
+    assert rows_of(path) == sorted(ROWS)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -121,7 +187,9 @@ def test_json_is_read_however_it_is_laid_out(tmp_path: Path) -> None:
         ('{"text": "one"}\n["two"]\n', "line 2"),
         ("[1, 2]", "entry 1 is a int"),
         ('[{"text": "one"}', "neither an object a line nor one list"),
-        ('"one"\n"two"\n', "neither an object a line nor one list"),
+        ("[1]\n[2]\n", "line 1: a list"),
+        ('"one"\n2\n', "line 2: a int"),
+        ("one\ntwo\n", "neither an object a line nor one list"),
     ],
 )
 def test_broken_json_is_refused_by_its_place(tmp_path: Path, content: str, words: str) -> None:
@@ -225,6 +293,39 @@ def test_pictures_are_not_read_and_columns_may_have_any_name(tmp_path: Path) -> 
     table = pyarrow.table({"image": pictures, "a.b": ROWS, "n": list(range(40))})
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
     assert rows_of(tmp_path / "rows.parquet") == sorted(ROWS)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_bytes_that_are_text_are_read_as_text(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"rows{suffix}"
+    columns = {"id": list(range(40)), "text": [row.encode() for row in ROWS], "png": [b"\x89PNG\0"] * 40}
+    write_columns(path, pyarrow.table(columns))
+    if suffix == ".parquet":
+        assert pyarrow.parquet.ParquetFile(path).schema.column(1).logical_type.type == "NONE"
+    source = open_text(str(path))
+    assert sorted(map(str, source.rows)) == sorted(ROWS)
+    assert source.counts.aside == ("id", "png")
+    write_columns(path, pyarrow.table({"text": [*columns["text"], b"\xff"], "id": list(range(41))}))
+    with pytest.raises(CalibrationError, match="the column 'text' holds bytes that are no text"):
+        rows_of(path)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_columns_of_bytes_are_named_where_no_text_is_found(tmp_path: Path, suffix: str) -> None:
+    sounds = pyarrow.array([{"bytes": b"\0", "path": "a.wav"}] * 9)
+    write_columns(tmp_path / f"rows{suffix}", pyarrow.table({"png": [b"\x89PNG\0"] * 9, "sound": sounds}))
+    with pytest.raises(
+        CalibrationError, match=r"found png \(bytes\), sound \(bytes\)\.\n  None of them is text\. Write the text into"
+    ):
+        rows_of(tmp_path / f"rows{suffix}")
+
+
+def write_columns(path: Path, table: pyarrow.Table) -> None:
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path)
+        return
+    with pyarrow.ipc.new_stream(str(path), table.schema) as writer:
+        writer.write_table(table)
 
 
 def configured(folder: Path) -> Path:
