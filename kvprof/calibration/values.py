@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Sequence
 
-MOSTLY = 0.9
+_MOSTLY = 0.9
 """Share of a column's values that are ids, links and the like, from which on the column is none of text."""
 
 _LOOKED_AT = 4096
@@ -63,7 +63,7 @@ def not_text(values: Sequence[str]) -> str | None:
     held = _held(values)
     kinds = [next((kind for kind, is_one in _KINDS if is_one(value)), None) for value in held]
     known = [kind for kind in kinds if kind is not None]
-    if held and len(known) >= MOSTLY * len(held):
+    if held and len(known) >= _MOSTLY * len(held):
         return max(known, key=known.count)
     short = all(map(_is_short, held))
     return "labels" if short and len(held) >= _REPEATED and len(set(held)) <= len(held) / 2 else None
@@ -82,7 +82,7 @@ def hardly_text(values: Sequence[str]) -> str | None:
 def are_references(values: Sequence[str]) -> bool:
     """Whether values say where something is, as links, file names and ids do: a number, a date or a word can answer."""
     held = _held(values)
-    return bool(held) and sum(map(_is_reference, held)) >= MOSTLY * len(held)
+    return bool(held) and sum(map(_is_reference, held)) >= _MOSTLY * len(held)
 
 
 def _held(values: Sequence[str]) -> list[str]:
