@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Sequence
 
-MOSTLY = 0.9
+_MOSTLY = 0.9
 """Share of a column's values that are ids, links and the like, from which on the column is none of text."""
 
 _LOOKED_AT = 4096
@@ -20,7 +20,8 @@ _REPEATED = 6
 """Short values of which no more than half differ, from which on they are labels rather than text."""
 _LABEL_WORDS = 4
 _LABEL_CHARACTERS = 40
-_ENDS = ".?!…。？！؟।"  # noqa: RUF001 - of sentences in other scripts
+"""Words and characters that a label has at most."""
+_ENDS = ".?!…。？！؟।"  # noqa: RUF001 - of sentences in several scripts
 
 _LINK = re.compile(r"\w+://(?:\S+|[^\n]+\.\w{2,4})|www\.\S+|(?:mailto|data|urn|doi):\S+", re.IGNORECASE)
 _EMAIL = re.compile(r"(?:[^@\n<>]{0,80}<)?[^\s@<>]+@[^\s@<>]+\.[^\s@<>]+>?")
@@ -35,7 +36,7 @@ _IDENTIFIER = re.compile(r"[@#]\w+|(?=\D*\d)[\w.:@#+/\\|~%$*&-]+={0,2}", re.ASCI
 _KEY = re.compile(r"[a-z]+[_:#-]\d+|[a-z]*[_-]?\d{5,}|[0-9a-f]{16,}|[0-9a-f]+(?:-[0-9a-f]+){3,}", re.IGNORECASE)
 """One word that is an id wherever it stands: `q_00011`, a long number, a hash, a UUID."""
 _REFERENCE = re.compile(
-    r"[a-z]+[_:#]\d+|[a-z]+-?\d{4,}|[0-9a-f]{16,}|[0-9a-f]+(?:-[0-9a-f]+){3,}|\S+\.[a-z0-9]{2,4}", re.IGNORECASE
+    r"[a-z]+[_:#]\d+|[a-z]+-?\d{4,}|[0-9a-f]{16,}|[0-9a-f]+(?:-[0-9a-f]+){3,}|\S+\.[a-z][a-z0-9]{1,3}", re.IGNORECASE
 )
 """An id that no short answer looks like: COVID-19, F-16 and 1945 are answers."""
 _NUMBER = re.compile(
@@ -62,7 +63,7 @@ def not_text(values: Sequence[str]) -> str | None:
     held = _held(values)
     kinds = [next((kind for kind, is_one in _KINDS if is_one(value)), None) for value in held]
     known = [kind for kind in kinds if kind is not None]
-    if held and len(known) >= MOSTLY * len(held):
+    if held and len(known) >= _MOSTLY * len(held):
         return max(known, key=known.count)
     short = all(map(_is_short, held))
     return "labels" if short and len(held) >= _REPEATED and len(set(held)) <= len(held) / 2 else None
@@ -71,7 +72,7 @@ def not_text(values: Sequence[str]) -> str | None:
 def hardly_text(values: Sequence[str]) -> str | None:
     """Return what values are, in the plural, where only a name such as `text` could speak for them; None otherwise."""
     held = _held(values)
-    if held and all(map(_is_json, values)):
+    if held and all(_is_json(value) for value in values if value.strip()):
         return "JSON"
     if held and all(value.isascii() and len(value) == 1 for value in held):
         return "single characters"
@@ -81,7 +82,7 @@ def hardly_text(values: Sequence[str]) -> str | None:
 def are_references(values: Sequence[str]) -> bool:
     """Whether values say where something is, as links, file names and ids do: a number, a date or a word can answer."""
     held = _held(values)
-    return bool(held) and sum(map(_is_reference, held)) >= MOSTLY * len(held)
+    return bool(held) and sum(map(_is_reference, held)) >= _MOSTLY * len(held)
 
 
 def _held(values: Sequence[str]) -> list[str]:
@@ -103,9 +104,8 @@ def _is_email(value: str) -> bool:
 
 def _is_date(value: str) -> bool:
     words = [word for word in re.split(r"[\s,]+", value) if word]
-    return all(_NUMBER.fullmatch(word) or _DATE_WORD.fullmatch(word) for word in words) and bool(
-        re.search(r"\d", value)
-    )
+    is_written = all(_NUMBER.fullmatch(word) or _DATE_WORD.fullmatch(word) for word in words)
+    return is_written and re.search(r"\d", value) is not None
 
 
 def _is_id(value: str) -> bool:
