@@ -85,7 +85,9 @@ def test_without_a_template_chats_are_read_role_by_role_and_that_is_said() -> No
 
 def test_a_column_of_another_name_is_read_where_it_is_named() -> None:
     write("rows.jsonl", {"headline": ANSWERED, "summary": ASKED})
-    assert "found headline, summary, id (ids). Name one with --column headline" in gradients("--data", "rows.jsonl", code=1)
+    assert "found headline, summary, id (ids). Name one with --column headline" in gradients(
+        "--data", "rows.jsonl", code=1
+    )
     assert not Path("out/gradients.json").exists()
     gradients("--data", "rows.jsonl", "--column", "summary")
     assert (calibration().column, calibration().tokens) == ("summary", 2 * len(ASKED.split()))
