@@ -37,9 +37,8 @@ def attend_with_suffix(call: AttentionCall, first: int) -> tuple[Tensor | None, 
     """Attend as the module does; return the outputs before `first`, that no gradient passes, and those from it on."""
     if not first:
         return None, call.run()
-    kept = run_queries(
-        call, slice(first, call.query.shape[2])
-    )  # first, lest what is soon let go leaves holes before it
+    # The kept ones first, lest what is soon let go leaves holes in memory before them.
+    kept = run_queries(call, slice(first, call.query.shape[2]))
     with torch.no_grad():
         return run_queries(call, slice(first)), kept
 
