@@ -248,6 +248,12 @@ def takes_cache(model: PreTrainedModel) -> bool:
     return any(not _CACHES.isdisjoint(inspect.signature(part.forward).parameters) for part in parts)
 
 
+def other_memory(model: PreTrainedModel) -> str | None:
+    """Return what a model's forward calls that which it keeps in the place of a cache; None where it takes a cache."""
+    taken = _CACHES.intersection(inspect.signature(model.forward).parameters)
+    return None if taken & {"cache", "past_key_values"} else min(taken, default=None)
+
+
 def check_reads_text(model: PreTrainedModel) -> None:
     """Raise ModelError for a model that does not run on text alone: a wrapper may need an image, a config be unsound.
 

@@ -27,6 +27,7 @@ from kvprof.models.decoder import (
     cross_attention_layers,
     decoder_modules,
     layers_without_values,
+    other_memory,
     own_cache,
     query_heads,
     takes_cache,
@@ -158,6 +159,11 @@ def build_skeleton(config: PretrainedConfig) -> Skeleton:
     except UnknownLayout as error:
         if any(getattr(module, "is_causal", True) is False for module in decoder.values()):
             raise ModelError(f"{name} describes an encoder: its attention sees the tokens to come.") from None
+        if (kept := other_memory(model)) is not None:
+            raise ModelError(
+                f"{architecture} keeps no keys and values of the tokens before, but a `{kept}`.\n"
+                "  Nothing of such a model can be measured, planned or stored."
+            ) from None
         if (blocks := _repeated_blocks(decoder)) is not None:
             raise ModelError(
                 f"{architecture} runs stacks of {blocks} blocks several times a token, as {len(_layer_kinds(text))} "

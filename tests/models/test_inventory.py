@@ -314,6 +314,12 @@ def test_a_decoder_of_more_layers_than_its_cache_is_refused() -> None:
         take_inventory(config)
 
 
+@pytest.mark.parametrize(("name", "kept"), [("Rwkv", "state"), ("XLNet", "mems")])
+def test_a_model_that_keeps_something_else_says_what(name: str, kept: str) -> None:
+    with pytest.raises(ModelError, match=f"keeps no keys and values of the tokens before, but a `{kept}`"):
+        take_inventory(getattr(transformers, f"{name}Config")())
+
+
 def test_query_heads_that_differ_by_layer_are_refused_in_a_sentence() -> None:
     class Differs:
         @property
