@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,7 @@ import torch
 import transformers
 from pydantic import ValidationError
 from torch import nn
-from transformers import DynamicCache, PretrainedConfig
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import PretrainedConfig
 from transformers.utils import logging
 
 from kvprof.errors import KvprofError, ModelError, UnknownLayout, first_line
@@ -33,6 +32,7 @@ from kvprof.models.decoder import (
     takes_cache,
     text_config,
 )
+from kvprof.models.layer_kinds import PROJECTING, LayerFound, config_of_layer, layer_kinds, unplanned_latents
 from kvprof.models.layouts import INCOMPLETE, Projection, cut_rows, find_projections
 from kvprof.models.recurrent_states import recurrent_states
 from kvprof.records.document import LARGEST_COUNT, ModelInfo
@@ -42,20 +42,6 @@ from kvprof.records.inventory import Inventory, RedFlag
 NORM_ON_KEYS = re.compile(r"^(k|key|qk|kv|kv_a)_?(layer_?norm|norm)$")
 """Names of the module that normalises keys after k_proj: k_norm, k_layernorm, key_layernorm, qk_norm; or the latent of
 latent attention: kv_a_layernorm."""
-
-PROJECTING = ("full", "sliding", "chunked", "hybrid", "latent")
-"""The kinds of layer that project what they cache."""
-
-KNOWN_LAYERS = {
-    "DynamicLayer",
-    "DynamicSlidingWindowLayer",
-    "LinearAttentionAndFullAttentionLayer",
-    "LinearAttentionAndSlidingWindowAttentionLayer",
-}
-"""Layers of transformers' cache of which it is known which tokens they hold; by name, since no version has them all. A
-class made of one of them may hold others."""
-
-LATENT = "layer of latent attention (MLA)"
 
 CROSSING: tuple[LayerKind, str | None] = (
     "cross",
@@ -146,10 +132,10 @@ def build_skeleton(config: PretrainedConfig) -> Skeleton:
     modules = dict(model.named_modules(remove_duplicate=False))
     decoder = decoder_modules(model)
     left_alone = dict.fromkeys(cross_attention_layers(decoder), CROSSING)
-    kinds = {layer: kind for layer, (kind, _, _) in enumerate(_layer_kinds(text)) if kind in PROJECTING}
+    kinds = {layer: kind for layer, (kind, _, _) in enumerate(layer_kinds(text)) if kind in PROJECTING}
     attending = kinds.keys() - left_alone.keys()
     latent = {layer for layer in attending if kinds[layer] == "latent"}
-    unplanned = _unplanned_latents(decoder, latent)
+    unplanned = unplanned_latents(decoder, latent)
     left_alone |= unplanned
     attending -= {layer for layer, (kind, _) in unplanned.items() if kind == "other"}
     if not attending:
@@ -166,41 +152,13 @@ def build_skeleton(config: PretrainedConfig) -> Skeleton:
             ) from None
         if (blocks := _repeated_blocks(decoder)) is not None:
             raise ModelError(
-                f"{architecture} runs stacks of {blocks} blocks several times a token, as {len(_layer_kinds(text))} "
+                f"{architecture} runs stacks of {blocks} blocks several times a token, as {len(layer_kinds(text))} "
                 "layers of its cache, and kvprof does not know which layer is which block's.\n"
                 "  Nothing of such a model can be measured, planned or stored."
             ) from None
         said = str(error).replace(INCOMPLETE, f"transformers {transformers.__version__} has no other word on them.")
         raise UnknownLayout(said) from None
     return Skeleton(text, modules, projections, architecture, left_alone)
-
-
-def _unplanned_latents(
-    decoder: Mapping[str, nn.Module], layers: Collection[int]
-) -> dict[int, tuple[LayerKind, str | None]]:
-    """Return which of the layers of latent attention are other than that, or are not planned: what, and why."""
-    if not layers:
-        return {}
-    try:
-        found = find_projections(decoder, layers=layers)
-    except UnknownLayout:
-        return dict.fromkeys(layers, ("other", f"{LATENT}, whose projection kvprof does not find"))
-    unplanned: dict[int, tuple[LayerKind, str | None]] = {}
-    for layer in layers:
-        attention = decoder[found[layer].attention]
-        if not found[layer].is_fused:  # a config may name a rank that its model does not use
-            unplanned[layer] = "full", None
-        elif not hasattr(attention, "expand_kv"):
-            own: Any = attention
-            latent = f"{own.kv_lora_rank + own.qk_rope_head_dim} numbers a token"
-            unplanned[layer] = (
-                "other",
-                f"{LATENT}: transformers {transformers.__version__} caches the keys and values made of the latent, of "
-                f"which nothing is planned; a runtime that caches the latent stores {latent}",
-            )
-        elif attention.qk_rope_head_dim == 0:
-            unplanned[layer] = "latent", f"{LATENT} without a rotary part"
-    return unplanned
 
 
 def _repeated_blocks(decoder: Mapping[str, nn.Module]) -> int | None:
@@ -265,87 +223,16 @@ def position_limit(config: PretrainedConfig) -> int | None:
     return next((int(limit) for limit in found if limit is not None), None)
 
 
-def _kinds_of(skeleton: Skeleton) -> list[tuple[LayerKind, int | None, str | None]]:
+def _kinds_of(skeleton: Skeleton) -> list[LayerFound]:
     """Return (kind, window, reason to skip) of each layer, those named that do not attend to the text."""
     found = []
-    for layer, (kind, window, reason) in enumerate(_layer_kinds(skeleton.config)):
+    for layer, (kind, window, reason) in enumerate(layer_kinds(skeleton.config)):
         if layer in skeleton.left_alone:
             kind, reason = skeleton.left_alone[layer]
             window = window if kind in ("latent", "full") else None
             kind = "sliding" if kind == "full" and window is not None else kind
         found.append((kind, window, reason))
     return found
-
-
-def config_of_layer(config: PretrainedConfig, layer: int) -> PretrainedConfig:
-    """Return the config of one layer: the whole one, but where layers differ in what it says (Gemma 4)."""
-    if not getattr(config, "is_heterogeneous", True):
-        return config
-    own = getattr(config, "per_layer_config", None)
-    found: PretrainedConfig = config if own is None else own[layer]
-    return found
-
-
-def _layer_kinds(config: PretrainedConfig) -> list[tuple[LayerKind, int | None, str | None]]:
-    """Return (kind, window, reason to skip) of each layer, as transformers' own cache for this config has it."""
-    try:
-        cache_layers = DynamicCache(config=config).layers
-        runs = getattr(config, "decoder_layers", None) or config.num_hidden_layers
-        if runs != config.num_hidden_layers:
-            raise ModelError(
-                f"{type(config).__name__} has {runs} decoder layers, and transformers makes a cache for "
-                f"{config.num_hidden_layers}, those of its encoder: such a model cannot be run with a cache."
-            )
-        if 0 < len(cache_layers) < config.num_hidden_layers:
-            raise ModelError(
-                f"{type(config).__name__}: transformers {transformers.__version__} has a cache for {len(cache_layers)} "
-                f"of its {config.num_hidden_layers} layers: the last read the keys and values of others.\n"
-                "  kvprof plans such a model from transformers 5.23 on: upgrade it."
-            )
-        layer_types = getattr(config, "layer_types", None) or []
-        kinds: list[tuple[LayerKind, int | None, str | None]] = []
-        for index in range(config.num_hidden_layers):
-            layer_type = layer_types[index] if index < len(layer_types) else ""
-            # A config without layer types makes no cache layers until the first token: all are plain attention.
-            cache_layer = cache_layers[index] if index < len(cache_layers) else DynamicLayer()
-            kinds.append(_kind(config, config_of_layer(config, index), cache_layer, layer_type))
-    except KvprofError:
-        raise
-    except Exception as error:  # a config from anywhere
-        name = type(config).__name__
-        raise ModelError(f"{name} names no layers that transformers can cache: {first_line(error)}") from None
-    return kinds
-
-
-def _kind(
-    config: PretrainedConfig, own: PretrainedConfig, cache_layer: Any, layer_type: str
-) -> tuple[LayerKind, int | None, str | None]:
-    """Return what `_layer_kinds` does of one layer. own: its part of the config."""
-    names = {base.__name__ for base in type(cache_layer).__mro__}
-    recurrent = "LinearAttentionCacheLayerMixin" in names
-    if "DummyLayer" in names:
-        if layer_type in ("moe", "mlp"):
-            return "none", None, "layer without attention"
-        return "shared", None, "layer that reads another layer's keys and values"
-    if recurrent and not isinstance(cache_layer, DynamicLayer):
-        return "recurrent", None, "recurrent layer with a state of fixed size"
-    is_latent = getattr(own, "kv_lora_rank", None) is not None
-    known = KNOWN_LAYERS | ({"DynamicIndexedLayer"} if is_latent else set())
-    if isinstance(cache_layer, DynamicLayer) and type(cache_layer).__name__ not in known:
-        what = LATENT if is_latent else "layer"
-        return "other", None, f"{what} with a cache of a kind unknown to kvprof ({type(cache_layer).__name__})"
-    if isinstance(cache_layer, DynamicSlidingWindowLayer):
-        window = int(cache_layer.sliding_window)
-        if is_latent:
-            return "latent", window, f"{LATENT} with a window of {window} tokens"
-        limit = getattr(config, "max_position_embeddings", None) or 0
-        if 0 < limit <= window and not recurrent:
-            return "full", None, None  # the window never moves within the context that the model was made for
-        kind: LayerKind = "chunked" if layer_type == "chunked_attention" else "sliding"
-        return kind, window, None
-    if recurrent:
-        return "hybrid", None, None
-    return ("latent" if is_latent else "full"), None, None
 
 
 def _describe(skeleton: Skeleton, index: int, kind: LayerKind, window: int | None, reason: str | None) -> KVLayer:

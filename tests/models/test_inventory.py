@@ -293,7 +293,7 @@ def test_a_cache_class_made_of_a_sliding_one_may_hold_other_tokens(monkeypatch: 
     config = TINY["mistral-sliding"]()
     layers = [Keeps(sliding_window=16) for _ in range(config.num_hidden_layers)]
     cache = type("Cache", (), {"layers": layers})()
-    monkeypatch.setattr("kvprof.models.inventory.DynamicCache", lambda config: cache)
+    monkeypatch.setattr("kvprof.models.layer_kinds.DynamicCache", lambda config: cache)
     inventory = take_inventory(config)
     assert kinds(inventory) == ["other"] * 2
     assert "of a kind unknown to kvprof (Keeps)" in str(inventory.geometry.layers[0].skipped)
