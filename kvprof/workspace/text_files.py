@@ -190,11 +190,14 @@ def _of_split(name: str, groups: dict[str | None, list[Path]], split: str | None
         raise UsageError(f"{name} holds the splits {', '.join(named)}.\n  Choose one with --split {named[0]}.")
     files = groups[chosen]
     aside = tuple(
-        f"the split {word}" if word is not None else f"{len(group)} files of no split"
-        for word, group in groups.items()
-        if word != chosen
+        f"the split {word}" if word is not None else _of_none(group) for word, group in groups.items() if word != chosen
     )
     return TextFiles(str(kind_of(files[0])), tuple(files), chosen, aside)
+
+
+def _of_none(files: Sequence[Path]) -> str:
+    """Say which files are of no split: one by its name."""
+    return f"{files[0].name}, of no split" if len(files) == 1 else f"{len(files)} files of no split"
 
 
 def _split_in(name: str) -> str | None:
