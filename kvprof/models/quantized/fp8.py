@@ -14,7 +14,6 @@ from kvprof.models.quantized.matrix import CodedMatrix, Parts, Settings, text, w
 from kvprof.models.quantized.scales import SCALE_DTYPES, block_of, float_scales, scaled
 
 FLOAT8 = frozenset({"float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"})
-PLAIN = frozenset({"float32", "float16", "bfloat16"})
 SCALES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
 """Names of the scales beside `weight`; all of them are multiplied by, whatever they are called."""
 
@@ -24,8 +23,6 @@ _LARGEST_BLOCK = 2**20
 def fp8_matrix(parts: Parts, settings: Settings) -> CodedMatrix | None:
     """Return how a float8 weight is read; None for another weight. Raises ModelError for scales that do not fit it."""
     if parts.dtype("weight") not in FLOAT8:
-        if SCALES[0] in parts and parts.dtype("weight") in PLAIN:  # transformers would multiply it all the same
-            raise parts.wrong(f"{parts.name('weight')} is {parts.dtype('weight')}, and {SCALES[0]} stands beside it")
         return None
     shape = parts.need("weight", *FLOAT8, dimensions=2)
     leaf = next((name for name in SCALES if name in parts), None)
