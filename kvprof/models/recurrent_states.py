@@ -36,6 +36,8 @@ def recurrent_states(model: PreTrainedModel, config: PretrainedConfig) -> dict[i
     # In 16 bits: a state that is float32 all the same is so in every dtype of the model.
     tokens = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
     try:
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("batched_mm")  # the plain one asks which experts were chosen
         with quiet(), torch.no_grad():
             model.to(torch.bfloat16)(input_ids=tokens, use_cache=True, **{word: cache})
     except Exception:  # of a model's own code, where shapes alone do not tell what comes next

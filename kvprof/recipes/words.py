@@ -14,7 +14,7 @@ from typing import Any
 from kvprof.errors import InvalidFile
 from kvprof.records.recipe import Plans, Target
 from kvprof.records.scores import LOSS_INCREASE
-from kvprof.workspace.text_files import HUB, is_on_disk
+from kvprof.workspace.text_files import HUB, names_a_path
 
 OWN_TEXTS = ("builtin", "self")
 Words = tuple[str | Path, ...]
@@ -77,7 +77,8 @@ def text_file(name: str, home: Path) -> tuple[str | None, str]:
     except ValueError:
         before = ""
     file, weight = (before, colon + weight) if before else (name, "")
-    if file in OWN_TEXTS or file.startswith(HUB) or not is_on_disk(str(home / os.path.expanduser(file))):
+    is_there = os.path.exists(home / os.path.expanduser(file))
+    if file in OWN_TEXTS or file.startswith(HUB) or not (names_a_path(file) or is_there):
         return None, ""
     return file, weight
 

@@ -85,12 +85,12 @@ def is_on_disk(name: str) -> bool:
     """Whether a name is a file's, a folder's or a pattern's; what no hub dataset is called like need not be there."""
     if name.startswith(HUB):
         return False
-    return (
-        bool(_LOCAL.match(name))
-        or kind_of(name) is not None
-        or is_pattern(name)
-        or os.path.exists(os.path.expanduser(name))
-    )
+    return names_a_path(name) or os.path.exists(os.path.expanduser(name))
+
+
+def names_a_path(name: str) -> bool:
+    """Whether a name is a path's or a pattern's by its look, whatever is on the disk."""
+    return bool(_LOCAL.match(name)) or kind_of(name) is not None or is_pattern(name)
 
 
 def may_have_splits(name: str) -> bool:

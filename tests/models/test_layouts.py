@@ -47,7 +47,7 @@ def test_streamed_projections_are_what_the_model_caches(any_tiny: tuple[str, Pre
     assert streamed_as_cached(any_tiny[1], tmp_path) == 2
 
 
-@pytest.mark.parametrize("name", sorted(UNUSUAL))
+@pytest.mark.parametrize("name", sorted(UNUSUAL.keys() - {"inkling"}))  # it convolves what it projects over tokens
 def test_of_unusual_layers_those_with_attention_are_streamed_as_the_model_caches_them(
     name: str, tmp_path: Path
 ) -> None:
