@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvprof.benchmark.bench import Bench, run_maker
@@ -159,6 +158,8 @@ def _flex(query_BHqD: Tensor, keys_BHTD: Tensor, values_BHTD: Tensor) -> Tensor:
 
 @functools.cache
 def _flex_kernel() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention  # loads the compiler, which nothing else here needs
+
     return torch.compile(flex_attention, dynamic=False)
 
 
