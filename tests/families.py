@@ -19,8 +19,9 @@ from typer.testing import CliRunner, Result
 
 from kvprof import BitPlan, Scores
 from kvprof.cli.app import app
-from kvprof.models.inventory import build_skeleton, take_inventory
+from kvprof.models.inventory import take_inventory
 from kvprof.models.load import load_model, resolve
+from kvprof.models.skeleton import build_skeleton
 from kvprof.records.evaluation import Evaluation
 from kvprof.records.formats import TENSORS
 from kvprof.records.plan import LatentPlan, TensorPlan, layer_plan

@@ -19,11 +19,12 @@ from transformers import PretrainedConfig
 
 from kvprof.models.decoder import query_heads
 from kvprof.models.execution.activation_offload import HELD_BYTES
-from kvprof.models.inventory import Skeleton, build_skeleton, take_inventory
+from kvprof.models.inventory import take_inventory
 from kvprof.models.layouts import block_stack
 from kvprof.models.load import ModelSource, check_dtype, dtype_of, usable_device
 from kvprof.models.memory import free_bytes
 from kvprof.models.pinning import bytes_to_download
+from kvprof.models.skeleton import Skeleton, build_skeleton
 from kvprof.records.estimate import Estimate
 
 LIBRARY_BYTES = 25 * 2**20

@@ -37,7 +37,7 @@ from kvprof.models.checkpoint.validation import check_config, check_loadable, re
 from kvprof.models.decoder import check_reads_text, loading_class, text_config
 from kvprof.models.execution.activation_offload import ActivationOffload
 from kvprof.models.execution.streaming import stream_weights
-from kvprof.models.inventory import ASSUMED_DTYPE, build_skeleton, own_dtype
+from kvprof.models.inventory import ASSUMED_DTYPE, own_dtype
 from kvprof.models.kept import content_name, made_once
 from kvprof.models.loaded import check_loaded, live_config
 from kvprof.models.memory import free_bytes
@@ -45,6 +45,7 @@ from kvprof.models.names import DEMO, nearest_path
 from kvprof.models.own_code import check_code, find_code, refused_code
 from kvprof.models.packages import check_packages, check_streamable, dequantizing, drop_cache_scheme, plain_weights
 from kvprof.models.quiet import quiet
+from kvprof.models.skeleton import build_skeleton
 from kvprof.records.geometry import bytes_text
 from kvprof.storage.folders import cache_folder
 

@@ -20,9 +20,9 @@ from kvprof.calibration.sequences import IGNORED, Batch
 from kvprof.errors import ModelError, NonFiniteGradient, UnknownLayout, UnsupportedAttention, first_line
 from kvprof.models.checkpoint.weights import take_rows
 from kvprof.models.decoder import decoder_modules, query_heads, text_config
-from kvprof.models.inventory import key_norm_of
 from kvprof.models.layouts import Rows, choose_layout, cut_rows, find_projections
 from kvprof.models.load import input_device, wider_dtype_advice
+from kvprof.models.skeleton import key_norm_of
 from kvprof.profile.lm_head import Head
 from kvprof.records.formats import TENSORS, TensorName
 from kvprof.records.geometry import CacheGeometry

@@ -18,8 +18,9 @@ from kvprof.errors import UnknownLayout
 from kvprof.models.checkpoint.files import SafetensorsCheckpoint
 from kvprof.models.checkpoint.weights import stream_projections
 from kvprof.models.identity import Fingerprint, live_fingerprint
-from kvprof.models.inventory import build_skeleton, take_inventory
+from kvprof.models.inventory import take_inventory
 from kvprof.models.layouts import find_projections
+from kvprof.models.skeleton import build_skeleton
 
 
 def held_heads(states: torch.Tensor, kv_heads: int) -> torch.Tensor:

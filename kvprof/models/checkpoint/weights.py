@@ -18,9 +18,9 @@ from kvprof.errors import ModelError, NonFiniteWeight
 from kvprof.models.checkpoint.files import Checkpoint, Runs
 from kvprof.models.checkpoint.shards import FLOATS, quantized
 from kvprof.models.decoder import other_parts, query_heads, text_config
-from kvprof.models.inventory import NORM_ON_KEYS
 from kvprof.models.layouts import Projection, Rows, choose_layout, cut_rows, find_projections
 from kvprof.models.quantized.checkpoint import stored_kinds
+from kvprof.models.skeleton import NORM_ON_KEYS
 from kvprof.records.geometry import CacheGeometry, KVLayer
 
 
