@@ -10,7 +10,8 @@ from folders import edit_json, save_folder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kvprof.models.load import load_config, resolve
+from kvprof.models.config import load_config
+from kvprof.models.load import resolve
 from kvprof.models.pinning import pin
 
 Coding = Callable[[str, Tensor], dict[str, Tensor]]

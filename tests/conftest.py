@@ -64,7 +64,7 @@ def any_tiny(request: pytest.FixtureRequest) -> tuple[str, PreTrainedModel]:
 @pytest.fixture(autouse=True)
 def own_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep what models write themselves, and what GGUF files are converted to, in the test's own folder."""
-    monkeypatch.setattr("kvprof.models.load.gguf_folder", lambda: tmp_path / "cache" / "gguf")
+    monkeypatch.setattr("kvprof.models.conversion.gguf_folder", lambda: tmp_path / "cache" / "gguf")
     monkeypatch.setattr("kvprof.calibration.self_generated.cache_folder", lambda: tmp_path / "cache")
 
 

@@ -9,8 +9,10 @@ import pytest
 from folders import save_folder, save_text
 from threads import one_thread  # noqa: F401
 
+from kvprof.models.config import load_config
 from kvprof.models.inventory import take_inventory
-from kvprof.models.load import ModelSource, load_config, resolve
+from kvprof.models.load import resolve
+from kvprof.models.source import ModelSource
 from kvprof.records.formats import Format
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import BitPlan, LayerPlan, ModelInfo, Quantizer, TensorPlan, Window

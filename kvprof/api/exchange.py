@@ -32,9 +32,10 @@ def imported_plan(
     if model is None:
         plan = kvtuner_plan(layers, group_size=request.group_size, window=window, command=command)
     else:
+        from kvprof.models.config import load_config
         from kvprof.models.identity import checkpoint_fingerprint
         from kvprof.models.inventory import take_inventory
-        from kvprof.models.load import load_config, resolve
+        from kvprof.models.load import resolve
 
         source = resolve(model, trust_remote_code)
         found = take_inventory(load_config(source), source.id)

@@ -23,7 +23,7 @@ from kvprof.storage.folders import output_folder, slug
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from kvprof.models.load import ModelSource
+    from kvprof.models.source import ModelSource
     from kvprof.records.estimate import Estimate
 
 logger = logging.getLogger("kvprof")

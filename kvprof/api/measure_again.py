@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator
 from kvprof.calibration.again import read_again, recognise
 from kvprof.calibration.self_generated import fill
 from kvprof.errors import InvalidFile, KvprofError, Mismatch
+from kvprof.models.config import load_config
 from kvprof.models.decoder import text_config
 from kvprof.models.identity import fingerprint_of
 from kvprof.models.inventory import take_inventory
-from kvprof.models.load import ModelSource, load_config, load_model, load_tokenizer
+from kvprof.models.load import load_model, load_tokenizer
+from kvprof.models.source import ModelSource
 from kvprof.profile.decoder import Decoder, Formats, formats_of
 from kvprof.profile.norms import measure_norms
 from kvprof.profile.scoring import measure_sensitivity

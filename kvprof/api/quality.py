@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from kvprof.evaluate.evaluation import Baseline, EvaluationRun
     from kvprof.evaluate.kl_factor import CalibrateRun
-    from kvprof.models.load import ModelSource
+    from kvprof.models.source import ModelSource
     from kvprof.records.replies import Continuations
 
 Plan = BitPlan | str | Path
@@ -154,9 +154,9 @@ def find_baseline_scores(
     They are looked for in the folder, beside the plan, and where a model's results go by default. The gradients that
     the plan was made from come before others.
     """
+    from kvprof.models.config import load_config
     from kvprof.models.identity import checkpoint_fingerprint
     from kvprof.models.inventory import take_inventory
-    from kvprof.models.load import load_config
     from kvprof.storage.folders import OUTPUTS, slug
     from kvprof.workspace.scores_of_plans import find_fitting
 

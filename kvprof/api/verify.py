@@ -30,7 +30,7 @@ from kvprof.records.scores import CalibrationInfo, Scores
 from kvprof.workspace.scores_of_plans import find_scores
 
 if TYPE_CHECKING:
-    from kvprof.models.load import ModelSource
+    from kvprof.models.source import ModelSource
 
 TOLERANCE = 1e-3
 """Relative to a tensor's largest number of its kind; what two measurements on other threads, batches or devices may
@@ -125,9 +125,9 @@ def _libraries(scores: Scores) -> Iterator[Check]:
 
 def _weights(plan: BitPlan, source: ModelSource) -> Iterator[Check]:
     """Yield whether a checkpoint has the plan's shapes, and its fingerprint."""
+    from kvprof.models.config import load_config
     from kvprof.models.identity import checkpoint_fingerprint
     from kvprof.models.inventory import take_inventory
-    from kvprof.models.load import load_config
 
     inventory = take_inventory(load_config(source), source.id)
     geometry = inventory.geometry

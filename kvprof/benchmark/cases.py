@@ -21,7 +21,7 @@ from kvprof.benchmark.largest_batch import Memory, fit, working_bytes
 from kvprof.benchmark.planned_attention import AppendCost, attention_bytes, planned_bytes, time_planned, untimed
 from kvprof.benchmark.subject import Subject
 from kvprof.errors import KvprofError, OutOfMemory
-from kvprof.models.load import weight_bytes
+from kvprof.models.config import weight_bytes
 from kvprof.models.memory import free_bytes, memory_explained
 from kvprof.records.benchmark import (
     CACHES,

@@ -18,8 +18,9 @@ from kvprof.benchmark.planned_attention import kinds_of
 from kvprof.benchmark.subject import Subject
 from kvprof.benchmark.timing import copy_bandwidth
 from kvprof.errors import UsageError
+from kvprof.models.config import DTYPES
 from kvprof.models.inventory import position_limit
-from kvprof.models.load import DTYPES, usable_device
+from kvprof.models.load import usable_device
 from kvprof.models.memory import free_bytes
 from kvprof.records.benchmark import (
     Benchmark,

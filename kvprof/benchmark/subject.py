@@ -12,11 +12,13 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kvprof.errors import Mismatch
+from kvprof.models.config import DTYPES, load_config
 from kvprof.models.decoder import text_config
 from kvprof.models.identity import checkpoint_fingerprint
 from kvprof.models.inventory import take_inventory
-from kvprof.models.load import DTYPES, ModelSource, load_config, load_model
+from kvprof.models.load import load_model
 from kvprof.models.shapes import random_model, shape_config
+from kvprof.models.source import ModelSource
 from kvprof.records.document import ModelInfo
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import BitPlan

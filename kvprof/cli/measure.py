@@ -17,8 +17,9 @@ def inspect(model: Model = None, trust_remote_code: TrustRemoteCode = False) -> 
 
     Reads the model's config alone.
     """
+    from kvprof.models.config import load_config
     from kvprof.models.inventory import take_inventory
-    from kvprof.models.load import load_config, resolve
+    from kvprof.models.load import resolve
     from kvprof.report.console import print_result
     from kvprof.report.tables import show_inventory
 

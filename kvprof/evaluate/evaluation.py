@@ -24,17 +24,13 @@ from kvprof.evaluate.cached_evaluation import Pieces
 from kvprof.evaluate.logits import choose_route
 from kvprof.evaluate.summary import perplexity, summarise
 from kvprof.metrics import LOGIT_ROUNDING_NATS, SOFTMAXES
+from kvprof.models.config import load_config, weight_bytes
 from kvprof.models.costs import Passes, estimate_run
 from kvprof.models.decoder import text_config
 from kvprof.models.identity import checkpoint_fingerprint, fingerprint_of, made_with
 from kvprof.models.inventory import position_limit, take_inventory
-from kvprof.models.load import (
-    ModelSource,
-    load_config,
-    load_model,
-    load_tokenizer,
-    weight_bytes,
-)
+from kvprof.models.load import load_model, load_tokenizer
+from kvprof.models.source import ModelSource
 from kvprof.records.estimate import Estimate
 from kvprof.records.evaluation import Evaluation, Role
 from kvprof.records.formats import TENSORS

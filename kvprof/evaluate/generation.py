@@ -15,10 +15,12 @@ from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel,
 
 from kvprof.calibration.tokens import tokenizer_explained
 from kvprof.errors import UsageError
+from kvprof.models.config import load_config
 from kvprof.models.decoder import cache_argument
 from kvprof.models.inventory import position_limit
-from kvprof.models.load import ModelSource, load_config, load_model, load_tokenizer
+from kvprof.models.load import load_model, load_tokenizer
 from kvprof.models.memory import memory_explained
+from kvprof.models.source import ModelSource
 from kvprof.records.plan import BitPlan
 from kvprof.records.replies import Continuation, Continuations
 from kvprof.records.requests.check import GenerateRequest

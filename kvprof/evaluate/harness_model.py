@@ -24,10 +24,12 @@ from transformers import PreTrainedModel
 from kvprof.calibration.tokens import tokenizer_explained
 from kvprof.errors import UsageError, did_you_mean
 from kvprof.evaluate.logits import choose_route, planned_logits
+from kvprof.models.config import check_dtype, load_config
 from kvprof.models.decoder import cache_argument
 from kvprof.models.identity import fingerprint_of
 from kvprof.models.inventory import take_inventory
-from kvprof.models.load import check_dtype, lend, load_config, load_model, loading_arguments, resolve, usable_device
+from kvprof.models.load import lend, load_model, resolve, usable_device
+from kvprof.models.source import loading_arguments
 from kvprof.records.plan import BitPlan
 from kvprof.runtime.cache import PlanCache
 

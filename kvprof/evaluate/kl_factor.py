@@ -25,10 +25,12 @@ from kvprof.calibration.text import BUILTIN
 from kvprof.errors import InvalidFile, KvprofError, Mismatch, UsageError
 from kvprof.evaluate.logits import Route, choose_route, planned_logits, reference_logits
 from kvprof.metrics import LOGIT_ROUNDING_NATS, token_kl
+from kvprof.models.config import load_config
 from kvprof.models.decoder import text_config
 from kvprof.models.identity import fingerprint_of
 from kvprof.models.inventory import position_limit, take_inventory
-from kvprof.models.load import ModelSource, load_config, load_model, load_tokenizer, wider_dtype_advice
+from kvprof.models.load import load_model, load_tokenizer, wider_dtype_advice
+from kvprof.models.source import ModelSource
 from kvprof.records.audit import PlanCheck, PredictedPlan
 from kvprof.records.formats import TENSORS
 from kvprof.records.geometry import CacheGeometry

@@ -17,14 +17,16 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import PretrainedConfig
 
+from kvprof.models.config import check_dtype, dtype_of
 from kvprof.models.decoder import query_heads
 from kvprof.models.execution.activation_offload import HELD_BYTES
 from kvprof.models.inventory import take_inventory
 from kvprof.models.layouts import block_stack
-from kvprof.models.load import ModelSource, check_dtype, dtype_of, usable_device
+from kvprof.models.load import usable_device
 from kvprof.models.memory import free_bytes
 from kvprof.models.pinning import bytes_to_download
 from kvprof.models.skeleton import Skeleton, build_skeleton
+from kvprof.models.source import ModelSource
 from kvprof.records.estimate import Estimate
 
 LIBRARY_BYTES = 25 * 2**20

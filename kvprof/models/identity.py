@@ -13,12 +13,14 @@ import torch
 from transformers import PreTrainedModel
 
 from kvprof.models.checkpoint.weights import LayerWeights, stream_projections
+from kvprof.models.config import load_config
 from kvprof.models.decoder import text_config
 from kvprof.models.execution.streaming import is_streamed
 from kvprof.models.inventory import take_inventory
-from kvprof.models.load import ModelSource, input_device, load_config
+from kvprof.models.load import input_device
 from kvprof.models.pinning import pin
 from kvprof.models.quantized.settings import open_live
+from kvprof.models.source import ModelSource
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.kinds import AnyFile
 from kvprof.records.scores import MadeWith

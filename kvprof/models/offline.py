@@ -22,8 +22,9 @@ def inventory_at_hand(model: str) -> Inventory | None:
     is_local = os.path.exists(os.path.expanduser(model))
     if model != DEMO and not is_local and _cached_config(model) is None:
         return None
+    from kvprof.models.config import load_config
     from kvprof.models.inventory import take_inventory
-    from kvprof.models.load import load_config, resolve
+    from kvprof.models.load import resolve
 
     source = resolve(model)
     if source.path is None and source.hub_id is not None:

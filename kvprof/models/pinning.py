@@ -18,10 +18,10 @@ from kvprof.models.checkpoint.gguf_model import open_gguf
 from kvprof.models.checkpoint.hub import HubModel, find_on_hub
 from kvprof.models.checkpoint.remote import RemoteCheckpoint, shards_on_hub
 from kvprof.models.checkpoint.shards import SAFETENSORS_INDEX
-from kvprof.models.load import ModelSource
 from kvprof.models.loaded import check_in_memory
 from kvprof.models.quantized.checkpoint import dequantized
 from kvprof.models.quantized.settings import open_live, settings_in
+from kvprof.models.source import ModelSource
 
 
 @dataclass(frozen=True)

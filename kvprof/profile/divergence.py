@@ -22,17 +22,13 @@ from kvprof.calibration.self_generated import batches_of, fill
 from kvprof.calibration.sequences import CalibrationSet
 from kvprof.errors import KvprofError
 from kvprof.metrics import LOGIT_ROUNDING_NATS, SOFTMAXES, token_kl
+from kvprof.models.config import load_config
 from kvprof.models.costs import Passes, estimate_run
 from kvprof.models.identity import fingerprint_of, made_with
 from kvprof.models.inventory import take_inventory
-from kvprof.models.load import (
-    ModelSource,
-    input_device,
-    load_config,
-    load_model,
-    wider_dtype_advice,
-)
+from kvprof.models.load import input_device, load_model, wider_dtype_advice
 from kvprof.models.memory import memory_explained
+from kvprof.models.source import ModelSource
 from kvprof.profile.decoder import decoding_of, within_the_window
 from kvprof.profile.probes import Probe, check_something_is_read, choose_probes
 from kvprof.profile.reading import read_text

@@ -21,13 +21,14 @@ from kvprof.errors import NonFiniteWeight
 from kvprof.models.checkpoint.files import Checkpoint
 from kvprof.models.checkpoint.remote import Fetched, RemoteCheckpoint
 from kvprof.models.checkpoint.weights import LayerReads, LayerWeights, Projections
+from kvprof.models.config import load_config
 from kvprof.models.decoder import text_config
 from kvprof.models.identity import Fingerprint, layer_digest, made_with
 from kvprof.models.inventory import take_inventory
-from kvprof.models.load import ModelSource, load_config
 from kvprof.models.memory import free_bytes
 from kvprof.models.pinning import pin
 from kvprof.models.quantized.checkpoint import as_stored
+from kvprof.models.source import ModelSource
 from kvprof.profile.matrix_norms import CHUNK_BYTES, matrix_norms
 from kvprof.records.estimate import Estimate
 from kvprof.records.inventory import Inventory

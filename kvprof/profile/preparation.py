@@ -14,10 +14,11 @@ from transformers import PretrainedConfig
 from kvprof.calibration.mixture import MixedText
 from kvprof.calibration.self_generated import batches_of
 from kvprof.errors import UsageError
+from kvprof.models.config import load_config
 from kvprof.models.costs import Passes, estimate_run
 from kvprof.models.inventory import take_inventory
 from kvprof.models.layouts import check_projects
-from kvprof.models.load import ModelSource, load_config
+from kvprof.models.source import ModelSource
 from kvprof.profile.decoder import Decoder, Formats, formats_of, readable
 from kvprof.profile.reading import read_text
 from kvprof.profile.shards import Share, read_share

@@ -13,9 +13,11 @@ from kvprof.calibration.mixture import MixedText, TextRequest, mix_texts
 from kvprof.calibration.self_generated import streamable
 from kvprof.calibration.sequences import CALIBRATION_LENGTH, choose_length
 from kvprof.calibration.spec import USUAL_DATA
+from kvprof.models.config import weight_bytes
 from kvprof.models.decoder import text_config
 from kvprof.models.inventory import position_limit
-from kvprof.models.load import ModelSource, load_tokenizer, weight_bytes
+from kvprof.models.load import load_tokenizer
+from kvprof.models.source import ModelSource
 from kvprof.records.requests.measure import Measuring
 
 

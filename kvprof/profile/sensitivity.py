@@ -22,7 +22,8 @@ from kvprof.calibration.self_generated import fill
 from kvprof.calibration.sequences import CalibrationSet
 from kvprof.errors import UnsupportedAttention, UsageError, first_line
 from kvprof.models.identity import fingerprint_of
-from kvprof.models.load import ModelSource, input_device, load_model
+from kvprof.models.load import input_device, load_model
+from kvprof.models.source import ModelSource
 from kvprof.profile.decoder import USUAL_DECODER, Decoder, Formats, within_the_window
 from kvprof.profile.distributed import join_process_group
 from kvprof.profile.preparation import Prepared, estimate, prepare

@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 from kvprof import __version__
 from kvprof.calibration.self_generated import batches_of, fill
 from kvprof.calibration.sequences import CalibrationSet
+from kvprof.models.config import load_config
 from kvprof.models.costs import Passes, estimate_run
 from kvprof.models.identity import fingerprint_of, made_with
 from kvprof.models.inventory import take_inventory
 from kvprof.models.layouts import check_projects
-from kvprof.models.load import ModelSource, load_config, load_model
+from kvprof.models.load import load_model
+from kvprof.models.source import ModelSource
 from kvprof.profile.reading import read_text
 from kvprof.profile.singular_values import SingularValues, cached_singular_values
 from kvprof.records.estimate import Estimate

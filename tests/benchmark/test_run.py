@@ -19,7 +19,7 @@ from kvprof.benchmark.run import run_benchmark
 from kvprof.benchmark.subject import Subject, random_subject, real_subject
 from kvprof.errors import CacheError, Mismatch, UsageError
 from kvprof.models.identity import checkpoint_fingerprint
-from kvprof.models.load import ModelSource
+from kvprof.models.source import ModelSource
 from kvprof.records.benchmark import Benchmark, BenchmarkCase, CacheName, DecodeRun
 from kvprof.records.formats import parse_formats
 from kvprof.records.geometry import CacheGeometry

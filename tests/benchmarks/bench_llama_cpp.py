@@ -22,8 +22,9 @@ from kvprof.calibration.sequences import tokenize
 from kvprof.calibration.text import BUILTIN, open_text
 from kvprof.evaluate.logits import planned_logits, reference_logits
 from kvprof.metrics import token_kl
+from kvprof.models.conversion import demo_gguf
 from kvprof.models.inventory import take_inventory
-from kvprof.models.load import demo_gguf, load_model, load_tokenizer, resolve
+from kvprof.models.load import load_model, load_tokenizer, resolve
 from kvprof.records.formats import parse_formats
 
 TOKENS, FIRST = 384, 64

@@ -34,7 +34,8 @@ from kvprof.analysis.calibration_plans import predict_plans, usual_plans
 from kvprof.analysis.ranks import spearman
 from kvprof.evaluate.evaluation import Baseline, run_evaluation
 from kvprof.evaluate.kl_factor import run_calibrate
-from kvprof.models.load import ModelSource, resolve
+from kvprof.models.load import resolve
+from kvprof.models.source import ModelSource
 from kvprof.profile.divergence import run_divergence
 from kvprof.records.evaluation import PlanResult
 from kvprof.records.formats import TENSORS

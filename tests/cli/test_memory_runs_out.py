@@ -148,7 +148,7 @@ def test_memory_that_runs_out_anywhere_else_is_no_traceback(error: str, monkeypa
     assert result.exit_code == 1
     assert "error: out of memory" in result.output
     assert "what is measured so far is kept" in " ".join(result.output.split())
-    monkeypatch.setattr("kvprof.models.load.AutoConfig.from_pretrained", fail)
+    monkeypatch.setattr("kvprof.models.config.AutoConfig.from_pretrained", fail)
     result = run("inspect", "model")
     assert result.exit_code == 1
     assert "out of memory while loading the config" in result.output

@@ -23,9 +23,11 @@ from kvprof.evaluate.evaluation import Baseline, run_evaluation
 from kvprof.evaluate.logits import planned_logits, reference_logits
 from kvprof.evaluate.summary import SequenceResult, summarise
 from kvprof.metrics import token_kl, token_nll
+from kvprof.models.config import load_config
 from kvprof.models.identity import checkpoint_fingerprint
 from kvprof.models.inventory import take_inventory
-from kvprof.models.load import ModelSource, load_config, load_model, load_tokenizer, resolve
+from kvprof.models.load import load_model, load_tokenizer, resolve
+from kvprof.models.source import ModelSource
 from kvprof.records.evaluation import Evaluation
 from kvprof.records.formats import Format
 from kvprof.records.geometry import CacheGeometry

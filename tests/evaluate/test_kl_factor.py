@@ -17,7 +17,8 @@ from kvprof.errors import CalibrationError, InvalidFile, Mismatch, UsageError
 from kvprof.evaluate import kl_factor as calibrate
 from kvprof.evaluate.kl_factor import CalibrateRun, fit, run_calibrate
 from kvprof.evaluate.logits import planned_logits, reference_logits
-from kvprof.models.load import ModelSource, load_model, load_tokenizer
+from kvprof.models.load import load_model, load_tokenizer
+from kvprof.models.source import ModelSource
 from kvprof.records.audit import PlanCheck, PredictedPlan
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import BitPlan, Window

@@ -27,10 +27,12 @@ from kvprof.models.checkpoint.files import GGUFCheckpoint
 from kvprof.models.checkpoint.gguf_header import check_gguf
 from kvprof.models.checkpoint.gguf_model import open_gguf, write_without_vocabulary
 from kvprof.models.checkpoint.weights import LayerWeights, stream_projections
+from kvprof.models.config import dtype_of, load_config
 from kvprof.models.identity import Fingerprint, live_fingerprint
 from kvprof.models.inventory import take_inventory
-from kvprof.models.load import ModelSource, dtype_of, load_config, load_model, resolve
+from kvprof.models.load import load_model, resolve
 from kvprof.models.pinning import pin
+from kvprof.models.source import ModelSource
 from kvprof.profile.norms import measure_norms
 
 NAMES = {

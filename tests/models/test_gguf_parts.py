@@ -18,9 +18,10 @@ from kvprof.cli.app import app
 from kvprof.errors import ModelError
 from kvprof.models.checkpoint.gguf_header import check_gguf
 from kvprof.models.checkpoint.gguf_model import open_gguf, write_without_vocabulary
+from kvprof.models.config import load_config
 from kvprof.models.identity import checkpoint_fingerprint
 from kvprof.models.inventory import take_inventory
-from kvprof.models.load import load_config, load_model, resolve
+from kvprof.models.load import load_model, resolve
 from kvprof.models.pinning import pin
 from kvprof.records.scores import Scores
 
@@ -134,7 +135,7 @@ def test_a_replaced_part_is_another_model(tmp_path: Path) -> None:
 
 def test_no_space_to_join_parts_says_how_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = parts_of(tmp_path / "parts")
-    monkeypatch.setattr("kvprof.models.load.SPARED_BYTES", 2**60)
+    monkeypatch.setattr("kvprof.models.conversion.SPARED_BYTES", 2**60)
     with pytest.raises(ModelError, match="llama-gguf-split --merge"):
         load_model(resolve(str(parts[0])))
 

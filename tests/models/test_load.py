@@ -25,10 +25,11 @@ from kvprof.calibration.sequences import batches
 from kvprof.calibration.text import open_text
 from kvprof.cli.app import app
 from kvprof.errors import CalibrationError, ModelError, UsageError
-from kvprof.models import load
+from kvprof.models import conversion
 from kvprof.models.checkpoint import hub as hub_client
+from kvprof.models.config import load_config
 from kvprof.models.identity import live_fingerprint
-from kvprof.models.load import load_config, load_model, load_tokenizer, resolve
+from kvprof.models.load import load_model, load_tokenizer, resolve
 from kvprof.profile.gradients import gradient_norms
 from kvprof.profile.norms import measure_norms
 
@@ -311,7 +312,7 @@ def test_a_misspelt_dtype_or_device_is_a_usage_error(in_tmp: Path) -> None:
 
 
 def test_the_demo_comes_from_the_hub_where_its_package_is_absent(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "DEMO_PACKAGE", "no_such_package")
-    monkeypatch.setattr(load, "DEMO_HUB_ID", REMOTE)
+    monkeypatch.setattr(conversion, "DEMO_PACKAGE", "no_such_package")
+    monkeypatch.setattr(conversion, "DEMO_HUB_ID", REMOTE)
     assert resolve(None).hub_id == REMOTE
     assert kvprof("inspect").exit_code == 0

@@ -25,7 +25,8 @@ from typer.testing import CliRunner, Result
 import kvprof
 from kvprof.cli.app import COMMANDS, app, make_app
 from kvprof.errors import ModelError
-from kvprof.models.load import load_config, load_model, load_tokenizer, resolve
+from kvprof.models.config import load_config
+from kvprof.models.load import load_model, load_tokenizer, resolve
 
 TRAP = "from pathlib import Path\nPath('sprung').touch()\n"
 CONFIG = "from transformers import LlamaConfig\n\nfrom .traps import nothing\n\nclass OwnConfig(LlamaConfig):\n"

@@ -22,10 +22,12 @@ from kvprof.errors import ModelError
 from kvprof.models.checkpoint.files import SafetensorsCheckpoint
 from kvprof.models.checkpoint.remote import RemoteCheckpoint
 from kvprof.models.checkpoint.weights import stream_projections
+from kvprof.models.config import load_config
 from kvprof.models.identity import checkpoint_fingerprint, live_fingerprint
 from kvprof.models.inventory import take_inventory
-from kvprof.models.load import ModelSource, load_config, resolve
+from kvprof.models.load import resolve
 from kvprof.models.pinning import bytes_to_download, pin
+from kvprof.models.source import ModelSource
 from kvprof.profile.norms import measure_norms
 from kvprof.records.geometry import CacheGeometry
 

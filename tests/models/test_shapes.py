@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kvprof.errors import UsageError
+from kvprof.models.config import weight_bytes
 from kvprof.models.inventory import take_inventory
-from kvprof.models.load import weight_bytes
 from kvprof.models.shapes import SHAPES, random_model, shape_config
 
 PARAMETERS = {

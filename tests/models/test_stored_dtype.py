@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from kvprof.cli.app import app
+from kvprof.models.config import dtype_of, load_config, weight_bytes
 from kvprof.models.inventory import take_inventory
-from kvprof.models.load import dtype_of, load_config, load_model, resolve, weight_bytes
+from kvprof.models.load import load_model, resolve
 from kvprof.records.scores import Scores
 
 

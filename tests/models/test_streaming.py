@@ -20,7 +20,8 @@ from kvprof.models.execution import activation_offload as offload
 from kvprof.models.execution import streaming
 from kvprof.models.execution.activation_offload import ActivationOffload
 from kvprof.models.inventory import take_inventory
-from kvprof.models.load import ModelSource, input_device, load_model
+from kvprof.models.load import input_device, load_model
+from kvprof.models.source import ModelSource
 from kvprof.profile.decoder import Decoder, formats_of
 from kvprof.profile.gradients import gradient_norms
 from kvprof.profile.loss_increase import loss_effects

@@ -20,7 +20,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvprof.errors import Mismatch, UnsupportedAttention, UsageError
 from kvprof.models.inventory import take_inventory
-from kvprof.models.load import ModelSource, resolve
+from kvprof.models.load import resolve
+from kvprof.models.source import ModelSource
 from kvprof.profile import divergence
 from kvprof.profile.divergence import divergences, run_divergence
 from kvprof.profile.probes import Probe, choose_probes

@@ -15,7 +15,8 @@ from typer.testing import CliRunner, Result
 
 from kvprof.cli.app import app
 from kvprof.errors import Mismatch, ModelError
-from kvprof.models.load import ModelSource, resolve
+from kvprof.models.load import resolve
+from kvprof.models.source import ModelSource
 from kvprof.profile.norms import run_norms
 
 LAYERS = 5

@@ -26,8 +26,10 @@ from kvprof.api.measure_again import largest_difference
 from kvprof.api.verify import TOLERANCE
 from kvprof.calibration.sequences import tokenize
 from kvprof.calibration.text import open_text
+from kvprof.models.config import load_config
 from kvprof.models.inventory import take_inventory
-from kvprof.models.load import ModelSource, load_config, load_model, load_tokenizer, resolve
+from kvprof.models.load import load_model, load_tokenizer, resolve
+from kvprof.models.source import ModelSource
 from kvprof.profile.decoder import Decoder, formats_of
 from kvprof.profile.norms import run_norms
 from kvprof.profile.scoring import measure_sensitivity

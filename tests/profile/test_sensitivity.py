@@ -17,7 +17,8 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from kvprof.errors import InvalidFile, KvprofError, Mismatch, UsageError
-from kvprof.models.load import ModelSource, resolve
+from kvprof.models.load import resolve
+from kvprof.models.source import ModelSource
 from kvprof.profile import scoring, sensitivity
 from kvprof.profile.decoder import Decoder
 from kvprof.profile.sensitivity import SensitivityRun

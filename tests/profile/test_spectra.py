@@ -19,7 +19,8 @@ from kvprof.calibration.sequences import tokenize
 from kvprof.calibration.text import open_text
 from kvprof.errors import InvalidFile, KvprofError, Mismatch, ModelError, OutputError, UnknownLayout
 from kvprof.models.inventory import take_inventory
-from kvprof.models.load import ModelSource, load_tokenizer, resolve
+from kvprof.models.load import load_tokenizer, resolve
+from kvprof.models.source import ModelSource
 from kvprof.profile import singular_values as measuring
 from kvprof.profile import spectra as running
 from kvprof.profile.lm_head import Head

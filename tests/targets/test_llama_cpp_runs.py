@@ -10,8 +10,10 @@ import shlex
 import pytest
 
 from kvprof.allocate.unscored import uniform_plan
+from kvprof.models.config import load_config
+from kvprof.models.conversion import demo_gguf
 from kvprof.models.inventory import take_inventory
-from kvprof.models.load import demo_gguf, load_config, resolve
+from kvprof.models.load import resolve
 from kvprof.records.formats import parse_formats
 from kvprof.targets.registry import TARGETS, WRITERS
 
