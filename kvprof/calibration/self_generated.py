@@ -34,6 +34,11 @@ ROWS = (4, 4, 8, 16)
 """Sequences that are written side by side, batch after batch, the last number for all further batches: so few at first
 that a measurement on a few sequences waits for no others."""
 
+DOCUMENTS_AT_ONCE = (2, 8)
+"""Documents of a sequence that are written side by side: at first, and at most once it is known how long they are. One
+after the other, those that end soon would each take forwards of their own; beside a long one, the next are of no use.
+Together they never hold more tokens than the sequence has."""
+
 TOKENS_AT_ONCE = 2**13
 """Tokens whose keys and values a batch may hold: of longer sequences, fewer are written side by side."""
 
@@ -147,6 +152,7 @@ def write_text(
         ends=sorted(end_tokens(tokenizer, model)),
         length=length,
         batches=[_rows(number, length) for number in range(len(ROWS))],
+        documents_at_once=list(DOCUMENTS_AT_ONCE),
         seed=seed,
         split=split,
     )
@@ -218,28 +224,48 @@ def _tokens_named(owner: Any, name: str, vocabulary: int) -> list[int]:
 
 
 def _write_batch(model: PreTrainedModel, kept: _Kept, rows: int, step: Callable[[int], None]) -> Sequences:
-    """Sample the batch of sequences that follows those kept, document by document."""
+    """Sample the batch of sequences that follows those kept, some documents of each at a time."""
     setup, start = kept.setup, len(kept.sequences)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     texts: list[list[int]] = [[] for _ in range(rows)]
-    number = 0
+    numbers = [0] * rows  # of each sequence's next document
+    side_by_side = DOCUMENTS_AT_ONCE[0]
+    counted = 0
+
+    def count(tokens: int) -> None:
+        nonlocal counted
+        if tokens:
+            counted += tokens
+            step(tokens)
+
     while short := [row for row in range(rows) if len(texts[row]) < setup.length]:
-        numbers = [Random(f"{setup.seed}/{setup.split}/{start + row}/{number}") for row in short]
-        openings = [setup.opening or [own.randrange(vocabulary)] for own in numbers]
-        before = sum(map(len, texts))
-        for row, opening in zip(short, openings, strict=True):
-            if texts[row][-len(opening) :] == opening:  # what ended the document before opens this one
-                del texts[row][-len(opening) :]
-        has = [len(texts[row]) for row in short]
-        limits = [max(setup.length - tokens, len(openings[0])) for tokens in has]
-        for row, opening in zip(short, openings, strict=True):
-            texts[row] = (texts[row] + opening)[: setup.length]
-        step(sum(map(len, texts)) - before)
-        documents = sample_documents(model, openings, limits, [own.random for own in numbers], setup.ends, step)
-        for row, tokens, document in zip(short, has, documents, strict=True):
-            texts[row] = (texts[row][:tokens] + document)[: setup.length]
-        number += 1
+        places = [(row, place) for row in short for place in range(side_by_side)]
+        draws = [Random(f"{setup.seed}/{setup.split}/{start + row}/{numbers[row] + place}") for row, place in places]
+        openings = [setup.opening or [own.randrange(vocabulary)] for own in draws]
+        opened = len(openings[0])
+        for row, opening in zip(short, openings[::side_by_side], strict=True):
+            _drop_ending(texts[row], opening)
+        count(sum(min(len(text) + opened, setup.length) for text in texts) - counted)
+        # Each further document may take the place of an ending that its opening stands for.
+        limits = [max(setup.length - len(texts[row]), opened) + place * opened for row, place in places]
+        documents = sample_documents(
+            model, openings, limits, [own.random for own in draws], setup.ends, count, [row for row, _ in places]
+        )
+        for (row, _), opening, document in zip(places, openings, documents, strict=True):
+            if document and len(texts[row]) < setup.length:
+                _drop_ending(texts[row], opening)
+                texts[row] = (texts[row] + document)[: setup.length]
+                numbers[row] += 1
+        count(sum(map(len, texts)) - counted)
+        left = setup.length - min(map(len, texts))
+        side_by_side = min(max(-(-left * sum(numbers) // counted), 1), DOCUMENTS_AT_ONCE[1])
     return [tuple(ids) for ids in texts]
+
+
+def _drop_ending(text: list[int], opening: list[int]) -> None:
+    """Take what ended the document before off a text, where it opens the next one too."""
+    if text[-len(opening) :] == opening:
+        del text[-len(opening) :]
 
 
 @dataclass(frozen=True)
@@ -254,6 +280,7 @@ class _Setup:
     ends: list[int]
     length: int
     batches: list[int]
+    documents_at_once: list[int]
     seed: int
     split: str
 

@@ -1,13 +1,12 @@
 """Signed first-order effects on the loss of storing one tensor of one layer in a format.
 
-Reads a model and a batch of token ids; returns series of effects in nats, sequence by sequence. One forward, one
-backward, and for each format the attention of its layer once more. Does not know text, files, budgets, nor what the
-effects add up to (records/long_run.py).
+Reads a model and a batch of token ids; returns series of effects in nats, sequence by sequence. One forward, a
+backward to the positions that count, and what each format changes of its layer (format_effects.py). Does not know
+text, files, budgets, nor what the effects add up to (records/long_run.py).
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,17 +19,19 @@ from kvprof.calibration.sequences import Batch
 from kvprof.errors import NonFiniteGradient
 from kvprof.models.load import input_device, wider_dtype_advice
 from kvprof.profile.decoder import Formats
+from kvprof.profile.format_changes import LayerFormats
+from kvprof.profile.format_effects import format_effects
 from kvprof.profile.lm_head import Head
-from kvprof.records.formats import FULL_BITS, TENSORS, TensorName
+from kvprof.profile.output_effects import output_effects
+from kvprof.profile.suffix_gradients import attend_with_suffix, suffix_gradients
+from kvprof.records.formats import TENSORS, TensorName
 from kvprof.records.plan import Quantizer, TensorPlan, Window
 from kvprof.records.scores import suffix_start
+from kvprof.runtime.attention.logits import logits_of
 from kvprof.runtime.attention.patch import AttentionCall, attention_through
-from kvprof.runtime.attention.reference import attend_as_decoding
 
 Effects = dict[tuple[int, TensorName, str], list[Tensor]]
 """(layer, tensor, format name) to the effects of each sequence's positions that count: (N,), float64, on the CPU."""
-
-_UNTOUCHED = TensorPlan(bits=FULL_BITS, group_size=1, axis="token")
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,10 @@ def loss_effects(
     counted = suffix.mask(batch.input_ids.shape[1])  # (B, T - first)
     generators = [_generator(seed, index) for index in batch.indices]
     ids, mask = (tensor.to(input_device(model)) for tensor in (batch.input_ids, batch.attention_mask))
-    with attention_through(model, layers, probe.attend):
+    rows, tokens = ids.shape
+    with attention_through(model, layers, probe.attend), suffix_gradients(model, rows, tokens, suffix.first):
         head = Head(model, input_ids=ids, attention_mask=mask, use_cache=False)
-        for start, stop in head.chunks(suffix.first, ids.shape[1]):
+        for start, stop in head.chunks(suffix.first, tokens):
             here = counted[:, start - suffix.first : stop - suffix.first]
             logits = head.run(start, stop, input_ids=ids[:, start:stop], use_cache=False).logits[here.to(ids.device)]
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (positions, V)
@@ -129,46 +131,49 @@ class _Probe:
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Attend as the model does, and wait for the gradient of the output."""
-        output = call.run()
-        if not torch.is_grad_enabled():  # a block whose forward will be repeated on the way back
-            return output
+        before, output = attend_with_suffix(call, self.suffix.first)
+        if not torch.is_grad_enabled():  # a block whose forward will be repeated on the way back, and in the same parts
+            return output if before is None else torch.cat([before, output], dim=1)
         leaf = not output.requires_grad  # the first layer's: nothing before it asks for a gradient
         if leaf:
             output.requires_grad_(True)
         kept = call.detached()
-        exact = output.detach()[:, self.suffix.first :]
 
         def arrived(gradient: Tensor) -> None:
             with torch.no_grad():
-                self._ask(kept, exact, gradient[:, self.suffix.first :])
+                self._ask(kept, gradient)
 
         output.register_hook(arrived)  # type: ignore[no-untyped-call]
+        if before is not None:
+            return torch.cat([before, output], dim=1)
         return output.clone() if leaf else output  # a copy may be changed in place, a leaf not
 
-    def _ask(self, call: AttentionCall, exact: Tensor, gradient: Tensor) -> None:
-        """Add up g . d of every format of this layer's keys and values. exact, gradient: (B, T - first, heads, D)."""
-        # In half precision an output is rounded by more than 6 or 8 bits change it: d is taken between wider ones.
-        dtype = torch.promote_types(exact.dtype, torch.float32)
-        attend = functools.partial(
-            attend_as_decoding,
-            window=self.window,
-            quantizer=self.quantizer,
-            first=self.suffix.first,
-            wide=call if dtype == exact.dtype else call.promoted(dtype),  # once for all formats
+    def _ask(self, call: AttentionCall, gradient: Tensor) -> None:
+        """Add up g . d of every format of this layer's keys and values. gradient: (B, T - first, heads, D)."""
+        # In half precision an output is rounded by more than 6 or 8 bits change it: d is computed in a wider dtype.
+        dtype = torch.promote_types(call.query.dtype, torch.float32)
+        wide = call if dtype == call.query.dtype else call.promoted(dtype)
+        asked = LayerFormats(
+            [
+                (tensor, form.name, TensorPlan(**form.model_dump()))
+                for tensor in TENSORS
+                for form in self.formats.get((call.layer, tensor), ())
+            ],
+            self.window,
+            self.quantizer,
+            self.suffix.first,
         )
-        if dtype != exact.dtype:
-            exact = attend(call, _UNTOUCHED, _UNTOUCHED)
-            gradient = gradient.to(dtype)
-        mask = self.suffix.mask(call.key.shape[2]).to(gradient.device)
-        for tensor in TENSORS:
-            for form in self.formats.get((call.layer, tensor), ()):
-                one = TensorPlan(**form.model_dump())
-                delta = attend(call, *(one if name == tensor else _UNTOUCHED for name in TENSORS)).sub_(exact)
-                dots = (delta.mul_(gradient)).flatten(2).sum(-1, dtype=torch.float64)
-                dots = dots.masked_fill_(~mask, 0.0).cpu()
-                key = (call.layer, tensor, form.name)
-                # A layer that shares these keys adds to what the same position feels.
-                self.dots[key] = self.dots[key] + dots if key in self.dots else dots
+        logits = logits_of(wide, min(self.suffix.lengths) - 1)
+        if logits is None:
+            found = output_effects(call, wide, gradient.to(dtype), asked)
+        else:
+            found = format_effects(call, wide, logits, gradient.to(dtype), asked)
+        mask = self.suffix.mask(call.key.shape[2])
+        for (tensor, name), dots in found.items():
+            dots = dots.cpu().double().masked_fill_(~mask, 0.0)
+            key = (call.layer, tensor, name)
+            # A layer that shares these keys adds to what the same position feels.
+            self.dots[key] = self.dots[key] + dots if key in self.dots else dots
 
 
 def _generator(seed: int, index: int) -> torch.Generator:
@@ -188,6 +193,7 @@ def _sampled_labels(logits: Tensor, counts: Sequence[int], generators: Sequence[
     labels = []
     for rows, generator in zip(torch.split(logits, list(counts)), generators, strict=True):
         for row in rows:
-            clocks = torch.empty(len(row)).exponential_(generator=generator)
-            labels.append((row - clocks.log().to(row.device)).argmax())
+            # The very numbers of torch's exponential_, which takes three times as long.
+            clocks = torch.rand(len(row), dtype=torch.float64, generator=generator).neg_().log1p_().neg_().float()
+            labels.append((row - clocks.log_().to(row.device)).argmax())
     return torch.stack(labels)

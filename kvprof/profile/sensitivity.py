@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,19 +25,24 @@ from kvprof.errors import UnsupportedAttention, UsageError, first_line
 from kvprof.models.identity import fingerprint_of
 from kvprof.models.load import input_device, load_model
 from kvprof.models.source import ModelSource
-from kvprof.profile.decoder import USUAL_DECODER, Decoder, Formats, within_the_window
+from kvprof.profile.decoder import USUAL_DECODER, Decoder, Formats, decoding_of, within_the_window
 from kvprof.profile.distributed import join_process_group
 from kvprof.profile.preparation import Prepared, estimate, prepare
 from kvprof.profile.scoring import SequenceResult, measure_sensitivity, samples_of
 from kvprof.profile.shards import as_shard
 from kvprof.records.effects import block_tokens, decode
 from kvprof.records.estimate import Estimate
+from kvprof.records.formats import TENSORS
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.inventory import Inventory
+from kvprof.records.plan import tensor_word
 from kvprof.records.requests.measure import GradientsRequest
+from kvprof.records.sampled import gradient_scores
 from kvprof.records.scores import Scores
 from kvprof.runtime.attention.patch import AttentionCall, attention_through
 from kvprof.storage.journal import Journal
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,8 @@ def run_sensitivity(
         progress(len(measured), len(chosen))
 
         def finished(results: Mapping[int, SequenceResult]) -> None:
+            if log is not None and not measured and len(results) < len(chosen):
+                logger.info("%s", _first_numbers(results, text, loaded, decoder))
             if log is not None:
                 entry = [[index, result.norms, result.effects] for index, result in results.items()]
                 log.add(",".join(map(str, results)), entry)  # a batch is one line: all of it, or nothing
@@ -193,6 +201,38 @@ def _read_journal(
                     raise ValueError(index)
                 found[index] = result
     return found
+
+
+def _first_numbers(
+    results: Mapping[int, SequenceResult], text: CalibrationSet, loaded: _Loaded, decoder: Decoder
+) -> str:
+    """Return in a line what the first sequences of a run say of the first format of keys and of values."""
+    indices, geometry, counted = list(results), loaded.inventory.geometry, decoder.counted(text)
+    scores = gradient_scores(
+        samples_of(list(results.values()), geometry, loaded.formats),
+        text.taken(indices).info,
+        loaded.inventory.model,
+        geometry,
+        decoding_of(text.taken(indices), decoder.window, decoder.suffix_fraction) if loaded.formats else None,
+        block_tokens(max(counted)),
+        [counted[index] for index in indices],
+    )
+    said = []
+    for tensor in TENSORS:
+        what, unit = "by gradient norm", ""
+        numbers = {entry.layer: entry.tensor(tensor).gradient_norm or 0.0 for entry in scores.layers}
+        forms = [form.name for (_, name), several in loaded.formats.items() for form in several if name == tensor]
+        if forms:
+            what, unit = f"in {forms[0]}", " nats a token"
+            losses = {entry.layer: entry.tensor(tensor).loss_increase or {} for entry in scores.layers}
+            numbers = {layer: found[forms[0]] for layer, found in losses.items() if forms[0] in found}
+        if not numbers:
+            continue
+        layer = max(numbers, key=numbers.__getitem__)
+        word = tensor_word(geometry.layers[layer], tensor)
+        said.append(f"{word}s {what} matter most in layer {layer}: {numbers[layer]:.3g}{unit}")
+    sequences = "1 sequence" if len(indices) == 1 else f"{len(indices)} sequences"
+    return f"first numbers, of {sequences}: {'; '.join(said)}"
 
 
 def _is_score(number: object) -> bool:

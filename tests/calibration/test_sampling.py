@@ -186,6 +186,34 @@ def test_every_token_is_counted() -> None:
     assert sample_documents(Fixed([0.0, 0.0]), [[1], [0]], [1, 1], [lambda: 0.0] * 2) == [[1], [0]]
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral-sliding", "falcon-h1"])
+def test_documents_of_one_text_are_those_that_are_written_alone(name: str) -> None:
+    """Each as long as those before it leave room for; the first alone where a recurrent state holds all rows."""
+    model = tiny_model(name)
+    draws = uniform(6, 200, seed=3).tolist()
+    whole = sample_tokens(model, [5], uniform(6, 200, seed=3)[:1])[0].tolist()
+    ends = {whole[9]}
+    counted: list[int] = []
+    numbers = [iter(row).__next__ for row in draws]
+    texts = [0, 0, 0, 1, 1, 1]
+    found = sample_documents(model, [[5]] * 6, [40] * 6, numbers, ends, counted.append, texts)
+    standing = 0
+    for text in (0, 1):
+        room = 40
+        for row in range(3 * text, 3 * text + 3):
+            if name == "falcon-h1" and row % 3:
+                assert found[row] == []
+                continue
+            (alone,) = sample_documents(model, [[5]], [200], [iter(draws[row]).__next__], ends)
+            expected = alone[:room]
+            assert found[row][: len(expected)] == expected
+            standing += len(expected)
+            room -= len(expected)
+            if room <= 0:
+                break
+    assert sum(counted) == standing - 2  # the openings of the first two stand there already
+
+
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_predictions_that_are_not_finite_are_one_message_with_advice(wrong: float) -> None:
     with pytest.raises(CalibrationError, match=r"float16 its predictions are not finite.*\n.*--dtype float32"):

@@ -53,6 +53,26 @@ def test_streamed_gradients_are_those_of_the_whole_model(place: Path) -> None:
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_the_first_sequence_s_numbers_are_printed_when_it_is_measured(caplog: pytest.LogCaptureFixture) -> None:
+    """Those of a run on it alone; nothing is printed of a run that is over with its first batch."""
+    told = r"first numbers, of 1 sequence: keys in int2g8 .* layer (\d): (\S+) nats.*; values in int3g8 .*: (\S+) nats"
+    with caplog.at_level("INFO", "kvprof"):
+        assert kvprof("gradients", "model", *SMALL, *FORMATS, "--out", "four").exit_code == 0
+        found = re.findall(told, caplog.text)
+        assert len(found) == 1
+        caplog.clear()
+        assert kvprof("gradients", "model", *SMALL, *FORMATS, "--sequences", "1", "--out", "one").exit_code == 0
+        assert "first numbers" not in caplog.text
+        assert kvprof("gradients", "model", *SMALL, "--formats", "none", "--out", "none").exit_code == 0
+        assert "keys by gradient norm matter most in layer" in caplog.text
+    layers = Scores.load("one/gradients.json").layers
+    keys = [entry.key.loss_increase["int2g8"] for entry in layers]
+    values = [entry.value.loss_increase["int3g8"] for entry in layers]
+    (layer, key, value) = found[0]
+    assert (int(layer), float(key)) == (keys.index(max(keys)), pytest.approx(max(keys), rel=1e-2))
+    assert float(value) == pytest.approx(max(values), rel=1e-2)
+
+
 def test_a_streamed_model_writes_text_itself_as_the_whole_one_does(place: Path) -> None:
     text = ["--data", "self", "--pack", *SHORT]
     for name, how in (("whole", []), ("streamed", ["--stream"])):

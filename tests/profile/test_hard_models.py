@@ -161,7 +161,7 @@ def test_keys_or_values_of_zero_lose_nothing_and_no_number_is_none(projection: s
     assert all((values == 0).all() for (_, tensor), values in spectra.items() if tensor == zero)
 
 
-@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e-10, 1e5, 1e10, 1e20, 1e30])
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e-10, 1e3, 1e4, 1e5, 1e6, 1e8, 1e10, 1e20, 1e30])
 @pytest.mark.parametrize("projection", ["k_proj", "v_proj"])
 def test_weights_of_any_size_are_measured_as_in_float64_or_refused(projection: str, size: float) -> None:
     def scaled(dtype: torch.dtype) -> PreTrainedModel:

@@ -22,6 +22,7 @@ from kvprof.calibration.sequences import IGNORED, Batch
 from kvprof.errors import NonFiniteGradient, UnsupportedAttention
 from kvprof.metrics import token_kl
 from kvprof.models.inventory import take_inventory
+from kvprof.profile import format_changes, format_effects
 from kvprof.profile import loss_increase as losses
 from kvprof.profile.decoder import Formats, usual_formats
 from kvprof.profile.loss_increase import Effects, loss_effects
@@ -30,7 +31,7 @@ from kvprof.records.formats import TENSORS, Format, TensorName, format_named
 from kvprof.records.geometry import KVLayer
 from kvprof.records.plan import BitPlan, Quantizer, TensorPlan, Window, format_of, layer_plan
 from kvprof.runtime.attention.patch import _active
-from kvprof.runtime.attention.reference import attend_as_decoding, decoding_reads
+from kvprof.runtime.attention.reference import decoding_reads
 
 WINDOW = Window(sink_tokens=2, recent_tokens=5)
 NAMES: dict[TensorName, tuple[str, ...]] = {"key": ("int2g4", "int3g8c", "rot2"), "value": ("int2g8", "rot1", "int4g4")}
@@ -172,7 +173,7 @@ def test_in_half_precision_the_rounding_of_outputs_is_not_taken_for_what_a_forma
 
 def test_a_loss_that_is_not_finite_says_which_and_what_to_try(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama").to(torch.float16)
-    monkeypatch.setattr(losses, "attend_as_decoding", lambda *_, **__: torch.full((1, 20, 4, 8), math.inf))
+    monkeypatch.setattr(format_changes, "restored_tokens", lambda *given: torch.full_like(given[-1], math.inf))
     with pytest.raises(NonFiniteGradient, match=r"key of layer 1 in int2g4 is not finite in float16\.\n.*bfloat16"):
         ask(model, batch_of(41), formats_for(model))
 
@@ -323,19 +324,33 @@ def test_both_parts_of_a_latent_are_tried_in_the_formats_of_keys() -> None:
     assert {form.group_size for form in rope if form.scheme == "rotated"} == {64}
 
 
-def test_memory_does_not_grow_with_the_number_of_formats(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of each format asked, the restored attention is gone before the next one is asked."""
-    model, batch = tiny_model("llama"), batch_of(48)
+@pytest.mark.parametrize("name", ["llama", "deepseek-v3"])
+def test_memory_is_bounded_and_moves_no_number(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where little may stand at a time, changes of a few formats of a head do, and weights of a few queries."""
+    model, batch = precise(name), batch_of(48, 37)
+    if name == "deepseek-v3":
+        model.set_experts_implementation("eager")  # another's kernels know no float64
+    names: dict[TensorName, tuple[str, ...]] = dict.fromkeys(TENSORS, ("int2g4", "int3g4", "int4g4", "rot2"))
+    expected = effects_of(model, batch, formats_for(model, names))
     made: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
+    restored_tokens = format_changes.restored_tokens
 
-    def watched(*arguments: Any, **options: Any) -> Tensor:
+    def watched(*given: Any) -> Tensor:
         alive.append(sum(one() is not None for one in made))
-        output = attend_as_decoding(*arguments, **options)
+        output = restored_tokens(*given)
         made.append(weakref.ref(output))
         return output
 
-    monkeypatch.setattr(losses, "attend_as_decoding", watched)
-    ask(model, batch, formats_for(model))
-    assert len(alive) == 12
+    monkeypatch.setattr(format_changes, "restored_tokens", watched)
+    monkeypatch.setattr(format_changes, "NUMBERS_AT_ONCE", 1)
+    monkeypatch.setattr(format_effects, "QUERIES_AT_ONCE", 7)
+    monkeypatch.setattr(format_effects, "CPU_WEIGHTS_AT_ONCE", 1)
+    found = effects_of(model, batch, formats_for(model, names))
+    heads = 1 if name == "deepseek-v3" else 2  # a latent is all heads'
+    sequences = layers = 2
+    assert len(alive) == sequences * layers * 8 * heads
     assert max(alive) <= 1
+    for key, series in expected.items():
+        for one, other in zip(found[key], series, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)

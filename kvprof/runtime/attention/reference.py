@@ -11,6 +11,7 @@ import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,13 +86,13 @@ def attend_as_decoding(
         dtype = wide.query.dtype
         call, keys, values = wide, keys.promoted(dtype), values.promoted(dtype)
     expanded = None if call.latents is None else _Expanded(call, call.latents, keys, values)
-    mask = _additive(call.mask, tokens, call.query)
+    mask = additive_mask(call.mask, tokens, call.query)
     bias = call.options.get("position_bias")
     outputs = []
     for start in range(first, tokens, QUERIES_AT_ONCE):
         queries = slice(start, min(tokens, start + QUERIES_AT_ONCE))
         pieces = _pieces(keys.counts[queries], values.counts[queries], keys.sinks, queries.stop)
-        options = {name: given[:, :, queries] for name, given in call.options.items() if _is_by_query(given, tokens)}
+        options = chunk_options(call, queries)
         if bias is not None:
             options["position_bias"] = _joined(bias[:, :, queries, piece.start : piece.stop] for piece in pieces)
         read = [_read(piece, keys, values) if expanded is None else expanded.read(piece) for piece in pieces]
@@ -106,9 +107,28 @@ def attend_as_decoding(
     return torch.cat(outputs, dim=1)
 
 
-def _is_by_query(option: object, tokens: int) -> bool:
-    """Whether an option of attention has a number for each query: (B, heads, T, ...), as Inkling's sinks."""
-    return isinstance(option, Tensor) and option.dim() == 4 and option.shape[2] == tokens
+def run_queries(call: AttentionCall, queries: slice) -> Tensor:
+    """Attend some queries of a whole text to all before them, as the module does: (B, queries, heads, D)."""
+    start, stop, _ = queries.indices(call.query.shape[2])
+    queries = slice(start, stop)
+    options = chunk_options(call, queries)
+    if (bias := options.get("position_bias")) is not None:
+        options["position_bias"] = bias[..., :stop]
+    mask = additive_mask(call.mask, call.key.shape[2], call.query)[:, :, queries, :stop]
+    return call.run(call.query[:, :, queries], call.key[:, :, :stop], call.value[:, :, :stop], mask, **options)
+
+
+def chunk_options(call: AttentionCall, queries: slice) -> dict[str, Any]:
+    """Return the options of a call that have a number for each query, (B, heads, T, ...), for some of the queries.
+
+    Inkling's sinks are one, and its position bias, of all keys.
+    """
+    tokens = call.query.shape[2]
+    return {
+        name: given[:, :, queries]
+        for name, given in call.options.items()
+        if isinstance(given, Tensor) and given.dim() == 4 and given.shape[2] == tokens
+    }
 
 
 def _check_head_dims(call: AttentionCall, entry: AnyLayerPlan, plan: BitPlan) -> None:
@@ -201,23 +221,33 @@ class _Expanded:
 def _copies(
     layer: int, name: TensorName, form: TensorPlan, window: Window, quantizer: Quantizer, exact_BHTD: Tensor
 ) -> _Copies:
-    """Quantize every token that some query reads quantized; what a token becomes depends on no query."""
-    if form.scheme == "rotated":
-        _check_head_dim(layer, name, form.group_size, exact_BHTD)
-    counts = _counts(form, window, exact_BHTD.shape[2])
+    counts = tokens_in_codes(form, window, exact_BHTD.shape[2])
     sinks = window.sink_tokens
     exact = exact_BHTD[:, :, sinks : sinks + counts[-1]]
-    try:
-        restored = fake_quantize(exact.detach(), form, quantizer) if counts[-1] else exact
-    except BeyondFormat as error:
-        raise BeyondFormat(f"the {name}s of layer {layer}: {error}") from None
+    restored = restored_tokens(layer, name, form, quantizer, exact)
     if counts[-1] and exact.requires_grad:
         restored = restored + (exact - exact.detach())  # adds zero, and a gradient of one: straight through
     return _Copies(exact_BHTD, restored, counts, sinks)
 
 
+def restored_tokens(layer: int, name: TensorName, form: TensorPlan, quantizer: Quantizer, exact_BHND: Tensor) -> Tensor:
+    """Return what the cache gives back of tokens that some query reads quantized: that depends on no query.
+
+    exact_BHND: the tokens after the sinks, as many as the last query reads so; perhaps none.
+    Raises Mismatch for heads that a rotation does not fit, BeyondFormat.
+    """
+    if form.scheme == "rotated":
+        _check_head_dim(layer, name, form.group_size, exact_BHND)
+    if not exact_BHND.shape[2]:
+        return exact_BHND
+    try:
+        return fake_quantize(exact_BHND.detach(), form, quantizer)
+    except BeyondFormat as error:
+        raise BeyondFormat(f"the {name}s of layer {layer}: {error}") from None
+
+
 @functools.lru_cache(maxsize=64)
-def _counts(form: TensorPlan, window: Window, tokens: int) -> tuple[int, ...]:
+def tokens_in_codes(form: TensorPlan, window: Window, tokens: int) -> tuple[int, ...]:
     """Return how many tokens are held as codes when the query at each position arrives: after none, one, two ..."""
     return tuple(quantized_tokens(form, window, before, form.recent_fraction) for before in range(tokens))
 
@@ -258,7 +288,7 @@ def _masked(mask: Tensor, piece: _Piece, keys: _Copies, values: _Copies, queries
     return own.masked_fill(~read, torch.finfo(own.dtype).min)
 
 
-def _additive(mask: Tensor | None, tokens: int, query: Tensor) -> Tensor:
+def additive_mask(mask: Tensor | None, tokens: int, query: Tensor) -> Tensor:
     """Return the mask as numbers to add to scores, (B or 1, heads or 1, T, T)."""
     if mask is None:
         mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=query.device).tril()

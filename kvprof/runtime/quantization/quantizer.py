@@ -17,7 +17,7 @@ from torch import Tensor
 from kvprof.records.formats import Format
 from kvprof.records.plan import Quantizer
 from kvprof.runtime.quantization.external import fake_quantize_external
-from kvprof.runtime.quantization.rotation import exact_levels, level_edges, lloyd_max_levels, rotation
+from kvprof.runtime.quantization.rotation import exact_levels, level_cells, lloyd_max_levels, rotation
 
 CLIP_FRACTIONS = tuple(1.0 - 0.05 * step for step in range(9))
 """What `clip: mse` tries to shrink a group's range to: 1.0, 0.95 ... 0.6."""
@@ -123,39 +123,38 @@ def _encode_groups(groups: Tensor, dim: int, form: Format, quantizer: Quantizer)
     low, high = groups.amin(dim, keepdim=True) + 0.0, groups.amax(dim, keepdim=True)
     nothing = low * 0 + high * 0  # NaN where either is not finite: a clamp would hide an infinity
     low, high = low + nothing, high + nothing
-    codes, scale, zero = _encode_range(groups, low, high, form, quantizer)
-    if form.clip == "none":
-        return codes, scale, zero
-    middle, reach = (low + high) / 2, (high - low) / 2
-    least = _squared_error(groups, codes, scale, zero, dim)
-    for fraction in CLIP_FRACTIONS[1:]:
-        tried = _encode_range(groups, middle - fraction * reach, middle + fraction * reach, form, quantizer)
-        error = _squared_error(groups, *tried, dim)
-        better = error < least
-        codes, scale, zero = (
-            torch.where(better, new, old) for new, old in zip(tried, (codes, scale, zero), strict=True)
-        )
-        least = torch.where(better, error, least)
-    return codes, scale, zero
+    scale, zero = _stored_range(low, high, form, quantizer)
+    if form.clip == "mse":
+        middle, reach = (low + high) / 2, (high - low) / 2
+        least = _squared_error(groups, scale, zero, dim, form)
+        for fraction in CLIP_FRACTIONS[1:]:
+            tried = _stored_range(middle - fraction * reach, middle + fraction * reach, form, quantizer)
+            error = _squared_error(groups, *tried, dim, form)
+            better = error < least
+            scale, zero = (torch.where(better, new, old) for new, old in zip(tried, (scale, zero), strict=True))
+            least = torch.where(better, error, least)
+    codes = _codes(groups, scale, zero, form)
+    return codes.masked_fill_(scale == 0, 0).to(torch.uint8), scale, zero
 
 
-def _encode_range(
-    groups: Tensor, low: Tensor, high: Tensor, form: Format, quantizer: Quantizer
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return codes, scale and zero where the codes span low to high; the codes are of scale and zero as stored."""
-    top = 2**form.bits - 1
+def _stored_range(low: Tensor, high: Tensor, form: Format, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
+    """Return scale and zero, as stored, of codes that span low to high."""
     # By a tensor: a GPU multiplies by the reciprocal of a number, which is not the same in the last place.
-    scale = _stored(
-        (high - low) / torch.full_like(low, top), quantizer.scale_dtype, largest_scale(form, quantizer.scale_dtype)
+    scale = (high - low) / torch.full_like(low, 2**form.bits - 1)
+    return (
+        _stored(scale, quantizer.scale_dtype, largest_scale(form, quantizer.scale_dtype)),
+        _stored(low, quantizer.zero_dtype),
     )
-    zero = _stored(low, quantizer.zero_dtype)
-    step = scale.to(groups.dtype)
-    codes = ((groups - zero.to(groups.dtype)) / _nonzero(step)).round_().clamp_(0, top)
-    return codes.masked_fill_(step == 0, 0).to(torch.uint8), scale, zero
 
 
-def _squared_error(groups: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, dim: int) -> Tensor:
-    restored = (codes * scale.to(groups.dtype)).add_(zero.to(groups.dtype))
+def _codes(groups: Tensor, scale: Tensor, zero: Tensor, form: Format) -> Tensor:
+    """Return the codes of scale and zero as stored, in the groups' dtype; where the scale is 0, any."""
+    codes = (groups - zero.to(groups.dtype)).div_(_nonzero(scale.to(groups.dtype)))
+    return codes.round_().clamp_(0, 2**form.bits - 1)
+
+
+def _squared_error(groups: Tensor, scale: Tensor, zero: Tensor, dim: int, form: Format) -> Tensor:
+    restored = _codes(groups, scale, zero, form).mul_(scale.to(groups.dtype)).add_(zero.to(groups.dtype))
     # Squared when widened: of numbers below 1e-19 float32 holds no squares, of those above 1e19 none either.
     return restored.sub_(groups).to(_widest(groups.device)).square_().sum(dim, keepdim=True)
 
@@ -168,9 +167,8 @@ def _encode_rotated(x_BHTD: Tensor, form: Format, quantizer: Quantizer) -> Encod
     size = y.square().mean(-1, keepdim=True).sqrt_()  # (B, H, T, 1)
     size = size.masked_fill(size.isinf(), torch.nan)  # of a number that is not finite, which a clamp would hide
     scale = _stored(size, quantizer.scale_dtype, largest_scale(form, quantizer.scale_dtype))
-    edges = level_edges(form.bits).to(device=y.device, dtype=work)
-    codes = torch.bucketize(y / _nonzero(scale.to(work)), edges, out_int32=True)
-    return Encoded(codes.to(torch.uint8).unsqueeze(3), scale, None)
+    codes = level_cells(form.bits).codes_of(y / _nonzero(scale.to(work)))
+    return Encoded(codes.unsqueeze(3), scale, None)
 
 
 def _decode_rotated(encoded: Encoded, form: Format, quantizer: Quantizer, units: Tensor) -> None:

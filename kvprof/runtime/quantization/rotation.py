@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -50,6 +51,45 @@ def level_edges(bits: int) -> Tensor:
     """Return what lies between neighbouring levels, where a number's code changes: (2^bits - 1,), float64."""
     levels = lloyd_max_levels(bits)
     return (levels[1:] + levels[:-1]) / 2
+
+
+@dataclass(frozen=True)
+class LevelCells:
+    """The real line in cells of one width, with at most one edge in each: a code is one look-up and one comparison.
+
+    starts_at: of the first cell. cells_per_unit: their number in an interval of 1. codes: the code of what lies before
+    a cell's edge, (cells,), uint8. edges: that edge, or where there is none the next one, (cells,), float64.
+    """
+
+    starts_at: float
+    cells_per_unit: int
+    codes: Tensor
+    edges: Tensor
+
+    def codes_of(self, numbers: Tensor) -> Tensor:
+        """Return the code of each number, uint8; of what is no number, any."""
+        last = len(self.codes) - 1
+        place = torch.add(-self.starts_at * self.cells_per_unit, numbers, alpha=self.cells_per_unit)
+        cells = place.clamp_(0, last).int().clamp_(0, last).flatten()  # an integer made of NaN may be any
+        codes, edges = self.codes.to(numbers.device), self.edges.to(numbers.device, numbers.dtype)
+        beyond = numbers.flatten() > edges.index_select(0, cells)
+        return codes.index_select(0, cells).add_(beyond).view(numbers.shape)
+
+
+@functools.cache
+def level_cells(bits: int) -> LevelCells:
+    """Return cells so small that each has at most one of the edges between neighbouring levels."""
+    edges = level_edges(bits)
+    slack = 1e-5  # of a number's place, which is rounded
+    reach = math.ceil(float(edges[-1])) + 1
+    per_unit = 8
+    while True:
+        starts = torch.arange(-reach * per_unit, reach * per_unit, dtype=torch.float64) / per_unit
+        before = torch.bucketize(starts - slack, edges)
+        if bool((torch.bucketize(starts + 1 / per_unit + slack, edges) - before <= 1).all()):
+            beyond_all = torch.tensor([math.inf], dtype=torch.float64)
+            return LevelCells(-float(reach), per_unit, before.to(torch.uint8), torch.cat([edges, beyond_all])[before])
+        per_unit *= 2
 
 
 @functools.cache
