@@ -18,8 +18,8 @@ from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import BitPlan, Window
 from kvprof.records.requests.request import LayerChoice
 
-WHOLE_CACHE = Window(sink_tokens=0, recent_tokens=0)
-"""Every token is quantized as it comes."""
+WHOLE_CACHE = Window(sink_tokens=0, recent_tokens=0, own_token_stored=True)
+"""Every token is quantized as it comes, before any query reads it: each target's file says where it was seen."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,21 @@ def sliding_remark(plan: BitPlan, target: Target) -> str | None:
         f"{target.name} quantizes layers of a sliding window like the others: neither its KL nor its bytes are what "
         f"the plan says; `kvprof gradients --target {target.name}` scores them too"
     )
+
+
+def own_token_remark(plan: BitPlan, target: Target) -> str | None:
+    """Return that a plan's prediction leaves out what a query loses of its own token, where it does; else None."""
+    if plan.window == target.window or plan.window != target.window.with_own_token_exact:
+        return None
+    return (
+        f"{target.name} reads a query's own key and value as they are stored, and the plan's scores have them in full "
+        f"precision: it loses more than predicted; `kvprof gradients --target {target.name}` scores that too"
+    )
+
+
+def target_remarks(plan: BitPlan, target: Target) -> tuple[str, ...]:
+    """Return in what a runtime does otherwise than a plan for it was predicted and counted."""
+    return tuple(remark for remark in (own_token_remark(plan, target), sliding_remark(plan, target)) if remark)
 
 
 def _stored_bits(name: str) -> str:

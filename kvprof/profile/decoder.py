@@ -19,9 +19,9 @@ from kvprof.records.plan import (
     covered_geometry,
     format_of,
     head_dim_of,
-    quantized_tokens,
     stored_like,
     tensor_word,
+    tokens_read_as_codes,
 )
 from kvprof.records.requests.request import LayerChoice
 from kvprof.records.scores import DecodingSetup, suffix_start
@@ -161,7 +161,7 @@ def within_the_window(forms: Iterable[Format], window: Window, lengths: Sequence
 
 def reads_codes(form: Format, window: Window, tokens: int) -> bool:
     """Whether any query of a sequence of so many tokens reads anything in this format."""
-    return quantized_tokens(form, window, tokens - 1) > 0
+    return tokens_read_as_codes(form, window, tokens - 1) > 0
 
 
 def decoding_of(text: CalibrationSet, window: Window, suffix_fraction: float) -> DecodingSetup:

@@ -14,7 +14,7 @@ from kvprof.allocate.budget import stored_bits_per_element
 from kvprof.allocate.constraints import FULL, Assignment, Cell, Table, reach
 from kvprof.allocate.costs import written
 from kvprof.allocate.losses import entries_of, planned_tensors
-from kvprof.allocate.target import WHOLE_CACHE, Target, sliding_remark
+from kvprof.allocate.target import WHOLE_CACHE, Target, own_token_remark, sliding_remark
 from kvprof.errors import Inexpressible
 from kvprof.records.external_formats import EXTERNAL
 from kvprof.records.formats import TENSORS, USUAL_AXIS, TensorName, format_named
@@ -82,12 +82,14 @@ def check_own(plan: BitPlan, target: Target) -> None:
 
 def window_remarks(plan: BitPlan, target: Target) -> list[str]:
     """Return that a runtime keeps other tokens in full precision than the plan does."""
+    if (remark := own_token_remark(plan, target)) is not None:
+        return [remark]
     if plan.window == target.window:
         return []
     own = f"the first {plan.window.sink_tokens} and the last {plan.window.recent_tokens} tokens"
     does = (
         "quantizes every token"
-        if target.window == WHOLE_CACHE
+        if target.window.with_own_token_exact == WHOLE_CACHE.with_own_token_exact
         else f"keeps the first {target.window.sink_tokens} and the last {target.window.recent_tokens}"
     )
     return [f"the plan keeps {own} in full precision, {target.name} {does}: its KL is not what was predicted"]

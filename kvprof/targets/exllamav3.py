@@ -2,6 +2,9 @@
 
 Source: `exllamav3/cache/quant.py` (CacheLayer_quant(config, attention, cache_id, max_num_tokens, k_bits, v_bits)) and
 `exllamav3/cache/cache.py`, which makes a `layer_type` for each attention layer.
+
+A query reads its own token as stored: `attn_dispatch` quantizes it into the cache first (1.6.5,
+`exllamav3/modules/attention_fn/dispatch.py`), but for heads that are no multiple of 32 channels or wider than 512.
 """
 
 from __future__ import annotations

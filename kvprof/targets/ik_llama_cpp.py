@@ -4,6 +4,8 @@
 
 Sources: `common/common.cpp` and `src/llama.cpp` of ikawrakow/ik_llama.cpp, where layers are counted over all of the
 model and the last flag wins where two overlap, which what is written here never does.
+
+A query reads its own token as stored: `llm_build_kv` of `src/llama-build-context.cpp` stores, then reads the cache.
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@
     -fa on -ctk q8_0 -ctv q4_0
 
 Sources: `common/arg.cpp` and `docs/build.md` of ggml-org/llama.cpp.
+
+A query reads its own token as stored: `build_attn` of `src/llama-graph.cpp` copies it into the cache and then reads all
+of the cache.
 """
 
 from __future__ import annotations

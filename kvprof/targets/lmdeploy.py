@@ -3,6 +3,9 @@
     --quant-policy 8
 
 Source: `docs/en/quantization/kv_quant.md`.
+
+A query reads its own token as stored: `fill_kv_cache` comes before attention (0.18.0,
+`lmdeploy/pytorch/backends/cuda/attention/default.py`).
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Source: `mlx_lm/models/cache.py` (QuantizedKVCache(group_size, bits), make_prompt_cache). A cache passed to `generate`
 as `prompt_cache` is left as it is where `kv_bits` is not given (`mlx_lm/generate.py`).
+
+A query reads its own token as stored: `QuantizedKVCache.update_and_fetch` gives back what it has quantized (0.32.2).
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
     --kv-bits 4 --kv-group-size 64 --quantized-kv-start 0
 
 Source: `docs/cli/generate.md`.
+
+A query reads its own token as stored, as in mlx-lm.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """NVIDIA Model-Optimizer: the `hf_quant_config.json` of a checkpoint whose cache has a format for each layer.
 
 Source: the KV cache's layer map, schema version 1, as Model-Optimizer's own unit tests have it (pull request 2272).
+
+A query reads its own token as stored, as in vLLM and TensorRT-LLM, which serve such checkpoints.
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@
     --kv-cache-dtype fp8_e4m3
 
 Source: `docs/advanced_features/quantized_kv_cache.md`.
+
+A query reads its own token as stored: attention backends call `set_kv_buffer` and then read the buffer (0.5.23,
+`sglang/srt/layers/attention/triton_backend.py`).
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
     kv_cache_config: {dtype: fp8}
 
 Source: `llm_args.py`.
+
+A query reads its own token as stored: the kernels of generation (XQA) read the cache, which the one before them wrote.
 """
 
 from __future__ import annotations

@@ -5,6 +5,9 @@
 Sources: `vllm/config/cache.py` (the dtypes; layers by index, separated by blanks), and of TurboQuant
 `vllm/model_executor/layers/quantization/turboquant/config.py`: its dtypes leave two layers at either end alone by
 themselves, which are written out all the same.
+
+A query that decodes reads its own token as stored: `do_kv_cache_update` of each attention backend runs before its
+`forward` (0.33.0, `vllm/v1/attention/backends/turboquant_attn.py` and others).
 """
 
 from __future__ import annotations

@@ -213,6 +213,7 @@ def test_gradients_score_a_runtimes_formats_in_its_own_window(here: Path) -> Non
     scores = Scores.load(path)
     assert scores.decoding is not None
     assert scores.decoding.window.recent_tokens == scores.decoding.window.sink_tokens == 0
+    assert scores.decoding.window.own_token_stored
     assert set(scores.layers[0].key.loss_increase) >= {"fp8_e4m3", "fp8_e5m2", "turbo_k4"}
     assert set(scores.layers[0].value.loss_increase) >= {"fp8_e4m3", "turbo_v4"}
     kvprof("allocate", "--target", "vllm", "--budget", "10", "--out", "plan.json")
@@ -220,6 +221,49 @@ def test_gradients_score_a_runtimes_formats_in_its_own_window(here: Path) -> Non
     assert said.stdout.startswith("--kv-cache-dtype ")
     refused = kvprof("gradients", "model", *text, "--formats", "q4_0", code=2)
     assert "q4_0 needs heads that are a multiple of 32 channels" in refused.stderr
+
+
+STORED_FIRST = set(TARGETS) - {"transformers", "kvtuner"}
+"""Runtimes that write a token into the cache and then attend to it there; the sources stand in each target's file."""
+
+
+def test_a_plan_has_a_querys_own_token_as_its_runtime_reads_it() -> None:
+    assert {name for name, target in TARGETS.items() if target.window.own_token_stored} == STORED_FIRST
+
+
+def test_scores_that_read_every_own_token_exactly_are_kept_and_it_is_said(here: Path) -> None:
+    """As an earlier kvprof wrote them: the plan's window is the one that its prediction speaks of."""
+    path = save_scores(here / "scores.json")
+    scores = json.loads(path.read_text())
+    scores["decoding"] = {"window": {"sink_tokens": 0, "recent_tokens": 0}, "suffix_fraction": 0.5, "tokens": 100}
+    path.write_text(json.dumps(scores))
+    said = kvprof("allocate", "--target", "llama.cpp", "--budget", "5", "--scores", path, "--out", "plan.json")
+    assert not BitPlan.load("plan.json").window.own_token_stored
+    assert "own_token_stored" not in (here / "plan.json").read_text()
+    assert "llama.cpp reads a query's own key and value as they are stored" in said.stderr
+    kvprof("verify", "plan.json", "--scores", path)
+    assert "llama.cpp reads a query's own key" in kvprof("export", "plan.json", "--to", "llama.cpp").stderr
+
+
+def test_a_cache_of_kvprofs_refuses_own_tokens_as_stored() -> None:
+    from tiny import tiny_model
+
+    from kvprof.errors import CacheError
+    from kvprof.runtime import PlanCache
+
+    entry = {"bits": 4, "group_size": 8, "axis": "token"}
+    plan = BitPlan.from_json(
+        {
+            "schema": "kvprof.plan/1",
+            "model": {"num_layers": 2},
+            "quantizer": {},
+            "window": {"sink_tokens": 0, "recent_tokens": 0, "own_token_stored": True},
+            "layers": [{"layer": layer, "key": entry, "value": entry} for layer in range(2)],
+        },
+        "plan",
+    )
+    with pytest.raises(CacheError, match="own key and value as they are stored"):
+        PlanCache.from_plan(plan, tiny_model("llama"))
 
 
 def test_a_cache_of_kvprofs_refuses_another_runtimes_formats(here: Path) -> None:
