@@ -9,12 +9,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import Self
 
 from kvprof.allocate.pareto import TIE
 from kvprof.allocate.solver import MAX_UNITS, solve
@@ -94,6 +95,9 @@ class Constraints(Protocol):
     def choices(self) -> Mapping[str, tuple[str, ...]]:
         """Return what the runtime has a word for: the word, and a format, or that of keys and that of values."""
 
+    def only(self, keeps: Callable[[str], bool]) -> Self:
+        """Return the constraints without some formats."""
+
     def best(self, table: Table, capacity: int) -> Found | None:
         """Return the assignment of least loss whose cost fits, the cheapest of such; None where none fits."""
 
@@ -130,6 +134,10 @@ class _OfFormats:
         """Return each format by its name."""
         return {name: (name,) for name in self.formats}
 
+    def only(self, keeps: Callable[[str], bool]) -> Self:
+        """Return the constraints without some formats."""
+        return replace(self, formats=tuple(filter(keeps, self.formats)))
+
 
 @dataclass(frozen=True)
 class _OfPairs:
@@ -147,6 +155,10 @@ class _OfPairs:
     def choices(self) -> Mapping[str, tuple[str, ...]]:
         """Return each word with its formats."""
         return self.pairs
+
+    def only(self, keeps: Callable[[str], bool]) -> Self:
+        """Return the constraints without some formats."""
+        return replace(self, pairs={word: pair for word, pair in self.pairs.items() if all(map(keeps, pair))})
 
     def word_for(self, pair: tuple[str, str]) -> str:
         """Return the first word for a pair of formats, which is one of `pairs`."""

@@ -6,7 +6,7 @@ Plain data. `targets` has each runtime's; `constrained` solves a plan within wha
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from kvprof.allocate.budget import CachedTensor
@@ -53,6 +53,13 @@ class Target:
                 found[name] = format_named(name, tensor.stored_as, tensor.head_dim)
         return found
 
+    def of_dtype(self, dtype: str | None) -> Target:
+        """Return the target as it stores a model of a dtype: some runtimes keep scales in that of the model."""
+        if self.constraints is None or dtype is None:
+            return self
+        suits = self.constraints.only(lambda name: name not in EXTERNAL or EXTERNAL[name].suits(dtype))
+        return replace(self, constraints=suits)
+
     @property
     def to_score(self) -> dict[TensorName, tuple[str, ...]] | None:
         """The formats that its plans need scores of; None where kvprof's usual ones will do."""
@@ -69,7 +76,8 @@ class Target:
         if self.constraints is None:
             return []
         rows = []
-        for word, forms in self.constraints.choices().items():
+        # Of a model in half precision: most are.
+        for word, forms in self.constraints.only(_in_half_precision).choices().items():
             bits = dict.fromkeys(map(_stored_bits, forms))
             rows.append((self.word(word), next(iter(bits)) if len(bits) == 1 else "K {} V {}".format(*bits)))
         return rows
@@ -138,6 +146,10 @@ def own_token_remark(plan: BitPlan, target: Target) -> str | None:
 def target_remarks(plan: BitPlan, target: Target) -> tuple[str, ...]:
     """Return in what a runtime does otherwise than a plan for it was predicted and counted."""
     return tuple(remark for remark in (own_token_remark(plan, target), sliding_remark(plan, target)) if remark)
+
+
+def _in_half_precision(name: str) -> bool:
+    return name not in EXTERNAL or EXTERNAL[name].suits("float16")
 
 
 def _stored_bits(name: str) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from kvprof.calibration.sequences import CalibrationSet
 from kvprof.errors import UsageError
+from kvprof.records.external_formats import EXTERNAL
 from kvprof.records.formats import TENSOR_WORDS, TENSORS, Format, TensorName, parse_formats
 from kvprof.records.geometry import CacheGeometry, KVLayer
 from kvprof.records.plan import (
@@ -53,7 +54,7 @@ class Decoder:
     """Of what decoder the losses are predicted.
 
     formats: names by tensor; None: those of `usual_formats`; none at all: no losses are predicted. passes_over: whether
-    a format that heads cannot have is left out of these, instead of refused.
+    a format that heads, or a model of its dtype, cannot have is left out of these, instead of refused.
     suffix_fraction: the share of each sequence, at its end, whose loss counts. layers: whether layers that slide are
     asked too. check: raises for a model that the decoder cannot serve.
     """
@@ -93,6 +94,8 @@ def formats_of(geometry: CacheGeometry, decoder: Decoder) -> Formats:
             if decoder.formats is None:
                 found[layer.layer, tensor] = usual_formats(layer, tensor)
             elif names := decoder.formats[tensor]:
+                if decoder.passes_over:
+                    names = [name for name in names if name not in EXTERNAL or EXTERNAL[name].suits(geometry.dtype)]
                 found[layer.layer, tensor] = _named(names, layer, tensor, decoder.passes_over)
     return found
 

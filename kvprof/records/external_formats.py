@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-Family = Literal["ggml", "float8", "nvfp4", "fp4", "mlx", "exl3", "lmdeploy", "turboquant"]
+Family = Literal["ggml", "float8", "nvfp4", "fp4", "mlx", "exl3", "lmdeploy", "lmdeploy_turbo", "turboquant"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class ExternalFormat:
     """One format of another runtime.
 
     bits: of a code. block: channels that share a scale; 0 where all of a head do, 1 where there is none. side_bits:
-    what a block stores beside its codes. family: whose quantizer rounds it.
+    what a block stores beside its codes. family: whose quantizer rounds it. of_dtype: the model's dtype, where the
+    runtime keeps what stands beside the codes in that; then there is a format for each. None: it is always the same.
     """
 
     name: str
@@ -26,6 +27,16 @@ class ExternalFormat:
     block: int
     side_bits: int
     family: Family
+    of_dtype: str | None = None
+
+    def suits(self, dtype: str | None) -> bool:
+        """Whether a model of a dtype is stored so; of an unknown dtype, it may be."""
+        return self.of_dtype is None or dtype is None or self.of_dtype == ("float32" if dtype == "float64" else dtype)
+
+    @property
+    def turns_heads(self) -> bool:
+        """Whether a head is multiplied with a Hadamard matrix first, which there is for powers of two alone."""
+        return self.name.startswith(("turbo_k", "lmdeploy_turbo"))
 
     def group_size(self, head_dim: int | None) -> int:
         """Return the channels that share a scale in heads of a dimension."""
@@ -35,6 +46,8 @@ class ExternalFormat:
         """Whether heads of a dimension can be cut into these blocks; of an unknown one, where blocks have a size."""
         if head_dim is None:
             return self.block > 0
+        if self.turns_heads and head_dim & (head_dim - 1):
+            return False
         return self.block == 0 or head_dim % self.block == 0
 
 
@@ -66,16 +79,34 @@ NVFP4 = _by_name([ExternalFormat("nvfp4", 4, 16, 8, "nvfp4")])
 # The same floats with a power of two as scale (SGLang's kvfp4_tensor.py).
 FP4 = _by_name([ExternalFormat("fp4_e2m1", 4, 16, 8, "fp4")])
 
-# MLX's affine quantization: a scale and a bias, of 16 bits each, for every group.
+_BY_DTYPE = (("float16", "", 16), ("bfloat16", "_bf16", 16), ("float32", "_f32", 32))
+"""A model's dtype, what is added to a format's name for it, and the bits of a number."""
+
+# MLX's affine quantization: a scale and a bias, of the model's dtype, for every group. It has 1 bit too, which gives
+# back the ends of the range alone.
 MLX = _by_name(
-    ExternalFormat(f"mlx{bits}g{group}", bits, group, 32, "mlx") for bits in (2, 4, 8) for group in (32, 64, 128)
+    ExternalFormat(f"mlx{bits}g{group}{suffix}", bits, group, 2 * width, "mlx", dtype)
+    for dtype, suffix, width in _BY_DTYPE
+    for bits in (2, 3, 4, 5, 6, 8)
+    for group in (32, 64, 128)
 )
 
 # ExLlamaV3: groups of 32 channels, rotated, with a float16 scale.
 EXL3 = _by_name(ExternalFormat(f"exl3_{bits}", bits, 32, 16, "exl3") for bits in range(2, 9))
 
-# LMDeploy: a scale and a zero point, of 16 bits each, for every token and head.
-LMDEPLOY = _by_name(ExternalFormat(f"lmdeploy_int{bits}", bits, 0, 32, "lmdeploy") for bits in (4, 8))
+# LMDeploy: a scale and a zero point, of the model's dtype, for every token and head.
+LMDEPLOY = _by_name(
+    ExternalFormat(f"lmdeploy_int{bits}{suffix}", bits, 0, 2 * width, "lmdeploy", dtype)
+    for dtype, suffix, width in _BY_DTYPE
+    for bits in (4, 8)
+)
+
+# LMDeploy's TurboQuant, all rotated: keys with a scale and a mean residual, values with a scale, for a token and head.
+LMDEPLOY_TURBO = _by_name(
+    ExternalFormat(f"lmdeploy_turbo_{side}{suffix}", bits, 0, numbers * width, "lmdeploy_turbo", dtype)
+    for dtype, suffix, width in _BY_DTYPE
+    for side, bits, numbers in (("k4", 4, 2), ("v2", 2, 1))
+)
 
 # vLLM's TurboQuant: keys rotated, a float16 norm for every token and head; values with a scale and a zero point.
 TURBOQUANT = _by_name(
@@ -84,5 +115,5 @@ TURBOQUANT = _by_name(
     for bits in (3, 4)
 )
 
-EXTERNAL: dict[str, ExternalFormat] = GGML | FLOAT8 | NVFP4 | FP4 | MLX | EXL3 | LMDEPLOY | TURBOQUANT
+EXTERNAL: dict[str, ExternalFormat] = GGML | FLOAT8 | NVFP4 | FP4 | MLX | EXL3 | LMDEPLOY | LMDEPLOY_TURBO | TURBOQUANT
 """Every format of another runtime, by name: in a plan, the `scheme` of a tensor."""

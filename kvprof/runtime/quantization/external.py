@@ -23,6 +23,15 @@ IQ4_NL_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69
 E2M1_LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The magnitudes of a 4-bit float (OCP Microscaling Formats, 5.3.3)."""
 
+LMDEPLOY_EDGES_AND_LEVELS = {
+    2: ((-0.9815992, 0.0, 0.9815992), (-1.5104176, -0.4527808, 0.4527808, 1.5104176)),
+    3: (
+        (-1.7479274, -1.0499573, -0.5005497, 0.0, 0.5005497, 1.0499573, 1.7479274),
+        (-2.1519456, -1.3439093, -0.7560052, -0.2450942, 0.2450942, 0.7560052, 1.3439093, 2.1519456),
+    ),
+}
+"""`get_lloyd_max_codebook` of LMDeploy's turbo_quant.py (0.18.0): of a standard normal, ten steps towards Lloyd-Max."""
+
 
 @torch.no_grad()
 def fake_quantize_external(x_BHTD: Tensor, form: Format) -> Tensor:
@@ -115,9 +124,11 @@ def _e2m1(x: Tensor) -> Tensor:
 
 
 def _mlx(blocks: Tensor, form: ExternalFormat) -> Tensor:
-    """Round as MLX's `affine_quantize` does on a CPU (mlx/backend/cpu/quantized.cpp), scale and bias in float16.
+    """Round as MLX's `affine_quantize` does on a CPU (0.32.4, mlx/backend/cpu/quantized.cpp).
 
-    The end of the range that is larger in magnitude falls on a code exactly, and so does zero.
+    The end of the range that is larger in magnitude falls on a code exactly, and so does zero. Scale and bias are of
+    the model's dtype, and so is what a code is restored with: `mx.dequantize` multiplies in it and then adds, as the
+    CPU's products do and the GPU's of many queries.
     """
     low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
     top = (1 << form.bits) - 1
@@ -128,7 +139,7 @@ def _mlx(blocks: Tensor, form: ExternalFormat) -> Tensor:
     bias = torch.where(steps != 0, edge, 0.0)
     scale = torch.where(steps != 0, edge / steps, scale)
     codes = ((blocks - bias) / scale).round().clamp(0, top)
-    return codes * _float16(scale) + _float16(bias)
+    return _kept(_kept(codes * _kept(scale, form), form) + _kept(bias, form), form)
 
 
 def _exl3(blocks: Tensor, form: ExternalFormat) -> Tensor:
@@ -147,25 +158,54 @@ def _exl3(blocks: Tensor, form: ExternalFormat) -> Tensor:
 
 
 def _lmdeploy(blocks: Tensor, form: ExternalFormat) -> Tensor:
-    """Round from the minimum of a head: LMDeploy's fill_kv_cache.py, its scale and zero point in float16."""
+    """Round from the minimum of a head: LMDeploy's fill_kv_cache.py and pagedattention.py (0.18.0).
+
+    Scale and zero point are of the model's dtype, and a code is restored in it: Triton rounds to it after every step.
+    """
     low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
     top = (1 << form.bits) - 1
     scale = (high - low) / top
     zero = -low * _inverse(scale)
     codes = (blocks * _inverse(scale) + zero + 0.5).trunc().clamp(0, top)
-    restored = (codes - _float16(zero)) * _float16(scale)
-    return torch.where(scale == 0, _float16(low), restored)
+    restored = _kept(_kept(codes - _kept(zero, form), form) * _kept(scale, form), form)
+    return torch.where(scale == 0, _kept(low, form), restored)
+
+
+def _lmdeploy_turbo(blocks: Tensor, form: ExternalFormat) -> Tensor:
+    """Round a head's direction after a Hadamard matrix to levels: LMDeploy's turbo_quant.py (0.18.0), without its signs.
+
+    Keys have three bits of a level and one of the residual's sign, which the mean residual is then multiplied with.
+    """
+    size = blocks.shape[-1]
+    hadamard = rotation(size, None, blocks.dtype, blocks.device) / math.sqrt(size)
+    turned = blocks @ hadamard
+    norm = (turned.square().sum(-1, keepdim=True) + 1e-8).sqrt()
+    bits = 3 if form.bits == 4 else 2
+    edges, levels = (
+        torch.tensor(table, dtype=torch.float32, device=blocks.device) / math.sqrt(size)
+        for table in LMDEPLOY_EDGES_AND_LEVELS[bits]
+    )
+    direction = (turned / norm).contiguous()
+    found = levels[torch.searchsorted(edges, direction)]
+    if form.bits == 4:
+        residual = direction - found
+        mean = ((residual.square().sum(-1, keepdim=True) + 1e-8) / size).sqrt()
+        found = found + _kept(mean, form) * torch.where(residual >= 0, 1.0, -1.0)
+    restored: Tensor = _kept(found * _kept(norm, form), form) @ hadamard
+    return restored
 
 
 def _turboquant(blocks: Tensor, form: ExternalFormat) -> Tensor:
     """Round as vLLM's TurboQuant (triton_turboquant_store.py): keys rotated to a codebook, values from their minimum.
 
-    A key is its norm times a direction; what its codes stand for is brought to that norm (the `nc` of the dtypes).
+    A key is its norm times a direction; what its codes stand for is brought to that norm (the `nc` of the dtypes). The
+    rotation is a plain Hadamard matrix since pull request 40194 (0.33.0, turboquant_attn.py): without random signs, it
+    gathers an offset that channels share in a few of its outputs.
     """
     if form.name.startswith("turbo_v"):
         return _from_minimum(blocks, form.bits)
     size = blocks.shape[-1]
-    turn = rotation(size, 0, blocks.dtype, blocks.device) / math.sqrt(size)
+    turn = rotation(size, None, blocks.dtype, blocks.device) / math.sqrt(size)
     norm = torch.linalg.vector_norm(blocks, dim=-1, keepdim=True)
     direction = blocks * _inverse(norm) @ turn.T * math.sqrt(size)  # about a standard normal
     edges, levels = (table(form.bits).to(blocks) for table in (level_edges, lloyd_max_levels))
@@ -173,6 +213,8 @@ def _turboquant(blocks: Tensor, form: ExternalFormat) -> Tensor:
     restored: Tensor = found / torch.linalg.vector_norm(found, dim=-1, keepdim=True) * _float16(norm)
     return restored @ turn
 
+
+_OF_DTYPE = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 _ROUNDERS: dict[Family, Callable[[Tensor, ExternalFormat], Tensor]] = {
     "ggml": _ggml,
@@ -182,6 +224,7 @@ _ROUNDERS: dict[Family, Callable[[Tensor, ExternalFormat], Tensor]] = {
     "mlx": _mlx,
     "exl3": _exl3,
     "lmdeploy": _lmdeploy,
+    "lmdeploy_turbo": _lmdeploy_turbo,
     "turboquant": _turboquant,
 }
 
@@ -203,6 +246,12 @@ def _largest(blocks: Tensor) -> Tensor:
 def _inverse(step: Tensor) -> Tensor:
     inverse = 1 / step
     return inverse.masked_fill(inverse.isinf(), 0.0)  # of a step that float16 will store as 0
+
+
+def _kept(number: Tensor, form: ExternalFormat) -> Tensor:
+    """Round to the dtype of the model, in which some formats keep numbers; beyond its range, to infinity."""
+    assert form.of_dtype is not None
+    return number.to(_OF_DTYPE[form.of_dtype]).float()
 
 
 def _float16(number: Tensor) -> Tensor:
