@@ -2,8 +2,8 @@
 
     --quant-policy 8
 
-Source, of 0.18.0: `lmdeploy/messages.py` (QuantPolicy), `lmdeploy/pytorch/engine/cache_engine/schema.py` (scales and zero
-points have the model's dtype). The PyTorch engine has all of them; TurboMind no FP8.
+Source, of 0.18.0: `lmdeploy/messages.py` (QuantPolicy), `lmdeploy/pytorch/engine/cache_engine/schema.py` (scales and
+zero points have the model's dtype). The PyTorch engine has all of them; TurboMind no FP8.
 
 A query reads its own token as stored: `fill_kv_cache` comes before attention
 (`lmdeploy/pytorch/backends/cuda/attention/default.py`).

@@ -172,7 +172,7 @@ def _lmdeploy(blocks: Tensor, form: ExternalFormat) -> Tensor:
 
 
 def _lmdeploy_turbo(blocks: Tensor, form: ExternalFormat) -> Tensor:
-    """Round a head's direction after a Hadamard matrix to levels: LMDeploy's turbo_quant.py (0.18.0), without its signs.
+    """Round a head's direction, turned by a Hadamard matrix, to levels: LMDeploy's turbo_quant.py (0.18.0).
 
     Keys have three bits of a level and one of the residual's sign, which the mean residual is then multiplied with.
     """
