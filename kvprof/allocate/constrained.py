@@ -46,7 +46,7 @@ def plan_within(
             f"  Measure them with `kvprof gradients --target {target.name}`."
         )
     window = window or target.window
-    target = target.of_dtype(None if scores.geometry is None else scores.geometry.dtype)
+    target = target.for_model(scores.geometry)
     if target.constraints is None:
         return _for(exact(scores, limit, metric=LOSS_INCREASE, window=window, **allowed), target)
     named: Allowed = {

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from kvprof.allocate.budget import CachedTensor
-from kvprof.allocate.constraints import FULL, Constraints
+from kvprof.allocate.constraints import FULL, Constraints, SomeInFull
 from kvprof.errors import UsageError
 from kvprof.records.external_formats import EXTERNAL
 from kvprof.records.formats import TENSORS, Format, TensorName, format_named
@@ -53,12 +53,18 @@ class Target:
                 found[name] = format_named(name, tensor.stored_as, tensor.head_dim)
         return found
 
-    def of_dtype(self, dtype: str | None) -> Target:
-        """Return the target as it stores a model of a dtype: some runtimes keep scales in that of the model."""
-        if self.constraints is None or dtype is None:
+    def for_model(self, geometry: CacheGeometry | None) -> Target:
+        """Return the target as it stores a model; as it is where the model's geometry is not known.
+
+        Some runtimes keep scales in the model's dtype. vLLM leaves no layers at the ends of a hybrid model alone
+        (0.33.0, `TurboQuantConfig.get_boundary_skip_layers`).
+        """
+        if self.constraints is None or geometry is None:
             return self
-        suits = self.constraints.only(lambda name: name not in EXTERNAL or EXTERNAL[name].suits(dtype))
-        return replace(self, constraints=suits)
+        constraints = self.constraints.only(lambda name: name not in EXTERNAL or EXTERNAL[name].suits(geometry.dtype))
+        if isinstance(constraints, SomeInFull) and geometry.is_hybrid:
+            constraints = replace(constraints, ends={})
+        return replace(self, constraints=constraints)
 
     @property
     def to_score(self) -> dict[TensorName, tuple[str, ...]] | None:

@@ -10,7 +10,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-Family = Literal["ggml", "float8", "nvfp4", "fp4", "mlx", "exl3", "lmdeploy", "lmdeploy_turbo", "turboquant"]
+Family = Literal[
+    "ggml",
+    "float8",
+    "nvfp4",
+    "fp4",
+    "mlx",
+    "exl3",
+    "lmdeploy",
+    "lmdeploy_turbo",
+    "turboquant",
+    "token_head",
+    "ultraquant",
+    "mxfp8",
+]
 
 
 @dataclass(frozen=True)
@@ -36,7 +49,7 @@ class ExternalFormat:
     @property
     def turns_heads(self) -> bool:
         """Whether a head is multiplied with a Hadamard matrix first, which there is for powers of two alone."""
-        return self.name.startswith(("turbo_k", "lmdeploy_turbo"))
+        return self.name.startswith(("turbo_k", "lmdeploy_turbo", "ultraquant_k"))
 
     def group_size(self, head_dim: int | None) -> int:
         """Return the channels that share a scale in heads of a dimension."""
@@ -74,10 +87,22 @@ GGML = _by_name(
 FLOAT8 = _by_name(ExternalFormat(name, 8, 1, 0, "float8") for name in ("fp8_e4m3", "fp8_e5m2"))
 
 # 4-bit floats (e2m1) in blocks of 16 with a scale in e4m3.
-NVFP4 = _by_name([ExternalFormat("nvfp4", 4, 16, 8, "nvfp4")])
+NVFP4 = _by_name(ExternalFormat(name, 4, 16, 8, "nvfp4") for name in ("nvfp4", "nvfp4_4over6"))
 
-# The same floats with a power of two as scale (SGLang's kvfp4_tensor.py).
-FP4 = _by_name([ExternalFormat("fp4_e2m1", 4, 16, 8, "fp4")])
+# The same floats with a power of two as scale (SGLang's kvfp4_tensor.py): its name until 0.5.23, and since.
+FP4 = _by_name(ExternalFormat(name, 4, 16, 8, "fp4") for name in ("fp4_e2m1", "fp4_mx_block16"))
+
+# SGLang's 8-bit floats (e4m3) in blocks of 32 with a power of two as scale.
+MXFP8 = _by_name([ExternalFormat("mxfp8", 8, 32, 8, "mxfp8")])
+
+# vLLM: a float32 scale for every token and head; of 4 bits the zero point hides in its last bits.
+TOKEN_HEAD = _by_name(
+    ExternalFormat(f"{kind}_per_token_head", bits, 0, 32, "token_head")
+    for kind, bits in (("int4", 4), ("int8", 8), ("fp8", 8))
+)
+
+# vLLM's UltraQuant: 4-bit floats in blocks of 32 with a power of two as scale; of keys, whole heads are rotated first.
+ULTRAQUANT = _by_name(ExternalFormat(f"ultraquant_{side}4", 4, 32, 8, "ultraquant") for side in "kv")
 
 _BY_DTYPE = (("float16", "", 16), ("bfloat16", "_bf16", 16), ("float32", "_f32", 32))
 """A model's dtype, what is added to a format's name for it, and the bits of a number."""
@@ -115,5 +140,7 @@ TURBOQUANT = _by_name(
     for bits in (3, 4)
 )
 
-EXTERNAL: dict[str, ExternalFormat] = GGML | FLOAT8 | NVFP4 | FP4 | MLX | EXL3 | LMDEPLOY | LMDEPLOY_TURBO | TURBOQUANT
+EXTERNAL: dict[str, ExternalFormat] = (
+    GGML | FLOAT8 | NVFP4 | FP4 | MXFP8 | TOKEN_HEAD | ULTRAQUANT | MLX | EXL3 | LMDEPLOY | LMDEPLOY_TURBO | TURBOQUANT
+)
 """Every format of another runtime, by name: in a plan, the `scheme` of a tensor."""

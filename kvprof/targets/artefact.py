@@ -48,7 +48,7 @@ def told(plan: BitPlan, target: Target) -> Told:
     remark: the bytes are the same, the rounding is not what was scored.
     """
     tensors = planned_tensors(plan)
-    target = target.of_dtype(None if plan.geometry is None else plan.geometry.dtype)
+    target = target.for_model(plan.geometry)
     assignment, others = {}, {}
     for tensor, entry in zip(tensors, entries_of(plan, tensors), strict=True):
         if target.sliding == "full" and tensor.shape is not None and tensor.shape.window and not entry.is_full:
@@ -148,7 +148,7 @@ def refused(plan: BitPlan, target: Target, problem: str) -> Inexpressible:
 def _nearest_budget(plan: BitPlan, target: Target) -> str | None:
     """Return the stored bits that a target can reach nearest to a plan's, as an option takes them; None for none."""
     tensors = planned_tensors(plan)
-    target = target.of_dtype(None if plan.geometry is None else plan.geometry.dtype)
+    target = target.for_model(plan.geometry)
     stored = stored_bits_per_element(tensors, entries_of(plan, tensors))
     if target.constraints is None:
         return written(stored, "stored", math.ceil)

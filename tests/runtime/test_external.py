@@ -13,6 +13,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -206,6 +207,53 @@ def lmdeploy(bits: int, dtype: str) -> Callable[[np.ndarray], list[float]]:
     return rounded
 
 
+def fp4_mx_block16(block: np.ndarray) -> list[float]:
+    """SGLang's kvfp4_tensor.py of 0.5.23: `abs >= bound` counts, so that a tie goes up."""
+    step = 2.0 ** math.ceil(math.log2(max(float(np.abs(block).max()) / 6, 1e-10)))
+    bounds = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]
+    return [math.copysign(E2M1[sum(abs(float(x) / step) >= bound for bound in bounds)] * step, x) for x in block]
+
+
+def mxfp8(block: np.ndarray) -> list[float]:
+    """SGLang's mxfp8_quant_store_kv.py of 0.5.23."""
+    step = 2.0 ** math.ceil(math.log2(max(float(np.abs(block).max()), 1e-30) / 448))
+    return [e4m3(float(x) / step) * step for x in block]
+
+
+def ultraquant(block: np.ndarray) -> list[float]:
+    """vLLM's ultraquant/reference.py of 0.33.0, of values; `bucketize` leaves a tie with the lower level."""
+    largest = float(np.abs(block).max())
+    if largest == 0:
+        return [0.0] * len(block)
+    step = 2.0 ** math.floor(math.log2(F32(largest) * F32(0.156)) + 0.5)
+    levels = sorted({*E2M1, *(-x for x in E2M1)})
+    return [min(levels, key=lambda level: (abs(level - float(x) / step), level)) * step for x in block]
+
+
+def nvfp4_4over6(block: np.ndarray) -> list[float]:
+    tried = []
+    for top in (6, 4):
+        step = F32(e4m3(float(max(F32(np.abs(block).max()) / F32(top), F32(2.0**-9)))))
+        tried.append([e2m1(float(x / step)) * float(step) for x in block])
+    errors = [sum((F32(found) - x) ** 2 for found, x in zip(one, block, strict=True)) for one in tried]
+    return tried[1] if errors[1] < errors[0] else tried[0]
+
+
+def away(x: float) -> float:
+    return math.copysign(math.floor(abs(x) + 0.5), x)
+
+
+def per_token_head(kind: str) -> Callable[[np.ndarray], list[float]]:
+    """`_reshape_cache_per_token_head` of vLLM 0.33.0."""
+    top, rounds = (127, away) if kind == "int8" else (448, e4m3)
+
+    def rounded(head: np.ndarray) -> list[float]:
+        scale = max(np.abs(head).max() / F32(top), F32(1e-6))
+        return [float(F32(rounds(float(x * (F32(1) / scale)))) * scale) for x in head]
+
+    return rounded
+
+
 def blockwise(reference: Callable[[np.ndarray], list[float]], rows: np.ndarray, size: int) -> np.ndarray:
     return np.array([[number for block in row.reshape(-1, size) for number in reference(block)] for row in rows])
 
@@ -215,7 +263,13 @@ EXACT: dict[str, tuple[Callable[[np.ndarray], list[float]], int]] = {
     "fp8_e4m3": (lambda block: [e4m3(float(x)) for x in block], 1),
     "fp8_e5m2": (lambda block: [e5m2(float(x)) for x in block], 1),
     "nvfp4": (nvfp4, 16),
+    "nvfp4_4over6": (nvfp4_4over6, 16),
     "fp4_e2m1": (fp4_e2m1, 16),
+    "fp4_mx_block16": (fp4_mx_block16, 16),
+    "mxfp8": (mxfp8, 32),
+    "ultraquant_v4": (ultraquant, 32),
+    "int8_per_token_head": (per_token_head("int8"), 64),
+    "fp8_per_token_head": (per_token_head("fp8"), 64),
 }
 
 
@@ -301,6 +355,27 @@ def test_turboquant_keeps_a_keys_norm_and_nearly_its_direction(bits: int, most: 
     assert relative.mean() < most  # the root of Lloyd-Max's distortion for a normal: 0.186 at 3 bits, 0.097 at 4
 
 
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_int4_per_token_head_is_what_vllms_kernel_stores(head_dim: int) -> None:
+    """`single_rht` and `_reshape_cache_int4_kernel` of vLLM 0.33.0's int4_per_token_head.py, in float64."""
+    size = {64: 64, 80: 16, 128: 128}[head_dim]
+    generator = torch.Generator().manual_seed(0x9E3779B9)
+    signs = (2 * torch.bernoulli(torch.full((size,), 0.5), generator=generator) - 1).numpy()
+    turn = scipy.linalg.hadamard(size) * signs
+    rows = np.random.default_rng(3).standard_normal((100, head_dim)).astype(F32) + 0.5
+    turned = (rows.astype(np.float64).reshape(100, -1, size) @ turn.T).reshape(100, head_dim)
+    low, high = turned.min(-1, keepdims=True), turned.max(-1, keepdims=True)
+    scale = (high - low) / 15
+    zero = np.clip(np.floor(-low / scale + 0.5), 0, 15)
+    codes = np.clip(np.floor(turned / scale + zero + 0.5), 0, 15)
+    kept = (scale.astype(F32).view(np.int32) & -16).view(F32)  # the zero point takes the last four bits
+    expected = (((codes - zero) * kept).reshape(100, -1, size) @ turn).reshape(100, head_dim) / size
+    wrong = np.abs(restored("int4_per_token_head", rows) - expected) > 1e-4
+    assert wrong.any(-1).mean() < 0.03  # a tie of float64 and float32
+    assert format_named("int4_per_token_head", "key", 128).stored_bits(128) == 4.25
+    assert format_named("int8_per_token_head", "key", 128).stored_bits(128) == 8.25
+
+
 @pytest.mark.parametrize(("bits", "least"), [(3, 0.4), (4, 0.3)])
 def test_turboquant_loses_an_offset_that_channels_share(bits: int, least: float) -> None:
     """vLLM turns by a plain Hadamard matrix: the mean of all channels lands in one output, beyond every level."""
@@ -331,7 +406,9 @@ def test_a_token_comes_back_alike_in_whatever_company_and_zeros_as_zeros(name: s
     whole = fake_quantize(x, form)
     assert whole.shape == x.shape
     alone = fake_quantize(x[1:, 2:, 3:4].contiguous(), form)
-    turned = name.startswith(("exl3", "turbo_k", "lmdeploy_turbo"))  # a product may be summed in another order
+    turned = name.startswith(
+        ("exl3", "turbo_k", "lmdeploy_turbo", "int4_per", "ultraquant_k")
+    )  # a product may be summed in another order
     torch.testing.assert_close(whole[1:, 2:, 3:4], alone, rtol=0, atol=3e-6 if turned else 0)
     zeros = fake_quantize(torch.zeros(1, 1, 2, 128), form)
     if name.startswith(("exl3", "lmdeploy_turbo")):  # which add a little to every scale

@@ -45,22 +45,27 @@ Words = dict[tuple[int, str], str]
 """A layer, its keys or values, and the word of the runtime that it was given."""
 
 
+def geometry_of(dtype: str, num_layers: int = LAYERS) -> CacheGeometry:
+    layers = (
+        KVLayer(layer=layer, kind="full", kv_heads=2, key_head_dim=HEAD_DIM, value_head_dim=HEAD_DIM)
+        for layer in range(num_layers)
+    )
+    return CacheGeometry(dtype=dtype, layers=tuple(layers))
+
+
 def plan_of(
     names: Mapping[tuple[int, str], str],
     window: Window = WHOLE_CACHE,
     num_layers: int = LAYERS,
     dtype: str = "float16",
 ) -> BitPlan:
-    shapes = {
-        layer: KVLayer(layer=layer, kind="full", kv_heads=2, key_head_dim=HEAD_DIM, value_head_dim=HEAD_DIM)
-        for layer in range(num_layers)
-    }
-    tensors = tensors_of(shapes)
+    geometry = geometry_of(dtype, num_layers)
+    tensors = tensors_of({shape.layer: shape for shape in geometry.layers})
     return assemble(
         tensors,
         [format_named(names[tensor.layer, tensor.name], tensor.name, HEAD_DIM) for tensor in tensors],
         model=ModelInfo(id="org/model", num_layers=num_layers),
-        geometry=CacheGeometry(dtype=dtype, layers=tuple(shapes.values())),
+        geometry=geometry,
         quantizer=Quantizer(),
         window=window,
         solver=None,
@@ -152,6 +157,11 @@ VLLM = {
     "fp8_e4m3": ("fp8_e4m3", "fp8_e4m3"),
     "fp8_e5m2": ("fp8_e5m2", "fp8_e5m2"),
     "nvfp4": ("nvfp4", "nvfp4"),
+    "nvfp4_4over6": ("nvfp4_4over6", "nvfp4_4over6"),
+    "int4_per_token_head": ("int4_per_token_head", "int4_per_token_head"),
+    "int8_per_token_head": ("int8_per_token_head", "int8_per_token_head"),
+    "fp8_per_token_head": ("fp8_per_token_head", "fp8_per_token_head"),
+    "ultraquant_4bit": ("ultraquant_k4", "ultraquant_v4"),
     "turboquant_k8v4": ("fp8_e4m3", "turbo_v4"),
     "turboquant_4bit_nc": ("turbo_k4", "turbo_v4"),
     "turboquant_k3v4_nc": ("turbo_k3", "turbo_v4"),
@@ -162,10 +172,10 @@ VLLM = {
 def read_vllm(text: str) -> Words:
     found = flags(text)
     (dtype,) = found["--kv-cache-dtype"]
-    if dtype == "auto":
+    if dtype in ("auto", "float16", "bfloat16"):
         return everywhere("full", "full")
     skipped = {int(layer) for layer in found.get("--kv-cache-dtype-skip-layers", [])}
-    if dtype.startswith("turboquant"):  # get_boundary_skip_layers
+    if dtype.startswith(("turboquant", "ultraquant")):  # get_boundary_skip_layers
         skipped |= {0, 1, LAYERS - 2, LAYERS - 1}
     pairs = [("full", "full") if layer in skipped else VLLM[dtype] for layer in range(LAYERS)]
     return {(layer, tensor): pairs[layer][place] for layer in range(LAYERS) for place, tensor in enumerate(TENSORS)}
@@ -188,8 +198,9 @@ def read_modelopt(text: str) -> Words:
 def read_sglang(text: str) -> Words:
     ((flag, (word,)),) = flags(text).items()
     assert flag == "--kv-cache-dtype"
-    name = {"auto": "full"}.get(word, word)
-    assert name in {"full", "fp8_e5m2", "fp8_e4m3", "fp4_e2m1"}
+    # sglang/srt/arg_groups/fields/model.py of 0.5.23
+    assert word in {"auto", "fp8_e5m2", "fp8_e4m3", "mxfp8", "bf16", "bfloat16", "nvfp4", "fp4_mx_block16"}
+    name = {"auto": "full", "bfloat16": "full"}.get(word, word)
     return everywhere(name, name)
 
 
@@ -205,7 +216,8 @@ def read_lmdeploy(text: str) -> Words:
 def read_tensorrt_llm(text: str) -> Words:
     ((key, ((field, word),)),) = ((key, value.items()) for key, value in yaml.safe_load(text).items())
     assert (key, field) == ("kv_cache_config", "dtype")
-    name = {"auto": "full", "fp8": "fp8_e4m3", "nvfp4": "nvfp4"}[word]
+    full = dict.fromkeys(("auto", "float16", "bfloat16", "float32"), "full")
+    name = ({"fp8": "fp8_e4m3", "nvfp4": "nvfp4"} | full)[word]
     return everywhere(name, name)
 
 
@@ -296,7 +308,7 @@ def test_every_target_is_read_back() -> None:
 @settings(max_examples=60, deadline=None)
 def test_an_artefact_read_by_its_runtime_is_the_plan_again(name: str, data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(["float16", "bfloat16", "float32"]))
-    target = TARGETS[name].of_dtype(dtype)
+    target = TARGETS[name].for_model(geometry_of(dtype))
     names = data.draw(sayable(target))
     plan = plan_of(names, target.window, dtype=dtype)
     found = READERS[name](WRITERS[name](plan).text)
@@ -317,7 +329,7 @@ def without_dtype(name: str) -> str:
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_a_plan_is_either_told_exactly_or_refused_with_a_command(name: str, data: st.DataObject) -> None:
-    target = TARGETS[name].of_dtype("float16")
+    target = TARGETS[name].for_model(geometry_of("float16"))
     choices = [tuple(dict.fromkeys([*target.formats_of(tensor), "full", "rot3"])) for tensor in TENSORS]
     names = {
         (layer, tensor): data.draw(st.sampled_from(choices[place]))
@@ -384,6 +396,55 @@ def test_layers_that_the_plan_skips_stay_in_16_bits_in_vllm() -> None:
     content["layers"] = [entry for entry in content["layers"] if entry["layer"] != 3]
     made = WRITERS["vllm"](BitPlan.from_json(content, "plan"))
     assert flags(made.text)["--kv-cache-dtype-skip-layers"] == ["3"]
+
+
+def with_layers(plan: BitPlan, kinds: Mapping[int, str]) -> BitPlan:
+    """Return a plan of a model in which some layers are of another kind and, but for sliding ones, have no bits."""
+    content = json.loads(plan.to_text())
+    content["skipped"] = [{"layer": layer, "reason": "16 bits"} for layer in kinds]
+    content["layers"] = [entry for entry in content["layers"] if entry["layer"] not in kinds]
+    for layer, kind in kinds.items():
+        shape = content["geometry"]["layers"][layer]
+        shape |= {"kind": kind, "window": 512} if kind == "sliding" else {"kind": kind, "skipped": kind}
+        if kind == "recurrent":
+            shape |= {"kv_heads": 0, "key_head_dim": 0, "value_head_dim": 0}
+    return BitPlan.from_json(content, "plan")
+
+
+def test_vllm_is_told_of_layers_that_have_a_cache_of_their_own_alone() -> None:
+    """A number that is no attention layer is passed over in silence; one that shares has to be as its source is."""
+    plan = with_layers(plan_of(everywhere("fp8_e4m3", "fp8_e4m3")), {2: "sliding", 3: "recurrent", 7: "shared"})
+    made = WRITERS["vllm"](plan)
+    assert flags(made.text)["--kv-cache-dtype-skip-layers"] == ["2"]
+    assert any("layers 7 read the cache of another layer" in remark for remark in made.remarks)
+
+
+def test_turboquant_leaves_no_ends_alone_in_a_hybrid_model() -> None:
+    """`get_boundary_skip_layers` of vLLM 0.33.0 returns none where `is_hybrid`."""
+    names = everywhere("turbo_k4", "turbo_v4")
+    made = WRITERS["vllm"](with_layers(plan_of(names), {3: "recurrent"}))
+    assert made.text == "--kv-cache-dtype turboquant_4bit_nc\n"
+    with pytest.raises(Inexpressible, match="either end of the model stay in 16 bits"):
+        WRITERS["vllm"](plan_of(names))
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "text", "said"),
+    [
+        ("vllm", "bfloat16", "--kv-cache-dtype bfloat16\n", None),
+        ("vllm", "float16", "--kv-cache-dtype float16\n", None),
+        ("vllm", "float32", "--kv-cache-dtype auto\n", "auto is FP8 where the checkpoint brings an FP8 cache"),
+        ("sglang", "bfloat16", "--kv-cache-dtype bfloat16\n", None),
+        ("sglang", "float16", "--kv-cache-dtype auto\n", "auto is FP8 where the checkpoint brings an FP8 cache"),
+        ("tensorrt-llm", "bfloat16", "kv_cache_config:\n  dtype: bfloat16\n", "FP8 cache keeps it"),
+    ],
+)
+def test_16_bits_everywhere_are_said_as_a_dtype_where_the_runtime_has_a_word(
+    target: str, dtype: str, text: str, said: str | None
+) -> None:
+    made = WRITERS[target](plan_of(everywhere("full", "full"), dtype=dtype))
+    assert made.text == text
+    assert [said in remark for remark in made.remarks] == ([] if said is None else [True])
 
 
 def test_the_script_for_transformers_has_twelve_lines_and_refuses_other_runtimes_formats(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -100,26 +101,94 @@ def _float8(blocks: Tensor, form: ExternalFormat) -> Tensor:
 def _nvfp4(blocks: Tensor, form: ExternalFormat) -> Tensor:
     """Round to e2m1 in units of an e4m3, the block's largest magnitude over 6; the tensor's scale is 1.
 
-    Source: nvfp4_tensor.py of NVIDIA's Model-Optimizer, whose smallest scale is 2^-9.
+    Source: nvfp4_tensor.py of NVIDIA's Model-Optimizer, whose smallest scale is 2^-9. `nvfp4_4over6` tries the largest
+    over 4 too and takes what errs less (vLLM 0.33.0, vllm/config/cache.py).
     """
-    step = _rounded((blocks.abs().amax(-1, keepdim=True) / 6).clamp_min(2.0**-9), torch.float8_e4m3fn)
-    return _e2m1(blocks / step) * step
+    largest = blocks.abs().amax(-1, keepdim=True)
+    tried = []
+    for top in (6, 4) if form.name == "nvfp4_4over6" else (6,):
+        step = _rounded((largest / top).clamp_min(2.0**-9), torch.float8_e4m3fn)
+        tried.append(_e2m1(blocks / step) * step)
+    errors = [(one - blocks).square().sum(-1, keepdim=True) for one in tried]
+    return tried[0] if len(tried) == 1 else torch.where(errors[1] < errors[0], tried[1], tried[0])
 
 
 def _fp4(blocks: Tensor, form: ExternalFormat) -> Tensor:
-    """Round to e2m1 in units of a power of two, the least that keeps the block within 6: SGLang's kvfp4_tensor.py."""
+    """Round to e2m1 in units of a power of two, the least that keeps the block within 6: SGLang's kvfp4_tensor.py.
+
+    `fp4_mx_block16` is 0.5.23's: ties go up, and no scale is below 1e-10.
+    """
     largest = blocks.abs().amax(-1, keepdim=True)
+    if form.name == "fp4_mx_block16":
+        step = torch.exp2((largest / 6).clamp_min(1e-10).log2().ceil())
+        return _e2m1(blocks / step, ties="up") * step
     step = torch.exp2((largest / 6).log2().ceil().clamp(-127, 128)).masked_fill(largest == 0, 1.0)
     return _e2m1(blocks / step) * step
 
 
-def _e2m1(x: Tensor) -> Tensor:
-    """Round to the nearest 4-bit float, ties to the even code, beyond 6 to 6."""
+def _mxfp8(blocks: Tensor, form: ExternalFormat) -> Tensor:
+    """Round to e4m3 in units of a power of two: SGLang's mxfp8_quant_store_kv.py (0.5.23)."""
+    largest = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+    step = torch.exp2((largest / 448).log2().ceil().clamp(-127, 127))
+    return _rounded(blocks / step, torch.float8_e4m3fn) * step
+
+
+def _token_head(blocks: Tensor, form: ExternalFormat) -> Tensor:
+    """Round with one float32 scale for a head: vLLM's triton_reshape_and_cache_flash.py (0.33.0), 4 bits as `_int4`."""
+    if form.bits == 4:
+        return _int4_token_head(blocks)
+    top = 127 if form.name.startswith("int8") else 448
+    scale = (blocks.abs().amax(-1, keepdim=True) / top).clamp_min(1e-6)
+    scaled = blocks * (1 / scale)
+    return (_half_away(scaled) if top == 127 else _rounded(scaled, torch.float8_e4m3fn)) * scale
+
+
+def _int4_token_head(blocks: Tensor) -> Tensor:
+    """Rotate with random signs, then round with a scale and a zero point that takes its last four bits.
+
+    Source: vLLM's int4_per_token_head.py (0.33.0). Heads that are no power of two are rotated in equal parts that are.
+    """
+    heads = blocks.shape[-1]
+    size = heads & -heads  # the largest power of two that divides it
+    signs = 2 * torch.bernoulli(torch.full((size,), 0.5), generator=torch.Generator().manual_seed(0x9E3779B9)) - 1
+    turn = rotation(size, None, blocks.dtype, blocks.device) * signs.to(blocks)
+    turned = (torch.unflatten(blocks, -1, (-1, size)) @ turn.T).flatten(-2)
+    low, high = turned.amin(-1, keepdim=True), turned.amax(-1, keepdim=True)
+    scale = ((high - low) / 15).clamp_min(1e-6)
+    zero = _half_away(-low / scale).clamp(0, 15)
+    codes = _half_away(turned * (1 / scale) + zero).clamp(0, 15)
+    kept = (scale.view(torch.int32) & -16).view(torch.float32)
+    restored: Tensor = (torch.unflatten((codes - zero) * kept, -1, (-1, size)) @ turn).flatten(-2) / size
+    return restored
+
+
+def _ultraquant(blocks: Tensor, form: ExternalFormat) -> Tensor:
+    """Round to e2m1 in units of a power of two near 0.156 of the largest: vLLM's ultraquant/reference.py (0.33.0)."""
+    shape, heads = blocks.shape, blocks.flatten(-2)
+    size = heads.shape[-1]
+    turn = None if form.name == "ultraquant_v4" else rotation(size, None, heads.dtype, heads.device) / math.sqrt(size)
+    parts = (heads if turn is None else heads @ turn).reshape(shape)
+    largest = parts.abs().amax(-1, keepdim=True)
+    step = torch.exp2(((largest * 0.156).log2() + 0.5).floor().clamp(-126, 127)).masked_fill(largest == 0, 1.0)
+    restored = _e2m1(parts / step, ties="down") * step
+    return restored if turn is None else (restored.flatten(-2) @ turn).reshape(shape)
+
+
+def _e2m1(x: Tensor, ties: Literal["even", "up", "down"] = "even") -> Tensor:
+    """Round to the nearest 4-bit float, beyond 6 to 6. ties: to the even code, to the larger number, or the smaller.
+
+    Up is away from zero; down is towards minus infinity.
+    """
     levels = torch.tensor(E2M1_LEVELS, dtype=torch.float32, device=x.device)
     middles = (levels[1:] + levels[:-1]) / 2
     magnitude = x.abs().contiguous()
     below, above = (torch.searchsorted(middles, magnitude, right=right) for right in (False, True))
-    nearest: Tensor = levels[torch.where(above % 2 == 0, above, below)]
+    taken = {
+        "even": lambda: torch.where(above % 2 == 0, above, below),
+        "up": lambda: above,
+        "down": lambda: torch.where(x < 0, above, below),
+    }[ties]()
+    nearest: Tensor = levels[taken]
     return nearest.copysign(x)
 
 
@@ -221,6 +290,9 @@ _ROUNDERS: dict[Family, Callable[[Tensor, ExternalFormat], Tensor]] = {
     "float8": _float8,
     "nvfp4": _nvfp4,
     "fp4": _fp4,
+    "mxfp8": _mxfp8,
+    "token_head": _token_head,
+    "ultraquant": _ultraquant,
     "mlx": _mlx,
     "exl3": _exl3,
     "lmdeploy": _lmdeploy,
