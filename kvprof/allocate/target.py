@@ -6,13 +6,14 @@ Plain data. `targets` has each runtime's; `constrained` solves a plan within wha
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from kvprof.allocate.budget import CachedTensor
 from kvprof.allocate.constraints import FULL, Constraints, SomeInFull
 from kvprof.errors import UsageError
-from kvprof.records.external_formats import EXTERNAL
+from kvprof.records.external_formats import EXTERNAL, ExternalFormat
 from kvprof.records.formats import TENSORS, Format, TensorName, format_named
 from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import BitPlan, Window
@@ -29,7 +30,8 @@ class Target:
     constraints: what it can be told; None where it obeys any plan of kvprof's own formats. artefact: what `kvprof
     export` writes. since: the version that understands it. checked: what was held against what. window: what it keeps
     in full precision. full: its own word for 16 bits. sliding: what it does with layers of a sliding window: as they
-    are told one by one, quantizes them like the others, or keeps them in 16 bits.
+    are told one by one, quantizes them like the others, or keeps them in 16 bits. stores: whether keys, or values, of a
+    model are stored in one of its formats, where one word stands for several; asked with geometry and architecture.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Target:
     checked: str
     window: Window = WHOLE_CACHE
     full: str = FULL
+    stores: Callable[[ExternalFormat, TensorName, CacheGeometry, str | None], bool] = lambda *model: True
     sliding: Literal["as told", "quantized", "full"] = "quantized"
 
     def formats_of(self, tensor: TensorName) -> tuple[str, ...]:
@@ -53,7 +56,7 @@ class Target:
                 found[name] = format_named(name, tensor.stored_as, tensor.head_dim)
         return found
 
-    def for_model(self, geometry: CacheGeometry | None) -> Target:
+    def for_model(self, geometry: CacheGeometry | None, architecture: str | None = None) -> Target:
         """Return the target as it stores a model; as it is where the model's geometry is not known.
 
         Some runtimes keep scales in the model's dtype. vLLM leaves no layers at the ends of a hybrid model alone
@@ -61,10 +64,21 @@ class Target:
         """
         if self.constraints is None or geometry is None:
             return self
-        constraints = self.constraints.only(lambda name: name not in EXTERNAL or EXTERNAL[name].suits(geometry.dtype))
+
+        def is_stored(name: str, tensor: TensorName) -> bool:
+            form = EXTERNAL.get(name)
+            return form is None or (form.suits(geometry.dtype) and self.stores(form, tensor, geometry, architecture))
+
+        constraints = self.constraints.only(is_stored)
         if isinstance(constraints, SomeInFull) and geometry.is_hybrid:
             constraints = replace(constraints, ends={})
         return replace(self, constraints=constraints)
+
+    def formats_for(
+        self, geometry: CacheGeometry, architecture: str | None
+    ) -> dict[TensorName, tuple[str, ...]] | None:
+        """Return `to_score` of one model."""
+        return self.for_model(geometry, architecture).to_score
 
     @property
     def to_score(self) -> dict[TensorName, tuple[str, ...]] | None:
@@ -75,7 +89,9 @@ class Target:
 
     def word(self, name: str) -> str:
         """Return the runtime's own word for a format that it knows by the name that kvprof has for it."""
-        return self.full if name == FULL else name
+        if name == FULL:
+            return self.full
+        return EXTERNAL[name].word or name if name in EXTERNAL else name
 
     def stored_bits(self) -> list[tuple[str, str]]:
         """Return each of the runtime's own words with the bits that an element then stores; D is the head dimension."""
@@ -86,7 +102,7 @@ class Target:
         for word, forms in self.constraints.only(_in_half_precision).choices().items():
             bits = dict.fromkeys(map(_stored_bits, forms))
             rows.append((self.word(word), next(iter(bits)) if len(bits) == 1 else "K {} V {}".format(*bits)))
-        return rows
+        return list(dict.fromkeys(rows))
 
     @property
     def words(self) -> str:
@@ -154,7 +170,7 @@ def target_remarks(plan: BitPlan, target: Target) -> tuple[str, ...]:
     return tuple(remark for remark in (own_token_remark(plan, target), sliding_remark(plan, target)) if remark)
 
 
-def _in_half_precision(name: str) -> bool:
+def _in_half_precision(name: str, tensor: TensorName) -> bool:
     return name not in EXTERNAL or EXTERNAL[name].suits("float16")
 
 

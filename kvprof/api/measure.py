@@ -152,6 +152,7 @@ def decoder_asked(request: GradientsRequest, runtime: Target | None) -> Decoder:
         passes_over=request.formats is None,
         layers=layer_choice(request.layers, runtime),
         check=check,
+        formats_for=None if runtime is None or request.formats is not None else runtime.formats_for,
     )
 
 

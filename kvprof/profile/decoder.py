@@ -6,13 +6,13 @@ Reads options and a geometry; does not know models, nor how a loss is predicted 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvprof.calibration.sequences import CalibrationSet
 from kvprof.errors import UsageError
-from kvprof.records.external_formats import EXTERNAL
 from kvprof.records.formats import TENSOR_WORDS, TENSORS, Format, TensorName, parse_formats
 from kvprof.records.geometry import CacheGeometry, KVLayer
+from kvprof.records.inventory import Inventory
 from kvprof.records.plan import (
     USUAL_WINDOW,
     Quantizer,
@@ -54,9 +54,10 @@ class Decoder:
     """Of what decoder the losses are predicted.
 
     formats: names by tensor; None: those of `usual_formats`; none at all: no losses are predicted. passes_over: whether
-    a format that heads, or a model of its dtype, cannot have is left out of these, instead of refused.
+    a format that heads cannot have is left out of these, instead of refused.
     suffix_fraction: the share of each sequence, at its end, whose loss counts. layers: whether layers that slide are
-    asked too. check: raises for a model that the decoder cannot serve.
+    asked too. check: raises for a model that the decoder cannot serve. formats_for: which `formats` a model has, of its
+    geometry and architecture; None where they are the same for all.
     """
 
     formats: Mapping[TensorName, Sequence[str]] | None = None
@@ -66,6 +67,13 @@ class Decoder:
     passes_over: bool = False
     layers: LayerChoice = "all"
     check: Callable[[CacheGeometry], None] = lambda geometry: None
+    formats_for: Callable[[CacheGeometry, str | None], Mapping[TensorName, Sequence[str]] | None] | None = None
+
+    def for_model(self, inventory: Inventory) -> Decoder:
+        """Return the decoder with the formats of one model."""
+        if self.formats_for is None:
+            return self
+        return replace(self, formats=self.formats_for(inventory.geometry, inventory.model.architecture))
 
     def covers(self, geometry: CacheGeometry) -> CacheGeometry:
         """Return the geometry of plans for this decoder: what its window holds of sliding layers is left alone."""
@@ -94,8 +102,6 @@ def formats_of(geometry: CacheGeometry, decoder: Decoder) -> Formats:
             if decoder.formats is None:
                 found[layer.layer, tensor] = usual_formats(layer, tensor)
             elif names := decoder.formats[tensor]:
-                if decoder.passes_over:
-                    names = [name for name in names if name not in EXTERNAL or EXTERNAL[name].suits(geometry.dtype)]
                 found[layer.layer, tensor] = _named(names, layer, tensor, decoder.passes_over)
     return found
 

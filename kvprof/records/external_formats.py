@@ -26,6 +26,11 @@ Family = Literal[
 ]
 
 
+Before = Literal["gguf order", "hadamard", "hadamard 64"]
+"""gguf order: channels i and i + D/2, which rotary embedding turns together, stand side by side. hadamard: multiplied
+with a Hadamard matrix of the largest power of two that divides the head; hadamard 64: with one of 64 channels each."""
+
+
 @dataclass(frozen=True)
 class ExternalFormat:
     """One format of another runtime.
@@ -33,6 +38,8 @@ class ExternalFormat:
     bits: of a code. block: channels that share a scale; 0 where all of a head do, 1 where there is none. side_bits:
     what a block stores beside its codes. family: whose quantizer rounds it. of_dtype: the model's dtype, where the
     runtime keeps what stands beside the codes in that; then there is a format for each. None: it is always the same.
+    before: what the runtime does to a head first. word: what the runtime calls it, where one word stands for several
+    formats.
     """
 
     name: str
@@ -41,6 +48,8 @@ class ExternalFormat:
     side_bits: int
     family: Family
     of_dtype: str | None = None
+    before: tuple[Before, ...] = ()
+    word: str | None = None
 
     def suits(self, dtype: str | None) -> bool:
         """Whether a model of a dtype is stored so; of an unknown dtype, it may be."""
@@ -59,6 +68,8 @@ class ExternalFormat:
         """Whether heads of a dimension can be cut into these blocks; of an unknown one, where blocks have a size."""
         if head_dim is None:
             return self.block > 0
+        if any(step.startswith("hadamard") for step in self.before) and head_dim % 64:
+            return False
         if self.turns_heads and head_dim & (head_dim - 1):
             return False
         return self.block == 0 or head_dim % self.block == 0
@@ -81,6 +92,20 @@ GGML = _by_name(
         ("q4_0", 4, 16),
         ("iq4_nl", 4, 16),
     )
+)
+
+# What llama.cpp stores under these words: keys and values turned first, and a Llama's keys in the order of its GGUF.
+# ik_llama.cpp turns none by default.
+_TURNED: tuple[tuple[str, tuple[Before, ...]], ...] = (
+    ("_rot", ("hadamard",)),
+    ("_rot64", ("hadamard 64",)),
+    ("_gguf", ("gguf order",)),
+    ("_rot_gguf", ("gguf order", "hadamard")),
+)
+GGML_TURNED = _by_name(
+    ExternalFormat(form.name + suffix, form.bits, 32, form.side_bits, "ggml", None, before, form.name)
+    for suffix, before in _TURNED
+    for form in GGML.values()
 )
 
 # OCP's 8-bit floats; the one scale of a tensor, 1 unless a checkpoint brings it, costs nothing an element.
@@ -110,7 +135,7 @@ _BY_DTYPE = (("float16", "", 16), ("bfloat16", "_bf16", 16), ("float32", "_f32",
 # MLX's affine quantization: a scale and a bias, of the model's dtype, for every group. It has 1 bit too, which gives
 # back the ends of the range alone.
 MLX = _by_name(
-    ExternalFormat(f"mlx{bits}g{group}{suffix}", bits, group, 2 * width, "mlx", dtype)
+    ExternalFormat(f"mlx{bits}g{group}{suffix}", bits, group, 2 * width, "mlx", dtype, word=f"mlx{bits}g{group}")
     for dtype, suffix, width in _BY_DTYPE
     for bits in (2, 3, 4, 5, 6, 8)
     for group in (32, 64, 128)
@@ -121,7 +146,7 @@ EXL3 = _by_name(ExternalFormat(f"exl3_{bits}", bits, 32, 16, "exl3") for bits in
 
 # LMDeploy: a scale and a zero point, of the model's dtype, for every token and head.
 LMDEPLOY = _by_name(
-    ExternalFormat(f"lmdeploy_int{bits}{suffix}", bits, 0, 2 * width, "lmdeploy", dtype)
+    ExternalFormat(f"lmdeploy_int{bits}{suffix}", bits, 0, 2 * width, "lmdeploy", dtype, word=f"lmdeploy_int{bits}")
     for dtype, suffix, width in _BY_DTYPE
     for bits in (4, 8)
 )
@@ -141,6 +166,18 @@ TURBOQUANT = _by_name(
 )
 
 EXTERNAL: dict[str, ExternalFormat] = (
-    GGML | FLOAT8 | NVFP4 | FP4 | MXFP8 | TOKEN_HEAD | ULTRAQUANT | MLX | EXL3 | LMDEPLOY | LMDEPLOY_TURBO | TURBOQUANT
+    GGML
+    | GGML_TURNED
+    | FLOAT8
+    | NVFP4
+    | FP4
+    | MXFP8
+    | TOKEN_HEAD
+    | ULTRAQUANT
+    | MLX
+    | EXL3
+    | LMDEPLOY
+    | LMDEPLOY_TURBO
+    | TURBOQUANT
 )
 """Every format of another runtime, by name: in a plan, the `scheme` of a tensor."""

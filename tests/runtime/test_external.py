@@ -376,6 +376,29 @@ def test_int4_per_token_head_is_what_vllms_kernel_stores(head_dim: int) -> None:
     assert format_named("int8_per_token_head", "key", 128).stored_bits(128) == 8.25
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 192])
+@pytest.mark.parametrize("suffix", ["_rot", "_rot64", "_gguf", "_rot_gguf"])
+@pytest.mark.parametrize("name", ["q8_0", "q4_0", "q5_1"])
+def test_llama_cpp_turns_heads_and_has_a_ggufs_order(name: str, suffix: str, head_dim: int) -> None:
+    """`build_input_k_rot` and `_v_rot` of llama-kv-cache.cpp, and `LlamaModel.permute` of convert_hf_to_gguf.py."""
+    rows = awkward(head_dim)[9:60]
+    order = np.arange(head_dim)
+    if "gguf" in suffix:  # weights.reshape(n_head, 2, D // 2, ...).swapaxes(1, 2)
+        order = order.reshape(2, head_dim // 2).swapaxes(0, 1).reshape(-1)
+    width = 64
+    if suffix != "_rot64":
+        while head_dim % (2 * width) == 0:
+            width *= 2
+    turn = np.eye(width) if suffix == "_gguf" else scipy.linalg.hadamard(width) / math.sqrt(width)
+    turned = (rows[:, order].astype(np.float64).reshape(len(rows), -1, width) @ turn).reshape(rows.shape).astype(F32)
+    kind = gguf.GGMLQuantizationType[name.upper()]
+    given = gguf.quants.dequantize(gguf.quants.quantize(turned, kind), kind)
+    back = np.empty_like(rows)
+    back[:, order] = (given.astype(np.float64).reshape(len(rows), -1, width) @ turn).reshape(rows.shape)
+    wrong = np.abs(restored(name + suffix, rows) - back) > 1e-4 * np.abs(rows).max(-1, keepdims=True)
+    assert wrong.any(-1).mean() < 0.1  # a tie of a sum in another order
+
+
 @pytest.mark.parametrize(("bits", "least"), [(3, 0.4), (4, 0.3)])
 def test_turboquant_loses_an_offset_that_channels_share(bits: int, least: float) -> None:
     """vLLM turns by a plain Hadamard matrix: the mean of all channels lands in one output, beyond every level."""
@@ -406,9 +429,8 @@ def test_a_token_comes_back_alike_in_whatever_company_and_zeros_as_zeros(name: s
     whole = fake_quantize(x, form)
     assert whole.shape == x.shape
     alone = fake_quantize(x[1:, 2:, 3:4].contiguous(), form)
-    turned = name.startswith(
-        ("exl3", "turbo_k", "lmdeploy_turbo", "int4_per", "ultraquant_k")
-    )  # a product may be summed in another order
+    # A product may be summed in another order.
+    turned = "_rot" in name or name.startswith(("exl3", "turbo_k", "lmdeploy_turbo", "int4_per", "ultraquant_k"))
     torch.testing.assert_close(whole[1:, 2:, 3:4], alone, rtol=0, atol=3e-6 if turned else 0)
     zeros = fake_quantize(torch.zeros(1, 1, 2, 128), form)
     if name.startswith(("exl3", "lmdeploy_turbo")):  # which add a little to every scale

@@ -81,7 +81,7 @@ def sayable(draw: st.DrawFn, target: Target) -> dict[tuple[int, str], str]:
         cells = {(layer, tensor): {} for layer in layers for tensor in TENSORS}
         sides = {}
         for tensor in TENSORS:
-            first, last, rest = (draw(st.sampled_from(constraints.formats)) for _ in range(3))
+            first, last, rest = (draw(st.sampled_from(constraints.formats_of(tensor))) for _ in range(3))
             head = draw(st.integers(0, LAYERS))
             sides[tensor] = Ranges(first, head, last, draw(st.integers(0, LAYERS - head)), rest)
         return dict(constraints.assigned(Table(cells, LAYERS), sides))
@@ -321,8 +321,8 @@ def as_read(found: Words, name: str) -> Words:
 
 
 def without_dtype(name: str) -> str:
-    """Return what a runtime calls a format whose scales have the model's dtype: it has no word for that."""
-    return re.sub("_(bf16|f32)$", "", name)
+    """Return what a runtime calls a format: it has no word for the dtype of scales, nor for what comes before."""
+    return re.sub("_(bf16|f32|rot|rot64|gguf|rot_gguf)$", "", name)
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -347,12 +347,17 @@ def test_a_plan_is_either_told_exactly_or_refused_with_a_command(name: str, data
         assert before.endswith(f"kvprof allocate --target {name}")
         assert float(budget) > 0  # tests/cli/test_targets.py runs the command
         return
-    assert as_read(READERS[name](text), name) == names
+    assert as_read(READERS[name](text), name) == {place: without_dtype(word) for place, word in names.items()}
 
 
 @pytest.mark.parametrize(
     ("target", "form", "stands_for"),
-    [("mlx-lm", "int4g64", "mlx4g64"), ("exllamav3", "int4g64", "exl3_4"), ("llama.cpp", "int5g32", "q5_1")],
+    [
+        ("mlx-lm", "int4g64", "mlx4g64"),
+        ("exllamav3", "int4g64", "exl3_4"),
+        ("ik_llama.cpp", "int5g32", "q5_1"),
+        ("llama.cpp", "q5_1", "q5_1_rot"),  # as an earlier kvprof scored it
+    ],
 )
 def test_a_format_of_the_same_bytes_but_another_quantizer_is_told_with_a_remark(
     target: str, form: str, stands_for: str
@@ -360,23 +365,46 @@ def test_a_format_of_the_same_bytes_but_another_quantizer_is_told_with_a_remark(
     plan = plan_of(dict.fromkeys(everywhere(form, form), form))
     made = WRITERS[target](plan)
     assert any("another quantizer" in remark and f"{form} as {stands_for}" in remark for remark in made.remarks)
-    assert set(READERS[target](made.text).values()) == {stands_for}
-    own = WRITERS[target](plan_of(everywhere(stands_for, stands_for)))
+    assert set(READERS[target](made.text).values()) == {without_dtype(stands_for)}
+    values = "q5_1_rot64" if target == "llama.cpp" else stands_for
+    own = WRITERS[target](plan_of(everywhere(stands_for, values)))
     assert own.text == made.text
     assert not any("quantizer" in remark for remark in own.remarks)
 
 
 def test_a_window_that_the_runtime_does_not_keep_is_said() -> None:
-    plan = plan_of(everywhere("q4_0", "q4_0"), Window(sink_tokens=4, recent_tokens=128))
+    plan = plan_of(everywhere("q4_0_rot", "q4_0_rot64"), Window(sink_tokens=4, recent_tokens=128))
     (remark,) = WRITERS["llama.cpp"](plan).remarks
     assert "first 4 and the last 128" in remark
     assert "quantizes every token" in remark
 
 
 def test_unlike_keys_and_values_on_cuda_need_a_build_option() -> None:
-    made = WRITERS["llama.cpp"](plan_of(everywhere("q8_0", "q4_0")))
+    made = WRITERS["llama.cpp"](plan_of(everywhere("q8_0_rot", "q4_0_rot64")))
+    assert made.text == "-fa on -ctk q8_0 -ctv q4_0\n"
     assert any("GGML_CUDA_FA_ALL_QUANTS=ON" in remark and "q8_0-q4_0" in remark for remark in made.remarks)
-    assert not WRITERS["llama.cpp"](plan_of(everywhere("q8_0", "q8_0"))).remarks
+    assert not WRITERS["llama.cpp"](plan_of(everywhere("q8_0_rot", "q8_0_rot64"))).remarks
+
+
+def heads_of(head_dim: int, architecture: str) -> tuple[set[str], set[str]]:
+    """Return what llama.cpp, and what ik_llama.cpp, does to keys and values of a model before it rounds them."""
+    layers = (
+        KVLayer(layer=layer, kind="full", kv_heads=2, key_head_dim=head_dim, value_head_dim=head_dim)
+        for layer in range(2)
+    )
+    geometry = CacheGeometry(dtype="float16", layers=tuple(layers))
+    found = []
+    for name in ("llama.cpp", "ik_llama.cpp"):
+        target = TARGETS[name].for_model(geometry, architecture)
+        found.append({one for tensor in TENSORS for one in target.formats_of(tensor) if one.startswith("q4_0")})
+    return found[0], found[1]
+
+
+def test_llama_cpp_turns_heads_of_64_and_a_llama_has_its_ggufs_order() -> None:
+    assert heads_of(128, "Qwen3ForCausalLM") == ({"q4_0_rot", "q4_0_rot64"}, {"q4_0"})
+    assert heads_of(64, "LlamaForCausalLM") == ({"q4_0_rot_gguf", "q4_0_rot64"}, {"q4_0_gguf", "q4_0"})
+    assert heads_of(96, "LlamaForCausalLM") == ({"q4_0_gguf", "q4_0"}, {"q4_0_gguf", "q4_0"})
+    assert heads_of(96, "Phi3ForCausalLM") == ({"q4_0"}, {"q4_0"})
 
 
 def test_kvtuners_published_file_survives_the_way_there_and_back(tmp_path: Path) -> None:

@@ -62,16 +62,38 @@ def _refuse(x: Tensor, name: str) -> None:
 
 
 def _ggml(blocks: Tensor, form: ExternalFormat) -> Tensor:
+    """Round to a type of ggml's, after what llama.cpp does to a head first (`build_attn` of its llama-graph.cpp)."""
+    if not form.before:
+        return _ggml_type(blocks, form.name, form.bits)
+    assert form.word is not None
+    heads = blocks.flatten(-2)
+    size = heads.shape[-1]
+    order = torch.arange(size, device=heads.device)
+    if "gguf order" in form.before:
+        order = order.view(2, -1).T.flatten()  # 0, D/2, 1, D/2 + 1 ...
+    turned = heads[..., order]
+    width = {"hadamard": size & -size, "hadamard 64": 64}.get(form.before[-1])
+    if width is None:
+        restored = _ggml_type(turned.reshape(blocks.shape), form.word, form.bits).flatten(-2)
+    else:
+        turn = rotation(width, None, heads.dtype, heads.device) / math.sqrt(width)
+        parts = torch.unflatten(turned, -1, (-1, width)) @ turn
+        rounded = _ggml_type(parts.reshape(blocks.shape), form.word, form.bits)
+        restored = (rounded.reshape(parts.shape) @ turn).flatten(-2)
+    return restored[..., order.argsort()].reshape(blocks.shape)
+
+
+def _ggml_type(blocks: Tensor, name: str, bits: int) -> Tensor:
     """Round as `quantize_row_<type>_ref` of llama.cpp's ggml-quants.c does (q6_0: ik_llama.cpp's iqk_quantize.cpp)."""
-    if form.name == "iq4_nl":
+    if name == "iq4_nl":
         return _iq4_nl(blocks)
-    if form.name == "q8_0":
+    if name == "q8_0":
         step = blocks.abs().amax(-1, keepdim=True) / 127
         return _half_away(blocks * _inverse(step)) * _float16(step)
-    if form.name.endswith("_1"):
-        return _from_minimum(blocks, form.bits)
+    if name.endswith("_1"):
+        return _from_minimum(blocks, bits)
     # Of the entry that is largest in magnitude the sign counts: its code is the lowest, which has no counterpart.
-    half = 1 << (form.bits - 1)
+    half = 1 << (bits - 1)
     step = _largest(blocks) / -half
     codes = (blocks * _inverse(step) + (half + 0.5)).trunc().clamp(0, 2 * half - 1)
     return (codes - half) * _float16(step)
