@@ -47,6 +47,7 @@ def allocate(
     recent_tokens: int | None = None,
     sink_tokens: int | None = None,
     target: str | None = None,
+    device: str | None = None,
     layers: str | None = None,
     top_fraction: str | float | None = None,
     as_published: bool = False,
@@ -119,7 +120,9 @@ def uncertainty_as_asked(request: AllocateRequest, made: Planned) -> Uncertainty
     )
     if request.target is None:
         return found
-    return replace(found, remarks=(*found.remarks, *target_remarks(made.plan, target_named(request.target))))
+    return replace(
+        found, remarks=(*found.remarks, *target_remarks(made.plan, target_named(request.target), request.device))
+    )
 
 
 def unrestricted_as_asked(request: AllocateRequest, made: Planned) -> BitPlan | None:

@@ -56,7 +56,11 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="Runtime; `kvprof targets` lists them.", show_default=False, autocompletion=completion.targets
+            "--to",
+            "--target",
+            help="Runtime; `kvprof targets` lists them.",
+            show_default=False,
+            autocompletion=completion.targets,
         ),
     ],
     out: Annotated[

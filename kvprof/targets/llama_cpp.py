@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 from kvprof.allocate.constraints import FULL, KeysAndValues, pairs_of
-from kvprof.allocate.target import Target
+from kvprof.allocate.target import Device, Target, device_remarks
 from kvprof.records.external_formats import GGML, GGML_TURNED, ExternalFormat
 from kvprof.records.formats import TensorName
 from kvprof.records.geometry import CacheGeometry
@@ -64,6 +64,11 @@ TARGET = Target(
     "against llama-kv-cache.cpp and convert_hf_to_gguf.py",
     full="f16",
     stores=_stores,
+    devices={
+        "cuda": Device("CUDA", frozenset({"iq4_nl"})),
+        "metal": Device("Metal", frozenset({"iq4_nl"}), alike=True),
+        "cpu": Device("the CPU"),
+    },
 )
 
 FLASH_ATTENTION = "-fa on"
@@ -83,6 +88,4 @@ def write(plan: BitPlan) -> Artefact:
             f"on CUDA, keys and values of unlike types need a build with -DGGML_CUDA_FA_ALL_QUANTS=ON, or by newer "
             f'ones "-DGGML_CUDA_FA_QUANTS={key}-{value}"; without it attention runs on the CPU or in f16'
         )
-    if "iq4_nl" in (key, value):
-        remarks.append("CUDA has no flash attention for iq4_nl: attention then runs on the CPU")
-    return Artefact(f"{FLASH_ATTENTION} -ctk {key} -ctv {value}\n", ".args", tuple(remarks))
+    return Artefact(f"{FLASH_ATTENTION} -ctk {key} -ctv {value}\n", ".args", (*remarks, *device_remarks(plan, TARGET)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from kvprof.allocate.target import Target, latents_unknown
+from kvprof.allocate.target import Target, why_unserved
 from kvprof.errors import Inexpressible, UsageError, did_you_mean
 from kvprof.records.plan import BitPlan
 from kvprof.targets import (
@@ -53,7 +53,7 @@ def export(plan: BitPlan, target: Target, path: Path, out: Path | None = None) -
     folder = path.parent if out is None else out
     if out is not None and out.exists() and path.exists() and out.samefile(path):
         raise UsageError(f"--out {out} is the plan itself.\n  Name another file, or a folder.")
-    if (unknown := latents_unknown(target, plan.geometry)) is not None:
+    if (unknown := why_unserved(target, plan.geometry)) is not None:
         raise Inexpressible(f"{target.name} cannot be told this plan: {unknown}.")
     if target.name in WRITERS:
         made = WRITERS[target.name](plan)

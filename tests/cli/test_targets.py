@@ -223,6 +223,33 @@ def test_gradients_score_a_runtimes_formats_in_its_own_window(here: Path) -> Non
     assert "q4_0 needs heads that are a multiple of 32 channels" in refused.stderr
 
 
+def test_both_words_for_a_runtime_work_in_both_commands(here: Path) -> None:
+    scores = save_scores(here / "scores.json")
+    for word in ("--to", "--target"):
+        kvprof("allocate", word, "llama.cpp", "--budget", "5", "--scores", scores, "--out", "plan.json")
+        assert BitPlan.load("plan.json").solver.target == "llama.cpp"
+        assert kvprof("export", "plan.json", word, "llama.cpp").stdout == "-fa on -ctk q5_0 -ctv q4_0\n"
+
+
+def test_a_device_narrows_the_types_and_is_spoken_of_at_allocate(here: Path) -> None:
+    scores = save_scores(here / "scores.json", iq4_nl=0.001)
+    words = ("allocate", "--target", "llama.cpp", "--budget", "5", "--scores", scores, "--out", "plan.json")
+    found = {}
+    for device in ("any", "cpu", "cuda", "metal"):
+        said = kvprof(*words, *([] if device == "any" else ["--device", device]))
+        entry = BitPlan.load("plan.json").layers[0]
+        found[device] = entry.key.name, entry.value.name
+        assert ("CUDA has no flash attention for iq4_nl" in said.stderr) == (device == "any")
+    assert found == {
+        "any": ("iq4_nl", "iq4_nl"),
+        "cpu": ("iq4_nl", "iq4_nl"),
+        "cuda": ("q5_0", "q4_0"),
+        "metal": ("q4_1", "q4_1"),  # alike, or Metal's flash attention takes neither
+    }
+    kvprof("verify", "plan.json", "--scores", scores)
+    assert "takes the same on every device" in kvprof(*words[:2], "vllm", *words[3:], "--device", "cuda", code=2).stderr
+
+
 STORED_FIRST = set(TARGETS) - {"transformers", "kvtuner"}
 """Runtimes that write a token into the cache and then attend to it there; the sources stand in each target's file."""
 

@@ -191,8 +191,9 @@ def read_modelopt(text: str) -> Words:
         layer = int(re.fullmatch(r"model\.layers\.(\d+)\.self_attn", module)[1])
         words |= {(layer, tensor): algos[entry["quant_algo"]] for tensor in TENSORS}
     found = {entry["quant_algo"] for entry in quantization["kv_cache_quantized_layers"].values()}
-    assert quantization["kv_cache_quant_algo"] == (found.pop() if len(found) == 1 else "MIXED_PRECISION")
-    return words
+    uniform = len(found) == 1 and len(words) == 2 * LAYERS
+    assert quantization["kv_cache_quant_algo"] == (found.pop() if uniform else "MIXED_PRECISION" if found else None)
+    return everywhere("full", "full") | words
 
 
 def read_sglang(text: str) -> Words:
@@ -445,6 +446,37 @@ def test_vllm_is_told_of_layers_that_have_a_cache_of_their_own_alone() -> None:
     made = WRITERS["vllm"](plan)
     assert flags(made.text)["--kv-cache-dtype-skip-layers"] == ["2"]
     assert any("layers 7 read the cache of another layer" in remark for remark in made.remarks)
+
+
+def test_what_a_runtime_does_with_sliding_layers_is_planned_or_said() -> None:
+    """mlx-vlm 0.7.10 raises; exllamav3 1.6.5 quantizes those of Gemma 3 and keeps those of Gemma 4 apart."""
+    slides = with_layers(plan_of(everywhere("mlx4g64", "mlx4g64")), {2: "sliding"})
+    path = Path("plan.json")
+    with pytest.raises(Inexpressible, match="mlx-vlm quantizes no model with such layers"):
+        export(slides, TARGETS["mlx-vlm"], path)
+    plan = plan_of(everywhere("exl3_4", "exl3_4"))
+    content = json.loads(plan.to_text())
+    content["geometry"]["layers"][2] |= {"kind": "sliding", "window": 512}
+    for architecture, is_said in (("Gemma3ForCausalLM", False), ("Gemma4ForConditionalGeneration", True)):
+        content["model"]["architecture"] = architecture
+        made = WRITERS["exllamav3"](BitPlan.from_json(content, "plan"))
+        assert any("--layers full" in remark for remark in made.remarks) == is_said
+
+
+def test_exllamav3_refuses_layers_with_a_cache_of_their_own_kind() -> None:
+    """`cache_layer_type` of 1.6.5 puts CacheLayer_qsa_quant, which wants bits, in the place of the module's class."""
+    content = json.loads(plan_of(everywhere("exl3_4", "exl3_4")).to_text())
+    content["geometry"]["layers"][1]["indexer_width"] = 64
+    with pytest.raises(Inexpressible, match="layer 1 has an indexer"):
+        export(BitPlan.from_json(content, "plan"), TARGETS["exllamav3"], Path("plan.json"))
+
+
+def test_modelopt_leaves_layers_of_16_bits_out_of_its_map_and_says_who_reads_it() -> None:
+    names = everywhere("fp8_e4m3", "fp8_e4m3") | {(3, tensor): "full" for tensor in TENSORS}
+    made = WRITERS["modelopt"](plan_of(names))
+    assert read_modelopt(made.text) == names
+    assert json.loads(made.text)["quantization"]["kv_cache_quant_algo"] == "MIXED_PRECISION"
+    assert any("no released runtime reads the layer map" in remark and "56116" in remark for remark in made.remarks)
 
 
 def test_turboquant_leaves_no_ends_alone_in_a_hybrid_model() -> None:
