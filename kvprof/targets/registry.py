@@ -9,6 +9,7 @@ from kvprof.allocate.target import Target, why_unserved
 from kvprof.errors import Inexpressible, UsageError, did_you_mean
 from kvprof.records.plan import BitPlan
 from kvprof.targets import (
+    compressed_tensors,
     exllamav3,
     ik_llama_cpp,
     kvtuner,
@@ -25,7 +26,8 @@ from kvprof.targets import (
 from kvprof.targets.artefact import Artefact
 
 _OTHERS = (
-    ik_llama_cpp, llama_cpp, vllm, modelopt, sglang, lmdeploy, tensorrt_llm, mlx_vlm, mlx_lm, exllamav3, kvtuner
+    ik_llama_cpp, llama_cpp, vllm, modelopt, compressed_tensors, sglang, lmdeploy, tensorrt_llm, mlx_vlm, mlx_lm,
+    exllamav3, kvtuner,
 )  # fmt: skip
 WRITERS = {runtime.TARGET.name: runtime.write for runtime in _OTHERS}
 

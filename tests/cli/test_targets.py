@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 from kvprof import BitPlan, Scores
 from kvprof.cli.app import app
 from kvprof.targets.registry import TARGETS
+from kvprof.targets.versions import CHECKED
 
 GGML = {"q8_0": 0.001, "q5_1": 0.02, "q5_0": 0.03, "q4_1": 0.06, "q4_0": 0.09}
 
@@ -52,6 +53,9 @@ def test_targets_are_listed_with_their_bits_and_what_was_checked() -> None:
     for name, target in TARGETS.items():
         assert name in text
         assert target.checked in text
+        version, date = CHECKED[name]
+        assert f"checked: {version}, on {date}" in text
+    assert set(CHECKED) == set(TARGETS)
     assert "q6_0 6.5" in text
     assert "NVFP4 4.5" in text
 

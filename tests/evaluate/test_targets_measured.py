@@ -11,6 +11,8 @@ from requested import allocate
 
 from kvprof import BitPlan, Scores
 from kvprof.allocate.methods import uniform
+from kvprof.allocate.target import WHOLE_CACHE
+from kvprof.allocate.unscored import uniform_plan
 from kvprof.calibration.sequences import CalibrationSet, tokenize
 from kvprof.calibration.text import open_text
 from kvprof.evaluate.logits import planned_logits, reference_logits
@@ -20,7 +22,7 @@ from kvprof.models.load import load_model, load_tokenizer, resolve
 from kvprof.profile.decoder import Decoder, formats_of
 from kvprof.profile.scoring import measure_sensitivity
 from kvprof.records.external_formats import GGML
-from kvprof.records.formats import format_named
+from kvprof.records.formats import format_named, parse_formats
 from kvprof.targets.registry import TARGETS
 
 BUDGET = 5
@@ -69,3 +71,22 @@ def test_plans_within_a_grammar_lose_no_more_than_any_global_pair_of_no_more_byt
         for key, value in pairs:
             rival = kl_of(uniform(scores, key, value, window=plan.window))
             assert kl_of(plan) <= NOISE * rival, (target, key, value)
+
+
+IN_LLAMA_CPP = {"q4_0_rot_gguf": 0.055, "q4_0_gguf": 0.159, "q5_0_rot_gguf": 0.014, "q5_0_gguf": 0.050}
+"""KL in nats a token that tests/benchmarks/bench_llama_cpp.py measured inside llama.cpp (llama-cpp-python 0.3.36): keys
+alone quantized, with its rotation and, `LLAMA_ATTN_ROT_DISABLE=1`, without."""
+
+
+@pytest.mark.demo
+def test_what_is_evaluated_of_llama_cpps_keys_is_what_llama_cpp_itself_loses() -> None:
+    model = load_model(resolve("demo"), "float32", "cpu")
+    inventory = take_inventory(model.config, "demo")
+    (ids,) = text_of("held-out", 1).sequences
+    reference = reference_logits(model, ids, 64)
+    for name, measured in IN_LLAMA_CPP.items():
+        plan = uniform_plan(
+            parse_formats(f"key:{name},value:full"), inventory.model, inventory.geometry, window=WHOLE_CACHE
+        )
+        found = float(token_kl(reference, planned_logits(model, plan, ids, "fast", 64)).mean())
+        assert 0.75 < found / measured < 1.33, name

@@ -196,6 +196,16 @@ def read_modelopt(text: str) -> Words:
     return everywhere("full", "full") | words
 
 
+def read_compressed_tensors(text: str) -> Words:
+    """What `validate_kv_cache_scheme` of vLLM 0.33.0 wants of it."""
+    config = json.loads(text)["quantization_config"]
+    assert config["quant_method"] == "compressed-tensors"
+    scheme = config["kv_cache_scheme"]
+    assert (scheme["type"], scheme["num_bits"], scheme["symmetric"], scheme["dynamic"]) == ("float", 8, True, False)
+    assert scheme["strategy"] in ("tensor", "attn_head")
+    return everywhere("fp8_e4m3", "fp8_e4m3")
+
+
 def read_sglang(text: str) -> Words:
     ((flag, (word,)),) = flags(text).items()
     assert flag == "--kv-cache-dtype"
@@ -290,6 +300,7 @@ READERS: dict[str, Callable[[str], Words]] = {
     "llama.cpp": read_llama_cpp,
     "vllm": read_vllm,
     "modelopt": read_modelopt,
+    "compressed-tensors": read_compressed_tensors,
     "sglang": read_sglang,
     "lmdeploy": read_lmdeploy,
     "tensorrt-llm": read_tensorrt_llm,
