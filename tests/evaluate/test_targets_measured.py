@@ -21,8 +21,7 @@ from kvprof.models.inventory import take_inventory
 from kvprof.models.load import load_model, load_tokenizer, resolve
 from kvprof.profile.decoder import Decoder, formats_of
 from kvprof.profile.scoring import measure_sensitivity
-from kvprof.records.external_formats import GGML
-from kvprof.records.formats import format_named, parse_formats
+from kvprof.records.formats import TENSORS, format_named, parse_formats
 from kvprof.targets.registry import TARGETS
 
 BUDGET = 5
@@ -40,8 +39,15 @@ def text_of(split: str, sequences: int) -> CalibrationSet:
 def test_plans_within_a_grammar_lose_no_more_than_any_global_pair_of_no_more_bytes() -> None:
     model = load_model(resolve("demo"), "float32", "cpu")
     inventory = take_inventory(model.config)
-    names = tuple(GGML)
-    decoder = Decoder({"key": names, "value": names}, TARGETS["llama.cpp"].window)
+    targets = {
+        name: TARGETS[name].for_model(inventory.geometry, inventory.model.architecture)
+        for name in ("llama.cpp", "ik_llama.cpp")
+    }
+    names = {
+        tensor: tuple({one: None for target in targets.values() for one in target.formats_of(tensor) if one != "full"})
+        for tensor in TENSORS
+    }
+    decoder = Decoder(names, TARGETS["llama.cpp"].window)
     scores: Scores = measure_sensitivity(
         model, text_of("calibration", 3), inventory, formats_of(inventory.geometry, decoder), decoder
     )
@@ -57,14 +63,16 @@ def test_plans_within_a_grammar_lose_no_more_than_any_global_pair_of_no_more_byt
             )
         return measured[plan.recipe]
 
-    stored: dict[str, Fraction] = {name: format_named(name, "key", 64).stored_bits(64) for name in names}
-    for target, known in (("llama.cpp", set(names) - {"q6_0"}), ("ik_llama.cpp", set(names))):
+    every = {*names["key"], *names["value"]}
+    stored: dict[str, Fraction] = {name: format_named(name, "key", 64).stored_bits(64) for name in every}
+    for target, told in targets.items():
+        known = [[name for name in told.formats_of(tensor) if name != "full"] for tensor in TENSORS]
         plan = allocate(scores, target=TARGETS[target], budget=BUDGET)
         assert plan.budget is not None
         assert plan.budget.stored_bits <= BUDGET
         pairs = [
             (key, value)
-            for key, value in itertools.product(known, repeat=2)
+            for key, value in itertools.product(*known)
             if stored[key] + stored[value] <= 2 * Fraction(plan.budget.stored_bits)
         ]
         assert len(pairs) >= 5
