@@ -60,6 +60,14 @@ class ExternalFormat:
         """Whether a head is multiplied with a Hadamard matrix first, which there is for powers of two alone."""
         return self.name.startswith(("turbo_k", "lmdeploy_turbo", "ultraquant_k"))
 
+    @property
+    def heads(self) -> str:
+        """Which heads can have it, in words."""
+        if self.turns_heads:
+            return "a power of two"
+        multiple = 64 if any(step.startswith("hadamard") for step in self.before) else self.block
+        return f"a multiple of {multiple} channels"
+
     def group_size(self, head_dim: int | None) -> int:
         """Return the channels that share a scale in heads of a dimension."""
         return self.block or head_dim or 1
