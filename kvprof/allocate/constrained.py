@@ -46,6 +46,7 @@ def plan_within(
             f"  Measure them with `kvprof gradients --target {target.name}`."
         )
     window = window or target.window
+    target = _as_scored(target, scores)
     if target.constraints is None:
         return _for(exact(scores, limit, metric=LOSS_INCREASE, window=window, **allowed), target)
     named: Allowed = {
@@ -95,6 +96,15 @@ def unrestricted(scores: Scores, plan: BitPlan, pins: Sequence[str] = (), min_ke
 def _for(plan: BitPlan, target: Target) -> BitPlan:
     assert plan.solver is not None
     return plan.model_copy(update={"solver": plan.solver.model_copy(update={"target": target.name})})
+
+
+def _as_scored(target: Target, scores: Scores) -> Target:
+    """Return a target as it stores the model of some scores; as it is where they know none of those formats.
+
+    Those of an earlier kvprof know the formats of its words without what the runtime does first, or in float16 alone.
+    """
+    own = target.for_model(scores.geometry, None if scores.model is None else scores.model.architecture)
+    return own if any(_scored(tensor, own, scores) for tensor in PlanTask(scores).tensors) else target
 
 
 def _formats(scores: Scores, target: Target, asked: str | None, group_size: int | None) -> str:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import Self
 
 from kvprof.allocate.pareto import TIE
 from kvprof.allocate.solver import MAX_UNITS, solve
@@ -94,6 +95,9 @@ class Constraints(Protocol):
     def choices(self) -> Mapping[str, tuple[str, ...]]:
         """Return what the runtime has a word for: the word, and a format, or that of keys and that of values."""
 
+    def only(self, keeps: Callable[[str, TensorName], bool]) -> Self:
+        """Return the constraints without some formats of keys, and of values."""
+
     def best(self, table: Table, capacity: int) -> Found | None:
         """Return the assignment of least loss whose cost fits, the cheapest of such; None where none fits."""
 
@@ -118,17 +122,27 @@ def reach(constraints: Constraints, table: Table) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class _OfFormats:
-    """Constraints that name formats for keys and for values apart."""
+    """Constraints that name formats for keys and for values apart.
+
+    absent: those that keys, or values, alone cannot have.
+    """
 
     formats: tuple[str, ...]
+    absent: frozenset[tuple[TensorName, str]] = field(default=frozenset(), kw_only=True)
 
     def formats_of(self, tensor: TensorName) -> tuple[str, ...]:
         """Return the formats that keys or values can have, by name."""
-        return self.formats
+        return tuple(name for name in self.formats if (tensor, name) not in self.absent)
 
     def choices(self) -> Mapping[str, tuple[str, ...]]:
         """Return each format by its name."""
         return {name: (name,) for name in self.formats}
+
+    def only(self, keeps: Callable[[str, TensorName], bool]) -> Self:
+        """Return the constraints without some formats of keys, and of values."""
+        left = tuple(name for name in self.formats if any(keeps(name, tensor) for tensor in TENSORS))
+        absent = frozenset((tensor, name) for name in left for tensor in TENSORS if not keeps(name, tensor))
+        return replace(self, formats=left, absent=absent)
 
 
 @dataclass(frozen=True)
@@ -147,6 +161,10 @@ class _OfPairs:
     def choices(self) -> Mapping[str, tuple[str, ...]]:
         """Return each word with its formats."""
         return self.pairs
+
+    def only(self, keeps: Callable[[str, TensorName], bool]) -> Self:
+        """Return the constraints without some formats of keys, and of values."""
+        return replace(self, pairs={word: pair for word, pair in self.pairs.items() if all(map(keeps, pair, TENSORS))})
 
     def word_for(self, pair: tuple[str, str]) -> str:
         """Return the first word for a pair of formats, which is one of `pairs`."""

@@ -12,7 +12,7 @@ from kvprof.allocate.coverage import covered_scores
 from kvprof.allocate.kl_target import cheapest, parse_kl
 from kvprof.allocate.methods import GREEDY_METRICS, KVMIX_FRACTION, default_metric, exact, kvmix, norm_greedy, uniform
 from kvprof.allocate.pins import check_pins
-from kvprof.allocate.target import Target, check_latents
+from kvprof.allocate.target import Target, check_serves
 from kvprof.allocate.task import usual_window, without_sinks
 from kvprof.errors import UsageError
 from kvprof.records.document import LONGEST_TEXT
@@ -24,7 +24,7 @@ from kvprof.records.scores import LOSS_INCREASE, METRICS, Scores, default_unit
 
 _LIMITS = ("budget", "unit", "memory", "context", "batch")
 _OBEYED = {
-    "exact": (*_LIMITS, "max_kl", "metric", "bits", "formats", "min_key_bits", "tie", "target"),
+    "exact": (*_LIMITS, "max_kl", "metric", "bits", "formats", "min_key_bits", "tie", "target", "device"),
     "norm-greedy": (*_LIMITS, "metric", "bits", "min_key_bits", "as_published"),
     "kvmix": ("top_fraction", "as_published"),
     "uniform": ("bits_key", "bits_value", "formats", "metric"),
@@ -60,7 +60,10 @@ def plan_by(scores: Scores, request: AllocateRequest, target: Target | None = No
     if request.as_published:
         window = without_sinks(window)
     if target is not None:
-        check_latents(target, scores.geometry)
+        check_serves(target, scores.geometry)
+        target = target.on_device(request.device)
+    elif request.device is not None:
+        raise UsageError(f"--device {request.device} is of --target llama.cpp.\n  Leave it out, or give the target.")
     scores = covered_scores(scores, request.layers, window, request.context, target)
     group_size = USUAL_GROUP_SIZE if request.group_size is None else request.group_size
     pins, metric = request.pin or (), request.metric

@@ -42,9 +42,13 @@ def usual_window(
 ) -> Window:
     """Return the window of a plan: what is asked for, else what the scores were measured with, else USUAL_WINDOW.
 
-    own: of a runtime that the plan is for, instead of the latter two.
+    own: of a runtime that the plan is for, instead of the latter two. Scores of an earlier kvprof, which read every
+    query's own token in full precision, keep that: a plan's window is the one that its prediction speaks of.
     """
-    window = own or (USUAL_WINDOW if scores.decoding is None else scores.decoding.window)
+    scored = None if scores.decoding is None else scores.decoding.window
+    if own is not None and own.own_token_stored and scored == own.with_own_token_exact:
+        own = scored
+    window = own or scored or USUAL_WINDOW
     return window.with_tokens(sink_tokens, recent_tokens)
 
 

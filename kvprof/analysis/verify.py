@@ -254,9 +254,10 @@ def _asked(plan: BitPlan) -> str:
 
 def _window(plan: BitPlan) -> str:
     quantizer = plan.quantizer
+    own = ", a query's own token as stored" if plan.window.own_token_stored else ""
     return (
-        f"{plan.window.sink_tokens} sinks and {plan.window.recent_tokens} tokens, scales {quantizer.scale_dtype} and "
-        f"{quantizer.zero_dtype}, rotation seed {quantizer.rotation_seed}"
+        f"{plan.window.sink_tokens} sinks and {plan.window.recent_tokens} tokens{own}, scales {quantizer.scale_dtype} "
+        f"and {quantizer.zero_dtype}, rotation seed {quantizer.rotation_seed}"
     )
 
 

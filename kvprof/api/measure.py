@@ -137,14 +137,14 @@ def gradients_as_asked(request: GradientsRequest, job: Job) -> SensitivityRun:
 
 def decoder_asked(request: GradientsRequest, runtime: Target | None) -> Decoder:
     """Return whose losses are predicted: of the formats that are named, else those of a runtime, else kvprof's own."""
-    from kvprof.allocate.target import check_latents, layer_choice
+    from kvprof.allocate.target import check_serves, layer_choice
     from kvprof.profile.decoder import Decoder, read_formats
     from kvprof.records.plan import USUAL_WINDOW
 
     if runtime is None:
         window, usual, check = USUAL_WINDOW, None, Decoder.check
     else:
-        window, usual, check = runtime.window, runtime.to_score, functools.partial(check_latents, runtime)
+        window, usual, check = runtime.window, runtime.to_score, functools.partial(check_serves, runtime)
     return Decoder(
         usual if request.formats is None else read_formats(request.formats),
         window.with_tokens(request.sink_tokens, request.recent_tokens),
@@ -152,6 +152,7 @@ def decoder_asked(request: GradientsRequest, runtime: Target | None) -> Decoder:
         passes_over=request.formats is None,
         layers=layer_choice(request.layers, runtime),
         check=check,
+        formats_for=None if runtime is None or request.formats is not None else runtime.formats_for,
     )
 
 

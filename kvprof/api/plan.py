@@ -14,7 +14,7 @@ from kvprof.allocate.candidates import allowed_by
 from kvprof.allocate.constrained import unrestricted
 from kvprof.allocate.dispatch import allocate_as_asked, metric_needed
 from kvprof.allocate.frontier import frontier
-from kvprof.allocate.target import sliding_remark
+from kvprof.allocate.target import target_remarks
 from kvprof.analysis.uncertainty import Uncertainty, uncertainty_of
 from kvprof.api.job import check_out, kind_of
 from kvprof.errors import UsageError
@@ -47,6 +47,7 @@ def allocate(
     recent_tokens: int | None = None,
     sink_tokens: int | None = None,
     target: str | None = None,
+    device: str | None = None,
     layers: str | None = None,
     top_fraction: str | float | None = None,
     as_published: bool = False,
@@ -117,8 +118,11 @@ def uncertainty_as_asked(request: AllocateRequest, made: Planned) -> Uncertainty
         batch=request.batch or 1,
         **allowed_by(request),
     )
-    sliding = None if request.target is None else sliding_remark(made.plan, target_named(request.target))
-    return found if sliding is None else replace(found, remarks=(*found.remarks, sliding))
+    if request.target is None:
+        return found
+    return replace(
+        found, remarks=(*found.remarks, *target_remarks(made.plan, target_named(request.target), request.device))
+    )
 
 
 def unrestricted_as_asked(request: AllocateRequest, made: Planned) -> BitPlan | None:

@@ -33,6 +33,7 @@ def targets() -> None:
     from kvprof.report.console import print_result
     from kvprof.report.targets import show_targets
     from kvprof.targets.registry import TARGETS
+    from kvprof.targets.versions import CHECKED
 
     found = Runtimes(
         targets=tuple(
@@ -43,6 +44,8 @@ def targets() -> None:
                 writes=target.artefact,
                 needs=target.since,
                 checked=target.checked,
+                checked_version=CHECKED[target.name].version,
+                checked_on=CHECKED[target.name].date,
             )
             for target in TARGETS.values()
         )
@@ -56,7 +59,11 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="Runtime; `kvprof targets` lists them.", show_default=False, autocompletion=completion.targets
+            "--to",
+            "--target",
+            help="Runtime; `kvprof targets` lists them.",
+            show_default=False,
+            autocompletion=completion.targets,
         ),
     ],
     out: Annotated[

@@ -74,7 +74,7 @@ def _option(name: str, field: FieldInfo, option: Option) -> inspect.Parameter:
     typed = _typed(field.annotation)
     flag = f"--{(field.alias or name).replace('_', '-')}"
     default = field.default
-    words: list[str] = [f"{flag}/--no-{flag[2:]}" if default is True else flag]
+    words: list[str] = [f"{flag}/--no-{flag[2:]}" if default is True else flag, *([option.also] if option.also else [])]
     low, high = _bounds(field) if option.shows_range else (None, None)
     info = typer.Option(
         *words,

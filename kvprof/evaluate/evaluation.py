@@ -35,7 +35,7 @@ from kvprof.records.estimate import Estimate
 from kvprof.records.evaluation import Evaluation, Role
 from kvprof.records.formats import TENSORS
 from kvprof.records.geometry import CacheGeometry
-from kvprof.records.plan import BitPlan, quantized_tokens
+from kvprof.records.plan import BitPlan, tokens_read_as_codes
 from kvprof.records.requests.check import EvaluateRequest
 from kvprof.storage.journal import Journal
 
@@ -308,7 +308,7 @@ def _first_reading(plan: BitPlan, length: int) -> int | None:
     reads = (
         position
         for position in range(length)
-        if any(quantized_tokens(form, plan.window, position, form.recent_fraction) for form in forms)
+        if any(tokens_read_as_codes(form, plan.window, position, form.recent_fraction) for form in forms)
     )
     return next(reads, None)
 

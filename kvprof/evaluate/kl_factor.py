@@ -34,7 +34,7 @@ from kvprof.models.source import ModelSource
 from kvprof.records.audit import PlanCheck, PredictedPlan
 from kvprof.records.formats import TENSORS
 from kvprof.records.geometry import CacheGeometry
-from kvprof.records.plan import quantized_tokens
+from kvprof.records.plan import tokens_read_as_codes
 from kvprof.records.requests.check import CalibrateRequest
 from kvprof.records.scores import KlCalibration, Scores, suffix_start
 from kvprof.records.words import counted
@@ -248,7 +248,7 @@ def _check_something_is_read(plans: Sequence[PredictedPlan], longest: int) -> No
     """Raise UsageError where the longest sequence stays within a plan's window."""
     for one in plans:
         forms = [entry.tensor(tensor) for entry in one.plan.layers for tensor in TENSORS]
-        if not any(quantized_tokens(form, one.plan.window, longest - 1) for form in forms):
+        if not any(tokens_read_as_codes(form, one.plan.window, longest - 1) for form in forms):
             raise UsageError(
                 f"{one.name}: in {longest} tokens no query reads anything quantized, so there is nothing to measure.\n"
                 "  Name a plan that quantizes, or measure scores with a larger --sequence-length."

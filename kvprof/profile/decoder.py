@@ -6,12 +6,13 @@ Reads options and a geometry; does not know models, nor how a loss is predicted 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvprof.calibration.sequences import CalibrationSet
 from kvprof.errors import UsageError
 from kvprof.records.formats import TENSOR_WORDS, TENSORS, Format, TensorName, parse_formats
 from kvprof.records.geometry import CacheGeometry, KVLayer
+from kvprof.records.inventory import Inventory
 from kvprof.records.plan import (
     USUAL_WINDOW,
     Quantizer,
@@ -19,9 +20,9 @@ from kvprof.records.plan import (
     covered_geometry,
     format_of,
     head_dim_of,
-    quantized_tokens,
     stored_like,
     tensor_word,
+    tokens_read_as_codes,
 )
 from kvprof.records.requests.request import LayerChoice
 from kvprof.records.scores import DecodingSetup, suffix_start
@@ -55,7 +56,8 @@ class Decoder:
     formats: names by tensor; None: those of `usual_formats`; none at all: no losses are predicted. passes_over: whether
     a format that heads cannot have is left out of these, instead of refused.
     suffix_fraction: the share of each sequence, at its end, whose loss counts. layers: whether layers that slide are
-    asked too. check: raises for a model that the decoder cannot serve.
+    asked too. check: raises for a model that the decoder cannot serve. formats_for: which `formats` a model has, of its
+    geometry and architecture; None where they are the same for all.
     """
 
     formats: Mapping[TensorName, Sequence[str]] | None = None
@@ -65,6 +67,13 @@ class Decoder:
     passes_over: bool = False
     layers: LayerChoice = "all"
     check: Callable[[CacheGeometry], None] = lambda geometry: None
+    formats_for: Callable[[CacheGeometry, str | None], Mapping[TensorName, Sequence[str]] | None] | None = None
+
+    def for_model(self, inventory: Inventory) -> Decoder:
+        """Return the decoder with the formats of one model."""
+        if self.formats_for is None:
+            return self
+        return replace(self, formats=self.formats_for(inventory.geometry, inventory.model.architecture))
 
     def covers(self, geometry: CacheGeometry) -> CacheGeometry:
         """Return the geometry of plans for this decoder: what its window holds of sliding layers is left alone."""
@@ -161,7 +170,7 @@ def within_the_window(forms: Iterable[Format], window: Window, lengths: Sequence
 
 def reads_codes(form: Format, window: Window, tokens: int) -> bool:
     """Whether any query of a sequence of so many tokens reads anything in this format."""
-    return quantized_tokens(form, window, tokens - 1) > 0
+    return tokens_read_as_codes(form, window, tokens - 1) > 0
 
 
 def decoding_of(text: CalibrationSet, window: Window, suffix_fraction: float) -> DecodingSetup:

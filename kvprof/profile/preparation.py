@@ -72,6 +72,7 @@ def prepare(
     inventory = inventory.model_copy(update={"geometry": decoder.covers(inventory.geometry)})
     check_projects(inventory.geometry)
     decoder.check(inventory.geometry)
+    decoder = decoder.for_model(inventory)
     formats = formats_of(inventory.geometry, decoder)
     wanted = decoder.formats is None or any(decoder.formats.values())
     if until_stable and not wanted:

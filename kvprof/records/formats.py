@@ -182,9 +182,10 @@ def format_named(name: str, tensor: TensorName, head_dim: int | None = None) -> 
     bits = int(found[1]) if found else 0
     if bits not in CODE_BITS or (plain is not None and int(plain[2]) < 1):
         widths = ", ".join(map(str, CODE_BITS))
+        others = [one for one, form in EXTERNAL.items() if form.word in (None, one)]
         raise UsageError(
             f"{name!r} is no format: write int3g64, int2g64c (clipped), rot2 or full; bits are {widths}.\n"
-            f"  Of other runtimes there are {', '.join(EXTERNAL)}."
+            f"  Of other runtimes there are {', '.join(others)}."
         )
     if plain is not None:
         form = usual_format(tensor, bits, int(plain[2]), head_dim)
@@ -199,7 +200,7 @@ def _external_format(name: str, tensor: TensorName, head_dim: int | None) -> For
     form = EXTERNAL[name]
     if not form.fits(head_dim):
         heads = "an unknown head dimension" if head_dim is None else f"heads of {head_dim} channels"
-        whole = f"heads that are a multiple of {form.block} channels" if form.block else "a known head dimension"
+        whole = f"heads that are {form.heads}" if head_dim is not None or form.block else "a known head dimension"
         raise UsageError(f"{name} needs {whole}; the {tensor} has {heads}.")
     return Format(scheme=name, bits=form.bits, group_size=form.group_size(head_dim), axis="token")
 

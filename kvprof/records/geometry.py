@@ -144,6 +144,11 @@ class CacheGeometry(Record):
         return tuple(layer for layer in self.planned if layer.window is not None)
 
     @property
+    def is_hybrid(self) -> bool:
+        """Whether layers with a recurrent state stand among those with keys and values, or in one with them."""
+        return any(layer.kind in ("recurrent", "hybrid") for layer in self.layers)
+
+    @property
     def contexts(self) -> tuple[int, ...]:
         """CONTEXTS, none beyond what the model was made for, which then stands last."""
         return tuple(dict.fromkeys(min(tokens, self.positions or tokens) for tokens in CONTEXTS))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 from collections import Counter
 from fractions import Fraction
 from typing import Annotated, ClassVar, Literal
@@ -113,13 +114,19 @@ class Window(Record):
 
     sink_tokens: Count
     recent_tokens: Count
+    own_token_stored: bool = Field(False, strict=True, exclude_if=operator.not_)
+    """Whether a query reads its own key and value as the cache stores them; else in full precision, as kvprof's own
+    cache has it. Runtimes that write into the cache first and then attend to it read them as stored."""
 
     def with_tokens(self, sink_tokens: int | None = None, recent_tokens: int | None = None) -> Window:
         """Return the window with other numbers of tokens, where they are given."""
-        return Window(
-            sink_tokens=self.sink_tokens if sink_tokens is None else sink_tokens,
-            recent_tokens=self.recent_tokens if recent_tokens is None else recent_tokens,
-        )
+        asked = {"sink_tokens": sink_tokens, "recent_tokens": recent_tokens}
+        return self.model_copy(update={name: tokens for name, tokens in asked.items() if tokens is not None})
+
+    @property
+    def with_own_token_exact(self) -> Window:
+        """The same window of a cache whose queries read their own key and value in full precision."""
+        return self.model_copy(update={"own_token_stored": False})
 
 
 USUAL_WINDOW = Window(sink_tokens=4, recent_tokens=128)
@@ -423,6 +430,15 @@ def quantized_tokens(form: Format, window: Window, context: int, recent_fraction
         recent = max(recent, math.ceil(Fraction(str(recent_fraction)) * context))
     left = max(0, context - window.sink_tokens - recent)
     return left // form.unit_tokens * form.unit_tokens
+
+
+def tokens_read_as_codes(form: Format, window: Window, position: int, recent_fraction: float = 0.0) -> int:
+    """Return how many tokens behind the sinks the query at a position reads as codes, its own token among them or not.
+
+    position: of the query, from 0. It reads the cache as it is before its own token is stored, with that in full
+    precision, or after.
+    """
+    return quantized_tokens(form, window, position + window.own_token_stored, recent_fraction)
 
 
 def oldest_held(form: Format, window: Window, span: int | None, context: int, head_dim: int) -> int:

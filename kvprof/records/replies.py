@@ -79,6 +79,10 @@ class Runtime(Record):
     writes: Text
     needs: Text
     checked: Text
+    checked_version: Text | None = None
+    """The newest release that this was held against."""
+    checked_on: Text | None = None
+    """When, ISO 8601."""
 
 
 class Runtimes(Record):

@@ -23,4 +23,4 @@ def show_targets(found: Runtimes) -> None:
             print_plain(f"  stored bits: {bits}")
         print_plain(f"  writes: {runtime.writes}")
         print_plain(f"  needs: {runtime.needs}")
-        print_plain(f"  checked: {runtime.checked}")
+        print_plain(f"  checked: {runtime.checked_version}, on {runtime.checked_on}: {runtime.checked}")

@@ -74,6 +74,12 @@ class PlanCache(Cache):  # type: ignore[misc]
                     "  kvprof evaluate measures such a plan, kvprof export writes it for its runtime; a plan for this "
                     "cache is one that allocate makes without --target."
                 )
+        if plan.window.own_token_stored:
+            raise CacheError(
+                "the plan has a query read its own key and value as they are stored, as other runtimes do, and this "
+                "cache gives them in full precision.\n"
+                "  kvprof evaluate measures such a plan; leave out window.own_token_stored for this cache."
+            )
         geometry = take_inventory(model.config).geometry.leaving(plan.reasons)
         plan.check_fits(geometry)  # shapes differ without a look at the weights
         if plan.model.fingerprint is not None:

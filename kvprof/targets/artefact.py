@@ -14,7 +14,7 @@ from kvprof.allocate.budget import stored_bits_per_element
 from kvprof.allocate.constraints import FULL, Assignment, Cell, Table, reach
 from kvprof.allocate.costs import written
 from kvprof.allocate.losses import entries_of, planned_tensors
-from kvprof.allocate.target import WHOLE_CACHE, Target, sliding_remark
+from kvprof.allocate.target import WHOLE_CACHE, Target, own_token_remark, sliding_remark
 from kvprof.errors import Inexpressible
 from kvprof.records.external_formats import EXTERNAL
 from kvprof.records.formats import TENSORS, USUAL_AXIS, TensorName, format_named
@@ -48,6 +48,7 @@ def told(plan: BitPlan, target: Target) -> Told:
     remark: the bytes are the same, the rounding is not what was scored.
     """
     tensors = planned_tensors(plan)
+    target = target.for_model(plan.geometry, plan.model.architecture)
     assignment, others = {}, {}
     for tensor, entry in zip(tensors, entries_of(plan, tensors), strict=True):
         if target.sliding == "full" and tensor.shape is not None and tensor.shape.window and not entry.is_full:
@@ -82,12 +83,14 @@ def check_own(plan: BitPlan, target: Target) -> None:
 
 def window_remarks(plan: BitPlan, target: Target) -> list[str]:
     """Return that a runtime keeps other tokens in full precision than the plan does."""
+    if (remark := own_token_remark(plan, target)) is not None:
+        return [remark]
     if plan.window == target.window:
         return []
     own = f"the first {plan.window.sink_tokens} and the last {plan.window.recent_tokens} tokens"
     does = (
         "quantizes every token"
-        if target.window == WHOLE_CACHE
+        if target.window.with_own_token_exact == WHOLE_CACHE.with_own_token_exact
         else f"keeps the first {target.window.sink_tokens} and the last {target.window.recent_tokens}"
     )
     return [f"the plan keeps {own} in full precision, {target.name} {does}: its KL is not what was predicted"]
@@ -101,14 +104,24 @@ def _name_for(entry: TensorPlan, target: Target, tensor: TensorName, head_dim: i
     if entry.name in known and (entry.is_external or entry.axis == USUAL_AXIS[tensor]):
         return entry.name
     stored = entry.bits, entry.stored_bits(head_dim)
+    if entry.is_external:  # of the formats that the runtime has one word for, the one of this model
+        for name in known:
+            if target.word(name) == target.word(entry.scheme) and _stored(name, tensor, head_dim) == stored:
+                return name
     own = EXTERNAL[entry.scheme].family if entry.is_external else None
     for name in known:
         # Of one family two formats are two things that its runtimes tell apart.
-        if name in EXTERNAL and EXTERNAL[name].family != own and EXTERNAL[name].fits(head_dim):
-            form = format_named(name, tensor, head_dim)
-            if (form.bits, form.stored_bits(head_dim)) == stored:
-                return name
+        if name in EXTERNAL and EXTERNAL[name].family != own and _stored(name, tensor, head_dim) == stored:
+            return name
     return None
+
+
+def _stored(name: str, tensor: TensorName, head_dim: int | None) -> tuple[int, Fraction] | None:
+    """Return the bits of a code of another runtime's format, and its stored bits; None where heads cannot have it."""
+    if name not in EXTERNAL or not EXTERNAL[name].fits(head_dim):
+        return None
+    form = format_named(name, tensor, head_dim)
+    return form.bits, form.stored_bits(head_dim)
 
 
 def _quantizer_remarks(target: Target, others: dict[str, str]) -> list[str]:
@@ -145,6 +158,7 @@ def refused(plan: BitPlan, target: Target, problem: str) -> Inexpressible:
 def _nearest_budget(plan: BitPlan, target: Target) -> str | None:
     """Return the stored bits that a target can reach nearest to a plan's, as an option takes them; None for none."""
     tensors = planned_tensors(plan)
+    target = target.for_model(plan.geometry, plan.model.architecture)
     stored = stored_bits_per_element(tensors, entries_of(plan, tensors))
     if target.constraints is None:
         return written(stored, "stored", math.ceil)

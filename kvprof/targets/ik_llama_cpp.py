@@ -4,26 +4,40 @@
 
 Sources: `common/common.cpp` and `src/llama.cpp` of ikawrakow/ik_llama.cpp, where layers are counted over all of the
 model and the last flag wins where two overlap, which what is written here never does.
+
+A query reads its own token as stored: `llm_build_kv` of `src/llama-build-context.cpp` stores, then reads the cache.
 """
 
 from __future__ import annotations
 
 from kvprof.allocate.constraints import FULL, FirstLastRest
 from kvprof.allocate.target import Target
-from kvprof.records.external_formats import GGML
-from kvprof.records.formats import TENSORS
+from kvprof.records.external_formats import GGML, GGML_TURNED, ExternalFormat
+from kvprof.records.formats import TENSORS, TensorName
+from kvprof.records.geometry import CacheGeometry
 from kvprof.records.plan import BitPlan
 from kvprof.targets.artefact import Artefact, skipped_remarks, told
-from kvprof.targets.llama_cpp import ALL_LAYERS, FLASH_ATTENTION
+from kvprof.targets.llama_cpp import ALL_LAYERS, FLASH_ATTENTION, in_gguf_order
+
+GGUF_ORDER = ("gguf order",)
+
+
+def _stores(form: ExternalFormat, tensor: TensorName, geometry: CacheGeometry, architecture: str | None) -> bool:
+    return form.before == (GGUF_ORDER if tensor == "key" and in_gguf_order(architecture) else ())
+
 
 TARGET = Target(
     name="ik_llama.cpp",
-    constraints=FirstLastRest((*GGML, FULL)),
+    constraints=FirstLastRest(
+        (*GGML, *(name for name, form in GGML_TURNED.items() if form.before == GGUF_ORDER), FULL)
+    ),
     artefact="flags: -ctk T -ctk-first T,N -ctk-last T,M -ctv ...",
     since="April 2026 (pull requests 1599 and 1626)",
-    checked="flags and precedence against common/common.cpp and src/llama.cpp; not run. A GGUF of the Llama family "
-    "has a key's channels in another order than the checkpoint that is scored",
+    checked="flags and precedence against common/common.cpp and src/llama.cpp, the order of a Llama's key channels "
+    "against convert_hf_to_gguf.py; not run. It turns keys and values by a Hadamard matrix only where -khad and -vhad "
+    "say so, which is not scored",
     full="f16",
+    stores=_stores,
 )
 
 

@@ -2,6 +2,9 @@
 
 0: {nbits_key: 4, nbits_value: 2}
 1: {nbits_key: 8, nbits_value: 4}
+
+A query reads its own token in full precision: KIVI's cache, as transformers' QuantizedCache, gives new tokens back as
+they came and quantizes them once they leave the residual window.
 """
 
 from __future__ import annotations

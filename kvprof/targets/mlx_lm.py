@@ -2,6 +2,8 @@
 
 Source: `mlx_lm/models/cache.py` (QuantizedKVCache(group_size, bits), make_prompt_cache). A cache passed to `generate`
 as `prompt_cache` is left as it is where `kv_bits` is not given (`mlx_lm/generate.py`).
+
+A query reads its own token as stored: `QuantizedKVCache.update_and_fetch` gives back what it has quantized (0.32.2).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ TARGET = Target(
     sliding="full",
     artefact="a Python snippet that builds the prompt cache",
     since="the release that has QuantizedKVCache",
-    checked="names and arguments against mlx_lm/models/cache.py, rounding against mlx's CPU source; not run",
+    checked="the module run, its rounding and its bytes against mlx's own (mlx-lm 0.32.2, mlx 0.32.4 on a CPU)",
 )
 
 _TEXT = '''"""A prompt cache for mlx-lm, as kvprof planned it.
@@ -29,10 +31,23 @@ _TEXT = '''"""A prompt cache for mlx-lm, as kvprof planned it.
     generate(model, tokenizer, prompt, prompt_cache=planned_cache(model))
 """
 
+import mlx.core as mx
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 
 BITS_AND_GROUP_SIZE = {{{entries}}}
 """Of each layer that is quantized; the others keep the cache that the model makes."""
+
+
+class PlannedKVCache(QuantizedKVCache):
+    """For 3, 5 and 6 bits: mlx-lm's first zeros have room for whole codes a word, mx.quantize packs without gaps."""
+
+    def update_and_fetch(self, keys, values):
+        if self.keys is None:
+            self.keys, self.values = (
+                tuple(part[..., :0, :] for part in mx.quantize(new, group_size=self.group_size, bits=self.bits))
+                for new in (keys, values)
+            )
+        return super().update_and_fetch(keys, values)
 
 
 def planned_cache(model):
@@ -40,7 +55,8 @@ def planned_cache(model):
     for layer, (bits, group_size) in BITS_AND_GROUP_SIZE.items():
         if type(cache[layer]) is not KVCache:
             raise TypeError(f"layer {{layer}} has a {{type(cache[layer]).__name__}}, which the plan does not know")
-        cache[layer] = QuantizedKVCache(group_size=group_size, bits=bits)
+        kind = QuantizedKVCache if 32 % bits == 0 else PlannedKVCache
+        cache[layer] = kind(group_size=group_size, bits=bits)
     return cache
 '''
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from kvprof.allocate.target import Target, latents_unknown
+from kvprof.allocate.target import Target, why_unserved
 from kvprof.errors import Inexpressible, UsageError, did_you_mean
 from kvprof.records.plan import BitPlan
 from kvprof.targets import (
+    compressed_tensors,
     exllamav3,
     ik_llama_cpp,
     kvtuner,
@@ -25,7 +26,8 @@ from kvprof.targets import (
 from kvprof.targets.artefact import Artefact
 
 _OTHERS = (
-    ik_llama_cpp, llama_cpp, vllm, modelopt, sglang, lmdeploy, tensorrt_llm, mlx_vlm, mlx_lm, exllamav3, kvtuner
+    ik_llama_cpp, llama_cpp, vllm, modelopt, compressed_tensors, sglang, lmdeploy, tensorrt_llm, mlx_vlm, mlx_lm,
+    exllamav3, kvtuner,
 )  # fmt: skip
 WRITERS = {runtime.TARGET.name: runtime.write for runtime in _OTHERS}
 
@@ -53,7 +55,7 @@ def export(plan: BitPlan, target: Target, path: Path, out: Path | None = None) -
     folder = path.parent if out is None else out
     if out is not None and out.exists() and path.exists() and out.samefile(path):
         raise UsageError(f"--out {out} is the plan itself.\n  Name another file, or a folder.")
-    if (unknown := latents_unknown(target, plan.geometry)) is not None:
+    if (unknown := why_unserved(target, plan.geometry)) is not None:
         raise Inexpressible(f"{target.name} cannot be told this plan: {unknown}.")
     if target.name in WRITERS:
         made = WRITERS[target.name](plan)

@@ -2,7 +2,10 @@
 
     kv_cache_config: {dtype: fp8}
 
-Source: `llm_args.py`.
+Source: `tensorrt_llm/llmapi/llm_args.py` (KvCacheConfig.dtype, sync_quant_config_with_kv_cache_config_dtype), main of
+autumn 2026. Ranges of layers (`0-3:fp8,4-35:nvfp4`) are an open pull request, 13695.
+
+A query reads its own token as stored: the kernels of generation (XQA) read the cache, which the one before them wrote.
 """
 
 from __future__ import annotations
@@ -17,21 +20,31 @@ TARGET = Target(
     name="tensorrt-llm",
     constraints=OneOfAll(
         {
-            "auto": (FULL, FULL),
+            "16 bits": (FULL, FULL),
             "fp8": ("fp8_e4m3", "fp8_e4m3"),
             "nvfp4": ("nvfp4", "nvfp4"),
         }
     ),
     artefact="YAML: kv_cache_config: dtype: X",
-    since="a release whose YAML has kv_cache_config (1.1 does)",
-    checked="field against llm_args.py and the published examples; not run",
+    since="a release whose YAML has kv_cache_config (1.1 does); a format for each layer is pull request 13695, open",
+    checked="field and words against llm_args.py and the published examples; not run",
 )
 
 
 def write(plan: BitPlan) -> Artefact:
     """Return the YAML for a uniform plan."""
-    made = written(plan, TARGET, lambda word: f"kv_cache_config:\n  dtype: {word}\n", ".yaml")
-    if "nvfp4" not in made.text:
+    unquantized = "auto" if plan.geometry is None else plan.geometry.dtype
+
+    def text(word: str) -> str:
+        return f"kv_cache_config:\n  dtype: {unquantized if word == '16 bits' else word}\n"
+
+    made = written(plan, TARGET, text, ".yaml")
+    word = made.text.split()[-1]
+    if word == "fp8":
         return made
-    remark = "TensorRT-LLM reads nvfp4 caches of checkpoints that Model-Optimizer quantized alone"
+    remark = (
+        "TensorRT-LLM reads nvfp4 caches of checkpoints that Model-Optimizer quantized alone"
+        if word == "nvfp4"
+        else "a checkpoint that brings an FP8 cache keeps it: TensorRT-LLM warns that no dtype of 16 bits undoes that"
+    )
     return Artefact(made.text, made.suffix, (*made.remarks, remark))

@@ -39,7 +39,7 @@ TABLES: dict[str, tuple[type[Record], set[str]]] = {
     "calibrate": (recipe.Calibrate, LOADING),
     "benchmark": (recipe.Benchmark, LOADING | {"shape", "layers"}),
     "frontier": (recipe.Frontier, {"scores"}),
-    "allocate": (recipe.Plans, {"target"}),
+    "allocate": (recipe.Plans, {"target", "device"}),
     "plot": (recipe.Plot, set()),
 }
 """A command's table in a recipe, and what of its request it has not."""

@@ -58,15 +58,14 @@ def main() -> None:
     full, ours = llama_logits(ids, "f16", rotates=True), reference_logits(model, ids, FIRST)
     print(f"f16 against kvprof's float32: {token_kl(ours, full).mean():.4f} nats a token")
     for name in parser.parse_args().types:
-        plan = uniform_plan(
-            parse_formats(f"key:{name},value:full"), inventory.model, inventory.geometry, window=WHOLE_CACHE
-        )
-        losses = (
-            token_kl(full, llama_logits(ids, name, rotates=True)).mean(),
-            token_kl(full, llama_logits(ids, name, rotates=False)).mean(),
-            token_kl(ours, planned_logits(model, plan, ids, "fast", FIRST)).mean(),
-        )
-        print("{}: llama.cpp {:.4f}, without its rotation {:.4f}; kvprof {:.4f}".format(name, *losses), flush=True)
+        for rotates, suffix in ((True, "_rot_gguf"), (False, "_gguf")):
+            plan = uniform_plan(
+                parse_formats(f"key:{name}{suffix},value:full"), inventory.model, inventory.geometry, window=WHOLE_CACHE
+            )
+            measured = token_kl(full, llama_logits(ids, name, rotates)).mean()
+            predicted = token_kl(ours, planned_logits(model, plan, ids, "fast", FIRST)).mean()
+            how = "" if rotates else " without its rotation"
+            print(f"{name}{how}: llama.cpp {measured:.4f}, kvprof {predicted:.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 from kvprof import BitPlan, Scores
 from kvprof.cli.app import app
 from kvprof.targets.registry import TARGETS
+from kvprof.targets.versions import CHECKED
 
 GGML = {"q8_0": 0.001, "q5_1": 0.02, "q5_0": 0.03, "q4_1": 0.06, "q4_0": 0.09}
 
@@ -52,6 +53,9 @@ def test_targets_are_listed_with_their_bits_and_what_was_checked() -> None:
     for name, target in TARGETS.items():
         assert name in text
         assert target.checked in text
+        version, date = CHECKED[name]
+        assert f"checked: {version}, on {date}" in text
+    assert set(CHECKED) == set(TARGETS)
     assert "q6_0 6.5" in text
     assert "NVFP4 4.5" in text
 
@@ -213,6 +217,7 @@ def test_gradients_score_a_runtimes_formats_in_its_own_window(here: Path) -> Non
     scores = Scores.load(path)
     assert scores.decoding is not None
     assert scores.decoding.window.recent_tokens == scores.decoding.window.sink_tokens == 0
+    assert scores.decoding.window.own_token_stored
     assert set(scores.layers[0].key.loss_increase) >= {"fp8_e4m3", "fp8_e5m2", "turbo_k4"}
     assert set(scores.layers[0].value.loss_increase) >= {"fp8_e4m3", "turbo_v4"}
     kvprof("allocate", "--target", "vllm", "--budget", "10", "--out", "plan.json")
@@ -220,6 +225,76 @@ def test_gradients_score_a_runtimes_formats_in_its_own_window(here: Path) -> Non
     assert said.stdout.startswith("--kv-cache-dtype ")
     refused = kvprof("gradients", "model", *text, "--formats", "q4_0", code=2)
     assert "q4_0 needs heads that are a multiple of 32 channels" in refused.stderr
+
+
+def test_both_words_for_a_runtime_work_in_both_commands(here: Path) -> None:
+    scores = save_scores(here / "scores.json")
+    for word in ("--to", "--target"):
+        kvprof("allocate", word, "llama.cpp", "--budget", "5", "--scores", scores, "--out", "plan.json")
+        assert BitPlan.load("plan.json").solver.target == "llama.cpp"
+        assert kvprof("export", "plan.json", word, "llama.cpp").stdout == "-fa on -ctk q5_0 -ctv q4_0\n"
+
+
+def test_a_device_narrows_the_types_and_is_spoken_of_at_allocate(here: Path) -> None:
+    scores = save_scores(here / "scores.json", iq4_nl=0.001)
+    words = ("allocate", "--target", "llama.cpp", "--budget", "5", "--scores", scores, "--out", "plan.json")
+    found = {}
+    for device in ("any", "cpu", "cuda", "metal"):
+        said = kvprof(*words, *([] if device == "any" else ["--device", device]))
+        entry = BitPlan.load("plan.json").layers[0]
+        found[device] = entry.key.name, entry.value.name
+        assert ("CUDA has no flash attention for iq4_nl" in said.stderr) == (device == "any")
+    assert found == {
+        "any": ("iq4_nl", "iq4_nl"),
+        "cpu": ("iq4_nl", "iq4_nl"),
+        "cuda": ("q5_0", "q4_0"),
+        "metal": ("q4_1", "q4_1"),  # alike, or Metal's flash attention takes neither
+    }
+    kvprof("verify", "plan.json", "--scores", scores)
+    assert "takes the same on every device" in kvprof(*words[:2], "vllm", *words[3:], "--device", "cuda", code=2).stderr
+
+
+STORED_FIRST = set(TARGETS) - {"transformers", "kvtuner"}
+"""Runtimes that write a token into the cache and then attend to it there; the sources stand in each target's file."""
+
+
+def test_a_plan_has_a_querys_own_token_as_its_runtime_reads_it() -> None:
+    assert {name for name, target in TARGETS.items() if target.window.own_token_stored} == STORED_FIRST
+
+
+def test_scores_that_read_every_own_token_exactly_are_kept_and_it_is_said(here: Path) -> None:
+    """As an earlier kvprof wrote them: the plan's window is the one that its prediction speaks of."""
+    path = save_scores(here / "scores.json")
+    scores = json.loads(path.read_text())
+    scores["decoding"] = {"window": {"sink_tokens": 0, "recent_tokens": 0}, "suffix_fraction": 0.5, "tokens": 100}
+    path.write_text(json.dumps(scores))
+    said = kvprof("allocate", "--target", "llama.cpp", "--budget", "5", "--scores", path, "--out", "plan.json")
+    assert not BitPlan.load("plan.json").window.own_token_stored
+    assert "own_token_stored" not in (here / "plan.json").read_text()
+    assert "llama.cpp reads a query's own key and value as they are stored" in said.stderr
+    kvprof("verify", "plan.json", "--scores", path)
+    assert "llama.cpp reads a query's own key" in kvprof("export", "plan.json", "--to", "llama.cpp").stderr
+
+
+def test_a_cache_of_kvprofs_refuses_own_tokens_as_stored() -> None:
+    from tiny import tiny_model
+
+    from kvprof.errors import CacheError
+    from kvprof.runtime import PlanCache
+
+    entry = {"bits": 4, "group_size": 8, "axis": "token"}
+    plan = BitPlan.from_json(
+        {
+            "schema": "kvprof.plan/1",
+            "model": {"num_layers": 2},
+            "quantizer": {},
+            "window": {"sink_tokens": 0, "recent_tokens": 0, "own_token_stored": True},
+            "layers": [{"layer": layer, "key": entry, "value": entry} for layer in range(2)],
+        },
+        "plan",
+    )
+    with pytest.raises(CacheError, match="own key and value as they are stored"):
+        PlanCache.from_plan(plan, tiny_model("llama"))
 
 
 def test_a_cache_of_kvprofs_refuses_another_runtimes_formats(here: Path) -> None:

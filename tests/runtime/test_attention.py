@@ -172,6 +172,8 @@ class NaiveCache(DynamicCache):
         if layer_idx not in self.plans:
             return keys, values
         entry, before = self.plans[layer_idx], keys.shape[2] - key.shape[2]
+        if self.plan.window.own_token_stored:
+            before = keys.shape[2]
         return (
             history(keys, before, entry.key, self.plan.window),
             history(values, before, entry.value, self.plan.window),
@@ -238,6 +240,17 @@ def test_one_forward_reads_what_decoding_reads(
 def test_every_architecture_reads_what_decoding_reads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = precise_model(name)
     assert_same_reads(model, plan_for(model, per_channel(2), per_token(2), 2, 5), monkeypatch)
+
+
+@pytest.mark.parametrize(("sinks", "recent"), [(0, 0), (2, 0), (0, 1), (2, 5)])
+@pytest.mark.parametrize("formats", ["both-per-token", "int2-int4", "fraction-of-values", "rotated", "values-only"])
+def test_an_own_token_is_read_as_stored_where_the_runtime_stores_it_first(
+    formats: str, sinks: int, recent: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = precise_model("llama")
+    plan = plan_for(model, *FORMATS[formats], sinks, recent)
+    stored = plan.model_copy(update={"window": plan.window.model_copy(update={"own_token_stored": True})})
+    assert_same_reads(model, stored, monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["llama-mha", "llama-mqa", "gemma2", "gemma3", "gpt-oss", "qwen3"])

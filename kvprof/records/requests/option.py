@@ -23,7 +23,8 @@ class Option:
 
     help: one sentence. panel: one of PANELS. default: what the help shows where the default depends on something else.
     shows_range: print the bounds beside the option. words: the list that a shell completes from, of `cli.completion`; a
-    `Literal` completes its own. commas: values may stand between commas. is_path: it names a file.
+    `Literal` completes its own. commas: values may stand between commas. is_path: it names a file. also: another flag
+    for it.
     """
 
     help: str
@@ -33,6 +34,7 @@ class Option:
     words: str | None = None
     commas: bool = False
     is_path: bool = False
+    also: str | None = None
 
     def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> dict[str, Any]:
         """Describe the field in a JSON Schema by its help."""

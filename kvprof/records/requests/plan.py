@@ -9,7 +9,7 @@ from typing_extensions import Self
 
 from kvprof.records.document import Integer, Number, Positive, Text
 from kvprof.records.formats import known_bits
-from kvprof.records.requests.option import BASELINES, BUDGET, FORMATS, WINDOW, Option
+from kvprof.records.requests.option import BASELINES, BUDGET, DEVICE, FORMATS, WINDOW, Option
 from kvprof.records.requests.request import (
     RECENT_TOKENS,
     SINK_TOKENS,
@@ -190,7 +190,12 @@ class AllocateRequest(Plan, Budget):
             "Plan for another runtime, in its own formats and within its constraints; `kvprof targets` lists them.",
             default="kvprof's own cache",
             words="targets",
+            also="--to",
         ),
+    ] = None
+    device: Annotated[
+        Literal["cuda", "metal", "cpu"] | None,
+        Option("With --target llama.cpp: only types that this device has flash attention for.", DEVICE, default="any"),
     ] = None
     scores: ScoresFile = None
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from kvprof.errors import BeyondFormat, KvprofError, Mismatch
 from kvprof.records.formats import TENSORS, TensorName
-from kvprof.records.plan import AnyLayerPlan, BitPlan, Quantizer, TensorPlan, Window, head_dim_of, quantized_tokens
+from kvprof.records.plan import AnyLayerPlan, BitPlan, Quantizer, TensorPlan, Window, head_dim_of, tokens_read_as_codes
 from kvprof.runtime.attention.patch import AttentionCall, Latents, attention_through, check_layers
 from kvprof.runtime.quantization.quantizer import fake_quantize
 
@@ -34,7 +34,8 @@ def decoding_reads(model: PreTrainedModel, plan: BitPlan) -> Iterator[None]:
         with decoding_reads(model, plan):
             logits = model(input_ids).logits
 
-    The query at position t reads the cache's state after t tokens, and its own key and value in full precision. Layers
+    The query at position t reads the cache's state after t tokens, and its own key and value in full precision; where
+    the plan's window has the own token stored, the state after t + 1 tokens. Layers
     that the plan does not cover attend as the model does; one that shares a planned layer's keys reads what it reads.
 
     Each forward is a whole text from position 0. A batch may be padded on the right; padding on the left would be taken
@@ -248,8 +249,8 @@ def restored_tokens(layer: int, name: TensorName, form: TensorPlan, quantizer: Q
 
 @functools.lru_cache(maxsize=64)
 def tokens_in_codes(form: TensorPlan, window: Window, tokens: int) -> tuple[int, ...]:
-    """Return how many tokens are held as codes when the query at each position arrives: after none, one, two ..."""
-    return tuple(quantized_tokens(form, window, before, form.recent_fraction) for before in range(tokens))
+    """Return how many tokens the query at each position reads as codes."""
+    return tuple(tokens_read_as_codes(form, window, position, form.recent_fraction) for position in range(tokens))
 
 
 @functools.lru_cache(maxsize=256)

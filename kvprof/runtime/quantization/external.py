@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +23,15 @@ IQ4_NL_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69
 """`kvalues_iq4nl` of ggml-common.h."""
 E2M1_LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The magnitudes of a 4-bit float (OCP Microscaling Formats, 5.3.3)."""
+
+LMDEPLOY_EDGES_AND_LEVELS = {
+    2: ((-0.9815992, 0.0, 0.9815992), (-1.5104176, -0.4527808, 0.4527808, 1.5104176)),
+    3: (
+        (-1.7479274, -1.0499573, -0.5005497, 0.0, 0.5005497, 1.0499573, 1.7479274),
+        (-2.1519456, -1.3439093, -0.7560052, -0.2450942, 0.2450942, 0.7560052, 1.3439093, 2.1519456),
+    ),
+}
+"""`get_lloyd_max_codebook` of LMDeploy's turbo_quant.py (0.18.0): of a standard normal, ten steps towards Lloyd-Max."""
 
 
 @torch.no_grad()
@@ -52,16 +62,38 @@ def _refuse(x: Tensor, name: str) -> None:
 
 
 def _ggml(blocks: Tensor, form: ExternalFormat) -> Tensor:
+    """Round to a type of ggml's, after what llama.cpp does to a head first (`build_attn` of its llama-graph.cpp)."""
+    if not form.before:
+        return _ggml_type(blocks, form.name, form.bits)
+    assert form.word is not None
+    heads = blocks.flatten(-2)
+    size = heads.shape[-1]
+    order = torch.arange(size, device=heads.device)
+    if "gguf order" in form.before:
+        order = order.view(2, -1).T.flatten()  # 0, D/2, 1, D/2 + 1 ...
+    turned = heads[..., order]
+    width = {"hadamard": size & -size, "hadamard 64": 64}.get(form.before[-1])
+    if width is None:
+        restored = _ggml_type(turned.reshape(blocks.shape), form.word, form.bits).flatten(-2)
+    else:
+        turn = rotation(width, None, heads.dtype, heads.device) / math.sqrt(width)
+        parts = torch.unflatten(turned, -1, (-1, width)) @ turn
+        rounded = _ggml_type(parts.reshape(blocks.shape), form.word, form.bits)
+        restored = (rounded.reshape(parts.shape) @ turn).flatten(-2)
+    return restored[..., order.argsort()].reshape(blocks.shape)
+
+
+def _ggml_type(blocks: Tensor, name: str, bits: int) -> Tensor:
     """Round as `quantize_row_<type>_ref` of llama.cpp's ggml-quants.c does (q6_0: ik_llama.cpp's iqk_quantize.cpp)."""
-    if form.name == "iq4_nl":
+    if name == "iq4_nl":
         return _iq4_nl(blocks)
-    if form.name == "q8_0":
+    if name == "q8_0":
         step = blocks.abs().amax(-1, keepdim=True) / 127
         return _half_away(blocks * _inverse(step)) * _float16(step)
-    if form.name.endswith("_1"):
-        return _from_minimum(blocks, form.bits)
+    if name.endswith("_1"):
+        return _from_minimum(blocks, bits)
     # Of the entry that is largest in magnitude the sign counts: its code is the lowest, which has no counterpart.
-    half = 1 << (form.bits - 1)
+    half = 1 << (bits - 1)
     step = _largest(blocks) / -half
     codes = (blocks * _inverse(step) + (half + 0.5)).trunc().clamp(0, 2 * half - 1)
     return (codes - half) * _float16(step)
@@ -91,33 +123,103 @@ def _float8(blocks: Tensor, form: ExternalFormat) -> Tensor:
 def _nvfp4(blocks: Tensor, form: ExternalFormat) -> Tensor:
     """Round to e2m1 in units of an e4m3, the block's largest magnitude over 6; the tensor's scale is 1.
 
-    Source: nvfp4_tensor.py of NVIDIA's Model-Optimizer, whose smallest scale is 2^-9.
+    Source: nvfp4_tensor.py of NVIDIA's Model-Optimizer, whose smallest scale is 2^-9. `nvfp4_4over6` tries the largest
+    over 4 too and takes what errs less (vLLM 0.33.0, vllm/config/cache.py).
     """
-    step = _rounded((blocks.abs().amax(-1, keepdim=True) / 6).clamp_min(2.0**-9), torch.float8_e4m3fn)
-    return _e2m1(blocks / step) * step
+    largest = blocks.abs().amax(-1, keepdim=True)
+    tried = []
+    for top in (6, 4) if form.name == "nvfp4_4over6" else (6,):
+        step = _rounded((largest / top).clamp_min(2.0**-9), torch.float8_e4m3fn)
+        tried.append(_e2m1(blocks / step) * step)
+    errors = [(one - blocks).square().sum(-1, keepdim=True) for one in tried]
+    return tried[0] if len(tried) == 1 else torch.where(errors[1] < errors[0], tried[1], tried[0])
 
 
 def _fp4(blocks: Tensor, form: ExternalFormat) -> Tensor:
-    """Round to e2m1 in units of a power of two, the least that keeps the block within 6: SGLang's kvfp4_tensor.py."""
+    """Round to e2m1 in units of a power of two, the least that keeps the block within 6: SGLang's kvfp4_tensor.py.
+
+    `fp4_mx_block16` is 0.5.23's: ties go up, and no scale is below 1e-10.
+    """
     largest = blocks.abs().amax(-1, keepdim=True)
+    if form.name == "fp4_mx_block16":
+        step = torch.exp2((largest / 6).clamp_min(1e-10).log2().ceil())
+        return _e2m1(blocks / step, ties="up") * step
     step = torch.exp2((largest / 6).log2().ceil().clamp(-127, 128)).masked_fill(largest == 0, 1.0)
     return _e2m1(blocks / step) * step
 
 
-def _e2m1(x: Tensor) -> Tensor:
-    """Round to the nearest 4-bit float, ties to the even code, beyond 6 to 6."""
+def _mxfp8(blocks: Tensor, form: ExternalFormat) -> Tensor:
+    """Round to e4m3 in units of a power of two: SGLang's mxfp8_quant_store_kv.py (0.5.23)."""
+    largest = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+    step = torch.exp2((largest / 448).log2().ceil().clamp(-127, 127))
+    return _rounded(blocks / step, torch.float8_e4m3fn) * step
+
+
+def _token_head(blocks: Tensor, form: ExternalFormat) -> Tensor:
+    """Round with one float32 scale for a head: vLLM's triton_reshape_and_cache_flash.py (0.33.0), 4 bits as `_int4`."""
+    if form.bits == 4:
+        return _int4_token_head(blocks)
+    top = 127 if form.name.startswith("int8") else 448
+    scale = (blocks.abs().amax(-1, keepdim=True) / top).clamp_min(1e-6)
+    scaled = blocks * (1 / scale)
+    return (_half_away(scaled) if top == 127 else _rounded(scaled, torch.float8_e4m3fn)) * scale
+
+
+def _int4_token_head(blocks: Tensor) -> Tensor:
+    """Rotate with random signs, then round with a scale and a zero point that takes its last four bits.
+
+    Source: vLLM's int4_per_token_head.py (0.33.0). Heads that are no power of two are rotated in equal parts that are.
+    """
+    heads = blocks.shape[-1]
+    size = heads & -heads  # the largest power of two that divides it
+    signs = 2 * torch.bernoulli(torch.full((size,), 0.5), generator=torch.Generator().manual_seed(0x9E3779B9)) - 1
+    turn = rotation(size, None, blocks.dtype, blocks.device) * signs.to(blocks)
+    turned = (torch.unflatten(blocks, -1, (-1, size)) @ turn.T).flatten(-2)
+    low, high = turned.amin(-1, keepdim=True), turned.amax(-1, keepdim=True)
+    scale = ((high - low) / 15).clamp_min(1e-6)
+    zero = _half_away(-low / scale).clamp(0, 15)
+    codes = _half_away(turned * (1 / scale) + zero).clamp(0, 15)
+    kept = (scale.view(torch.int32) & -16).view(torch.float32)
+    restored: Tensor = (torch.unflatten((codes - zero) * kept, -1, (-1, size)) @ turn).flatten(-2) / size
+    return restored
+
+
+def _ultraquant(blocks: Tensor, form: ExternalFormat) -> Tensor:
+    """Round to e2m1 in units of a power of two near 0.156 of the largest: vLLM's ultraquant/reference.py (0.33.0)."""
+    shape, heads = blocks.shape, blocks.flatten(-2)
+    size = heads.shape[-1]
+    turn = None if form.name == "ultraquant_v4" else rotation(size, None, heads.dtype, heads.device) / math.sqrt(size)
+    parts = (heads if turn is None else heads @ turn).reshape(shape)
+    largest = parts.abs().amax(-1, keepdim=True)
+    step = torch.exp2(((largest * 0.156).log2() + 0.5).floor().clamp(-126, 127)).masked_fill(largest == 0, 1.0)
+    restored = _e2m1(parts / step, ties="down") * step
+    return restored if turn is None else (restored.flatten(-2) @ turn).reshape(shape)
+
+
+def _e2m1(x: Tensor, ties: Literal["even", "up", "down"] = "even") -> Tensor:
+    """Round to the nearest 4-bit float, beyond 6 to 6. ties: to the even code, to the larger number, or the smaller.
+
+    Up is away from zero; down is towards minus infinity.
+    """
     levels = torch.tensor(E2M1_LEVELS, dtype=torch.float32, device=x.device)
     middles = (levels[1:] + levels[:-1]) / 2
     magnitude = x.abs().contiguous()
     below, above = (torch.searchsorted(middles, magnitude, right=right) for right in (False, True))
-    nearest: Tensor = levels[torch.where(above % 2 == 0, above, below)]
+    taken = {
+        "even": lambda: torch.where(above % 2 == 0, above, below),
+        "up": lambda: above,
+        "down": lambda: torch.where(x < 0, above, below),
+    }[ties]()
+    nearest: Tensor = levels[taken]
     return nearest.copysign(x)
 
 
 def _mlx(blocks: Tensor, form: ExternalFormat) -> Tensor:
-    """Round as MLX's `affine_quantize` does on a CPU (mlx/backend/cpu/quantized.cpp), scale and bias in float16.
+    """Round as MLX's `affine_quantize` does on a CPU (0.32.4, mlx/backend/cpu/quantized.cpp).
 
-    The end of the range that is larger in magnitude falls on a code exactly, and so does zero.
+    The end of the range that is larger in magnitude falls on a code exactly, and so does zero. Scale and bias are of
+    the model's dtype, and so is what a code is restored with: `mx.dequantize` multiplies in it and then adds, as the
+    CPU's products do and the GPU's of many queries.
     """
     low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
     top = (1 << form.bits) - 1
@@ -128,7 +230,7 @@ def _mlx(blocks: Tensor, form: ExternalFormat) -> Tensor:
     bias = torch.where(steps != 0, edge, 0.0)
     scale = torch.where(steps != 0, edge / steps, scale)
     codes = ((blocks - bias) / scale).round().clamp(0, top)
-    return codes * _float16(scale) + _float16(bias)
+    return _kept(_kept(codes * _kept(scale, form), form) + _kept(bias, form), form)
 
 
 def _exl3(blocks: Tensor, form: ExternalFormat) -> Tensor:
@@ -147,25 +249,54 @@ def _exl3(blocks: Tensor, form: ExternalFormat) -> Tensor:
 
 
 def _lmdeploy(blocks: Tensor, form: ExternalFormat) -> Tensor:
-    """Round from the minimum of a head: LMDeploy's fill_kv_cache.py, its scale and zero point in float16."""
+    """Round from the minimum of a head: LMDeploy's fill_kv_cache.py and pagedattention.py (0.18.0).
+
+    Scale and zero point are of the model's dtype, and a code is restored in it: Triton rounds to it after every step.
+    """
     low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
     top = (1 << form.bits) - 1
     scale = (high - low) / top
     zero = -low * _inverse(scale)
     codes = (blocks * _inverse(scale) + zero + 0.5).trunc().clamp(0, top)
-    restored = (codes - _float16(zero)) * _float16(scale)
-    return torch.where(scale == 0, _float16(low), restored)
+    restored = _kept(_kept(codes - _kept(zero, form), form) * _kept(scale, form), form)
+    return torch.where(scale == 0, _kept(low, form), restored)
+
+
+def _lmdeploy_turbo(blocks: Tensor, form: ExternalFormat) -> Tensor:
+    """Round a head's direction, turned by a Hadamard matrix, to levels: LMDeploy's turbo_quant.py (0.18.0).
+
+    Keys have three bits of a level and one of the residual's sign, which the mean residual is then multiplied with.
+    """
+    size = blocks.shape[-1]
+    hadamard = rotation(size, None, blocks.dtype, blocks.device) / math.sqrt(size)
+    turned = blocks @ hadamard
+    norm = (turned.square().sum(-1, keepdim=True) + 1e-8).sqrt()
+    bits = 3 if form.bits == 4 else 2
+    edges, levels = (
+        torch.tensor(table, dtype=torch.float32, device=blocks.device) / math.sqrt(size)
+        for table in LMDEPLOY_EDGES_AND_LEVELS[bits]
+    )
+    direction = (turned / norm).contiguous()
+    found = levels[torch.searchsorted(edges, direction)]
+    if form.bits == 4:
+        residual = direction - found
+        mean = ((residual.square().sum(-1, keepdim=True) + 1e-8) / size).sqrt()
+        found = found + _kept(mean, form) * torch.where(residual >= 0, 1.0, -1.0)
+    restored: Tensor = _kept(found * _kept(norm, form), form) @ hadamard
+    return restored
 
 
 def _turboquant(blocks: Tensor, form: ExternalFormat) -> Tensor:
     """Round as vLLM's TurboQuant (triton_turboquant_store.py): keys rotated to a codebook, values from their minimum.
 
-    A key is its norm times a direction; what its codes stand for is brought to that norm (the `nc` of the dtypes).
+    A key is its norm times a direction; what its codes stand for is brought to that norm (the `nc` of the dtypes). The
+    rotation is a plain Hadamard matrix since pull request 40194 (0.33.0, turboquant_attn.py): without random signs, it
+    gathers an offset that channels share in a few of its outputs.
     """
     if form.name.startswith("turbo_v"):
         return _from_minimum(blocks, form.bits)
     size = blocks.shape[-1]
-    turn = rotation(size, 0, blocks.dtype, blocks.device) / math.sqrt(size)
+    turn = rotation(size, None, blocks.dtype, blocks.device) / math.sqrt(size)
     norm = torch.linalg.vector_norm(blocks, dim=-1, keepdim=True)
     direction = blocks * _inverse(norm) @ turn.T * math.sqrt(size)  # about a standard normal
     edges, levels = (table(form.bits).to(blocks) for table in (level_edges, lloyd_max_levels))
@@ -174,14 +305,20 @@ def _turboquant(blocks: Tensor, form: ExternalFormat) -> Tensor:
     return restored @ turn
 
 
+_OF_DTYPE = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
 _ROUNDERS: dict[Family, Callable[[Tensor, ExternalFormat], Tensor]] = {
     "ggml": _ggml,
     "float8": _float8,
     "nvfp4": _nvfp4,
     "fp4": _fp4,
+    "mxfp8": _mxfp8,
+    "token_head": _token_head,
+    "ultraquant": _ultraquant,
     "mlx": _mlx,
     "exl3": _exl3,
     "lmdeploy": _lmdeploy,
+    "lmdeploy_turbo": _lmdeploy_turbo,
     "turboquant": _turboquant,
 }
 
@@ -203,6 +340,12 @@ def _largest(blocks: Tensor) -> Tensor:
 def _inverse(step: Tensor) -> Tensor:
     inverse = 1 / step
     return inverse.masked_fill(inverse.isinf(), 0.0)  # of a step that float16 will store as 0
+
+
+def _kept(number: Tensor, form: ExternalFormat) -> Tensor:
+    """Round to the dtype of the model, in which some formats keep numbers; beyond its range, to infinity."""
+    assert form.of_dtype is not None
+    return number.to(_OF_DTYPE[form.of_dtype]).float()
 
 
 def _float16(number: Tensor) -> Tensor:
