@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_loss_increase import batch_of, effects_of, formats_for
+from test_loss_increase import WINDOW, batch_of, effects_of, formats_for
 from tiny import LATENTS, TINY, UNUSUAL, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -21,6 +21,7 @@ from kvprof.profile import loss_increase as losses
 from kvprof.profile.decoder import Formats
 from kvprof.profile.loss_increase import Effects
 from kvprof.records.formats import TensorName
+from kvprof.records.plan import Window
 from kvprof.runtime.attention.logits import logits_of
 
 NAMES: dict[TensorName, tuple[str, ...]] = {
@@ -39,10 +40,12 @@ def build(name: str) -> PreTrainedModel:
     return model
 
 
-def by_outputs(model: PreTrainedModel, formats: Formats, patch: pytest.MonkeyPatch, *lengths: int) -> Effects:
+def by_outputs(
+    model: PreTrainedModel, formats: Formats, patch: pytest.MonkeyPatch, *lengths: int, window: Window = WINDOW
+) -> Effects:
     with patch.context() as patched:
         patched.setattr(losses, "logits_of", lambda *_: None)
-        return effects_of(model, batch_of(*lengths), formats)
+        return effects_of(model, batch_of(*lengths), formats, window=window)
 
 
 def assert_same(found: Effects, expected: Effects, relative: float) -> None:
@@ -72,6 +75,19 @@ def test_effects_are_those_of_whole_outputs(name: str, monkeypatch: pytest.Monke
     assert told
     assert all(told)
     assert_same(found, by_outputs(model, formats, monkeypatch, 41, 33), 2e-2 if name in FLOAT32_INSIDE else 1e-8)
+
+
+@pytest.mark.parametrize("recent_tokens", [0, 3])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral"])
+def test_own_tokens_read_as_stored(name: str, recent_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(name)
+    window = Window(sink_tokens=0, recent_tokens=recent_tokens, own_token_stored=True)
+    formats = formats_for(model, {"key": ("full", "int2g4", "rot2"), "value": ("full", "int2g4", "rot1")})
+    found = effects_of(model, batch_of(41, 33), formats, window=window)
+    expected = by_outputs(model, formats, monkeypatch, 41, 33, window=window)
+    assert_same(found, expected, 2e-2 if name in FLOAT32_INSIDE else 1e-8)
+    exact = effects_of(model, batch_of(41, 33), formats, window=window.with_own_token_exact)
+    assert any(not torch.allclose(found[key][0], exact[key][0], rtol=1e-3) for key in found if key[2] != "full")
 
 
 def test_attention_that_does_anything_else_is_asked_for_its_outputs(monkeypatch: pytest.MonkeyPatch) -> None:

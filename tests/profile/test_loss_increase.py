@@ -60,8 +60,15 @@ def formats_for(model: PreTrainedModel, names: dict[TensorName, tuple[str, ...]]
     }
 
 
-def effects_of(model: PreTrainedModel, batch: Batch, formats: Formats, fraction: float = 0.5, seed: int = 0) -> Effects:
-    return loss_effects(model, batch, formats, WINDOW, Quantizer(), fraction, seed)
+def effects_of(
+    model: PreTrainedModel,
+    batch: Batch,
+    formats: Formats,
+    fraction: float = 0.5,
+    seed: int = 0,
+    window: Window = WINDOW,
+) -> Effects:
+    return loss_effects(model, batch, formats, window, Quantizer(), fraction, seed)
 
 
 def ask(
