@@ -18,7 +18,7 @@ class Checked(NamedTuple):
 CHECKED = {
     "transformers": Checked("5.23.0", "2026-11-30"),
     "ik_llama.cpp": Checked("commit 8337e4cd3 of 2026-08-15", "2026-11-30"),
-    "llama.cpp": Checked("b11549", "2026-11-30"),
+    "llama.cpp": Checked("sources of autumn 2026", "2026-11-30"),
     "vllm": Checked("0.33.0", "2026-11-30"),
     "modelopt": Checked("0.47.0", "2026-11-30"),
     "compressed-tensors": Checked("0.20.1", "2026-11-30"),
