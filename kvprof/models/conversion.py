@@ -46,6 +46,7 @@ def demo_gguf() -> Path | None:
 
 
 def demo_source() -> ModelSource:
+    """Return the demo model: its package's file converted, or what the hub has where that is not installed."""
     gguf = demo_gguf()
     if gguf is None:
         return ModelSource(DEMO, "demo", hub_id=DEMO_HUB_ID)

@@ -78,7 +78,7 @@ def test_effects_are_those_of_whole_outputs(name: str, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("recent_tokens", [0, 3])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt-oss", "mistral"])
 def test_own_tokens_read_as_stored(name: str, recent_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(name)
     window = Window(sink_tokens=0, recent_tokens=recent_tokens, own_token_stored=True)
