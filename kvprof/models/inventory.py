@@ -161,6 +161,9 @@ def _describe(skeleton: Skeleton, index: int, kind: LayerKind, window: int | Non
     else:
         key_rows, value_rows = (_rows(skeleton, name) for name in (projection.key, projection.value))
         kv_heads = key_rows // head_dim
+        heads = query_heads(config) if hasattr(skeleton.attention(index), "num_key_value_groups") else 0
+        if kv_heads and heads % kv_heads:
+            raise ModelError(f"layer {index} has {heads} query heads, which {kv_heads} KV heads cannot share evenly.")
         if kv_heads == 0 or key_rows % head_dim or value_rows % kv_heads:
             raise UnknownLayout(
                 f"layer {index}: {projection.key} has {key_rows} rows and {projection.value} {value_rows}, "

@@ -71,6 +71,12 @@ def layer_kinds(config: PretrainedConfig) -> list[LayerFound]:
         raise
     except Exception as error:  # a config from anywhere
         name = type(config).__name__
+        types = getattr(config, "layer_types", None) or []
+        if "sliding_attention" in types and getattr(config, "sliding_window", None) is None:
+            raise ModelError(
+                f"{name} has sliding layers and no sliding_window: nobody knows how many tokens they see.\n"
+                "  Write the number that the model was published with into its config.json."
+            ) from None
         raise ModelError(f"{name} names no layers that transformers can cache: {first_line(error)}") from None
     return kinds
 

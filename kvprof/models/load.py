@@ -22,7 +22,7 @@ from transformers import (
 from kvprof.errors import ModelError, UsageError, first_line
 from kvprof.models.checkpoint.gguf_header import TOKENS
 from kvprof.models.checkpoint.gguf_model import first_part, models_in, open_gguf
-from kvprof.models.checkpoint.validation import check_loadable, refuse_adapter
+from kvprof.models.checkpoint.validation import check_loadable, read_headers, refuse_adapter
 from kvprof.models.config import DTYPES, check_dtype, load_config, weight_bytes
 from kvprof.models.conversion import demo_source, gguf_folder, kept
 from kvprof.models.decoder import check_reads_text
@@ -32,6 +32,7 @@ from kvprof.models.loaded import check_loaded
 from kvprof.models.memory import free_bytes
 from kvprof.models.names import DEMO, nearest_path
 from kvprof.models.packages import check_packages, check_streamable, dequantizing, drop_cache_scheme
+from kvprof.models.quantized.fp8 import check_scales
 from kvprof.models.source import NAME_A_TOKENIZER, ModelSource, explained, from_pretrained, loading_arguments, silent
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken", "tekken*.json")
@@ -168,6 +169,7 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto", s
         place = converted
     if place.is_dir():
         check_loadable(place, config)
+        check_scales({name: tensor.dtype for name, (_, tensor) in read_headers(place).items()})
     elif len(open_gguf(place).paths) > 1:
         raise ModelError(
             f"{place.name} is one of several parts, which have to be joined first, and cannot be here: "

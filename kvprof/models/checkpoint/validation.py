@@ -6,13 +6,15 @@ take a pickle where it finds one, follow an index out of the folder, and build a
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import torch
 from transformers import PretrainedConfig
 
-from kvprof.errors import ModelError, first_line
+from kvprof.errors import InvalidFile, ModelError, first_line
 from kvprof.models.checkpoint.gguf_header import MOST_LAYERS
 from kvprof.models.checkpoint.gguf_model import open_gguf
 from kvprof.models.checkpoint.hub import refuse_pickles
@@ -30,6 +32,7 @@ from kvprof.models.checkpoint.shards import (
     read_index,
 )
 from kvprof.models.own_code import read_object
+from kvprof.records.document import read_json
 
 LARGEST_CONFIG_BYTES = 2**24
 ADAPTER = "adapter_config.json"
@@ -49,7 +52,8 @@ def check_config(place: Path) -> None:
     file = place / "config.json"
     if file.is_file() and file.stat().st_size > LARGEST_CONFIG_BYTES:
         raise ModelError(f"{file}: no config has more than {LARGEST_CONFIG_BYTES} bytes.")
-    config = read_object(file)
+    config = _read_config(file)
+    _check_dtype(file, config)
     for table in _tables(config):
         for name, value in table.items():
             if _COUNTS.search(name) and type(value) is int and value > MOST_LAYERS:
@@ -65,6 +69,34 @@ def check_config(place: Path) -> None:
             f"{str(config['transformers_weights'])[:60]!r}.\n"
             "  Remove it: weights are in model.safetensors, or in the shards of its index."
         )
+
+
+def _read_config(file: Path) -> dict[str, object]:
+    """Return what a config.json holds, nothing where it is no JSON: what loads it says why."""
+    if not file.is_file():
+        return {}
+    try:
+        value = read_json(file)
+    except InvalidFile:
+        return {}
+    if not isinstance(value, dict):
+        raise ModelError(f"{file} holds {json.dumps(value):.40}, and no config: that is an object with a model_type.")
+    return value
+
+
+def _check_dtype(file: Path, config: Mapping[str, object]) -> None:
+    """Raise ModelError for a config of a dtype that no model computes in: libraries fail on it in odd words."""
+    for table in (config, config.get("text_config")):
+        for name in ("dtype", "torch_dtype"):
+            value = table.get(name) if isinstance(table, dict) else None
+            if value is None or isinstance(value, dict):
+                continue
+            found = getattr(torch, str(value), None)
+            if not (isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize > 1):
+                raise ModelError(
+                    f"{file}: {name} is {value!r:.60}, which is no dtype that transformers loads a model in.\n"
+                    f"  Write bfloat16, float16 or float32; or remove {name}, and the weights' own dtype is taken."
+                )
 
 
 def refuse_adapter(folder: Path, name: str) -> None:

@@ -7,9 +7,12 @@ that the matrix's edge cuts off are DeepSeek's own (`weight_dequant` in inferenc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from kvprof.errors import ModelError
 from kvprof.models.quantized.matrix import CodedMatrix, Parts, Settings, text, whole_number
 from kvprof.models.quantized.scales import SCALE_DTYPES, block_of, float_scales, scaled
 
@@ -41,6 +44,20 @@ def fp8_matrix(parts: Parts, settings: Settings) -> CodedMatrix | None:
 
     kind = f"FP8, {scale_text(block, (shape[0], shape[1]))} ({leaf})"
     return CodedMatrix(kind, (shape[0], shape[1]), torch.float32, parts.names("weight", leaf), decode)
+
+
+def check_scales(dtypes: Mapping[str, str]) -> None:
+    """Raise ModelError for a float8 weight beside which no scale stands: transformers would load it without.
+
+    dtypes: of all tensors of a checkpoint, by name.
+    """
+    for name, dtype in dtypes.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight" and dtype in FLOAT8 and not any(f"{module}.{scale}" in dtypes for scale in SCALES):
+            raise ModelError(
+                f"{name} is quantized to {dtype}, and no scale stands beside it ({' or '.join(SCALES[:2])}).\n"
+                "  Download the checkpoint again, or name the one that it was quantized from."
+            )
 
 
 def stated_block(value: object) -> tuple[int, int] | None:

@@ -196,6 +196,17 @@ def test_scales_that_do_not_fit_are_one_message(in_tmp: Path, damage, said: str)
     assert not Path("out/norms.json").exists()
 
 
+@pytest.mark.parametrize("command", [["norms"], ["gradients", *LAST]], ids=lambda words: words[0])
+def test_a_scale_that_is_missing_is_named_before_anything_is_loaded(in_tmp: Path, command: list[str]) -> None:
+    code_folder(in_tmp / "model", coding(), FP8)
+    edit_file(in_tmp / "model", lambda state: state.pop(f"{KEY}.weight_scale_inv"))
+    result = run(command[0], "model", *command[1:], "--out", "out")
+    assert result.exit_code == 1
+    said = f"{KEY}.weight is quantized to float8_e4m3fn, and no scale stands beside it"
+    assert said in " ".join(result.output.split()), result.output
+    assert not Path("out").exists() or not any(Path("out").glob("*.json"))
+
+
 @pytest.mark.parametrize("stated", [None, [0, 8], [16], "16x8", [2**40, 8], {"a": 1}, [True, 8]], ids=str)
 def test_a_block_that_the_config_does_not_name_follows_from_the_scales(tmp_path: Path, stated: object) -> None:
     folder = code_folder(tmp_path, coding(), FP8 | {"weight_block_size": stated})
