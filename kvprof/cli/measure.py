@@ -17,14 +17,15 @@ def inspect(model: Model = None, trust_remote_code: TrustRemoteCode = False) -> 
 
     Reads the model's config alone.
     """
-    from kvprof.models.config import load_config
+    from kvprof.models.config import load_config, sizes_by_default
     from kvprof.models.inventory import take_inventory
     from kvprof.models.load import resolve
     from kvprof.report.console import print_result
     from kvprof.report.tables import show_inventory
 
     source = resolve(model, trust_remote_code)
-    inventory = take_inventory(load_config(source), source.id)
+    config = load_config(source)
+    inventory = take_inventory(config, source.id).with_defaults(sizes_by_default(source, config))
     show_inventory(inventory)
     print_result(inventory)
 

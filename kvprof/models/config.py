@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,10 +16,18 @@ from kvprof.models.checkpoint.stored_dtype import stored_dtype
 from kvprof.models.decoder import text_config
 from kvprof.models.inventory import ASSUMED_DTYPE, own_dtype
 from kvprof.models.loaded import live_config
+from kvprof.models.own_code import read_object
 from kvprof.models.skeleton import build_skeleton
 from kvprof.models.source import ModelSource, explained, loading_arguments, silent
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_SIZES = {
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
+    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
+    "hidden_size": ("n_embd", "d_model", "dim"),
+}
+"""Sizes of a decoder, and what configs call them that read other names too."""
 
 
 def load_config(source: ModelSource) -> PretrainedConfig:
@@ -32,11 +41,42 @@ def load_config(source: ModelSource) -> PretrainedConfig:
     with explained(source, "config"), silent():
         config: PretrainedConfig = AutoConfig.from_pretrained(**arguments)
     if config.dtype is None and (dtype := stored_dtype(place, source.hub_id)) is not None:
-        set_dtype(config, dtype)
+        _set_dtype(config, dtype)
     return config
 
 
-def set_dtype(config: PretrainedConfig, dtype: torch.dtype) -> None:
+def sizes_by_default(source: ModelSource, config: PretrainedConfig) -> dict[str, int]:
+    """Return the sizes of the text decoder that a config.json leaves to transformers' defaults, and what those are."""
+    place = source.fetch(weights=False) if source.live is None else None
+    if place is None or place.is_file():
+        return {}
+    text = text_config(config)
+    written = _table_of(text, config, read_object(place / "config.json"))
+    try:
+        usual = type(text)()
+    except Exception:  # of code that comes with a model: its sizes have no defaults
+        return {}
+    found = {}
+    for name, others in _SIZES.items():
+        value = getattr(text, name, None)
+        named = {name, text.attribute_map.get(name), *others}.intersection(written)
+        if not named and type(value) is int and value == getattr(usual, name, None):
+            found[name] = value
+    return found
+
+
+def _table_of(text: PretrainedConfig, config: PretrainedConfig, written: Mapping[str, object]) -> Mapping[str, object]:
+    """Return the part of a config.json that the text decoder's config was made of; an empty one where it has none."""
+    if config is text:
+        return written
+    for name, part in vars(config).items():
+        if isinstance(part, PretrainedConfig) and text_config(part) is text:
+            inside = written.get(name)
+            return _table_of(text, part, inside if isinstance(inside, dict) else {})
+    return {}
+
+
+def _set_dtype(config: PretrainedConfig, dtype: torch.dtype) -> None:
     """Let a config name the dtype that transformers will load all of the model in, as transformers then does itself."""
     for part in {id(part): part for part in (config, text_config(config))}.values():
         part.dtype = dtype
@@ -49,7 +89,7 @@ def gguf_config(source: ModelSource, gguf: Path) -> PretrainedConfig:
         write_without_vocabulary(model, Path(folder) / gguf.name, weights=False)
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, gguf_file=gguf.name, trust_remote_code=False)
     config.name_or_path = str(gguf.parent)
-    set_dtype(config, torch.float32)  # which transformers dequantizes to
+    _set_dtype(config, torch.float32)  # which transformers dequantizes to
     vocabulary = model.headers[0].vocabulary
     if vocabulary is not None and config.vocab_size == STAND_IN:  # counted, where no field says it
         config.vocab_size = vocabulary

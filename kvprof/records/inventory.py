@@ -5,7 +5,10 @@ Plain data made by `models.inventory` and printed by `report`.
 
 from __future__ import annotations
 
-from pydantic import computed_field
+import operator
+from collections.abc import Mapping
+
+from pydantic import Field, computed_field
 
 from kvprof.records.document import Count, ModelInfo, Number, Record, Text
 from kvprof.records.geometry import CacheGeometry
@@ -27,8 +30,14 @@ class Inventory(Record):
     red_flags: tuple[RedFlag, ...]
     dtype_assumed: bool = False
     """Whether the geometry's dtype is a guess: the config names none, and there are no weights to ask."""
+    sizes_by_default: dict[Text, Count] = Field({}, exclude_if=operator.not_)
+    """Sizes that the config does not name, as transformers takes them then."""
     key_norm_offset: Number | None = None
     """What the norm after k_proj adds to its stored gains (1 in Gemma); null where there is no such norm."""
+
+    def with_defaults(self, sizes: Mapping[str, int]) -> Inventory:
+        """Return the inventory of a config that leaves these sizes to transformers."""
+        return self.model_copy(update={"sizes_by_default": dict(sizes)})
 
     @computed_field  # type: ignore[prop-decorator]
     @property

@@ -36,6 +36,9 @@ def show_inventory(inventory: Inventory) -> None:
     table.print()
     if inventory.dtype_assumed:
         print_plain(f"the config names no dtype, and no weights are here to tell it: {geometry.dtype} is assumed")
+    if inventory.sizes_by_default:
+        taken = ", ".join(f"{name} {size}" for name, size in inventory.sizes_by_default.items())
+        print_plain(f"the config does not name these, and transformers' defaults are taken: {taken}")
     where = f"{len(geometry.growing)} of {geometry.num_layers} layers"
     if inventory.bytes_per_token is None or inventory.bytes_at is None:
         print_plain(f"what a token adds is not known: caches of a kind of their own, {_numbers(geometry.unknown)}")

@@ -63,7 +63,7 @@ BROKEN_CONFIGS = {
     "no JSON": (text("{"), "not a valid JSON"),
     "empty": (text(""), "not a valid JSON"),
     "a list": (text("[]"), "model_type"),
-    "null": (text("null"), "cannot load the config"),
+    "null": (text("null"), "holds null, and no config"),
     "too deep": (text("[" * 100_000), "cannot load the config"),
     "unknown model_type": (config(model_type="martian"), "martian"),
     "model_type of a wrong type": (config(model_type=["llama"]), "cannot load the config"),

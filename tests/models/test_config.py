@@ -67,3 +67,32 @@ def test_query_heads_that_the_kv_heads_cannot_share(in_tmp: Path, heads: int) ->
     config = json.loads((save_folder(in_tmp / "model") / "config.json").read_text())
     said = refused(in_tmp / "model", config | {"num_key_value_heads": heads})
     assert f"{config['num_attention_heads']} query heads, which {heads} KV heads cannot share evenly" in said
+
+
+LLAMA = {"model_type": "llama", "vocab_size": 96}
+SIZES = {"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (LLAMA, "num_hidden_layers 32, num_attention_heads 32, hidden_size 4096"),
+        (LLAMA | SIZES, None),
+        (LLAMA | SIZES | {"num_hidden_layers": 32}, None),
+        ({"model_type": "llava"}, "num_hidden_layers 32, num_attention_heads 32, hidden_size 4096"),
+        ({"model_type": "llava", "text_config": LLAMA | {"num_hidden_layers": 3}}, "num_attention_heads 32, hidden"),
+        ({"model_type": "llava", "text_config": LLAMA | SIZES}, None),
+        ({"model_type": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768}, None),
+        ({"model_type": "gpt2", "n_layer": 12, "n_embd": 768}, "num_attention_heads 12"),
+    ],
+    ids=str,
+)
+def test_sizes_that_transformers_makes_up_are_named(in_tmp: Path, config: dict[str, object], told: str | None) -> None:
+    (in_tmp / "model").mkdir()
+    (in_tmp / "model" / "config.json").write_text(json.dumps(config))
+    result = CliRunner().invoke(app, ["inspect", "model"])
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    assert ("transformers' defaults are taken" in said) == (told is not None)
+    if told is not None:
+        assert f"the config does not name these, and transformers' defaults are taken: {told}" in said
