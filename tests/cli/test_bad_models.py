@@ -62,7 +62,9 @@ def tensor(name: str, edit: Callable[[torch.Tensor], torch.Tensor]) -> Callable[
 BROKEN_CONFIGS = {
     "no JSON": (text("{"), "not a valid JSON"),
     "empty": (text(""), "not a valid JSON"),
-    "a list": (text("[]"), "model_type"),
+    "a list": (text("[1]"), "holds [1], and no config"),
+    "a number": (text("3"), "holds 3, and no config"),
+    "a word": (text('"llama"'), 'holds "llama", and no config'),
     "null": (text("null"), "holds null, and no config"),
     "too deep": (text("[" * 100_000), "cannot load the config"),
     "unknown model_type": (config(model_type="martian"), "martian"),

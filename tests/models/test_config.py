@@ -32,11 +32,6 @@ def refused(place: Path, config: object) -> str:
     return " ".join(result.output.split())
 
 
-@pytest.mark.parametrize("value", [None, [1], "llama", 3], ids=str)
-def test_json_that_is_no_object(in_tmp: Path, value: object) -> None:
-    assert f"config.json holds {json.dumps(value)}, and no config" in refused(in_tmp / "model", value)
-
-
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8", "flaot16", "nn", "auto", "torch.bfloat16", 16], ids=str)
 @pytest.mark.parametrize("inside", [False, True])
