@@ -27,6 +27,7 @@ OURS = (
     r"the baselines take their \w+ from .*",
     r"there is no .*: the baselines need \w+, measured now",
     r"the model writes \d+ sequences of \d+ tokens, once: kept in .*",
+    r"first numbers, of \d+ sequence.*",
     r"not predicted: .*",
     r".* carries no information to rank them by",
     r"spectral K > V in .*",
