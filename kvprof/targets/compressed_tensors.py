@@ -41,10 +41,8 @@ def write(plan: BitPlan) -> Artefact:
         "kv_cache_scheme": KV_CACHE_SCHEME,
     }
     text = json.dumps({"quantization_config": config}, indent=2) + "\n"
-    made = written(plan, TARGET, lambda word: text, ".json")
     remarks = (
-        *made.remarks,
         "for a checkpoint of unquantized weights; of another, put kv_cache_scheme into its own quantization_config",
         "scored with a scale of 1, which vLLM takes where the checkpoint has no k_scale and v_scale",
     )
-    return Artefact(made.text, made.suffix, remarks)
+    return written(plan, TARGET, lambda word: text, ".json", lambda word: remarks)

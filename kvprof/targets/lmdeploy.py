@@ -44,8 +44,11 @@ TARGET = Target(
 
 def write(plan: BitPlan) -> Artefact:
     """Return the flag for a uniform plan."""
-    made = written(plan, TARGET, lambda word: f"--quant-policy {word.partition('_')[0]}\n", ".args")
-    if made.text.split()[1] not in ("16", "17", TURBO_QUANT):
-        return made
     remark = "only LMDeploy's PyTorch engine is known to have such a cache: give --backend pytorch"
-    return Artefact(made.text, made.suffix, (*made.remarks, remark))
+    return written(
+        plan,
+        TARGET,
+        lambda word: f"--quant-policy {word.partition('_')[0]}\n",
+        ".args",
+        lambda word: [remark] if word.partition("_")[0] in ("16", "17", TURBO_QUANT) else [],
+    )

@@ -45,8 +45,7 @@ def write(plan: BitPlan) -> Artefact:
         form = EXTERNAL[word]
         return f"--kv-bits {form.bits} --kv-group-size {form.block} --quantized-kv-start 0\n"
 
-    made = written(plan, TARGET, flags, ".args")
     remark = (
         "mlx-vlm's batch server leaves the last layer in 16 bits: it holds more, and loses less, than the plan says"
     )
-    return Artefact(made.text, made.suffix, (*made.remarks, remark))
+    return written(plan, TARGET, flags, ".args", lambda word: [remark])

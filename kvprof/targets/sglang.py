@@ -15,7 +15,7 @@ from kvprof.allocate.constraints import FULL, OneOfAll
 from kvprof.allocate.target import Target
 from kvprof.records.plan import BitPlan
 from kvprof.targets.artefact import Artefact
-from kvprof.targets.one_choice import written
+from kvprof.targets.one_choice import UNQUANTIZED, written
 
 NEEDS = {
     "nvfp4": "a Blackwell GPU (SM100 or SM120)",
@@ -28,7 +28,7 @@ TARGET = Target(
     name="sglang",
     constraints=OneOfAll(
         {
-            "16 bits": (FULL, FULL),
+            UNQUANTIZED: (FULL, FULL),
             "fp8_e4m3": ("fp8_e4m3", "fp8_e4m3"),
             "fp8_e5m2": ("fp8_e5m2", "fp8_e5m2"),
             "mxfp8": ("mxfp8", "mxfp8"),
@@ -49,14 +49,11 @@ def write(plan: BitPlan) -> Artefact:
     unquantized = "bfloat16" if dtype == "bfloat16" else "auto"
 
     def flag(word: str) -> str:
-        return f"--kv-cache-dtype {unquantized if word == '16 bits' else word}\n"
+        return f"--kv-cache-dtype {unquantized if word == UNQUANTIZED else word}\n"
 
-    made = written(plan, TARGET, flag, ".args")
-    word = made.text.split()[1]
-    if word == "auto":
-        remark = "auto is FP8 where the checkpoint brings an FP8 cache: SGLang has no other word for float16"
-    elif word in NEEDS:
-        remark = f"{word} needs {NEEDS[word]}"
-    else:
-        return made
-    return Artefact(made.text, made.suffix, (*made.remarks, remark))
+    def remarks(word: str) -> list[str]:
+        if word == UNQUANTIZED and unquantized == "auto":
+            return ["auto is FP8 where the checkpoint brings an FP8 cache: SGLang has no other word for float16"]
+        return [f"{word} needs {NEEDS[word]}"] if word in NEEDS else []
+
+    return written(plan, TARGET, flag, ".args", remarks)

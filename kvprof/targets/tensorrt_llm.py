@@ -14,13 +14,13 @@ from kvprof.allocate.constraints import FULL, OneOfAll
 from kvprof.allocate.target import Target
 from kvprof.records.plan import BitPlan
 from kvprof.targets.artefact import Artefact
-from kvprof.targets.one_choice import written
+from kvprof.targets.one_choice import UNQUANTIZED, written
 
 TARGET = Target(
     name="tensorrt-llm",
     constraints=OneOfAll(
         {
-            "16 bits": (FULL, FULL),
+            UNQUANTIZED: (FULL, FULL),
             "fp8": ("fp8_e4m3", "fp8_e4m3"),
             "nvfp4": ("nvfp4", "nvfp4"),
         }
@@ -30,21 +30,20 @@ TARGET = Target(
     checked="field and words against llm_args.py and the published examples; not run",
 )
 
+REMARKS = {
+    "nvfp4": ("TensorRT-LLM reads nvfp4 caches of checkpoints that Model-Optimizer quantized alone",),
+    UNQUANTIZED: (
+        "a checkpoint that brings an FP8 cache keeps it: TensorRT-LLM warns that no dtype of 16 bits undoes that",
+    ),
+}
+"""What to know of a word."""
+
 
 def write(plan: BitPlan) -> Artefact:
     """Return the YAML for a uniform plan."""
     unquantized = "auto" if plan.geometry is None else plan.geometry.dtype
 
     def text(word: str) -> str:
-        return f"kv_cache_config:\n  dtype: {unquantized if word == '16 bits' else word}\n"
+        return f"kv_cache_config:\n  dtype: {unquantized if word == UNQUANTIZED else word}\n"
 
-    made = written(plan, TARGET, text, ".yaml")
-    word = made.text.split()[-1]
-    if word == "fp8":
-        return made
-    remark = (
-        "TensorRT-LLM reads nvfp4 caches of checkpoints that Model-Optimizer quantized alone"
-        if word == "nvfp4"
-        else "a checkpoint that brings an FP8 cache keeps it: TensorRT-LLM warns that no dtype of 16 bits undoes that"
-    )
-    return Artefact(made.text, made.suffix, (*made.remarks, remark))
+    return written(plan, TARGET, text, ".yaml", lambda word: REMARKS.get(word, ()))

@@ -1,6 +1,6 @@
 """The release of each runtime that its target was last held against, and when: one table for all.
 
-`tests/targets/run.sh` installs them one by one and tries what kvprof writes for them.
+`tests/targets/run.sh` installs those that are Python packages and records which words they take.
 """
 
 from __future__ import annotations

@@ -305,8 +305,6 @@ def _turboquant(blocks: Tensor, form: ExternalFormat) -> Tensor:
     return restored @ turn
 
 
-_OF_DTYPE = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-
 _ROUNDERS: dict[Family, Callable[[Tensor, ExternalFormat], Tensor]] = {
     "ggml": _ggml,
     "float8": _float8,
@@ -345,7 +343,8 @@ def _inverse(step: Tensor) -> Tensor:
 def _kept(number: Tensor, form: ExternalFormat) -> Tensor:
     """Round to the dtype of the model, in which some formats keep numbers; beyond its range, to infinity."""
     assert form.of_dtype is not None
-    return number.to(_OF_DTYPE[form.of_dtype]).float()
+    dtype: torch.dtype = getattr(torch, form.of_dtype)
+    return number.to(dtype).float()
 
 
 def _float16(number: Tensor) -> Tensor:
