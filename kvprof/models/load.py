@@ -22,7 +22,7 @@ from transformers import (
 from kvprof.errors import ModelError, UsageError, first_line
 from kvprof.models.checkpoint.gguf_header import TOKENS
 from kvprof.models.checkpoint.gguf_model import first_part, models_in, open_gguf
-from kvprof.models.checkpoint.validation import check_loadable, read_headers, refuse_adapter
+from kvprof.models.checkpoint.validation import check_loadable, refuse_adapter
 from kvprof.models.config import DTYPES, check_dtype, load_config, weight_bytes
 from kvprof.models.conversion import demo_source, gguf_folder, kept
 from kvprof.models.decoder import check_reads_text
@@ -168,8 +168,7 @@ def load_model(source: ModelSource, dtype: str = "auto", device: str = "auto", s
     if place.is_file() and (converted := kept(source, place, "weights")) is not None:
         place = converted
     if place.is_dir():
-        check_loadable(place, config)
-        check_scales({name: tensor.dtype for name, (_, tensor) in read_headers(place).items()})
+        check_scales(check_loadable(place, config))
     elif len(open_gguf(place).paths) > 1:
         raise ModelError(
             f"{place.name} is one of several parts, which have to be joined first, and cannot be here: "

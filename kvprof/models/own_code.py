@@ -122,13 +122,18 @@ def is_own_class(config: PretrainedConfig) -> bool:
 
 def read_object(path: Path) -> dict[str, object]:
     """Return a small JSON file of a model's; an empty one where it cannot be read: what loads it says why."""
+    value = read_value(path)
+    return value if isinstance(value, dict) else {}
+
+
+def read_value(path: Path) -> object:
+    """Return whatever a small JSON file of a model's holds; an empty object where it cannot be read."""
     if not path.is_file():
         return {}
     try:
-        value = read_json(path)
+        return read_json(path)
     except InvalidFile:
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _with_imports(folder: Path, modules: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-from kvprof.errors import InvalidFile, ModelError, first_line
+from kvprof.errors import ModelError, first_line
 from kvprof.models.checkpoint.gguf_header import MOST_LAYERS
 from kvprof.models.checkpoint.gguf_model import open_gguf
 from kvprof.models.checkpoint.hub import refuse_pickles
@@ -31,8 +31,7 @@ from kvprof.models.checkpoint.shards import (
     quantized,
     read_index,
 )
-from kvprof.models.own_code import read_object
-from kvprof.records.document import read_json
+from kvprof.models.own_code import read_object, read_value
 
 LARGEST_CONFIG_BYTES = 2**24
 ADAPTER = "adapter_config.json"
@@ -73,12 +72,7 @@ def check_config(place: Path) -> None:
 
 def _read_config(file: Path) -> dict[str, object]:
     """Return what a config.json holds, nothing where it is no JSON: what loads it says why."""
-    if not file.is_file():
-        return {}
-    try:
-        value = read_json(file)
-    except InvalidFile:
-        return {}
+    value = read_value(file)
     if not isinstance(value, dict):
         raise ModelError(f"{file} holds {json.dumps(value):.40}, and no config: that is an object with a model_type.")
     return value
@@ -135,10 +129,11 @@ def check_weights(folder: Path) -> Shards:
     return find_shards(names, lambda: read_index(folder / SAFETENSORS_INDEX), str(folder))
 
 
-def check_loadable(folder: Path, config: PretrainedConfig) -> None:
+def check_loadable(folder: Path, config: PretrainedConfig) -> dict[str, str]:
     """Raise ModelError for weights that transformers would not find, or would take for other numbers than they are.
 
     Of a checkpoint whose config says how it is quantized, transformers reads the scales too.
+    Returns the dtype of every tensor, by name.
     """
     places = read_headers(folder)
     if not any((folder / name).is_file() for name in (SAFETENSORS, SAFETENSORS_INDEX)):
@@ -150,6 +145,7 @@ def check_loadable(folder: Path, config: PretrainedConfig) -> None:
         for name, (_, tensor) in places.items():
             if tensor.dtype not in FLOATS and name.endswith((".weight", ".bias")):
                 raise quantized(name, tensor.dtype)
+    return {name: tensor.dtype for name, (_, tensor) in places.items()}
 
 
 def read_headers(folder: Path) -> dict[str, tuple[str, StoredTensor]]:

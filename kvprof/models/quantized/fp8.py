@@ -30,10 +30,7 @@ def fp8_matrix(parts: Parts, settings: Settings) -> CodedMatrix | None:
     shape = parts.need("weight", *FLOAT8, dimensions=2)
     leaf = next((name for name in SCALES if name in parts), None)
     if leaf is None:
-        raise parts.wrong(
-            f"{parts.name('weight')} is quantized to {parts.dtype('weight')}, and no scale stands beside it "
-            f"({' or '.join(SCALES[:2])})"
-        )
+        raise parts.wrong(_without_scale(parts.name("weight"), parts.dtype("weight")))
     grid = parts.need(leaf, *SCALE_DTYPES)
     block = block_of((shape[0], shape[1]), grid, stated_block(settings.get("weight_block_size")))
     if block is None:
@@ -55,9 +52,13 @@ def check_scales(dtypes: Mapping[str, str]) -> None:
         module, _, leaf = name.rpartition(".")
         if leaf == "weight" and dtype in FLOAT8 and not any(f"{module}.{scale}" in dtypes for scale in SCALES):
             raise ModelError(
-                f"{name} is quantized to {dtype}, and no scale stands beside it ({' or '.join(SCALES[:2])}).\n"
+                f"{_without_scale(name, dtype)}.\n"
                 "  Download the checkpoint again, or name the one that it was quantized from."
             )
+
+
+def _without_scale(name: str, dtype: object) -> str:
+    return f"{name} is quantized to {dtype}, and no scale stands beside it ({' or '.join(SCALES[:2])})"
 
 
 def stated_block(value: object) -> tuple[int, int] | None:
